@@ -1,0 +1,235 @@
+"""Adapted arrays: what stands in a parameter tree where a weight stood, and knows how to multiply.
+
+An `Adapted` array is a frozen dataclass of `base` and factors (its pytree leaves) and static fields. `layout` names the
+axes of each factor: s, i, o stand for all axes of that class of the base, in the base's order, any other letter for one
+axis of its own. Slicing, transposing, scanning, vmapping and sharding follow from it (`structure.py`).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, Self, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from lora_jax.selection import CLASS
+
+T = TypeVar("T")
+
+
+class Label(str):
+    """A path for messages. All labels are equal, so that layers with equal shapes compile once."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Label)
+
+    def __ne__(self, other: object) -> bool:
+        return not isinstance(other, Label)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+def static(**kwargs: Any) -> Any:
+    """A field of an adapted array that is not an array."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
+
+
+@dataclass_transform(frozen_default=True, eq_default=False, kw_only_default=True, field_specifiers=(static,))
+def adapted_array(cls: type[T]) -> type[T]:
+    """Makes a class with annotated fields a frozen dataclass and a pytree: a kind of adapted array."""
+    return jax.tree_util.register_dataclass(
+        dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)(cls)
+    )
+
+
+class Op(Protocol):
+    """The equation that an adapted weight meets, seen with the weight in the order `(i.., o..)`."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether the input can be dropped out: not where it is ids."""
+
+    def __call__(self, x: Array, w: Array) -> Array:
+        """x times a weight `(i.., o..)`, ending in `o..`."""
+
+    def thin(self, x: Array, a: Array) -> Array:
+        """x times a factor `(i.., r)`, ending in r."""
+
+    def then(self, z: Array, b: Array) -> Array:
+        """The plain product of z's last axis with b `(r, o..)`, ending in `o..`."""
+
+
+class Adapted:
+    """The protocol of adapted arrays. A method's kind defines layout, materialize, remove and product."""
+
+    layout: ClassVar[dict[str, str]] = {}
+    frozen: ClassVar[tuple[str, ...]] = ("base", "key", "scale")  # fields that do not train
+    base: Any
+    core: str
+    path: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+    @property
+    def ndim(self) -> int:
+        return self.base.ndim
+
+    @property
+    def axes(self) -> str:
+        """One letter an axis. `core` holds them without the leading stacked ones, so that vmap, scan and indexing,
+        which add and take leading axes of every leaf, leave the array valid."""
+        return "s" * (self.ndim - len(self.core)) + self.core
+
+    def replace(self, **fields: Any) -> Self:
+        """The same array with other fields."""
+        return dataclasses.replace(self, **fields)  # type: ignore[type-var]
+
+    def materialize(self) -> Array:
+        """The dense array: summed in float32, rounded once to the base's dtype."""
+        raise NotImplementedError
+
+    def remove(self) -> Array:
+        """The base, were `base` the merged array; a ValueError where the method cannot be undone."""
+        raise ValueError(f"{self.path}: {type(self).__name__} cannot be unmerged; keep the base")
+
+    def product(self, x: Array, op: Op) -> Array:
+        """x times the adapted weight; the array is canonical `(i.., o..)`, without stacked axes."""
+        raise NotImplementedError
+
+    def transposed(self) -> "Adapted | None":
+        """The same array with input and output exchanged, or None where there is no such form."""
+        return None
+
+    def ready(self) -> "Adapted":
+        """With what is derived from whole arrays; called by `lift` once, before anything slices them."""
+        return self
+
+    def _unlifted(self, *_: Any, **__: Any) -> Any:
+        raise TypeError(
+            f"adapted array at {self.path or '?'}: wrap the function with lora_jax.lift, or merge"
+        )
+
+    __jax_array__ = __array__ = _unlifted
+    __matmul__ = __rmatmul__ = __add__ = __radd__ = __mul__ = __rmul__ = __getitem__ = _unlifted
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.path}, {self.axes!r}, shape={self.shape})"
+
+
+def is_adapted(node: Any) -> bool:
+    return isinstance(node, Adapted)
+
+
+def factor_axes(layout: str, axes: str) -> list[int | str]:
+    """The axes of a factor with this layout: the base axis it follows, or its own letter.
+
+    >>> factor_axes("sir", "sio")
+    [0, 1, 'r']
+    """
+    return [
+        axis
+        for letter in layout
+        for axis in (
+            [j for j, a in enumerate(axes) if CLASS[a] == letter] if letter in "sio" else [letter]
+        )
+    ]
+
+
+def subscripts(layout: str, axes: str) -> str:
+    """The einsum subscripts of a factor: base axis j is the j-th capital letter, own axes keep theirs.
+
+    >>> subscripts("sir", "sio")
+    'ABr'
+    """
+    return "".join(chr(65 + a) if isinstance(a, int) else a for a in factor_axes(layout, axes))
+
+
+@adapted_array
+class LowRank(Adapted):
+    """LoRA: base + scale * A B, with A `(s.., i.., r)` and B `(s.., r, o..)` (Hu et al. 2021, section 4.1)."""
+
+    layout: ClassVar = {"a": "sir", "b": "sro", "scale": "s", "key": "s"}
+
+    base: Array
+    a: Array
+    b: Array
+    scale: Array
+    key: Array | None = None
+    core: str = static()
+    dropout: float = static(default=0.0)
+    path: str = static(default=Label())
+
+    def product(self, x: Array, op: Op) -> Array:
+        y = op(x, lax.stop_gradient(self.base))
+        z = op.thin(self._dropped(x) if op.draws else x, self.a)
+        return y + op.then(z * lax.stop_gradient(self.scale).astype(z.dtype), self.b).astype(y.dtype)
+
+    def delta(self) -> Array:
+        """scale * A B in the base's axes, float32 (or wider)."""
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        names = [subscripts(self.layout[name], self.axes) for name in ("a", "b")]
+        scaled = jnp.einsum(
+            f"{names[0]},{subscripts('s', self.axes)}->{names[0]}",
+            self.a.astype(wide),
+            self.scale.astype(wide),
+        )
+        whole = "".join(chr(65 + axis) for axis in range(self.ndim))
+        return jnp.einsum(
+            f"{names[0]},{names[1]}->{whole}", scaled, self.b.astype(wide), precision="highest"
+        )
+
+    def materialize(self) -> Array:
+        return _rounded_sum(self.base, self.delta(), self.dtype)
+
+    def remove(self) -> Array:
+        return _rounded_sum(self.base, -self.delta(), self.dtype)
+
+    def transposed(self) -> "LowRank":
+        stacked = self.scale.ndim
+        flipped = self.core.translate(str.maketrans("ivko", "oooi"))
+        a, b = jnp.moveaxis(self.b, stacked, -1), jnp.moveaxis(self.a, -1, stacked)
+        return self.replace(a=a, b=b, core=flipped)
+
+    def _dropped(self, x: Array) -> Array:
+        if self.key is None or self.dropout == 0.0:
+            return x
+        keep = jax.random.bernoulli(self.key, 1.0 - self.dropout, x.shape)
+        return jnp.where(keep, x / (1.0 - self.dropout), jnp.zeros_like(x))
+
+
+def _rounded_sum(base: Array, delta: Array, dtype: Any) -> Array:
+    return (base.astype(delta.dtype) + delta).astype(dtype)
+
+
+@adapted_array
+class Tuned(Adapted):
+    """A leaf that trains itself. `lift` puts its value in its place."""
+
+    frozen: ClassVar = ()
+
+    value: Array
+    path: str = static(default=Label())
+
+    @property
+    def base(self) -> Array:  # type: ignore[override]
+        return self.value
+
+    @property
+    def axes(self) -> str:
+        return ""
+
+    def materialize(self) -> Array:
+        return self.value
+
+
+def map_adapted(fn: Callable, tree: Any) -> Any:
+    """`fn` of every adapted array in the tree; other leaves stay."""
+    return jax.tree.map(lambda leaf: fn(leaf) if is_adapted(leaf) else leaf, tree, is_leaf=is_adapted)

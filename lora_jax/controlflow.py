@@ -1,0 +1,137 @@
+"""Adapted arrays in jit, checkpoint, scan, while, cond and shard_map.
+
+Each is rebuilt by JAX's public function, around its body evaluated on adapted arrays.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from lora_jax.arrays import Adapted, factor_axes, is_adapted
+from lora_jax.lifting import Report, evaluate, rule
+
+
+def _dense(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any]:
+    """Values without adapted arrays, each reported."""
+    for value in values:
+        if is_adapted(value):
+            report(eqn, value, "is made dense")
+    return [value.materialize() if is_adapted(value) else value for value in values]
+
+
+@rule("jit", "pjit", "closed_call", "core_call")
+def _jit(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any]:
+    closed = eqn.params["jaxpr"]
+    return evaluate(closed.jaxpr, closed.consts, values, report)
+
+
+@rule("remat2", "checkpoint", "remat")
+def _checkpoint(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any]:
+    p = eqn.params
+
+    def body(*args: Any) -> list[Any]:
+        return evaluate(p["jaxpr"], (), args, report)
+
+    return jax.checkpoint(body, prevent_cse=p["prevent_cse"], policy=p["policy"])(*values)
+
+
+@rule("scan")
+def _scan(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any]:
+    p = eqn.params
+    closed = p["jaxpr"]
+    body = closed.jaxpr
+    # by rank, since the parameters' names differ between versions of JAX: a carry keeps it, xs have one more outside
+    carries = sum(_rank(i) == _rank(o) for i, o in zip(body.outvars, eqn.outvars, strict=True))
+    stacked = sum(_rank(i) + 1 == _rank(o) for i, o in zip(body.invars, eqn.invars, strict=True))
+    n = len(values) - carries - stacked
+    consts, init, xs = values[:n], values[n : n + carries], values[n + carries :]
+    xs = [x if is_adapted(x) and x.axes[0] == "s" else _dense(eqn, [x], report)[0] for x in xs]
+    kept = _unchanged(init, body.invars[n : n + carries], body.outvars)
+    moving = _dense(eqn, [x for k, x in enumerate(init) if k not in kept], report)
+
+    def step(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
+        args = [*consts, *_rejoined(kept, carry), *x]
+        outputs = evaluate(body, closed.consts, args, report)
+        carry = [out for k, out in enumerate(outputs[:carries]) if k not in kept]
+        return _dense(eqn, carry, report), _dense(eqn, outputs[carries:], report)
+
+    options = {name: p[name] for name in ("reverse", "unroll", "_split_transpose") if name in p}
+    carry, ys = lax.scan(step, moving, xs, length=p["length"], **options)
+    return [*_rejoined(kept, carry), *ys]
+
+
+def _rank(var: Any) -> int:
+    return var.aval.ndim
+
+
+@rule("while")
+def _while(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any]:
+    p = eqn.params
+    test, body = p["cond_jaxpr"], p["body_jaxpr"]
+    m, n = p["cond_nconsts"], p["body_nconsts"]
+    test_consts, consts, init = values[:m], values[m : m + n], values[m + n :]
+    kept = _unchanged(init, body.jaxpr.invars[n:], body.jaxpr.outvars)
+    moving = _dense(eqn, [x for k, x in enumerate(init) if k not in kept], report)
+
+    def goes_on(carry: Any) -> Any:
+        return evaluate(test.jaxpr, test.consts, [*test_consts, *_rejoined(kept, carry)], report)[0]
+
+    def step(carry: Any) -> Any:
+        outputs = evaluate(body.jaxpr, body.consts, [*consts, *_rejoined(kept, carry)], report)
+        return _dense(eqn, [out for k, out in enumerate(outputs) if k not in kept], report)
+
+    return _rejoined(kept, lax.while_loop(goes_on, step, moving))
+
+
+def _unchanged(init: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> dict[int, Any]:
+    """The adapted carries that the body returns as they came: constants."""
+    return {k: x for k, x in enumerate(init) if is_adapted(x) and outputs[k] is inputs[k]}
+
+
+def _rejoined(kept: dict[int, Any], moving: Sequence[Any]) -> list[Any]:
+    rest = iter(moving)
+    return [kept[k] if k in kept else next(rest) for k in range(len(kept) + len(moving))]
+
+
+@rule("cond")
+def _cond(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any]:
+    def branch(closed: jex.ClosedJaxpr) -> Any:
+        return lambda *args: _dense(eqn, evaluate(closed.jaxpr, closed.consts, args, report), report)
+
+    return lax.switch(values[0], [branch(closed) for closed in eqn.params["branches"]], *values[1:])
+
+
+@rule("shard_map")
+def _shard_map(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> Sequence[Any]:
+    p = eqn.params
+
+    def body(*args: Any) -> tuple[Any, ...]:
+        return tuple(_dense(eqn, evaluate(p["jaxpr"], (), args, report), report))
+
+    return jax.shard_map(
+        body,
+        mesh=p["mesh"],
+        in_specs=tuple(
+            _specs(x, spec) if is_adapted(x) else spec for x, spec in zip(values, p["in_specs"], strict=True)
+        ),
+        out_specs=tuple(p["out_specs"]),
+        axis_names=p["manual_axes"],
+        check_vma=p["check_vma"],
+    )(*values)
+
+
+def _specs(w: Adapted, spec: PartitionSpec) -> Adapted:
+    """The specs of an adapted array's leaves: a factor takes those of the base's axes that it follows."""
+    entries = (*spec, *[None] * (w.ndim - len(spec)))
+    factors = {
+        name: PartitionSpec(
+            *(entries[axis] if isinstance(axis, int) else None for axis in factor_axes(layout, w.axes))
+        )
+        for name, layout in w.layout.items()
+        if getattr(w, name) is not None
+    }
+    return w.replace(base=spec, **factors)

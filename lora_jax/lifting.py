@@ -1,0 +1,182 @@
+"""`lift`: run any JAX function on adapted arrays.
+
+The function is traced with the bases in the adapted leaves' places, and its jaxpr evaluated with the adapted arrays as
+values. Runs of equations that meet none go to JAX's own evaluation; an equation that meets one follows a rule of
+`rules.py`, or gets the weight dense, which is reported.
+"""
+
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.extend.core as jex
+from jax import Array
+
+from lora_jax.arrays import Adapted, Tuned, is_adapted
+
+Report = Callable[[jex.JaxprEqn, Adapted, str], None]
+RULES: dict[str, Callable] = {}  # primitive name -> rule(evaluator, equation, values) -> outputs, or None for "dense"
+
+
+class DenseWeight(UserWarning):
+    """An adapted weight was made dense, or is contracted over its output axes."""
+
+
+def rule(*names: str) -> Callable:
+    """Registers what an equation of these primitives does with an adapted input."""
+
+    def register(fn: Callable) -> Callable:
+        RULES.update(dict.fromkeys(names, fn))
+        return fn
+
+    return register
+
+
+def lift(fn: Callable, on_dense: Literal["warn", "error", "allow"] = "warn") -> Callable:
+    """The same function, now also accepting adapted arrays anywhere in its arguments.
+
+    It returns what `fn` of the merged weights would, computes nothing dense, and composes with jit, grad, vmap,
+    scan and checkpoint: write `jax.jit(lift(f))`. Without adapted arguments it is `fn`.
+
+    Args:
+      fn: any function of pytrees; it is traced, so what it returns are arrays.
+      on_dense: what to do where a weight of more than one axis must be made dense (a function with custom
+        derivatives, an operation without a rule), or is contracted over its output axis alone: "warn" once a place,
+        "error", or "allow".
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lj
+    >>> params = {"kernel": jnp.ones((3, 2))}
+    >>> method = lj.lora(lj.select("kernel"), rank=1)
+    >>> adapted = method.apply(params, method.init(jax.random.key(0), params))
+    >>> lj.lift(lambda params, x: x @ params["kernel"])(adapted, jnp.ones((1, 3)))
+    Array([[3., 3.]], dtype=float32)
+    """
+    if on_dense not in ("warn", "error", "allow"):
+        raise ValueError(f"on_dense={on_dense!r}: choose 'warn', 'error' or 'allow'")
+    report = _reporter(on_dense)
+
+    @functools.wraps(fn)
+    def lifted(*args: Any, **kwargs: Any) -> Any:
+        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_adapted)
+        leaves = [leaf.value if isinstance(leaf, Tuned) else leaf for leaf in leaves]
+        adapted = {i: leaf.ready() for i, leaf in enumerate(leaves) if is_adapted(leaf)}
+        if not adapted:
+            args, kwargs = jax.tree.unflatten(treedef, leaves)
+            return fn(*args, **kwargs)
+
+        def of_bases(*bases: Array) -> Any:
+            replaced = dict(zip(adapted, bases, strict=True))
+            args, kwargs = jax.tree.unflatten(
+                treedef, [replaced.get(i, leaf) for i, leaf in enumerate(leaves)]
+            )
+            return fn(*args, **kwargs)
+
+        closed, shapes = jax.make_jaxpr(of_bases, return_shape=True)(*(w.base for w in adapted.values()))
+        outputs = evaluate(closed.jaxpr, closed.consts, list(adapted.values()), report)
+        return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+
+    return lifted
+
+
+def evaluate(jaxpr: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Any], report: Report) -> list[Any]:
+    """The outputs of a jaxpr for plain and adapted inputs."""
+    env: dict[jex.Var, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+    last_use = {
+        var: n
+        for n, inputs in enumerate([*(eqn.invars for eqn in jaxpr.eqns), jaxpr.outvars])
+        for var in inputs
+        if not isinstance(var, jex.Literal)
+    }
+    run: list[jex.JaxprEqn] = []  # plain equations, not evaluated yet
+    made_dense: dict[jex.Var, Any] = {}
+
+    def read(var: Any) -> Any:
+        return var.val if isinstance(var, jex.Literal) else env[var]
+
+    def plain(var: Any) -> Any:
+        value = read(var)
+        return made_dense[var] if is_adapted(value) else value
+
+    def flush(now: int) -> None:
+        if run:
+            outs = [var for eqn in run for var in eqn.outvars if last_use.get(var, -1) >= now]
+            env.update(zip(outs, _plainly(jaxpr, run, outs, plain), strict=True))
+            run.clear()
+
+    for now, eqn in enumerate(jaxpr.eqns):
+        met = [v for v in eqn.invars if not isinstance(v, jex.Literal) and is_adapted(env.get(v))]
+        if met:
+            flush(now)
+            found = RULES.get(eqn.primitive.name, _no_rule)(eqn, [read(v) for v in eqn.invars], report)
+            if found is not None:
+                env.update(zip(eqn.outvars, found, strict=True))
+                continue
+            for var in dict.fromkeys(met):
+                report(eqn, env[var], "is made dense")
+                if var not in made_dense:
+                    made_dense[var] = env[var].materialize()
+        run.append(eqn)
+    flush(len(jaxpr.eqns))
+    return [read(var) for var in jaxpr.outvars]
+
+
+def _no_rule(*_: Any) -> None:
+    return None
+
+
+def _plainly(jaxpr: jex.Jaxpr, eqns: list[jex.JaxprEqn], outs: list, read: Callable) -> list[Any]:
+    """A run of equations by JAX's own evaluation."""
+    made = {var for eqn in eqns for var in eqn.outvars}
+    inputs = list(
+        dict.fromkeys(
+            v for e in eqns for v in e.invars if not isinstance(v, jex.Literal) and v not in made
+        )
+    )
+    sub = jaxpr.replace(
+        constvars=[],
+        invars=inputs,
+        outvars=outs,
+        eqns=list(eqns),
+        effects=frozenset().union(*(eqn.effects for eqn in eqns)),
+        debug_info=jaxpr.debug_info._replace(arg_names=None, result_paths=None),
+    )
+    return jex.jaxpr_as_fun(jex.ClosedJaxpr(sub, []))(*map(read, inputs))
+
+
+def _reporter(on_dense: str) -> Report:
+    seen: set[tuple[str, str]] = set()
+
+    def report(eqn: jex.JaxprEqn, w: Adapted, what: str) -> None:
+        place = _user_line(eqn)
+        if on_dense == "allow" or w.ndim < 2 or (place, what) in seen:
+            return
+        seen.add((place, what))
+        message = (
+            f"adapted array at {w.path} {what} by '{eqn.primitive.name}' at {place}; "
+            'lift(fn, on_dense="allow") accepts it'
+        )
+        if on_dense == "error":
+            raise ValueError(message)
+        warnings.warn(message, DenseWeight, stacklevel=2)
+
+    return report
+
+
+def _user_line(eqn: jex.JaxprEqn) -> str:
+    """File and line of the equation in the user's own code."""
+    roots = [
+        os.path.dirname(module.__file__ or "") + os.sep
+        for name in ("jax", "flax", "numpy", "equinox", "optax")
+        if (module := sys.modules.get(name))
+    ]
+    here = os.path.dirname(__file__)
+    traceback: Any = eqn.source_info.traceback
+    for frame in traceback.frames if traceback else ():
+        file: str = frame.file_name
+        if os.path.dirname(file) != here and not file.startswith((*roots, "<")):
+            return f"{file}:{frame.line_num}"
+    return "an unknown place"

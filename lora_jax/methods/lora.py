@@ -1,0 +1,119 @@
+"""LoRA: a low-rank product beside the frozen weight (Hu et al. 2021, section 4.1)."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lora_jax.arrays import Label, LowRank
+from lora_jax.selection import CLASS, Absent, Selection, look_up
+from lora_jax.transforms import ParamTransform, per_leaf, register
+
+_SCALE_RULES = {"alpha/r": lambda alpha, r: alpha / r, "alpha/sqrt(r)": lambda alpha, r: alpha / math.sqrt(r)}
+_A_INITS = ("kaiming_uniform", "gaussian")
+
+
+def lora(
+    selection: Selection,
+    *,
+    rank: int | Mapping[str, int],
+    alpha: Any = None,
+    dropout: float = 0.0,
+    a_init: str = "kaiming_uniform",
+    scale_rule: str = "alpha/r",
+    dtype: Any = jnp.float32,
+) -> ParamTransform:
+    """`W x + scale * B A x`, with A `(s.., i.., r)`, B `(s.., r, o..)` zero, and W frozen.
+
+    Args:
+      selection: the weights; each needs named input and output axes.
+      rank: 1 to min(in, out), or a mapping glob -> rank (first match wins; no match is an error).
+      alpha: scale = alpha / rank; a number (it may be traced) or a mapping; the rank where None.
+      dropout: on the input of the low-rank branch alone, drawn where `apply` gets a key; look-ups draw none.
+      a_init: "kaiming_uniform" U(-1/sqrt(in), 1/sqrt(in)), as in loralib and PEFT; "gaussian" N(0, 0.02^2), as in the
+        authors' first GPT-2 code. Embeddings the other way round, as there: A zero, B N(0, 1).
+      scale_rule: "alpha/r", or "alpha/sqrt(r)" (rsLoRA, Kalajdzievski 2023).
+      dtype: of the factors.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lj
+    >>> lj.lora(lj.select("kernel"), rank=2).init(jax.random.key(0), {"kernel": jnp.ones((100, 70))})
+    Delta: 1 paths, 340 numbers
+      kernel: a float32(100, 2), b float32(2, 70)
+    """
+    if a_init not in _A_INITS:
+        raise ValueError(f"a_init={a_init!r}: choose one of {_A_INITS}")
+    if scale_rule not in _SCALE_RULES:
+        raise ValueError(f"scale_rule={scale_rule!r}: choose one of {tuple(_SCALE_RULES)}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout={dropout}: a probability from 0 to below 1")
+    dtype = jnp.dtype(dtype)
+
+    def init(key: Array, path: str, leaf: Any, axes: str) -> dict[str, Array]:
+        shapes = _shapes(path, leaf, axes, look_up(rank, path, "rank"))
+        fan_in = math.prod(n for n, letter in zip(leaf.shape, axes, strict=True) if CLASS[letter] == "i")
+        factors = {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
+        if "v" in axes:
+            factors["b"] = jax.random.normal(key, shapes["b"], dtype)
+        elif a_init == "gaussian":
+            factors["a"] = 0.02 * jax.random.normal(key, shapes["a"], dtype)
+        else:
+            bound = 1 / math.sqrt(fan_in)
+            factors["a"] = jax.random.uniform(key, shapes["a"], dtype, -bound, bound)
+        return factors
+
+    def adapt(
+        key: Array | None, path: str, leaf: Any, axes: str, factors: dict[str, Array], strength: Any
+    ) -> LowRank:
+        r = look_up(rank, path, "rank")
+        stacked = tuple(n for n, letter in zip(leaf.shape, axes, strict=True) if letter == "s")
+        whose_alpha = r if alpha is None else look_up(alpha, path, "alpha")
+        scale = jnp.asarray(strength * _SCALE_RULES[scale_rule](whose_alpha, r), jnp.float32)
+        layers = selection.layers if stacked and selection.layers else None
+        shapes = _shapes(path, leaf, axes, r, layers)
+        for name, shape in shapes.items():
+            if tuple(factors[name].shape) != shape:
+                raise ValueError(
+                    f"{path}: factor {name} has shape {tuple(factors[name].shape)}, the base needs {shape}"
+                )
+        if layers:
+            factors = {name: _all_layers(factors[name], layers, stacked[0]) for name in shapes}
+        if key is not None and dropout and stacked:
+            key = jax.random.split(key, stacked)
+        return LowRank(
+            base=leaf,
+            a=factors["a"],
+            b=factors["b"],
+            scale=jnp.broadcast_to(scale, stacked),
+            key=key if dropout else None,
+            core=axes.lstrip("s"),
+            dropout=dropout,
+            path=Label(path),
+        )
+
+    def _shapes(
+        path: str, leaf: Any, axes: str, r: int, layers: tuple[int, ...] | None = selection.layers
+    ) -> dict[str, tuple[int, ...]]:
+        sizes = {c: tuple(n for n, x in zip(leaf.shape, axes, strict=True) if CLASS[x] == c) for c in "sio"}
+        if layers and sizes["s"]:
+            sizes["s"] = (len(layers), *sizes["s"][1:])
+        if isinstance(leaf, Absent) or not sizes["i"] or not sizes["o"]:
+            raise ValueError(f"{path} with axes {axes!r}: LoRA needs a weight with input and output axes")
+        most = min(math.prod(sizes["i"]), math.prod(sizes["o"]))
+        if not isinstance(r, int) or not 1 <= r <= most:
+            raise ValueError(f"{path}: rank={r!r} must be a whole number from 1 to min(in, out) = {most}")
+        return {"a": (*sizes["s"], *sizes["i"], r), "b": (*sizes["s"], r, *sizes["o"])}
+
+    spec = {"method": "lora", **selection.spec(), "rank": rank, "alpha": alpha, "dropout": dropout}
+    spec |= {"a_init": a_init, "scale_rule": scale_rule, "dtype": dtype.name}
+    return per_leaf(spec, selection.__call__, init, adapt)
+
+
+def _all_layers(factor: Array, layers: tuple[int, ...], count: int) -> Array:
+    """Factors of some layers among zeros for the others, which they leave as they are."""
+    return jnp.zeros((count, *factor.shape[1:]), factor.dtype).at[jnp.array(layers)].set(factor)
+
+
+register("lora", lora)

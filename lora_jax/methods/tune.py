@@ -1,0 +1,47 @@
+"""Training the selected leaves themselves: full fine-tuning, BitFit, a head."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from lora_jax.arrays import Label, Tuned
+from lora_jax.selection import Absent, Selection
+from lora_jax.transforms import ParamTransform, per_leaf, register
+
+
+def tune(selection: Selection) -> ParamTransform:
+    """The selected leaves train: copied into the delta, as factor `value`; they stand as `Tuned` in adapted params.
+
+    >>> import jax.numpy as jnp, lora_jax as lj
+    >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
+    >>> lj.check(lj.tune(lj.select("bias")), params).trained  # BitFit
+    2
+    """
+
+    def init(key: Array, path: str, leaf: Any, axes: str) -> dict[str, Array]:
+        if isinstance(leaf, Absent):
+            raise ValueError(f"{path} was taken out of these params (without_tuned); init needs the whole base")
+        return {"value": jnp.array(leaf, copy=True)}
+
+    def adapt(
+        key: Array | None, path: str, leaf: Any, axes: str, factors: dict[str, Array], strength: Any
+    ) -> Tuned:
+        value = factors["value"]
+        if tuple(value.shape) != tuple(leaf.shape):
+            raise ValueError(f"{path}: value has shape {tuple(value.shape)}, the base {tuple(leaf.shape)}")
+        if isinstance(strength, float | int) and strength == 1:
+            return Tuned(value=value, path=Label(path))
+        if isinstance(leaf, Absent):
+            raise ValueError(f"{path}: strength={strength} needs the base, which was taken out (without_tuned)")
+        s = jnp.asarray(strength, value.dtype)
+        return Tuned(value=(1 - s) * leaf.astype(value.dtype) + s * value, path=Label(path))
+
+    def targets(params: Any) -> dict[str, str]:
+        return dict.fromkeys(selection.leaves(params), "")
+
+    spec = {"method": "tune", **selection.spec()}
+    return per_leaf(spec, targets, init, adapt)
+
+
+register("tune", tune)

@@ -1,0 +1,305 @@
+"""What an adapted array does in a matrix product, a look-up and a convolution, and in operations on its axes.
+
+A rule brings the weight to the order `(stacked.., i.., o..)`, x to `(batch.., free.., i..)`, removes stacked axes with
+`jax.vmap`, calls the weight's `product`, and brings the result to the order that the equation gives.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lora_jax import structure
+from lora_jax.arrays import Adapted, is_adapted
+from lora_jax.lifting import Report, rule
+from lora_jax.selection import CLASS
+
+
+@dataclasses.dataclass(frozen=True)
+class Dot:
+    """`dot_general` over x's last `count` axes and w's first."""
+
+    count: int
+    left: bool  # the weight stands on the left: operands keep their sides, so that the base's product keeps its bits
+    dtype: Any
+    precision: Any
+    preferred: Any
+    out_sharding: NamedSharding | None  # of (x's free axes.., o..)
+    draws: bool = True
+
+    def __call__(self, x: Array, w: Array) -> Array:
+        return self._dot(x, w, self.count, self.out_sharding)
+
+    def thin(self, x: Array, a: Array) -> Array:
+        return self._dot(x, a.astype(self.dtype), self.count, self._whole_last(x.ndim - self.count))
+
+    def then(self, z: Array, b: Array) -> Array:
+        return self._dot(z.astype(self.dtype), b.astype(self.dtype), 1, self.out_sharding)
+
+    def _dot(self, x: Array, w: Array, count: int, sharding: NamedSharding | None) -> Array:
+        free = x.ndim - count
+        contract = (tuple(range(free, x.ndim)), tuple(range(count)))
+        how = {"precision": self.precision, "preferred_element_type": self.preferred}
+        if not self.left:
+            return lax.dot_general(x, w, (contract, ((), ())), out_sharding=sharding, **how)
+        y = lax.dot_general(w, x, (contract[::-1], ((), ())), **how)
+        outputs = w.ndim - count
+        return _transpose(y, (*range(outputs, y.ndim), *range(outputs)))
+
+    def _whole_last(self, free: int) -> NamedSharding | None:
+        if self.out_sharding is None:
+            return None
+        spec = (*self.out_sharding.spec, *[None] * free)[:free]
+        return NamedSharding(self.out_sharding.mesh, PartitionSpec(*spec, None))
+
+
+@dataclasses.dataclass(frozen=True)
+class LookUp:
+    """Rows of w by integer ids."""
+
+    how: tuple[tuple[str, Any], ...]  # gather's mode, fill_value and promises
+    draws: bool = False
+
+    def __call__(self, ids: Array, w: Array) -> Array:
+        numbers = lax.GatherDimensionNumbers(
+            offset_dims=tuple(range(ids.ndim, ids.ndim + w.ndim - 1)),
+            collapsed_slice_dims=(0,),
+            start_index_map=(0,),
+        )
+        return lax.gather(w, ids[..., None], numbers, (1, *w.shape[1:]), **dict(self.how))
+
+    thin = __call__
+
+    def then(self, z: Array, b: Array) -> Array:
+        return jnp.tensordot(z, b.astype(z.dtype), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """`conv_general_dilated`, channels last; a factor is shared by the feature groups."""
+
+    groups: int
+    how: tuple[tuple[str, Any], ...]
+    draws: bool = True
+
+    def __call__(self, x: Array, w: Array) -> Array:
+        n = w.ndim - 2
+        last = (0, n + 1, *range(1, n + 1))
+        numbers = lax.ConvDimensionNumbers(last, (n + 1, n, *range(n)), last)
+        return lax.conv_general_dilated(
+            x, w, dimension_numbers=numbers, feature_group_count=self.groups, **dict(self.how)
+        )
+
+    def thin(self, x: Array, a: Array) -> Array:
+        z = self(x, jnp.tile(a.astype(x.dtype), self.groups))
+        return z.reshape(*z.shape[:-1], self.groups, a.shape[-1])
+
+    def then(self, z: Array, b: Array) -> Array:
+        by_group = b.astype(z.dtype).reshape(b.shape[0], self.groups, -1)
+        y = jnp.einsum("...gr,rgo->...go", z, by_group, precision=dict(self.how)["precision"])
+        return y.reshape(*y.shape[:-2], b.shape[-1])
+
+
+@rule("dot_general")
+def _dot(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any] | None:
+    left = is_adapted(values[0])
+    if left and is_adapted(values[1]):
+        return None
+    contract, batch = eqn.params["dimension_numbers"]
+    w, x = values if left else values[::-1]
+    (wc, xc), (wb, xb) = (contract, batch) if left else (contract[::-1], batch[::-1])
+    towards = _towards(w, wc)
+    if towards is None or any(w.axes[axis] != "s" for axis in wb):
+        return None
+    if towards is not w and len(w.core) == 2 and "v" not in w.core:
+        report(eqn, w, "is contracted over its output axis (probably its axes are the other way round)")
+    stacked, outputs = _axes_of(w, "s", without=wb), _free_axes(towards, wc)
+    x_free = [axis for axis in range(x.ndim) if axis not in (*xb, *xc)]
+    have = [*(("b", n) for n in range(len(wb))), *(("w", axis) for axis in stacked)]
+    have += [*(("x", axis) for axis in x_free), *(("w", axis) for axis in outputs)]
+    sides = [
+        [("w", axis) for axis in range(w.ndim) if axis not in (*wb, *wc)],
+        [("x", axis) for axis in x_free],
+    ]
+    want = [*(("b", n) for n in range(len(wb))), *(sides[0] + sides[1] if left else sides[1] + sides[0])]
+    order = [have.index(axis) for axis in want]
+    p = eqn.params
+    op = Dot(
+        count=len(wc),
+        left=left,
+        dtype=x.dtype,
+        precision=p["precision"],
+        preferred=p["preferred_element_type"],
+        out_sharding=None if wb or stacked else _reordered(p.get("out_sharding"), order),
+    )
+    y = _over_stacked(op, len(wb), len(stacked))(
+        _transpose(x, (*xb, *x_free, *xc)),
+        structure.transpose(towards, (*wb, *stacked, *wc, *outputs)),
+    )
+    return [_transpose(y, order)]
+
+
+@rule("gather")
+def _gather(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any] | None:
+    w, indices = values
+    p = eqn.params
+    numbers, sizes = p["dimension_numbers"], p["slice_sizes"]
+    starts = numbers.start_index_map
+    partial = [j for j in range(w.ndim) if sizes[j] != w.shape[j]] or list(starts[:1])
+    fills = p["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    if (
+        is_adapted(indices)
+        or len(partial) != 1
+        or partial[0] not in starts
+        or sizes[partial[0]] != 1
+        or (fills and len(starts) > 1)
+        or numbers.operand_batching_dims
+    ):
+        return None
+    picked = partial[0]
+    ids = indices[..., starts.index(picked)]
+    how = ("mode", "fill_value", "unique_indices", "indices_are_sorted")
+    op = LookUp(tuple((name, p[name]) for name in how))
+    kept = [axis for axis in range(w.ndim) if axis not in numbers.collapsed_slice_dims]
+    rest, batch = iter(kept), iter(range(ids.ndim))
+    rank = ids.ndim + len(kept)
+    want = [("w", next(rest)) if n in numbers.offset_dims else ("n", next(batch)) for n in range(rank)]
+    if w.axes[picked] == "s":
+        return [_stacked_rows(w, ids, op, picked, want)]
+    towards = _towards(w, (picked,))
+    if towards is None:
+        return None
+    stacked, outputs = _axes_of(w, "s"), _free_axes(towards, (picked,))
+    y = _over_stacked(op, 0, len(stacked))(
+        ids, structure.transpose(towards, (*stacked, picked, *outputs))
+    )
+    have = [*(("w", axis) for axis in stacked), *(("n", n) for n in range(ids.ndim))]
+    have += [("w", axis) for axis in outputs]
+    if picked in kept:
+        y, have = y[..., None], [*have, ("w", picked)]
+    return [_transpose(y, [have.index(axis) for axis in want])]
+
+
+@rule("conv_general_dilated")
+def _convolution(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any] | None:
+    x, w = values
+    p = eqn.params
+    numbers = p["dimension_numbers"]
+    out, in_, *window = numbers.rhs_spec
+    classes = [CLASS[letter] for letter in w.axes] if is_adapted(w) else []
+    if is_adapted(x) or p["batch_group_count"] != 1 or classes != ["o" if j == out else "i" for j in range(w.ndim)]:
+        return None
+    how = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision", "preferred_element_type")
+    op = Convolution(p["feature_group_count"], tuple((name, p[name]) for name in how))
+    batch, feature, *spatial = numbers.lhs_spec
+    y = structure.transpose(w, (*window, in_, out)).product(
+        _transpose(x, (batch, *spatial, feature)), op
+    )
+    batch, feature, *spatial = numbers.out_spec
+    have = [batch, *spatial, feature]
+    return [_transpose(y, [have.index(axis) for axis in range(y.ndim)])]
+
+
+def _towards(w: Adapted, contracted: Sequence[int]) -> Adapted | None:
+    """w or its transposed form, the one whose input axes are the contracted ones."""
+    if sorted(contracted) == _axes_of(w, "i"):
+        return w
+    return w.transposed() if sorted(contracted) == _axes_of(w, "o") else None
+
+
+def _axes_of(w: Adapted, kind: str, without: Sequence[int] = ()) -> list[int]:
+    return [j for j, letter in enumerate(w.axes) if CLASS[letter] == kind and j not in without]
+
+
+def _free_axes(w: Adapted, contracted: Sequence[int]) -> list[int]:
+    return [j for j, letter in enumerate(w.axes) if letter != "s" and j not in contracted]
+
+
+def _over_stacked(op: Any, shared: int, alone: int) -> Callable[[Array, Adapted], Array]:
+    """`product` over leading stacked axes: `shared` of x and w, then `alone` of w only."""
+
+    def product(x: Array, w: Adapted) -> Array:
+        return w.product(x, op)
+
+    for in_axes in [(None, 0)] * alone + [(0, 0)] * shared:
+        product = jax.vmap(product, in_axes=in_axes)
+    return product
+
+
+def _stacked_rows(w: Adapted, ids: Array, op: LookUp, picked: int, want: list) -> Adapted:
+    """Whole arrays of a stack chosen by ids: an array with the ids' axes stacked."""
+    rest = [axis for axis in range(w.ndim) if axis != picked]
+
+    def rows(array: Array) -> Array:
+        is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+        return array[jnp.clip(ids, 0, array.shape[0] - 1)] if is_key else op(ids, array)
+
+    w = structure.each(structure.transpose(w, (picked, *rest)), rows)
+    have = [*(("n", n) for n in range(ids.ndim)), *(("w", axis) for axis in rest)]
+    if ("w", picked) in want:
+        w = structure.broadcast(w, (1, *w.shape), range(1, w.ndim + 1))
+        have = [("w", picked), *have]
+    return structure.transpose(w, [have.index(axis) for axis in want])
+
+
+def _transpose(x: Array, order: Sequence[int]) -> Array:
+    return x if tuple(order) == tuple(range(x.ndim)) else lax.transpose(x, tuple(order))
+
+
+def _reordered(sharding: NamedSharding | None, order: Sequence[int]) -> NamedSharding | None:
+    """The sharding of the equation's result, for the result before its last transposition."""
+    if sharding is None:
+        return None
+    spec = [*sharding.spec, *[None] * (len(order) - len(sharding.spec))]
+    entries: list[Any] = [None] * len(order)
+    for entry, axis in zip(spec, order, strict=True):
+        entries[axis] = entry
+    return NamedSharding(sharding.mesh, PartitionSpec(*entries))
+
+
+@rule("convert_element_type")
+def _convert(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any] | None:
+    dtype = eqn.params["new_dtype"]
+    return [structure.cast(values[0], dtype)] if jnp.issubdtype(dtype, jnp.floating) else None
+
+
+@rule("stop_gradient", "pvary", "copy")
+def _each(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any]:
+    return [structure.each(values[0], lambda leaf: eqn.primitive.bind(leaf, **eqn.params))]
+
+
+@rule("sharding_constraint")
+def _constraint(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any]:
+    return [values[0].replace(base=eqn.primitive.bind(values[0].base, **eqn.params))]
+
+
+def _structural(name: str, change: Callable[..., Any]) -> None:
+    @rule(name)
+    def apply(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any] | None:
+        if not is_adapted(values[0]) or any(map(is_adapted, values[1:])):
+            return None
+        found = change(*values, **eqn.params)
+        return found if found is None or isinstance(found, list) else [found]
+
+
+_structural("transpose", lambda w, permutation: structure.transpose(w, permutation))
+_structural("squeeze", lambda w, dimensions: structure.squeeze(w, dimensions))
+_structural("reshape", lambda w, new_sizes, **_: structure.reshape(w, new_sizes))
+_structural(
+    "slice",
+    lambda w, start_indices, limit_indices, strides: structure.slice_(
+        w, start_indices, limit_indices, strides
+    ),
+)
+_structural("dynamic_slice", lambda w, *starts, slice_sizes: structure.dynamic_slice(w, starts, slice_sizes))
+_structural("split", lambda w, sizes, axis: structure.split(w, axis, sizes))
+_structural("unstack", lambda w, axis, **_: structure.unstack(w, axis))
+_structural(
+    "broadcast_in_dim",
+    lambda w, *_, shape, broadcast_dimensions, **__: structure.broadcast(w, shape, broadcast_dimensions),
+)

@@ -1,0 +1,206 @@
+"""Which leaves of a parameter tree a transform meets, and which of their axes are input and output.
+
+A *path* is the keys of `jax.tree_util.tree_flatten_with_path` joined by "/"; a *glob* matches a whole path.
+*Axes* are one letter an axis: `i` input, `o` output, `s` stacked, `k` spatial and `v` looked up (both count as input).
+"""
+
+import difflib
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+CLASS = {"i": "i", "v": "i", "k": "i", "o": "o", "s": "s"}  # what the letter of an axis counts as
+_DEFAULT_AXES = {"kernel": "io", "embedding": "vo", "weight": "oi"}
+_CANDIDATES = {
+    3: ("sio", "ioo", "iio", "kio", "soi"),
+    4: ("kkio", "sioo", "siio", "skio"),
+    5: ("kkkio", "skkio"),
+}
+
+
+class Absent(NamedTuple):
+    """Stands where a tuned leaf was taken out of the base (`without_tuned`): a static node without a buffer."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+jax.tree_util.register_pytree_node(
+    Absent, lambda absent: ((), tuple(absent)), lambda static, _: Absent(*static)
+)
+
+
+def path_of(keys: tuple) -> str:
+    """The keys of `tree_flatten_with_path` as one path; the trailing `.value` of an nnx variable is dropped."""
+    if keys and getattr(keys[-1], "name", None) == "value":
+        keys = keys[:-1]
+    return "/".join(jax.tree_util.keystr((key,), simple=True) for key in keys)
+
+
+def flatten(params: Any, is_leaf: Callable[[Any], bool] = lambda _: False) -> tuple[list[tuple[str, Any]], Any]:
+    """`[(path, leaf)], treedef`; an Absent leaf, and what `is_leaf` says, are leaves."""
+    flat, treedef = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=lambda node: isinstance(node, Absent) or is_leaf(node)
+    )
+    return [(path_of(keys), leaf) for keys, leaf in flat], treedef
+
+
+def _braces(glob: str) -> list[str]:
+    """`a/{b,c}` -> `[a/b, a/c]`, innermost braces first."""
+    inner = re.search(r"\{([^{}]*)\}", glob)
+    if not inner:
+        return [glob]
+    heads, tails = glob[: inner.start()], glob[inner.end() :]
+    return [g for option in inner[1].split(",") for g in _braces(heads + option + tails)]
+
+
+_WILD = {r"**/": r"(?:[^/]+/)*", r"/**": r"(?:/[^/]+)*", "**": r"(?:[^/]+(?:/[^/]+)*)?", "*": r"[^/]*"}
+
+
+@functools.cache
+def glob_regex(glob: str) -> re.Pattern:
+    """`*` within one part, `**` any number of parts, `{a,b}` alternatives; matches a whole path."""
+
+    def regex(plain: str) -> str:
+        pieces = re.split(r"((?:^|(?<=/))\*\*/|/\*\*(?=/|$)|\*\*|\*)", plain)
+        return "".join(_WILD.get(piece, re.escape(piece)) for piece in pieces)
+
+    return re.compile("|".join(regex(plain) for plain in _braces(glob)))
+
+
+def matches(glob: str, path: str) -> bool:
+    """Whether the glob matches the whole path."""
+    return glob_regex(glob).fullmatch(path) is not None
+
+
+def look_up(value: Any, path: str, what: str) -> Any:
+    """`value` itself, or the first match of a mapping glob -> value; no match is a ValueError."""
+    if not isinstance(value, Mapping):
+        return value
+    for glob, chosen in value.items():
+        if matches(glob, path):
+            return chosen
+    raise ValueError(f"{what}: no glob of {list(value)} matches {path!r}; add one, '**' for the rest")
+
+
+class Selection(NamedTuple):
+    """What `select` returns: call it on params to get `{path: axes}`."""
+
+    globs: tuple[str, ...]
+    axes: str | Mapping[str, str] | None = None
+    layers: tuple[int, ...] | None = None
+    exclude: tuple[str, ...] = ()
+
+    def __call__(self, params: Any) -> dict[str, str]:
+        """`{path: axes}` of the selected leaves, in the tree's order; unnamed axes beyond two are a ValueError."""
+        return {path: self.axes_of(path, leaf) for path, leaf in self.leaves(params).items()}
+
+    def leaves(self, params: Any) -> dict[str, Any]:
+        """`{path: leaf}` of the selected floating-point leaves; a glob that matches none is a ValueError."""
+        leaves = {path: leaf for path, leaf in flatten(params)[0] if _is_float(leaf)}
+        for glob in (*self.globs, *self.exclude):
+            if not any(matches(glob, path) for path in leaves):
+                raise ValueError(f"{glob!r} matches no parameter{_nearest(glob, leaves)}")
+        chosen = {
+            path: leaf
+            for path, leaf in leaves.items()
+            if any(matches(glob, path) for glob in self.globs)
+            and not any(matches(glob, path) for glob in self.exclude)
+            and self._in_layers(path, leaf)
+        }
+        if not chosen:
+            raise ValueError(
+                f"select({', '.join(map(repr, self.globs))}) with exclude={list(self.exclude)} and "
+                f"layers={self.layers} leaves no parameter"
+            )
+        return chosen
+
+    def axes_of(self, path: str, leaf: Any) -> str:
+        """The axes of one leaf: as named in `axes`, else by the leaf's name and number of axes."""
+        axes = self._named(path)
+        if axes is None and leaf.ndim < 3:
+            name = re.split(r"[/.]", path)[-1]
+            axes = _DEFAULT_AXES.get(name, "io") if leaf.ndim == 2 else "o" * leaf.ndim
+        if axes is None or len(axes) != leaf.ndim or set(axes) - set(CLASS):
+            said = "no axes are named" if axes is None else f"axes={axes!r}"
+            hint = ", ".join(_CANDIDATES.get(leaf.ndim, ("one of i, o, s, k, v an axis",)))
+            raise ValueError(
+                f"{path} has shape {tuple(leaf.shape)} but {said}: name its {leaf.ndim} axes with "
+                f"select(..., axes={{{path!r}: ...}}), for example {hint}"
+            )
+        return axes
+
+    def spec(self) -> dict[str, Any]:
+        """This selection as JSON, the form that `from_spec` reads."""
+        axes = dict(self.axes) if isinstance(self.axes, Mapping) else self.axes
+        said = {"axes": axes, "layers": self.layers and list(self.layers), "exclude": list(self.exclude)}
+        return {"select": list(self.globs)} | {name: value for name, value in said.items() if value}
+
+    def _named(self, path: str) -> str | None:
+        if not isinstance(self.axes, Mapping):
+            return self.axes
+        return next((axes for glob, axes in self.axes.items() if matches(glob, path)), None)
+
+    def _in_layers(self, path: str, leaf: Any) -> bool:
+        if self.layers is None:
+            return True
+        number = re.search(r"(?:^|[/_])(\d+)(?=/|$)", path)
+        if number:
+            return int(number[1]) in self.layers
+        axes = self._named(path) or ""
+        if "s" not in axes:
+            return False
+        if max(self.layers) >= leaf.shape[axes.index("s")]:
+            raise ValueError(f"layers={self.layers}: {path} has only {leaf.shape[axes.index('s')]} layers")
+        return True
+
+
+def select(
+    *globs: str,
+    axes: str | Mapping[str, str] | None = None,
+    layers: Iterable[int] | None = None,
+    exclude: str | Iterable[str] = (),
+) -> Selection:
+    """Chooses leaves of a parameter tree by the globs of their paths.
+
+    Args:
+      globs: `*` within one part, `**` any number of parts, `{a,b}` alternatives; each must match something.
+      axes: one string for all (`"io"`), or a mapping glob -> string (first match wins). Two axes need no naming where
+        the leaf's name says them: `kernel` "io", `embedding` "vo", `weight` "oi" (torch, Equinox), else "io".
+      layers: only these: the number in `h_3`, or entries of the stacked axis `s`.
+      exclude: globs of leaves to leave out.
+
+    >>> import jax.numpy as jnp, lora_jax as lj
+    >>> params = {"attn": {"query": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}}}
+    >>> lj.select("**/kernel")(params)
+    {'attn/query/kernel': 'io'}
+    """
+    if not globs or not all(isinstance(glob, str) for glob in globs):
+        raise TypeError(f"select takes one glob or more, each a string, got {globs!r}")
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    chosen = None if layers is None else tuple(sorted(int(layer) for layer in layers))
+    if chosen is not None and (not chosen or chosen[0] < 0):
+        raise ValueError(f"layers={chosen}: name one layer or more, counted from 0")
+    return Selection(globs, axes, chosen, exclude)
+
+
+def _is_float(leaf: Any) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+
+
+def _nearest(glob: str, paths: Iterable[str]) -> str:
+    plain = _braces(glob)[0].replace("**/", "").replace("*", "")
+    by_end = {"/".join(path.split("/")[-plain.count("/") - 1 :]): path for path in paths}
+    near = difflib.get_close_matches(plain, by_end, n=3, cutoff=0.0)
+    near += difflib.get_close_matches(plain, paths := list(paths), n=3, cutoff=0.0)
+    shown = list(dict.fromkeys(by_end.get(path, path) for path in near))[:4]
+    return f"; the nearest paths are {', '.join(shown)}" if shown else ": there are no float leaves"

@@ -1,0 +1,168 @@
+"""Slicing, transposing and reshaping an adapted array without making it dense.
+
+Every operation acts on the base and, through `layout`, on the factors that share the axes it touches: written once, it
+serves every method.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from lora_jax.arrays import Adapted, factor_axes
+from lora_jax.selection import CLASS
+
+
+def _rebuild(w: Adapted, axes: str, change: Callable[[Array, list], Array]) -> Adapted:
+    """A new array with these axes; `change(array, where)` maps each array, whose axes `where` names by base axis."""
+    arrays = {"base": change(w.base, list(range(w.ndim)))}
+    for name, layout in w.layout.items():
+        if (factor := getattr(w, name)) is not None:
+            arrays[name] = change(factor, factor_axes(layout, w.axes))
+    return w.replace(core=axes.lstrip("s"), **arrays)
+
+
+def each(w: Adapted, change: Callable[[Array], Any]) -> Adapted:
+    """`change` of base and factors alike, axes as they are."""
+    return _rebuild(w, w.axes, lambda array, _: change(array))
+
+
+def cast(w: Adapted, dtype: Any) -> Adapted:
+    """Base and low-rank factors in another float dtype; scales keep theirs (they are applied in the product's)."""
+    kept = {name: getattr(w, name) for name in w.layout if set(w.layout[name]) == {"s"}}
+    return each(
+        w, lambda array: array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
+    ).replace(**kept)
+
+
+def transpose(w: Adapted, order: Sequence[int]) -> Adapted:
+    order = tuple(order)
+    if order == tuple(range(w.ndim)):
+        return w
+    axes = "".join(w.axes[axis] for axis in order)
+    rank = {axis: j for j, axis in enumerate(order)}
+
+    def change(array: Array, where: list) -> Array:
+        if array is w.base:
+            return lax.transpose(array, order)
+        # within a class a factor follows the base's order; between classes and own axes it keeps its own
+        slots: dict[str, list[int]] = {}
+        for slot, axis in enumerate(where):
+            if isinstance(axis, int):
+                slots.setdefault(CLASS[w.axes[axis]], []).append(slot)
+        turn = list(range(len(where)))
+        for group in slots.values():
+            for slot, source in zip(group, sorted(group, key=lambda s: rank[where[s]]), strict=True):
+                turn[slot] = source
+        return array if turn == list(range(len(turn))) else lax.transpose(array, turn)
+
+    return _rebuild(w, axes, change)
+
+
+def squeeze(w: Adapted, dimensions: Sequence[int]) -> Adapted:
+    axes = "".join(letter for j, letter in enumerate(w.axes) if j not in dimensions)
+    return _rebuild(
+        w, axes, lambda array, where: lax.squeeze(array, [where.index(d) for d in dimensions if d in where])
+    )
+
+
+def slice_(w: Adapted, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int] | None) -> Adapted:
+    steps = strides or (1,) * w.ndim
+
+    def change(array: Array, where: list) -> Array:
+        bounds = [
+            (starts[axis], limits[axis], steps[axis]) if isinstance(axis, int) else (0, size, 1)
+            for axis, size in zip(where, array.shape, strict=True)
+        ]
+        whole = all(b == (0, size, 1) for b, size in zip(bounds, array.shape, strict=True))
+        return array if whole else lax.slice(array, *zip(*bounds, strict=True))
+
+    return _rebuild(w, w.axes, change)
+
+
+def dynamic_slice(w: Adapted, starts: Sequence[Any], sizes: Sequence[int]) -> Adapted:
+    def change(array: Array, where: list) -> Array:
+        for slot, axis in enumerate(where):
+            if isinstance(axis, int) and sizes[axis] != array.shape[slot]:
+                array = lax.dynamic_slice_in_dim(array, starts[axis], sizes[axis], slot)
+        return array
+
+    return _rebuild(w, w.axes, change)
+
+
+def split(w: Adapted, axis: int, sizes: Sequence[int]) -> list[Adapted]:
+    pieces, start = [], 0
+    for size in map(int, sizes):
+        starts, limits = [0] * w.ndim, list(w.shape)
+        starts[axis], limits[axis] = start, start + size
+        pieces.append(slice_(w, starts, limits, None))
+        start += size
+    return pieces
+
+
+def unstack(w: Adapted, axis: int) -> list[Adapted]:
+    return [squeeze(piece, (axis,)) for piece in split(w, axis, (1,) * w.shape[axis])]
+
+
+def broadcast(w: Adapted, shape: Sequence[int], dimensions: Sequence[int]) -> Adapted:
+    """`lax.broadcast_in_dim`; every new axis counts as stacked."""
+    letters = ["s"] * len(shape)
+    for old, new in enumerate(dimensions):
+        letters[new] = w.axes[old]
+    axes = "".join(letters)
+
+    def change(array: Array, where: list, layout: str | None = None) -> Array:
+        target = list(range(len(shape))) if layout is None else factor_axes(layout, axes)
+        at = [target.index(dimensions[axis] if isinstance(axis, int) else axis) for axis in where]
+        sizes = [
+            shape[axis] if isinstance(axis, int) else array.shape[where.index(axis)] for axis in target
+        ]
+        return lax.broadcast_in_dim(array, sizes, at)
+
+    arrays = {
+        name: change(getattr(w, name), factor_axes(layout, w.axes), layout)
+        for name, layout in w.layout.items()
+        if getattr(w, name) is not None
+    }
+    base = change(w.base, list(range(w.ndim)))
+    return w.replace(base=base, core=axes.lstrip("s"), **arrays)
+
+
+def reshape(w: Adapted, shape: Sequence[int]) -> Adapted | None:
+    """None where the new shape joins axes of different classes, which no factor can follow."""
+    axes = _reshaped_axes(w.axes, w.shape, shape)
+    if axes is None:
+        return None
+    arrays = {}
+    for name, layout in w.layout.items():
+        if (factor := getattr(w, name)) is not None:
+            old, new = factor_axes(layout, w.axes), factor_axes(layout, axes)
+            own = dict(zip(old, factor.shape, strict=True))
+            sizes = [shape[axis] if isinstance(axis, int) else own[axis] for axis in new]
+            arrays[name] = factor.reshape(sizes)
+    return w.replace(base=w.base.reshape(shape), core=axes.lstrip("s"), **arrays)
+
+
+def _reshaped_axes(axes: str, old: Sequence[int], new: Sequence[int]) -> str | None:
+    """The letters of the new axes: runs of old and new axes with equal products must stay within one class."""
+    if 0 in old:
+        return None
+    letters, i, j = "", 0, 0
+    while i < len(old) or j < len(new):
+        # an axis of size one goes as it came: a new one is stacked
+        if i < len(old) and old[i] == 1 and (j == len(new) or new[j] != 1):
+            i += 1
+            continue
+        if j < len(new) and new[j] == 1 and (i == len(old) or old[i] != 1):
+            letters, j = letters + "s", j + 1
+            continue
+        first_i, first_j, i, j = i, j, i + 1, j + 1
+        while (have := math.prod(old[first_i:i])) != (want := math.prod(new[first_j:j])):
+            i, j = (i + 1, j) if have < want else (i, j + 1)
+        group = axes[first_i:i]
+        if len({CLASS[letter] for letter in group}) > 1:
+            return None
+        letters += group if i - first_i == j - first_j else group[-1] * (j - first_j)
+    return letters
