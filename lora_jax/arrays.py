@@ -113,12 +113,14 @@ class Adapted:
         return self
 
     def _unlifted(self, *_: Any, **__: Any) -> Any:
-        raise TypeError(
-            f"adapted array at {self.path or '?'}: wrap the function with lora_jax.lift, or merge"
-        )
+        raise TypeError(f"adapted array at {self.path}: wrap the function with lora_jax.lift, or merge")
 
-    __jax_array__ = __array__ = _unlifted
-    __matmul__ = __rmatmul__ = __add__ = __radd__ = __mul__ = __rmul__ = __getitem__ = _unlifted
+    __jax_array__ = __array__ = __getitem__ = __iter__ = __neg__ = __pow__ = _unlifted
+    __matmul__ = __rmatmul__ = __add__ = __radd__ = __sub__ = __rsub__ = _unlifted
+    __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _unlifted
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"adapted array at {self.path} has no {name}: wrap with lora_jax.lift, or merge")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path}, {self.axes!r}, shape={self.shape})"
@@ -174,7 +176,7 @@ class LowRank(Adapted):
 
     def delta(self) -> Array:
         """scale * A B in the base's axes, float32 (or wider)."""
-        wide = jnp.promote_types(self.dtype, jnp.float32)
+        wide = jnp.float64 if self.dtype == jnp.float64 else jnp.float32
         names = [subscripts(self.layout[name], self.axes) for name in ("a", "b")]
         scaled = jnp.einsum(
             f"{names[0]},{subscripts('s', self.axes)}->{names[0]}",

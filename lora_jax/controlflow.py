@@ -17,16 +17,13 @@ from lora_jax.lifting import Report, evaluate, rule
 
 def _dense(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any]:
     """Values without adapted arrays, each reported."""
-    for value in values:
-        if is_adapted(value):
-            report(eqn, value, "is made dense")
-    return [value.materialize() if is_adapted(value) else value for value in values]
+    return [report.dense(eqn, value) if is_adapted(value) else value for value in values]
 
 
 @rule("jit", "pjit", "closed_call", "core_call")
 def _jit(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any]:
     closed = eqn.params["jaxpr"]
-    return evaluate(closed.jaxpr, closed.consts, values, report)
+    return evaluate(closed.jaxpr, closed.consts, values, report.inside(eqn, closed.jaxpr))
 
 
 @rule("remat2", "checkpoint", "remat")
@@ -119,7 +116,7 @@ def _shard_map(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> Sequ
             _specs(x, spec) if is_adapted(x) else spec for x, spec in zip(values, p["in_specs"], strict=True)
         ),
         out_specs=tuple(p["out_specs"]),
-        axis_names=p["manual_axes"],
+        axis_names=p["newly_manual_axes"],
         check_vma=p["check_vma"],
     )(*values)
 

@@ -5,6 +5,7 @@ values. Runs of equations that meet none go to JAX's own evaluation; an equation
 `rules.py`, or gets the weight dense, which is reported.
 """
 
+import dataclasses
 import functools
 import os
 import sys
@@ -18,7 +19,6 @@ from jax import Array
 
 from lora_jax.arrays import Adapted, Tuned, is_adapted
 
-Report = Callable[[jex.JaxprEqn, Adapted, str], None]
 RULES: dict[str, Callable] = {}  # primitive name -> rule(evaluator, equation, values) -> outputs, or None for "dense"
 
 
@@ -57,7 +57,7 @@ def lift(fn: Callable, on_dense: Literal["warn", "error", "allow"] = "warn") -> 
     """
     if on_dense not in ("warn", "error", "allow"):
         raise ValueError(f"on_dense={on_dense!r}: choose 'warn', 'error' or 'allow'")
-    report = _reporter(on_dense)
+    seen: set[str] = set()
 
     @functools.wraps(fn)
     def lifted(*args: Any, **kwargs: Any) -> Any:
@@ -75,14 +75,18 @@ def lift(fn: Callable, on_dense: Literal["warn", "error", "allow"] = "warn") -> 
             )
             return fn(*args, **kwargs)
 
+        report = Report(on_dense, seen)
         closed, shapes = jax.make_jaxpr(of_bases, return_shape=True)(*(w.base for w in adapted.values()))
         outputs = evaluate(closed.jaxpr, closed.consts, list(adapted.values()), report)
+        untouched = set(map(id, adapted.values()))
+        outputs = [report.dense(None, x) if is_adapted(x) and id(x) not in untouched else x for x in outputs]
+        report.finish()
         return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
     return lifted
 
 
-def evaluate(jaxpr: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Any], report: Report) -> list[Any]:
+def evaluate(jaxpr: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Any], report: "Report") -> list[Any]:
     """The outputs of a jaxpr for plain and adapted inputs."""
     env: dict[jex.Var, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
     last_use = {
@@ -116,9 +120,7 @@ def evaluate(jaxpr: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Any], repor
                 env.update(zip(eqn.outvars, found, strict=True))
                 continue
             for var in dict.fromkeys(met):
-                report(eqn, env[var], "is made dense")
-                if var not in made_dense:
-                    made_dense[var] = env[var].materialize()
+                made_dense[var] = report.dense(eqn, env[var], made_dense.get(var))
         run.append(eqn)
     flush(len(jaxpr.eqns))
     return [read(var) for var in jaxpr.outvars]
@@ -147,36 +149,64 @@ def _plainly(jaxpr: jex.Jaxpr, eqns: list[jex.JaxprEqn], outs: list, read: Calla
     return jex.jaxpr_as_fun(jex.ClosedJaxpr(sub, []))(*map(read, inputs))
 
 
-def _reporter(on_dense: str) -> Report:
-    seen: set[tuple[str, str]] = set()
+@dataclasses.dataclass
+class Report:
+    """What happens to adapted weights in one call of a lifted function, said once a place."""
 
-    def report(eqn: jex.JaxprEqn, w: Adapted, what: str) -> None:
-        place = _user_line(eqn)
-        if on_dense == "allow" or w.ndim < 2 or (place, what) in seen:
+    on_dense: str
+    seen: set[str]
+    straight: set[str] = dataclasses.field(default_factory=set)
+    turned: dict[str, str] = dataclasses.field(default_factory=dict)
+    place: str | None = None  # of the user's call of the library function that is evaluated
+
+    def inside(self, eqn: jex.JaxprEqn, jaxpr: jex.Jaxpr) -> "Report":
+        """The same report for the body of a jitted function: a library's is cached, its lines are another call's."""
+        if self.place or not jaxpr.debug_info.func_src_info.split(" at ")[-1].startswith(_library_roots()):
+            return self
+        return dataclasses.replace(self, place=_user_line(eqn))
+
+    def dense(self, eqn: jex.JaxprEqn | None, w: Adapted, known: Array | None = None) -> Array:
+        """The dense array; reported where it is more than a vector."""
+        if w.ndim > 1:
+            by = f"'{eqn.primitive.name}' at {self.place or _user_line(eqn)}" if eqn else "being returned"
+            self._say(f"adapted array at {w.path} is made dense by {by}")
+        return w.materialize() if known is None else known
+
+    def contracts(self, eqn: jex.JaxprEqn, w: Adapted, turned: bool) -> None:
+        """A product contracts the weight's input axes or, `turned`, its output axes."""
+        if not turned:
+            self.straight.add(str(w.path))
+        elif len(w.core) == 2 and "v" not in w.core:
+            self.turned.setdefault(str(w.path), self.place or _user_line(eqn))
+
+    def finish(self) -> None:
+        for path in self.turned.keys() - self.straight:
+            self._say(
+                f"adapted array at {path} is contracted only over its output axis at {self.turned[path]}: "
+                "probably its axes are named the other way round ('oi' for 'io')"
+            )
+
+    def _say(self, message: str) -> None:
+        if self.on_dense == "allow" or message in self.seen:
             return
-        seen.add((place, what))
-        message = (
-            f"adapted array at {w.path} {what} by '{eqn.primitive.name}' at {place}; "
-            'lift(fn, on_dense="allow") accepts it'
-        )
-        if on_dense == "error":
+        self.seen.add(message)
+        message += '; lift(fn, on_dense="allow") accepts it'
+        if self.on_dense == "error":
             raise ValueError(message)
-        warnings.warn(message, DenseWeight, stacklevel=2)
+        warnings.warn(message, DenseWeight, stacklevel=4)
 
-    return report
+
+def _library_roots() -> tuple[str, ...]:
+    names = ("jax", "flax", "numpy", "equinox", "optax")
+    files = (sys.modules[name].__file__ or "" for name in names if name in sys.modules)
+    return tuple(os.path.dirname(file) + os.sep for file in files)
 
 
 def _user_line(eqn: jex.JaxprEqn) -> str:
     """File and line of the equation in the user's own code."""
-    roots = [
-        os.path.dirname(module.__file__ or "") + os.sep
-        for name in ("jax", "flax", "numpy", "equinox", "optax")
-        if (module := sys.modules.get(name))
-    ]
-    here = os.path.dirname(__file__)
     traceback: Any = eqn.source_info.traceback
     for frame in traceback.frames if traceback else ():
         file: str = frame.file_name
-        if os.path.dirname(file) != here and not file.startswith((*roots, "<")):
+        if os.path.dirname(file) != os.path.dirname(__file__) and not file.startswith((*_library_roots(), "<")):
             return f"{file}:{frame.line_num}"
     return "an unknown place"

@@ -116,8 +116,7 @@ def _dot(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any] 
     towards = _towards(w, wc)
     if towards is None or any(w.axes[axis] != "s" for axis in wb):
         return None
-    if towards is not w and len(w.core) == 2 and "v" not in w.core:
-        report(eqn, w, "is contracted over its output axis (probably its axes are the other way round)")
+    report.contracts(eqn, w, turned=towards is not w)
     stacked, outputs = _axes_of(w, "s", without=wb), _free_axes(towards, wc)
     x_free = [axis for axis in range(x.ndim) if axis not in (*xb, *xc)]
     have = [*(("b", n) for n in range(len(wb))), *(("w", axis) for axis in stacked)]

@@ -114,13 +114,16 @@ class Selection(NamedTuple):
             for path, leaf in leaves.items()
             if any(matches(glob, path) for glob in self.globs)
             and not any(matches(glob, path) for glob in self.exclude)
-            and self._in_layers(path, leaf)
+            and self._layers_of(path, leaf) & set(self.layers or (0,))
         }
         if not chosen:
             raise ValueError(
                 f"select({', '.join(map(repr, self.globs))}) with exclude={list(self.exclude)} and "
                 f"layers={self.layers} leaves no parameter"
             )
+        met = set().union(*(self._layers_of(path, leaf) for path, leaf in chosen.items()))
+        if self.layers and (missing := sorted(set(self.layers) - met)):
+            raise ValueError(f"layers={self.layers}: {next(iter(chosen))} and its like have no layer {missing[0]}")
         return chosen
 
     def axes_of(self, path: str, leaf: Any) -> str:
@@ -149,18 +152,14 @@ class Selection(NamedTuple):
             return self.axes
         return next((axes for glob, axes in self.axes.items() if matches(glob, path)), None)
 
-    def _in_layers(self, path: str, leaf: Any) -> bool:
+    def _layers_of(self, path: str, leaf: Any) -> set[int]:
+        """The layers of a leaf: the number in its path, or the entries of its stacked axis."""
         if self.layers is None:
-            return True
-        number = re.search(r"(?:^|[/_])(\d+)(?=/|$)", path)
-        if number:
-            return int(number[1]) in self.layers
+            return {0}
+        if number := re.search(r"(?:^|[/_])(\d+)(?=/|$)", path):
+            return {int(number[1])}
         axes = self._named(path) or ""
-        if "s" not in axes:
-            return False
-        if max(self.layers) >= leaf.shape[axes.index("s")]:
-            raise ValueError(f"layers={self.layers}: {path} has only {leaf.shape[axes.index('s')]} layers")
-        return True
+        return set(range(leaf.shape[axes.index("s")])) if "s" in axes else set()
 
 
 def select(

@@ -55,6 +55,13 @@ class ParamTransform(NamedTuple):
     spec: dict[str, Any]
 
 
+def need_factors(path: str, factors: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    """A ValueError unless the factors of a path have these names and shapes."""
+    have = {name: tuple(factor.shape) for name, factor in factors.items()}
+    if have != shapes:
+        raise ValueError(f"{path}: the delta's factors are {have}, but the base and the method need {shapes}")
+
+
 def stable_hash(name: str) -> int:
     """A hash that does not change between runs: 31 bits, for `jax.random.fold_in`."""
     return zlib.crc32(name.encode()) & 0x7FFFFFFF
@@ -138,9 +145,8 @@ def from_spec(spec: dict[str, Any]) -> ParamTransform:
     name = options.pop("method", None)
     if name not in _METHODS:
         near = difflib.get_close_matches(str(name), _METHODS, 1)
-        raise ValueError(
-            f"method {name!r} is not known{f'; did you mean {near[0]!r}' * bool(near)}: {sorted(_METHODS)}"
-        )
+        hint = f"did you mean {near[0]!r}?" if near else f"it is one of {sorted(_METHODS)}"
+        raise ValueError(f"the spec's method {name!r} is not known; {hint}")
     first = []
     if "select" in options:
         globs = options.pop("select")
@@ -226,6 +232,7 @@ def unmerge(merged: Any, method: ParamTransform, delta: Delta) -> Any:
 
 def without_tuned(params: Any, delta: Delta) -> Any:
     """Params with `Absent` for the leaves that the delta holds itself (`tune`), so that memory holds them once."""
+    _need_params(params, "without_tuned")
     flat, treedef = flatten(params, is_adapted)
     return jax.tree.unflatten(
         treedef,

@@ -10,7 +10,7 @@ from jax import Array
 
 from lora_jax.arrays import Label, LowRank
 from lora_jax.selection import CLASS, Absent, Selection, look_up
-from lora_jax.transforms import ParamTransform, per_leaf, register
+from lora_jax.transforms import ParamTransform, need_factors, per_leaf, register
 
 _SCALE_RULES = {"alpha/r": lambda alpha, r: alpha / r, "alpha/sqrt(r)": lambda alpha, r: alpha / math.sqrt(r)}
 _A_INITS = ("kaiming_uniform", "gaussian")
@@ -73,11 +73,7 @@ def lora(
         scale = jnp.asarray(strength * _SCALE_RULES[scale_rule](whose_alpha, r), jnp.float32)
         layers = selection.layers if stacked and selection.layers else None
         shapes = _shapes(path, leaf, axes, r, layers)
-        for name, shape in shapes.items():
-            if tuple(factors[name].shape) != shape:
-                raise ValueError(
-                    f"{path}: factor {name} has shape {tuple(factors[name].shape)}, the base needs {shape}"
-                )
+        need_factors(path, factors, shapes)
         if layers:
             factors = {name: _all_layers(factors[name], layers, stacked[0]) for name in shapes}
         if key is not None and dropout and stacked:

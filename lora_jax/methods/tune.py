@@ -7,7 +7,7 @@ from jax import Array
 
 from lora_jax.arrays import Label, Tuned
 from lora_jax.selection import Absent, Selection
-from lora_jax.transforms import ParamTransform, per_leaf, register
+from lora_jax.transforms import ParamTransform, need_factors, per_leaf, register
 
 
 def tune(selection: Selection) -> ParamTransform:
@@ -27,9 +27,8 @@ def tune(selection: Selection) -> ParamTransform:
     def adapt(
         key: Array | None, path: str, leaf: Any, axes: str, factors: dict[str, Array], strength: Any
     ) -> Tuned:
+        need_factors(path, factors, {"value": tuple(leaf.shape)})
         value = factors["value"]
-        if tuple(value.shape) != tuple(leaf.shape):
-            raise ValueError(f"{path}: value has shape {tuple(value.shape)}, the base {tuple(leaf.shape)}")
         if isinstance(strength, float | int) and strength == 1:
             return Tuned(value=value, path=Label(path))
         if isinstance(leaf, Absent):

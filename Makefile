@@ -1,0 +1,58 @@
+# `make quickstart` and `make test` need a Python of 3.11 or newer; both make .venv themselves.
+
+VERSION ?= 3.11 3.12 3.13
+# The first of these versions that runs, on the PATH or among pyenv's.
+PYTHON ?= $(firstword $(foreach v,$(VERSION),$(shell python$(v) -c 'import sys; print(sys.executable)' \
+  2>/dev/null || ls "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$(v).*/bin/python$(v) 2>/dev/null)))
+VENV ?= .venv
+JAX ?= jax
+# A line of its own, pinned: `make test TORCH=` does without, and skips the comparisons with torch.
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+
+PY := $(VENV)/bin/python
+INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
+
+.PHONY: quickstart test test-all test-core test-matrix lint results
+
+quickstart: $(VENV)/.installed
+	$(PY) -m experiments.quickstart
+
+test: lint
+	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+# With the compiler's optimizations, which the tests do without for speed.
+test-all: lint
+	XLA_FLAGS= $(PY) -m pytest $(PYTEST_ARGS)
+
+test-core: $(VENV)/.installed-core
+	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS) tests/core
+
+test-matrix:
+	$(MAKE) test VENV=.venv VERSION=3.11
+	$(MAKE) test VENV=.venv-312 VERSION=3.12 JAX="jax>=0.12,<0.13"
+	$(MAKE) test-core VENV=.venv-312-jax011 VERSION=3.12 JAX="jax>=0.11,<0.12"
+
+lint: $(VENV)/.installed-test
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+results: $(VENV)/.installed
+	$(PY) -m experiments.results
+
+# One stamp for each set of packages; after a change of pyproject.toml they are installed anew.
+$(VENV)/.installed: pyproject.toml
+	$(if $(PYTHON),,$(error no Python $(VERSION) found: install one, or say PYTHON=/path/to/python))
+	$(PY) -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv $(VENV)
+	$(INSTALL) "$(JAX)" -e .
+	touch $@
+
+$(VENV)/.installed-core: $(VENV)/.installed
+	$(INSTALL) "$(JAX)" -e ".[test-core]"
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed-core
+	$(if $(TORCH),$(INSTALL) "$(TORCH)")
+	$(INSTALL) "$(JAX)" -e ".[test]"
+	touch $@

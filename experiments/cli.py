@@ -1,0 +1,47 @@
+"""What the entry points share: flags, and errors that a user can act on as one message."""
+
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from absl import app, flags, logging
+
+flags.DEFINE_string("workdir", None, "Folder of the run: made, or gone on with if it holds one.")
+
+
+def run(main: Callable[[], None]) -> None:
+    """absl's `app.run`, but a bad flag or a ValueError, TypeError or OSError of main ends the
+    program with its message alone and exit code 1; -v=1 shows where it came from."""
+
+    def guarded(argv: Sequence[str]) -> None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # orbax and others tell each step they take
+        if len(argv) > 1:
+            _end(f"{argv[1]!r} is not expected: write --flag=value")
+        try:
+            main()
+        except (ValueError, TypeError, OSError) as error:
+            if flags.FLAGS.verbosity > 0:
+                traceback.print_exc()
+            _end(str(error))
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except (AttributeError, KeyError) as error:  # of ml_collections: a key that is not there
+        message = str(error.args[0])
+        hint = re.search(r"Did you mean .*\?", message)
+        said = hint[0] if hint else "The config file lists the keys."
+        _end(f"the config has no key {re.findall(r'[a-zA-Z_]+', message)[0]!r}. {said}")
+    except flags.Error as error:
+        _end(str(error).strip().splitlines()[-1])
+
+
+def _end(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)

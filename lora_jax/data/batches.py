@@ -1,0 +1,204 @@
+"""Schedules of batches: fixed shapes, a seeded order, every position reachable by its index.
+
+A batch is a dict of arrays, of b rows (examples, or packed rows), l tokens, n labelled positions:
+
+    tokens (b, l) int32         0 where padded, on the right
+    mask (b, l) bool            True: a real token
+    labelled (b, n) int32       the positions along l whose next token is scored
+    labels (b, n) int32         those next tokens
+    weights (b, n) float32      1, or 0 where there is no label
+
+Packed rows (`packed`) also have `segments` and `positions` (b, l) int32. A row of zeros fills up a
+short batch. The shapes (l, n) are few, so a training step is compiled a few times only.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lora_jax.data.pairs import Encoded
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The batches of every epoch: `schedule(epoch)[i]` is one, `len(schedule)` their number.
+
+    Each row comes once an epoch. The order depends on (seed, epoch) alone, so a run goes on from a
+    position (epoch, i) without replaying anything. Rows left over in a bucket move to the next
+    longer one: only one batch of an epoch can be short, and there are ceil(rows / batch_size).
+
+    Attributes:
+      buckets: the rows of each bucket, shortest first.
+      shapes: (l, n) of each bucket.
+      batch_size: b, the rows of a batch.
+      seed: seeds the order.
+      collate: makes a batch: (rows, l, n) -> Batch, with -1 for an empty row.
+    """
+
+    buckets: tuple[np.ndarray, ...]
+    shapes: tuple[tuple[int, int], ...]
+    batch_size: int
+    seed: int
+    collate: Callable[[np.ndarray, int, int], Batch]
+
+    def __len__(self) -> int:
+        return -(-sum(len(bucket) for bucket in self.buckets) // self.batch_size)
+
+    def __call__(self, epoch: int) -> "Epoch":
+        random = np.random.default_rng([self.seed, epoch])
+        parts, bucket_of = [], []
+        rest = np.zeros(0, np.int64)
+        for number, bucket in enumerate(self.buckets):
+            rows = np.concatenate([rest, random.permutation(bucket)])
+            last = number == len(self.buckets) - 1
+            count = -(-len(rows) // self.batch_size) if last else len(rows) // self.batch_size
+            full = np.full(count * self.batch_size, -1, np.int64)
+            full[: len(rows)] = rows[: len(full)]
+            rest = rows[len(full) :]
+            parts.append(full.reshape(count, self.batch_size))
+            bucket_of.append(np.full(count, number))
+        order = random.permutation(len(self))
+        return Epoch(self, np.concatenate(parts)[order], np.concatenate(bucket_of)[order])
+
+
+@dataclass(frozen=True)
+class Epoch(Sequence):
+    """The batches of one epoch, each made when asked for.
+
+    Attributes:
+      rows: (steps, batch_size), -1 for none.
+      bucket_of: (steps,) each batch's bucket.
+    """
+
+    schedule: Schedule
+    rows: np.ndarray
+    bucket_of: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        return self.schedule.collate(self.rows[i], *self.schedule.shapes[self.bucket_of[i]])
+
+
+def bucketed(examples: Encoded, batch_size: int, seed: int = 0, *, buckets: int = 8) -> Schedule:
+    """Batches of examples of about equal length, padded on the right to their bucket's l and n.
+
+    Args:
+      batch_size: examples in a batch (8 in the paper's GPT-2 recipe).
+      seed: seeds the order of examples and batches.
+      buckets: the most buckets, whose lengths are chosen so that padding is least.
+
+    Raises:
+      ValueError: a batch size or a number of buckets below 1.
+    """
+    if batch_size < 1 or buckets < 1:
+        raise ValueError(f"batch_size={batch_size}, buckets={buckets}: both must be at least 1")
+    lengths, labels = examples.lengths, examples.labels
+    edges = bucket_lengths(lengths, buckets)
+    bucket_of = np.searchsorted(edges, lengths)
+    members = tuple(np.flatnonzero(bucket_of == number) for number in range(len(edges)))
+    # a bucket also takes what shorter ones leave over: its n is theirs at least
+    most = np.maximum.accumulate([labels[rows].max() for rows in members])
+    shapes = tuple((int(length), int(n)) for length, n in zip(edges, most, strict=True))
+
+    def collate(rows: np.ndarray, length: int, count: int) -> Batch:
+        return _pairs_batch(examples, rows, length, count)
+
+    return Schedule(members, shapes, batch_size, seed, collate)
+
+
+def packed(tokens: np.ndarray, batch_size: int, length: int, seed: int = 0, *, eos: int) -> Schedule:
+    """Rows of exactly `length` tokens out of documents laid end to end, for pretraining.
+
+    Every document begins with `eos`, as `text.encode` makes them, and so every token of the stream
+    but its first is a label: a document's last token predicts the next one's eos. A row is cut
+    where it is full; what follows in the next row is a segment of its own. Positions restart in
+    each segment. The last row of all may be short.
+
+    Args:
+      tokens: (total,) int32.
+      length: l; also n.
+      eos: the token that begins a document.
+
+    Raises:
+      ValueError: fewer than two tokens, or a size below 1.
+    """
+    if batch_size < 1 or length < 1:
+        raise ValueError(f"batch_size={batch_size}, length={length}: both must be at least 1")
+    if len(tokens) < 2:
+        raise ValueError(f"{len(tokens)} tokens of text: nothing to predict")
+    rows = np.arange(-(-(len(tokens) - 1) // length))
+
+    def collate(rows: np.ndarray, length: int, count: int) -> Batch:
+        return _packed_batch(tokens, rows, length, eos)
+
+    return Schedule((rows,), ((length, length),), batch_size, seed, collate)
+
+
+def bucket_lengths(lengths: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` lengths to pad to, ascending, with the least padding in all.
+
+    >>> bucket_lengths(np.array([3, 3, 4, 9, 10, 10]), 2)
+    array([ 4, 10])
+    """
+    values, counts = np.unique(lengths, return_counts=True)
+    below = np.concatenate([[0], np.cumsum(counts)])
+    # cost[i, j]: the tokens of one bucket of values[i:j], all as long as values[j - 1]
+    cost = np.triu(np.concatenate([[0], values]) * (below[None, :] - below[:, None]), 1)
+    cost = np.where(cost > 0, cost, np.inf)
+    best, choices = cost[0], []
+    for _ in range(min(count, len(values)) - 1):
+        total = best[:, None] + cost
+        choices.append(total.argmin(0))
+        best = total.min(0)
+    edges = [len(values)]
+    for choice in reversed(choices):
+        edges.insert(0, int(choice[edges[0]]))
+    return values[np.array(edges) - 1]
+
+
+def _pairs_batch(examples: Encoded, rows: np.ndarray, length: int, count: int) -> Batch:
+    real = (rows >= 0)[:, None]
+    first = examples.offsets[rows][:, None]
+    start = examples.starts[rows][:, None]
+    along, ahead = np.arange(length), np.arange(count)
+    mask = real & (along < examples.lengths[rows][:, None])
+    scored = real & (ahead < examples.labels[rows][:, None])
+    return {
+        "tokens": _take(examples.tokens, first + along, mask),
+        "mask": mask,
+        # the token before a label predicts it
+        "labelled": np.where(scored, start - 1 + ahead, 0).astype(np.int32),
+        "labels": _take(examples.tokens, first + start + ahead, scored),
+        "weights": scored.astype(np.float32),
+    }
+
+
+def _packed_batch(tokens: np.ndarray, rows: np.ndarray, length: int, eos: int) -> Batch:
+    along = np.arange(length)
+    at = rows[:, None] * length + along
+    mask = (rows >= 0)[:, None] & (at < len(tokens) - 1)
+    inputs = _take(tokens, at, mask)
+    begins = mask & (inputs == eos)
+    begins[:, 0] = True
+    return {
+        "tokens": inputs,
+        "mask": mask,
+        "segments": np.cumsum(begins, 1, dtype=np.int32),
+        "positions": (along - np.maximum.accumulate(begins * along, 1)).astype(np.int32),
+        "labelled": np.where(mask, along, 0).astype(np.int32),
+        "labels": _take(tokens, at + 1, mask),
+        "weights": mask.astype(np.float32),
+    }
+
+
+def _take(tokens: np.ndarray, at: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """The tokens at those places, 0 where not wanted (where the place may lie outside)."""
+    return np.where(where, tokens.take(at, mode="clip"), 0).astype(np.int32)

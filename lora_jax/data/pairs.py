@@ -1,0 +1,108 @@
+"""Pairs of a context and a completion: the form of all the paper's generation tasks (E2E here).
+
+The data are `datasets.Dataset`s with two string columns, `context` and `completion`. Tokens,
+separator and loss mask are those of the authors' GPT-2 code (paper.md 5.3).
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+from tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """N examples as tokens, end to end in one array.
+
+    An example's tokens are context, eos, completion, eos; the last one is a label only, so a model
+    reads `lengths` of them. Labelled are the completion and its eos, the first of them predicted
+    from the separator.
+
+    Attributes:
+      tokens: (total,) int32.
+      offsets: (N + 1,) int64, where each example begins in `tokens`.
+      starts: (N,) int64, the tokens before the completion: the context's and the separator.
+      skipped: how many examples were too long and are not here.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    starts: np.ndarray
+    skipped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(N,) tokens that a model reads."""
+        return np.diff(self.offsets) - 1
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) labelled tokens."""
+        return np.diff(self.offsets) - self.starts
+
+
+def prompts(contexts: Sequence[str], tokenizer: Tokenizer, *, eos: int) -> list[list[int]]:
+    """What a model continues to describe each context: the context's tokens and the separator."""
+    _check_eos(tokenizer, eos)
+    encoded = tokenizer.encode_batch(list(contexts), add_special_tokens=False)
+    return [[*encoding.ids, eos] for encoding in encoded]
+
+
+def encode(examples: datasets.Dataset, tokenizer: Tokenizer, *, eos: int, length: int, long: str = "skip") -> Encoded:
+    """Tokens of every example: BPE(context), eos, BPE(" " + completion), eos.
+
+    Args:
+      examples: columns `context` and `completion`.
+      eos: the token that separates and ends (the model config's `eos_token_id`).
+      length: the most tokens that a model may read, its context.
+      long: examples longer than that are left out and counted (`"skip"`) or a ValueError
+          (`"error"`). The authors cut them.
+
+    Raises:
+      ValueError: an example is too long (`long="error"`), or every one is; no such token as eos.
+    """
+    if long not in ("skip", "error"):
+        raise ValueError(f'long={long!r}: either "skip" or "error"')
+    heads = prompts(examples["context"], tokenizer, eos=eos)
+    spaced = [" " + completion for completion in examples["completion"]]
+    tails = [[*e.ids, eos] for e in tokenizer.encode_batch(spaced, add_special_tokens=False)]
+    fits = [len(head) + len(tail) - 1 <= length for head, tail in zip(heads, tails, strict=True)]
+    skipped = len(fits) - sum(fits)
+    if skipped and (long == "error" or skipped == len(fits)):
+        first = fits.index(False)
+        raise ValueError(
+            f"example {first} (counted from 0) has {len(heads[first]) + len(tails[first]) - 1} "
+            f"tokens, {skipped} of {len(fits)} examples have more than the context of {length}: "
+            f"{examples[first]['context'][:80]!r}"
+        )
+    if skipped:
+        log.warning("skipped %d of %d examples longer than %d tokens", skipped, len(fits), length)
+    kept = [(h, t) for h, t, fit in zip(heads, tails, fits, strict=True) if fit]
+    sizes = np.array([len(head) + len(tail) for head, tail in kept], np.int64)
+    return Encoded(
+        tokens=np.array([i for head, tail in kept for i in (*head, *tail)], np.int32),
+        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]),
+        starts=np.array([len(head) for head, _ in kept], np.int64),
+        skipped=skipped,
+    )
+
+
+def contexts(examples: datasets.Dataset) -> dict[str, list[str]]:
+    """The distinct contexts in order of appearance, each with all its references in file order."""
+    groups: dict[str, list[str]] = {}
+    for context, reference in zip(examples["context"], examples["completion"], strict=True):
+        groups.setdefault(context, []).append(reference)
+    return groups
+
+
+def _check_eos(tokenizer: Tokenizer, eos: int) -> None:
+    if tokenizer.id_to_token(eos) is None:
+        raise ValueError(f"eos={eos} is no token of the tokenizer, which has {tokenizer.get_vocab_size()}")

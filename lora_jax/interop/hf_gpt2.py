@@ -1,0 +1,187 @@
+"""GPT-2's names, config fields and fused kernels in Hugging Face folders."""
+
+import dataclasses
+import logging
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+
+from lora_jax.interop.folders import check_shapes
+from lora_jax.models.gpt2 import GPT2, GPT2Config, to_loop
+
+MODEL = GPT2
+IGNORED = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias")  # causal masks, in older files
+
+_OUR_NAMES = {"activation_function": "activation", "tie_word_embeddings": "tie"}
+_ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+_FIELDS = (
+    "vocab_size n_positions n_embd n_layer n_head n_inner layer_norm_epsilon "
+    "activation_function eos_token_id tie_word_embeddings"
+).split()
+# Fields that change the function, with the one value that this model computes. Dropout rates are
+# not among them (they act in training only, and the paper's GPT-2 trains without), nor is
+# reorder_and_upcast_attn (attention is always summed in float32 here).
+_FIXED: dict[str, Any] = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "pruned_heads": {},
+    "quantization_config": None,
+}
+
+_TOP = {
+    "wte.weight": "wte/embedding",
+    "wpe.weight": "wpe/embedding",
+    "ln_f.weight": "ln_f/scale",
+    "ln_f.bias": "ln_f/bias",
+}
+_LAYER = {  # but for attn.c_attn, which holds query, key and value side by side
+    "ln_1.weight": "ln_1/scale",
+    "ln_1.bias": "ln_1/bias",
+    "attn.c_proj.weight": "attn/out/kernel",
+    "attn.c_proj.bias": "attn/out/bias",
+    "ln_2.weight": "ln_2/scale",
+    "ln_2.bias": "ln_2/bias",
+    "mlp.c_fc.weight": "mlp/up/kernel",
+    "mlp.c_fc.bias": "mlp/up/bias",
+    "mlp.c_proj.weight": "mlp/down/kernel",
+    "mlp.c_proj.bias": "mlp/down/bias",
+}
+_HEAD = "lm_head.weight"
+
+
+def from_hf(
+    fields: dict,
+    tensors: dict[str, np.ndarray],
+    source: str,
+    *,
+    head: str | None,
+    labels: int | None,
+    tie: bool | None,
+    key: Array | None,
+) -> tuple[GPT2, dict]:
+    """The model and its float32 parameters; the arguments are those of `hf.load`."""
+    if head not in (None, "lm") or labels is not None:
+        raise ValueError(f"{source}: GPT-2 has the head 'lm' only, not head={head!r}, labels={labels}")
+    config = _config(fields, source)
+    tied = config.tie if tie is None else tie
+    tensors = _bare_names(tensors, source)
+    _check(tensors, config, source)
+
+    flat: dict[str, Any] = {}
+    for name, ours in _names(config).items():
+        flat |= dict(zip(ours, np.split(tensors[name], len(ours), axis=-1), strict=True))
+    stored, wte = tensors.get(_HEAD), tensors["wte.weight"]
+    if not tied:
+        if stored is None and config.tie:
+            stored = wte  # an untied copy
+        flat["lm_head/kernel"] = _new_head(config, source, head, key) if stored is None else stored.T
+    elif stored is not None and not np.array_equal(stored, wte):
+        raise ValueError(
+            f"{source}: {_HEAD} differs from wte.weight, so that the head cannot be tied; tie=False keeps both"
+        )
+    params = unflatten_dict({path: jnp.asarray(leaf) for path, leaf in flat.items()}, sep="/")
+    return GPT2(dataclasses.replace(config, tie=tied)), params
+
+
+def to_hf(model: GPT2, params: Any) -> tuple[dict, dict[str, np.ndarray]]:
+    """The fields of config.json and the tensors, as GPT2LMHeadModel names them."""
+    config = model.config
+    if config.scan_layers:
+        params, config = to_loop(params), dataclasses.replace(config, scan_layers=False)
+    flat = flatten_dict(params, sep="/")
+    check_shapes({path: leaf.shape for path, leaf in flat.items()}, _our_shapes(config), "params")
+    flat = {path: np.asarray(leaf) for path, leaf in flat.items()}
+    tensors = {
+        f"transformer.{name}": np.concatenate([flat[path] for path in ours], axis=-1)
+        for name, ours in _names(config).items()
+    }
+    if not config.tie:
+        tensors[_HEAD] = np.ascontiguousarray(flat["lm_head/kernel"].T)
+    dtypes = {str(tensor.dtype) for tensor in tensors.values()}
+    fields = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "dtype": dtypes.pop() if len(dtypes) == 1 else "float32",
+        "bos_token_id": config.eos_token_id,
+        **{f"{place}_pdrop": 0.0 for place in ("attn", "embd", "resid")},
+        **{name: getattr(config, _OUR_NAMES.get(name, name)) for name in _FIELDS},
+    }
+    return fields, tensors
+
+
+def _config(fields: dict, source: str) -> GPT2Config:
+    fields = {_ALIASES.get(name, name): value for name, value in fields.items()}
+    for name, value in _FIXED.items():
+        if fields.get(name, value) != value:
+            raise ValueError(f"{source}: config.json has {name}={fields[name]!r}; only {value!r} is supported")
+    if not isinstance(fields.get("eos_token_id", 0), int):
+        raise ValueError(f"{source}: config.json has eos_token_id={fields['eos_token_id']!r}; give it one id")
+    known = {_OUR_NAMES.get(name, name): fields[name] for name in _FIELDS if name in fields}
+    try:
+        return GPT2Config(**known)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: config.json: {error}") from error
+
+
+def _bare_names(tensors: dict[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
+    """Without the prefix of GPT2LMHeadModel."""
+    bare: dict[str, np.ndarray] = {}
+    for name, tensor in tensors.items():
+        short = name.removeprefix("transformer.")
+        if short in bare:
+            raise ValueError(f"{source}: {short} is there twice, with and without transformer.")
+        bare[short] = tensor
+    return bare
+
+
+def _check(tensors: dict[str, np.ndarray], config: GPT2Config, source: str) -> None:
+    """A ValueError unless these are the tensors of such a model; its head may be there or not."""
+    rows = tensors["wte.weight"].shape[0] if "wte.weight" in tensors else config.vocab_size
+    if rows != config.vocab_size:
+        raise ValueError(f"{source}: config.json says vocab_size {config.vocab_size}, but wte.weight has {rows} rows")
+    ours = _our_shapes(dataclasses.replace(config, tie=True))
+    expected = {
+        name: (*ours[paths[0]][:-1], sum(ours[path][-1] for path in paths)) for name, paths in _names(config).items()
+    }
+    if _HEAD in tensors:
+        expected[_HEAD] = ours["wte/embedding"]
+    check_shapes({name: tensor.shape for name, tensor in tensors.items()}, expected, source)
+
+
+def _names(config: GPT2Config) -> dict[str, tuple[str, ...]]:
+    """Their names, each with ours: what stands side by side in theirs. Without the head."""
+    names: dict[str, tuple[str, ...]] = {name: (path,) for name, path in _TOP.items()}
+    for i in range(config.n_layer):
+        names |= {f"h.{i}.{name}": (f"h_{i}/{path}",) for name, path in _LAYER.items()}
+        for name, ours in (("weight", "kernel"), ("bias", "bias")):
+            names[f"h.{i}.attn.c_attn.{name}"] = tuple(
+                f"h_{i}/attn/{part}/{ours}" for part in ("query", "key", "value")
+            )
+    return names
+
+
+def _our_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    params = jax.eval_shape(GPT2(config).init, jax.random.key(0), tokens)["params"]
+    return {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
+
+
+def _new_head(config: GPT2Config, source: str, head: str | None, key: Array | None) -> Array:
+    if head != "lm" or key is None:
+        raise ValueError(
+            f"{source}: {_HEAD} is missing and config.json does not tie it to wte.weight; "
+            "tie=True ties it, head='lm' with key=jax.random.key(...) makes a new one"
+        )
+    logging.warning("%s has no %s: a new, random head was made", source, _HEAD)
+    return 0.02 * jax.random.normal(key, (config.n_embd, config.vocab_size), jnp.float32)

@@ -1,0 +1,1 @@
+"""Models in plain Flax linen. They know nothing of the methods that adapt them."""

@@ -1,0 +1,294 @@
+"""GPT-2 (Radford et al. 2019) in Flax linen: padding, packing, KV cache, layers looped or scanned.
+
+The model has no dropout: the LoRA paper's GPT-2 has none either. Query, key and value are kernels
+of their own, so that they can be adapted one by one.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+
+from lora_jax.models import masks
+from lora_jax.models.layouts import to_loop, to_scanned
+
+__all__ = ["AXES", "GPT2", "SIZES", "GPT2Config", "init_cache", "sites", "to_loop", "to_scanned"]
+
+# By the names that Hugging Face gives them in `activation_function`.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu_new": functools.partial(nn.gelu, approximate=True),
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "tanh": nn.tanh,
+}
+
+# The axes of every parameter, in the loop layout (h_0, h_1, ...) and in the scanned one (h).
+AXES = {
+    "h_*/**/kernel": "io",
+    "h_*/**/{bias,scale}": "o",
+    "h/**/kernel": "sio",
+    "h/**/{bias,scale}": "so",
+    "**/embedding": "vo",
+    "lm_head/kernel": "io",
+    "ln_f/{bias,scale}": "o",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+    """The shape of a GPT-2, and how to compute it: in `dtype`, from float32 parameters."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None  # None: 4 * n_embd
+    layer_norm_epsilon: float = 1e-5
+    activation: str = "gelu_new"
+    tie: bool = True  # the output head is the token embedding
+    eos_token_id: int = 50256
+    scan_layers: bool = False  # compiles one layer instead of n_layer
+    remat: bool = False  # recomputes each layer in the backward pass instead of storing its inside
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {self.activation!r} is none of {', '.join(ACTIVATIONS)}")
+
+    @property
+    def inner(self) -> int:
+        """The width of the MLP's hidden layer."""
+        return 4 * self.n_embd if self.n_inner is None else self.n_inner
+
+
+SIZES = {
+    "small": GPT2Config(),
+    "medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
+    "large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
+    "xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25),
+}
+
+
+class Attention(nn.Module):
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, x: Array, cache: dict | None, mask: Array | None, index: Any) -> tuple[Array, dict | None]:
+        config = self.config
+        heads = (*x.shape[:2], config.n_head, config.n_embd // config.n_head)
+        query, key, value = (
+            _dense(config, config.n_embd, name)(x).reshape(heads) for name in ("query", "key", "value")
+        )
+        causal = cache is None  # with a cache the causal order is part of the mask
+        if cache is not None:
+            cache = {
+                "key": masks.write(cache["key"], key, index),
+                "value": masks.write(cache["value"], value, index),
+            }
+            key, value = cache["key"].astype(query.dtype), cache["value"].astype(query.dtype)
+        # The library's function mixes bfloat16 and float32 itself.
+        with jax.numpy_dtype_promotion("standard"):
+            out = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
+        return _dense(config, config.n_embd, "out", deep=True)(out.reshape(x.shape)), cache
+
+
+class MLP(nn.Module):
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = _dense(self.config, self.config.inner, "up")(x)
+        x = ACTIVATIONS[self.config.activation](x)
+        return _dense(self.config, self.config.n_embd, "down", deep=True)(x)
+
+
+class Block(nn.Module):
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(self, x: Array, cache: dict | None, mask: Array | None, index: Any) -> tuple[Array, dict | None]:
+        attention, mlp = Attention(self.config, name="attn"), MLP(self.config, name="mlp")
+        attended, cache = attention(_norm(self.config, "ln_1", x), cache, mask, index)
+        x = x + checkpoint_name(attended, "attention_out")
+        x = x + checkpoint_name(mlp(_norm(self.config, "ln_2", x)), "mlp_out")
+        return checkpoint_name(x, "block_out"), cache
+
+
+class GPT2(nn.Module):
+    """The language model: `GPT2(config).apply({"params": params}, tokens, ...)`."""
+
+    config: GPT2Config
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Array,
+        mask: Array | None = None,
+        *,
+        positions: Array | None = None,
+        segments: Array | None = None,
+        cache: dict | None = None,
+        labelled: Array | None = None,
+    ) -> Any:
+        """Logits of the next token, float32 (batch, length, vocabulary).
+
+        Args:
+          tokens: ids (batch, length) int32. Ids outside the vocabulary give NaN.
+          mask: (batch, length) bool or int, 1 at real tokens; padding may stand left or right.
+            The logits at padding mean nothing, but are finite.
+          positions: (batch, length) int32. By default the number of real tokens before each one
+            (in its segment), 0 at padding.
+          segments: (batch, length) int32. Packing: a run of equal numbers is one text, which sees
+            only itself; every text has a number of its own.
+          cache: from `init_cache`. The tokens are written behind those in it, and see them.
+          labelled: (batch, n) int32, places along the length. Only their logits are computed:
+            (batch, n, vocabulary).
+
+        Returns:
+          The logits; with a cache `(logits, cache)`. The caller sees to it that all tokens fit in.
+
+        Raises:
+          ValueError: more tokens than positions or than the cache is long; segments with a cache.
+        """
+        self._check(tokens, positions, segments, cache)
+        real = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
+        if cache is None:
+            attention = masks.attention_mask(None if mask is None else real, segments)
+            counted = masks.count_before(real, segments)
+        else:
+            index, length = cache["index"], tokens.shape[1]
+            seen = masks.write(cache["mask"], real, index)
+            attention = masks.cached_attention_mask(seen, index, length)
+            counted = lax.dynamic_slice_in_dim(masks.count_before(seen), index, length, axis=1)
+        x, wte = self._embed(tokens, counted if positions is None else positions)
+        x, layers = self._blocks(x, cache, attention)
+        if labelled is not None:
+            x = jnp.take_along_axis(x, labelled[:, :, None], axis=1)
+        logits = self._head(_norm(self.config, "ln_f", x), wte)
+        if cache is None:
+            return logits
+        return logits, {"index": index + length, "mask": seen, "layers": layers}
+
+    def _check(self, tokens: Array, positions: Array | None, segments: Array | None, cache: dict | None) -> None:
+        length = tokens.shape[1]
+        if cache is None:
+            most = self.config.n_positions
+            if length > most and positions is None and segments is None:
+                raise ValueError(f"{length} tokens, but the model has {most} positions")
+        else:
+            most = cache["mask"].shape[1]
+            if length > most:
+                raise ValueError(f"{length} tokens do not fit into a cache of length {most}")
+            if segments is not None:
+                raise ValueError("segments (packing) and a cache do not go together")
+
+    def _embed(self, tokens: Array, positions: Array) -> tuple[Array, nn.Embed]:
+        """The embeddings (batch, length, n_embd) and the module that holds the tokens'."""
+        config = self.config
+        wte, wpe = (
+            nn.Embed(size, config.n_embd, embedding_init=nn.initializers.normal(0.02), name=name)
+            for name, size in (("wte", config.vocab_size), ("wpe", config.n_positions))
+        )
+        tokens = checkpoint_name(tokens, "tokens")
+        positions = checkpoint_name(positions, "positions")
+        x = (wte(tokens) + wpe(positions)).astype(config.dtype)
+        return checkpoint_name(x, "embeddings"), wte
+
+    def _blocks(self, x: Array, cache: dict | None, mask: Array | None) -> tuple[Array, Any]:
+        """The layers, and their part of the cache."""
+        config = self.config
+        # Inside a scan nothing needs to keep the compiler from undoing the recomputation.
+        block = nn.remat(Block, prevent_cse=not config.scan_layers) if config.remat else Block
+        layers, index = (None, None) if cache is None else (cache["layers"], cache["index"])
+        if config.scan_layers:
+            scanned = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast),
+                length=config.n_layer,
+            )
+            return scanned(config, name="h")(x, layers, mask, index)
+        written = []
+        for i in range(config.n_layer):
+            layer = None if layers is None else layers[i]
+            x, layer = block(config, name=f"h_{i}")(x, layer, mask, index)
+            written.append(layer)
+        return x, tuple(written)
+
+    def _head(self, x: Array, wte: nn.Embed) -> Array:
+        # Logits are summed and kept in float32: theirs are large numbers with small differences.
+        product = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
+        if self.config.tie:
+            return product(x, wte.embedding.astype(x.dtype), (((2,), (1,)), ((), ())))
+        return nn.Dense(
+            self.config.vocab_size,
+            use_bias=False,
+            dtype=self.config.dtype,
+            kernel_init=nn.initializers.normal(0.02),
+            dot_general=product,
+            name="lm_head",
+        )(x)
+
+
+def _dense(config: GPT2Config, features: int, name: str, deep: bool = False) -> nn.Dense:
+    """A Dense layer, initialized as GPT-2's. `deep`: it ends in one of the 2 n_layer residuals."""
+    stddev = 0.02 / math.sqrt(2 * config.n_layer) if deep else 0.02
+    init = nn.initializers.normal(stddev)
+    return nn.Dense(features, dtype=config.dtype, kernel_init=init, name=name)
+
+
+def _norm(config: GPT2Config, name: str, x: Array) -> Array:
+    """LayerNorm, computed in float32."""
+    # E[x^2] - E[x]^2 would lose digits: some features of GPT-2 are far from zero.
+    norm = nn.LayerNorm(config.layer_norm_epsilon, use_fast_variance=False, name=name)
+    return norm(x.astype(jnp.float32)).astype(config.dtype)
+
+
+def init_cache(config: GPT2Config, batch: int, length: int, dtype: Any = None) -> dict:
+    """An empty KV cache for `length` tokens a row, padding included.
+
+    `{"index": () int32, "mask": (batch, length) bool, "layers": ({"key": (batch, length, heads,
+    head size), "value": ...}, ...)}`, keys and values in `dtype` or the compute dtype. With
+    `scan_layers`, `layers` is one dict of arrays with a leading layer axis.
+    """
+    if length > config.n_positions:
+        raise ValueError(f"a cache of length {length}, but {config.n_positions} positions")
+    shape = (batch, length, config.n_head, config.n_embd // config.n_head)
+
+    def layer(*leading: int) -> dict:
+        return {name: jnp.zeros((*leading, *shape), dtype or config.dtype) for name in ("key", "value")}
+
+    n = config.n_layer
+    return {
+        "index": jnp.zeros((), jnp.int32),
+        "mask": jnp.zeros((batch, length), bool),
+        "layers": layer(n) if config.scan_layers else tuple(layer() for _ in range(n)),
+    }
+
+
+def sites(config: GPT2Config) -> dict[str, tuple[int, tuple[int, ...], str]]:
+    """The activations that the model names: `{name: (occurrences, shape, dtype)}`.
+
+    The shape is without batch and length; occurrences are in the order of the layers.
+    """
+    ids, features = ((), "int32"), ((config.n_embd,), config.dtype)
+    return {
+        "tokens": (1, *ids),
+        "positions": (1, *ids),
+        "embeddings": (1, *features),
+        "attention_out": (config.n_layer, *features),
+        "mlp_out": (config.n_layer, *features),
+        "block_out": (config.n_layer, *features),
+    }

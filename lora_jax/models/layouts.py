@@ -1,0 +1,93 @@
+"""Two layouts of a model's layers: looped (`h_0`, `h_1`, ...) or scanned (`h`, one more axis).
+
+Both conversions take any pytree: parameters, deltas, optimizer states, whole training states. In
+every dict of it they change the keys that name layers, by themselves (`h_3`, in params) or at the
+beginning of a path (`h_3/attn/query/kernel`, in deltas). All else stays as it is.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+_LAYER = re.compile(r"h_(\d+)(/.*)?")
+_STACK = re.compile(r"h(/.*)?")
+
+
+def to_scanned(tree: Any) -> Any:
+    """The tree with its layers stacked along a leading axis, as a model with `scan_layers` has it.
+
+    Raises:
+      ValueError: layers are missing (a delta for some of them only), or differ in their leaves.
+    """
+    return _map_dicts(_stack, tree)
+
+
+def to_loop(tree: Any) -> Any:
+    """The inverse of `to_scanned`: one subtree a layer.
+
+    Raises:
+      ValueError: the stacked leaves differ in their number of layers, or none is there to tell it.
+    """
+    depths: set[int] = set()
+
+    def note(node: dict) -> dict:
+        for key, value in node.items():
+            if _is_stack(key, value):
+                depths.update(leaf.shape[0] for leaf in jax.tree.leaves(value))
+        return node
+
+    # The whole tree is asked first: an optimizer state may hold no array in one of its stacks.
+    _map_dicts(note, tree)
+    if len(depths) > 1:
+        raise ValueError(f"stacked leaves have different numbers of layers: {sorted(depths)}")
+    return _map_dicts(lambda node: _unstack(node, max(depths, default=None)), tree)
+
+
+def _map_dicts(change: Callable[[dict], dict], tree: Any) -> Any:
+    """The tree with `change` applied to every dict in it, outer ones first."""
+    if isinstance(tree, dict):
+        tree = change(tree)
+    if jax.tree_util.all_leaves([tree]):
+        return tree
+    children, treedef = jax.tree.flatten(tree, is_leaf=lambda node: node is not tree)
+    return jax.tree.unflatten(treedef, [_map_dicts(change, child) for child in children])
+
+
+def _stack(node: dict) -> dict:
+    changed: dict[str, Any] = {}
+    stacks: dict[str, dict[int, Any]] = {}
+    for key, value in node.items():
+        if found := _LAYER.fullmatch(str(key)):
+            stacks.setdefault("h" + (found[2] or ""), {})[int(found[1])] = value
+        else:
+            changed[key] = value
+    depth = 1 + max((max(layers) for layers in stacks.values()), default=-1)
+    for key, layers in stacks.items():
+        if missing := sorted(set(range(depth)) - set(layers)):
+            raise ValueError(f"{key} has layers {sorted(layers)} but not {missing}: only all can be stacked")
+        parts = [layers[i] for i in range(depth)]
+        if len({(jax.tree.structure(part), str(jax.tree.map(jnp.shape, part))) for part in parts}) > 1:
+            raise ValueError(f"{key}: the layers differ in their leaves and cannot be stacked")
+        changed[key] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    return type(node)(changed)
+
+
+def _is_stack(key: Any, value: Any) -> bool:
+    # A leaf that happens to be called `h` is no stack of layers.
+    return bool(_STACK.fullmatch(str(key))) and not jax.tree_util.all_leaves([value])
+
+
+def _unstack(node: dict, depth: int | None) -> dict:
+    changed: dict[str, Any] = {}
+    for key, value in node.items():
+        if not _is_stack(key, value):
+            changed[key] = value
+        elif depth is None:
+            raise ValueError(f"{key} holds no array that tells the number of layers")
+        else:
+            for i in range(depth):
+                changed[f"h_{i}{key[1:]}"] = jax.tree.map(lambda leaf, i=i: leaf[i], value)
+    return type(node)(changed)

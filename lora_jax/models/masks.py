@@ -1,0 +1,36 @@
+"""Who sees whom, and where each token stands: padding, packing and the slots of a KV cache."""
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+def count_before(real: Array, segments: Array | None = None) -> Array:
+    """How many real tokens stand before each one in its segment, 0 at padding; int32."""
+    ones = real.astype(jnp.int32)
+    before = jnp.cumsum(ones, axis=1) - ones
+    if segments is not None:
+        starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+        before = before - lax.cummax(jnp.where(starts, before, 0), axis=1)
+    return jnp.where(real, before, 0)
+
+
+def attention_mask(real: Array | None, segments: Array | None) -> Array | None:
+    """Who sees whom but for the causal order, (batch, 1, length or 1, length); None: all."""
+    mask = None if real is None else real[:, None, None, :]
+    if segments is not None:
+        same = segments[:, None, :, None] == segments[:, None, None, :]
+        mask = same if mask is None else mask & same
+    return mask
+
+
+def write(slots: Array, new: Array, index: Array) -> Array:
+    """The slots (batch, length, ...) with `new` in them from `index` on."""
+    return lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), index, axis=1)
+
+
+def cached_attention_mask(seen: Array, index: Array, length: int) -> Array:
+    """Which slots each of `length` tokens from `index` on sees: real ones up to itself."""
+    rows = index + jnp.arange(length, dtype=jnp.int32)
+    slots = jnp.arange(seen.shape[1], dtype=jnp.int32)
+    causal = slots[None, None, None, :] <= rows[None, None, :, None]
+    return seen[:, None, None, :] & causal

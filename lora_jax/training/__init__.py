@@ -1,0 +1,29 @@
+"""Training a delta: the paper's optimizer and loss, a resumable loop, what it writes."""
+
+from lora_jax.training.logging import TIMES, Log, plot_loss, read_metrics
+from lora_jax.training.loop import Job, Result, prepare, train, validation_loss
+from lora_jax.training.loss import cross_entropy
+from lora_jax.training.optimizers import optimizer, schedule
+from lora_jax.training.step import METRICS, State, language_model, make_step, new_state
+from lora_jax.training.workdir import claim
+
+__all__ = [
+    "METRICS",
+    "TIMES",
+    "Job",
+    "Log",
+    "Result",
+    "State",
+    "claim",
+    "cross_entropy",
+    "language_model",
+    "make_step",
+    "new_state",
+    "optimizer",
+    "plot_loss",
+    "prepare",
+    "read_metrics",
+    "schedule",
+    "train",
+    "validation_loss",
+]

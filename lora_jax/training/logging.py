@@ -1,0 +1,70 @@
+"""What a run writes while it goes: metrics.jsonl, TensorBoard events, loss.png."""
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from matplotlib.figure import Figure
+from tensorboardX import SummaryWriter
+
+from lora_jax.checkpoints import write_atomically
+
+# What differs between two runs of one config: everything else in metrics.jsonl is equal.
+TIMES = ("seconds", "tokens_per_second")
+
+
+def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
+    """The entries of metrics.jsonl; a half-written last line is left out."""
+    path = Path(workdir) / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+class Log:
+    """Writes metrics of a workdir; on resuming from `step`, what came after it is dropped first."""
+
+    def __init__(self, workdir: str | Path, step: int) -> None:
+        self.workdir = Path(workdir)
+        self.entries = [e for e in read_metrics(workdir) if e["step"] <= step]
+        path = Path(workdir) / "metrics.jsonl"
+        write_atomically(path, "".join(json.dumps(e) + "\n" for e in self.entries).encode())
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(workdir), purge_step=step + 1)
+
+    def write(self, step: int, **values: float) -> None:
+        """One entry, on disk before this returns: what a checkpoint of this step counts on."""
+        self.entries.append({"step": step} | values)
+        self._file.write(json.dumps(self.entries[-1]) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def last(self, name: str, default: float = 0) -> Any:
+        """The newest value of that name."""
+        return next((e[name] for e in reversed(self.entries) if name in e), default)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def plot_loss(workdir: str | Path) -> None:
+    """Draws loss.png from metrics.jsonl: training loss (smoothed labels) and validation loss."""
+    entries = read_metrics(workdir)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, style in (("loss", "-"), ("validation_loss", "o-")):
+        points = [(e["step"], e[name]) for e in entries if name in e]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "))
+    axes.set(xlabel="step", ylabel="nats per token")
+    if axes.lines:
+        axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(Path(workdir) / "loss.png", dpi=120)

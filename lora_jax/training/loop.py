@@ -1,0 +1,266 @@
+"""The training loop: batches to a delta, resumable at any step.
+
+Nothing in it waits for the device: metrics are summed there and fetched once a logging interval.
+"""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+from lora_jax import checkpoints
+from lora_jax.data.batches import Batch, Schedule
+from lora_jax.sharding import Rules, batch_sharding, make_mesh, shardings
+from lora_jax.training import step as steps
+from lora_jax.training.logging import Log, plot_loss
+from lora_jax.training.meter import Meter, check, fetch
+from lora_jax.training.optimizers import optimizer, schedule
+from lora_jax.training.workdir import claim
+from lora_jax.transforms import Delta, ParamTransform, without_tuned
+
+EVERYWHERE: Rules = {"**": P()}
+
+
+class Job(NamedTuple):
+    """A run made ready by `prepare`."""
+
+    config: Any
+    workdir: Path
+    method: ParamTransform
+    base: dict[str, str]
+    params: Any  # without the leaves that the delta holds
+    state: steps.State  # new, or of the newest checkpoint; `train` uses it up
+    start: int  # its step
+    total: int
+    batches: Schedule
+    step: Callable[[steps.State, Any, Any], steps.State]
+    validate: Callable[[Delta], float] | None
+    put: Callable[[Batch], dict[str, jax.Array]]
+
+
+class Result(NamedTuple):
+    """What `train` returns; not `finished` where SIGTERM ended it (all is saved)."""
+
+    delta: Delta
+    step: int
+    finished: bool
+
+
+def prepare(
+    config: Any,
+    workdir: str | Path,
+    *,
+    method: ParamTransform,
+    model: Any,
+    params: Any,
+    base: dict[str, str],
+    batches: Schedule,
+    validation: Schedule | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules = EVERYWHERE,
+) -> Job:
+    """A run of this config in this workdir, from its start or from its newest good checkpoint.
+
+    Drop the params afterwards: the job has all that it needs, each tuned leaf once.
+
+    Args:
+      config: a ConfigDict with `seed`, `epochs`, `steps`, `label_smoothing`, `accumulate`,
+        `log_every`, `eval_every`, `save_every`, `keep` and `optimizer` (configs/e2e.py).
+      workdir: created where it does not exist.
+      method: what trains.
+      model: a module whose `apply({"params": ...}, tokens, mask, labelled=...)` gives logits.
+      params: the base.
+      base: its `checkpoints.identity`.
+      batches, validation: schedules of `lora_jax.data`.
+      mesh, rules: of `lora_jax.sharding`; one device without.
+
+    Raises:
+      ValueError: the workdir holds another config's run or another base's, no checkpoint of it is
+        good, or the batch does not divide over micro-batches and devices.
+    """
+    workdir = Path(workdir).absolute()
+    claim(workdir, config)
+    mesh = make_mesh({}) if mesh is None else mesh
+    total = config.steps or config.epochs * len(batches)
+    rate = schedule(config.optimizer, total)
+    tx = optimizer(config.optimizer, rate)
+    params = jax.device_put(params, shardings(params, mesh, rules))
+
+    def start(params: Any) -> steps.State:
+        return steps.new_state(method, tx, params, jax.random.key(config.seed))
+
+    shapes = jax.eval_shape(start, params)
+    adapted = jax.eval_shape(method.apply, params, shapes.delta)
+    places = shardings(shapes, mesh, rules, adapted)
+    if checkpoints.latest_step(workdir) is None:
+        state = jax.jit(start, out_shardings=places)(params)
+    else:
+        like = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, places)
+        state = checkpoints.restore(workdir, like, base=base)
+    params = without_tuned(params, state.delta)
+    forward = steps.language_model(model)
+    step = steps.make_step(forward, method, tx, rate, config.label_smoothing)
+    return Job(
+        config=config,
+        workdir=workdir,
+        method=method,
+        base=base,
+        params=params,
+        state=state,
+        start=int(state.step),
+        total=total,
+        batches=batches,
+        step=jax.jit(step, donate_argnums=0),
+        validate=_validator(forward, method, params, validation, mesh) if validation else None,
+        put=_putter(mesh, batches.batch_size, config.accumulate),
+    )
+
+
+def train(job: Job) -> Result:
+    """Trains to the end, or to SIGTERM, and leaves metrics, checkpoints and loss.png in the workdir.
+
+    Raises:
+      ValueError: a batch has no labels, or loss or gradient are not finite; names the step. The
+        checkpoints before it stay.
+    """
+    config, state, done = job.config, job.state, job.start
+    if done == job.total:  # launched again
+        plot_loss(job.workdir)
+        return Result(state.delta, done, True)
+    epoch_steps = len(job.batches)
+    with (
+        _sigterm() as stopping,
+        contextlib.closing(checkpoints.manager(job.workdir, keep=config.keep)) as manager,
+        Log(job.workdir, done) as log,
+        tqdm(total=job.total, initial=done, unit="step", mininterval=1.0) as bar,
+    ):
+        checkpoints.forget_after(manager, done)
+        meter = Meter(log, bar, epoch_steps, state)
+        for done, batch in enumerate(_batches(job), job.start + 1):
+            state = job.step(state, job.params, job.put(batch))
+            bar.update()
+            stop = bool(stopping)
+            last = done == job.total
+            epoch_ends = last or done % epoch_steps == 0
+            if last or _due(done, config.log_every):
+                state = meter.write(done, state)
+            if job.validate and (epoch_ends or _due(done, config.eval_every)):
+                with meter.paused(state):
+                    log.write(done, validation_loss=job.validate(state.delta))
+            if stop or epoch_ends or _due(done, config.save_every):
+                with meter.paused(state):
+                    _save(job, manager, done, state)
+            if stop:
+                break
+    plot_loss(job.workdir)
+    return Result(state.delta, done, done == job.total)
+
+
+def _due(done: int, every: int | None) -> bool:
+    return every is not None and done % every == 0
+
+
+def _batches(job: Job) -> Iterator[Batch]:
+    """The batches from the job's start to its end."""
+    for done in range(job.start, job.total):
+        epoch, index = divmod(done, len(job.batches))
+        if done == job.start or index == 0:
+            order = job.batches(epoch)
+        batch = order[index]
+        if not batch["weights"].any():
+            raise ValueError(
+                f"step {done + 1}: batch {index} of epoch {epoch} has no labels; what went before "
+                f"is saved in {job.workdir}"
+            )
+        yield batch
+
+
+def _save(job: Job, manager: ocp.CheckpointManager, done: int, state: steps.State) -> None:
+    check(fetch(state), job.workdir)
+    checkpoints.save(
+        manager,
+        done,
+        state,
+        spec=job.method.spec,
+        base=job.base,
+        position=divmod(done, len(job.batches)),
+    )
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[list[int]]:
+    """A list that is no longer empty once the process is told to end."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # no signals arrive elsewhere
+        yield received
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def validation_loss(
+    model: Any,
+    params: Any,
+    validation: Schedule,
+    *,
+    mesh: Mesh | None = None,
+    rules: Rules = EVERYWHERE,
+) -> float:
+    """The loss of parameters that do not train (a frozen base): see `Job.validate`."""
+    mesh = make_mesh({}) if mesh is None else mesh
+    params = jax.device_put(params, shardings(params, mesh, rules))
+    return _validator(steps.language_model(model), None, params, validation, mesh)(Delta())
+
+
+def _validator(
+    forward: steps.Forward,
+    method: ParamTransform | None,
+    params: Any,
+    validation: Schedule,
+    mesh: Mesh,
+) -> Callable[[Delta], float]:
+    """`delta -> nats per label` over all of validation: every label weighs the same, without
+    smoothing or dropout."""
+    validate = jax.jit(steps.make_validation(forward, method))
+    sharding = batch_sharding(mesh)
+
+    def loss(delta: Delta) -> float:
+        sums = jax.device_put(np.zeros(2, np.float32), NamedSharding(mesh, P()))
+        for batch in validation(0):
+            sums = validate(sums, delta, params, jax.device_put(batch, sharding))
+        total, count = np.asarray(sums).tolist()
+        if not count:
+            raise ValueError("the validation data have no labels")
+        return total / count
+
+    return loss
+
+
+def _putter(mesh: Mesh, rows: int, micro: int) -> Callable[[Batch], dict[str, jax.Array]]:
+    """Puts a batch on the mesh as `micro` batches of equal size: (k, b, ...), b over the devices."""
+    spec = batch_sharding(mesh).spec
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if micro < 1 or rows % (micro * devices):
+        raise ValueError(
+            f"a batch of {rows} does not divide into accumulate={micro} micro-batches over "
+            f"{devices} devices (data x fsdp)"
+        )
+    sharding = NamedSharding(mesh, P(None, *spec))
+
+    def put(batch: Batch) -> dict[str, jax.Array]:
+        parts = {n: x.reshape(micro, rows // micro, *x.shape[1:]) for n, x in batch.items()}
+        return jax.device_put(parts, sharding)
+
+    return put

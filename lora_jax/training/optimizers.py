@@ -1,0 +1,59 @@
+"""The optimizer of a config: AdamW under a schedule, built through `freeze_base`."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import optax
+
+from lora_jax.freezing import freeze_base
+from lora_jax.selection import matches
+
+
+def schedule(config: Any, steps: int) -> optax.Schedule:
+    """Learning rate: linear warm-up from 0, then "linear" or "cosine" down to a share, or "constant".
+
+    Args:
+      config: has `learning_rate` (the peak), `warmup_steps`, `schedule`, `final_share`.
+      steps: of the whole run; the rate reaches `final_share` of the peak there.
+    """
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if warmup >= steps:
+        logging.warning("warm-up takes %d steps and the run has %d: the peak rate is never reached", warmup, steps)
+    rest = max(steps - warmup, 1)
+    after = {
+        "linear": optax.linear_schedule(peak, peak * config.final_share, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest, config.final_share),
+        "constant": optax.constant_schedule(peak),
+    }
+    if config.schedule not in after:
+        raise ValueError(f"optimizer.schedule is {config.schedule!r}, not one of {sorted(after)}")
+    if warmup == 0:
+        return after[config.schedule]
+    warm = optax.linear_schedule(0.0, peak, warmup)
+    return optax.join_schedules([warm, after[config.schedule]], [warmup])
+
+
+def optimizer(config: Any, rate: optax.Schedule) -> optax.GradientTransformation:
+    """AdamW with decoupled weight decay, clipped where asked; no state for the base.
+
+    Args:
+      config: has `b1`, `b2`, `eps`, `weight_decay`, `decay` (globs of the paths that decay; the
+        authors decay every trained array) and `clip_norm` (None: no clipping).
+      rate: the schedule.
+    """
+    globs = tuple(config.decay)
+
+    def decays(delta: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda keys, _: _any(globs, keys), delta)
+
+    adamw = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decays)
+    if config.clip_norm is None:
+        return freeze_base(adamw)
+    return freeze_base(optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw))
+
+
+def _any(globs: Sequence[str], keys: tuple) -> bool:
+    path = jax.tree_util.keystr(keys[:1], simple=True)  # a delta's first key is the leaf's path
+    return any(matches(glob, path) for glob in globs)

@@ -1,0 +1,163 @@
+"""An independent dense reference, W + scale * A B by reshapes, and comparisons with it."""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lora_jax as lj
+
+ALPHA = 3.0
+DEFAULT = {"kernel": "io", "embedding": "vo", "weight": "oi"}
+
+
+def path_of(keys: tuple) -> str:
+    parts = []
+    for key in keys:
+        for name in ("key", "idx", "name"):
+            if hasattr(key, name):
+                parts.append(str(getattr(key, name)))
+                break
+    if parts and parts[-1] == "value":
+        parts.pop()
+    return "/".join(parts)
+
+
+def leaves(params: Any) -> dict[str, Any]:
+    return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+
+def replaced(params: Any, values: Mapping[str, Any]) -> Any:
+    """params with the leaves at these paths exchanged."""
+    missing = set(values) - set(leaves(params))
+    assert not missing, missing
+    return jax.tree_util.tree_map_with_path(lambda k, leaf: values.get(path_of(k), leaf), params)
+
+
+def dense_delta(a: Any, b: Any, axes: str, scale: Any) -> Any:
+    """scale * A B in the order of `axes`, from A (s.., i.., r) and B (s.., r, o..), by reshapes and one batched product."""
+    count = {c: sum(letter in c for letter in axes) for c in ("s", "ivk", "o")}
+    stacked, n_in = count["s"], count["ivk"]
+    lead, inner, outer = a.shape[:stacked], a.shape[stacked : stacked + n_in], b.shape[stacked + 1 :]
+    rank = a.shape[-1]
+    a = a.reshape((math.prod(lead), math.prod(inner), rank))
+    b = b.reshape((math.prod(lead), rank, math.prod(outer)))
+    whole = jnp.stack([scale * (x @ y) for x, y in zip(a, b, strict=True)])
+    whole = whole.reshape(lead + inner + outer)
+    now = [j for c in ("s", "ivk", "o") for j, letter in enumerate(axes) if letter in c]
+    return whole.transpose([now.index(j) for j in range(len(axes))])
+
+
+def axes_at(path: str, axes: str | Mapping[str, str] | None) -> str:
+    if isinstance(axes, str):
+        return axes
+    return (axes or {}).get(path) or DEFAULT.get(path.split("/")[-1], "io")
+
+
+def densely(params: Any, delta: Any, axes: str | Mapping[str, str] | None = None, *, scale: Any) -> Any:
+    """params with W + scale * A B in place of every W that the delta of a `lora` names."""
+    flat = leaves(params)
+    return replaced(
+        params,
+        {
+            path: flat[path] + dense_delta(f["a"], f["b"], axes_at(path, axes), scale)
+            for path, f in delta.items()
+        },
+    )
+
+
+def filled(delta: Any, seed: int = 1, size: float = 0.3) -> Any:
+    """The same delta with random numbers in every factor, so that nothing is zero by its initialization."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray((rng.normal(size=leaf.shape) * size).astype(leaf.dtype)), delta
+    )
+
+
+def normal(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def close(got: Any, want: Any, tol: float = 1e-5) -> None:
+    """Same structure, shapes and dtypes; every entry within tol of the largest entry of all."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
+    largest = max(float(jnp.max(jnp.abs(jnp.asarray(w).astype(jnp.float32)))) for _, w in pairs)
+    for g, w in pairs:
+        assert jnp.shape(g) == jnp.shape(w)
+        assert jnp.asarray(g).dtype == jnp.asarray(w).dtype
+        error = np.max(np.abs(np.asarray(g, np.float64) - np.asarray(w, np.float64)), initial=0.0)
+        assert error <= tol * largest, f"off by {error / largest:.2e} of the largest entry"
+
+
+def same(got: Any, want: Any) -> None:
+    """Bit for bit, structure included."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert g.dtype == w.dtype and g.shape == w.shape
+        if jnp.issubdtype(g.dtype, jax.dtypes.prng_key):
+            g, w = jax.random.key_data(g), jax.random.key_data(w)
+        assert np.asarray(g).tobytes() == np.asarray(w).tobytes()
+
+
+def digest(tree: Any) -> str:
+    """sha256 of paths, dtypes, shapes and bytes."""
+    sha = hashlib.sha256()
+    for path, leaf in leaves(tree).items():
+        sha.update(f"{path} {leaf.dtype} {leaf.shape}".encode() + np.asarray(leaf).tobytes())
+    return sha.hexdigest()
+
+
+def weighted(out: Any) -> jax.Array:
+    """A scalar of every output entry, each with a weight of its own."""
+    return sum(
+        jnp.sum(leaf.astype(jnp.float32) * np.cos(np.arange(leaf.size, dtype=np.float32)).reshape(leaf.shape))
+        for leaf in map(jnp.asarray, jax.tree.leaves(out))
+    )
+
+
+def agree(
+    fn: Callable,
+    params: Any,
+    *args: Any,
+    globs: str = "**",
+    axes: str | Mapping[str, str] | None = None,
+    rank: int = 2,
+    tol: float = 1e-5,
+    on_dense: str = "error",
+    jit: bool = True,
+    **kwargs: Any,
+) -> Any:
+    """fn(params, *args, **kwargs) lifted, on lora of every selected leaf: value and gradients of the delta are those of
+    fn on dense weights; with dropout it traces too. `on_dense="error"` makes forming a dense weight a failure. Returns
+    the delta."""
+    method = lj.lora(lj.select(globs, axes=axes), rank=rank, alpha=ALPHA)
+    delta = filled(jax.eval_shape(lambda: method.init(jax.random.key(0), params)))
+    lifted = lj.lift(fn, on_dense=on_dense)
+
+    def adapted(delta):
+        out = lifted(method.apply(params, delta), *args, **kwargs)
+        return weighted(out), out
+
+    def reference(delta):
+        out = fn(densely(params, delta, axes, scale=ALPHA / rank), *args, **kwargs)
+        return weighted(out), out
+
+    wrap = jax.jit if jit else (lambda f: f)
+    (_, out), grads = wrap(jax.value_and_grad(adapted, has_aux=True))(delta)
+    (_, want), want_grads = wrap(jax.value_and_grad(reference, has_aux=True))(delta)
+    close(out, want, tol)
+    close(grads, want_grads, 2 * tol)
+    assert any(float(jnp.max(jnp.abs(g))) > 0 for g in jax.tree.leaves(grads))
+
+    dropping = lj.lora(lj.select(globs, axes=axes), rank=rank, alpha=ALPHA, dropout=0.1)
+    shapes = jax.eval_shape(
+        lambda key: lifted(dropping.apply(params, delta, key=key), *args, **kwargs), jax.random.key(0)
+    )
+    same_shapes = jax.tree.map(lambda s, w: s.shape == w.shape and s.dtype == w.dtype, shapes, want)
+    assert all(jax.tree.leaves(same_shapes))
+    return delta

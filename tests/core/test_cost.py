@@ -1,0 +1,195 @@
+"""Matmul FLOPs of a LoRA step on a small GPT-2, counted from the jaxpr, against the closed form.
+
+With t = batch * length tokens, d the width, L layers, r the rank, n labelled positions an example:
+
+    W = 2 t L (4 d^2 + 2 d 4d)    forward products with weights: query, key, value, out, up, down
+    A = 2 t L (2 length d)        Q K^T and P V
+    T = sum over adapted weights of 2 t (in + out) r
+    H = 2 batch n d vocabulary    the head on the labelled positions
+
+Forward W + A + T + H. Backward: no frozen weight has a gradient, so each product with one costs W' once (the gradient of
+its input), each product of activations twice (2 A'), the two thin ones twice (2 T), the head once (H). Below the lowest
+adapted weight nothing is needed: in layer 0 the gradients of the inputs of query, key and value (3 d^2 of W), of the keys
+unless they are adapted (a quarter of the layer's 2 A), and of the inputs of the adapted ones (part of 2 T). Under scan one
+body serves all layers, so that W' = W, A' = A. With remat at most one more forward without H.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax.training.train_state import TrainState
+from flops import count
+
+import lora_jax as lj
+from lora_jax.models import gpt2
+
+BATCH, LENGTH, LABELLED, RANK = 2, 12, 5, 2
+CONFIG = gpt2.GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=3, n_head=2)
+TOKENS = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
+PLACES = jax.ShapeDtypeStruct((BATCH, LABELLED), jnp.int32)
+SELECTED = {
+    "query and value": ("**/attn/{query,value}/kernel", ("query", "value")),
+    "attention": ("**/attn/*/kernel", ("query", "key", "value", "out")),
+    "all": ("**/kernel", ("query", "key", "value", "out", "up", "down")),
+}
+
+
+def closed_form(names: tuple[str, ...], *, scan: bool, remat: bool) -> float:
+    t, d, layers = BATCH * LENGTH, CONFIG.n_embd, CONFIG.n_layer
+    sizes = {"up": (d, 4 * d), "down": (4 * d, d)}
+    w = 2 * t * layers * (4 * d**2 + 2 * d * 4 * d)
+    a = 2 * t * layers * (2 * LENGTH * d)
+    thin = layers * sum(2 * t * sum(sizes.get(name, (d, d))) * RANK for name in names)
+    head = 2 * BATCH * LABELLED * d * CONFIG.vocab_size
+    w_back, a_back, thin_back = w, 2 * a, 2 * thin
+    if not scan:
+        w_back -= 2 * t * 3 * d**2
+        a_back -= 0 if "key" in names else 2 * t * LENGTH * d
+        thin_back -= sum(2 * t * d * RANK for name in names if name in ("query", "key", "value"))
+    again = w + a + thin if remat else 0
+    return (w + a + thin + head) + (w_back + a_back + thin_back + head) + again
+
+
+def pieces(glob: str, **options: Any) -> tuple[Any, Any, Any, Any]:
+    """The lifted model, the method, and shapes of params and delta."""
+    model = gpt2.GPT2(dataclasses.replace(CONFIG, **options))
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    method = lj.lora(lj.select(glob, axes=gpt2.AXES), rank=RANK, alpha=8, dropout=0.1)
+    return model, method, params, jax.eval_shape(method.init, jax.random.key(0), params)
+
+
+def loss_of(apply: Any, params: Any, tokens: Any, places: Any) -> Any:
+    logits = apply({"params": params}, tokens, labelled=places)
+    return -jnp.mean(jax.nn.log_softmax(logits)[..., 0])
+
+
+def adamw() -> optax.GradientTransformation:
+    return optax.adamw(1e-3)
+
+
+VARIANTS = {
+    "plain": adamw,
+    "clipped": lambda: optax.chain(optax.clip_by_global_norm(1.0), adamw()),
+    "accumulated": lambda: optax.MultiSteps(adamw(), 2).gradient_transformation(),
+    "logged norm": adamw,
+}
+
+
+def step_flops(glob: str, variant: str = "plain", **options: Any) -> int:
+    model, method, params, delta = pieces(glob, **options)
+    forward = lj.lift(model.apply, on_dense="error")
+    tx = lj.freeze_base(VARIANTS[variant]())
+
+    def step(delta: Any, state: Any, params: Any, tokens: Any, places: Any) -> Any:
+        key = jax.random.key(0)
+        loss = lambda d: loss_of(forward, method.apply(params, d, key=key), tokens, places)  # noqa: E731
+        value, grads = jax.value_and_grad(loss)(delta)
+        logged = optax.tree.norm(grads) if variant == "logged norm" else 0.0
+        updates, state = tx.update(grads, state, delta)
+        return optax.apply_updates(delta, updates), state, value, logged
+
+    with jax.numpy_dtype_promotion("standard"):  # optax.MultiSteps divides floats by integers
+        return count(step, delta, jax.eval_shape(tx.init, delta), params, TOKENS, PLACES)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("selected", SELECTED)
+def test_a_loop_costs_the_closed_form(selected, variant):
+    glob, names = SELECTED[selected]
+    ratio = step_flops(glob, variant) / closed_form(names, scan=False, remat=False)
+    assert 0.99 <= ratio <= 1.01, ratio
+
+
+@pytest.mark.parametrize("selected", SELECTED)
+@pytest.mark.parametrize("variant", ["plain", "clipped"])
+def test_a_scan_costs_the_closed_form(selected, variant):
+    glob, names = SELECTED[selected]
+    ratio = step_flops(glob, variant, scan_layers=True) / closed_form(names, scan=True, remat=False)
+    assert 0.99 <= ratio <= 1.01, ratio
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("selected", SELECTED)
+def test_remat_costs_at_most_one_more_forward(selected, scan):
+    glob, names = SELECTED[selected]
+    flops = step_flops(glob, "logged norm", scan_layers=scan, remat=True)
+    assert closed_form(names, scan=scan, remat=False) < flops
+    assert flops <= 1.01 * closed_form(names, scan=scan, remat=True)
+
+
+@pytest.mark.parametrize("form", ["delta", "joint"])
+def test_a_train_state_costs_the_closed_form(form):
+    """Flax's TrainState over the delta, or over base and delta with the trainable half differentiated."""
+    glob, names = SELECTED["query and value"]
+    model, method, params, delta = pieces(glob)
+    forward = lj.lift(model.apply, on_dense="error")
+    tx = lj.freeze_base(VARIANTS["clipped"]())
+    tree = delta if form == "delta" else {"base": params, "delta": delta}
+    state = jax.eval_shape(lambda tree: TrainState.create(apply_fn=forward, params=tree, tx=tx), tree)
+
+    def step(state: Any, base: Any, tokens: Any, places: Any) -> Any:
+        trainable, frozen = lj.partition(state.params)
+
+        def loss(half: Any) -> Any:
+            tree = lj.rejoin(half, frozen)
+            base_, delta_ = (base, tree) if form == "delta" else (tree["base"], tree["delta"])
+            return loss_of(state.apply_fn, method.apply(base_, delta_), tokens, places)
+
+        grads = lj.rejoin(jax.grad(loss)(trainable), jax.tree.map(jnp.zeros_like, frozen))
+        return state.apply_gradients(grads=grads), optax.tree.norm(grads)
+
+    ratio = count(step, state, params, TOKENS, PLACES) / closed_form(names, scan=False, remat=False)
+    assert 0.99 <= ratio <= 1.01, ratio
+
+
+def test_the_joint_tree_differentiated_whole_costs_more():
+    """So the count sees gradients of frozen weights."""
+    glob, names = SELECTED["query and value"]
+    model, method, params, delta = pieces(glob)
+    forward = lj.lift(model.apply)
+
+    def grads(tree: Any, tokens: Any, places: Any) -> Any:
+        return jax.grad(lambda t: loss_of(forward, method.apply(t["base"], t["delta"]), tokens, places))(tree)
+
+    joint = count(grads, {"base": params, "delta": delta}, TOKENS, PLACES)
+    assert joint > 1.2 * closed_form(names, scan=False, remat=False)
+
+
+def test_the_dense_form_costs_more():
+    """W + scale * A B formed and differentiated, as a user would by hand."""
+    glob, names = SELECTED["all"]
+    model, method, params, delta = pieces(glob)
+
+    def grads(delta: Any, params: Any, tokens: Any, places: Any) -> Any:
+        def loss(delta: Any) -> Any:
+            return loss_of(model.apply, lj.merge(method.apply(params, delta)), tokens, places)
+
+        return jax.grad(loss)(delta)
+
+    assert count(grads, delta, params, TOKENS, PLACES) > 1.2 * closed_form(names, scan=False, remat=False)
+
+
+def test_the_base_alone_costs_the_forward():
+    """The counter against a hand count, forward and full fine-tuning."""
+    model, _, params, _ = pieces("**/kernel")
+    t, d, layers = BATCH * LENGTH, CONFIG.n_embd, CONFIG.n_layer
+    forward = 2 * t * layers * 12 * d**2 + 4 * t * layers * LENGTH * d + 2 * BATCH * LABELLED * d * CONFIG.vocab_size
+    assert count(lambda p, x, n: loss_of(model.apply, p, x, n), params, TOKENS, PLACES) == forward
+    full = count(jax.grad(lambda p, x, n: loss_of(model.apply, p, x, n)), params, TOKENS, PLACES)
+    assert full == 3 * forward - 2 * t * 0
+    assert math.isclose(closed_form((), scan=True, remat=False), 2 * forward + 4 * t * layers * LENGTH * d)
+
+
+def test_the_counter_multiplies_scans_and_counts_convolutions():
+    x, w = jnp.ones((3, 8)), jnp.ones((8, 8))
+    assert count(lambda x, w: x @ w, x, w) == 2 * 3 * 8 * 8
+    scanned = lambda x, w: jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=5)[0]  # noqa: E731
+    assert count(scanned, x, w) == 5 * 2 * 3 * 8 * 8
+    assert count(jax.jit(jax.checkpoint(scanned)), x, w) == 5 * 2 * 3 * 8 * 8
+    conv = lambda x, k: jax.lax.conv_general_dilated(x, k, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"))  # noqa: E731
+    assert count(conv, jnp.ones((2, 7, 4)), jnp.ones((3, 4, 5))) == 2 * (2 * 5 * 5) * (3 * 4)

@@ -1,0 +1,206 @@
+"""What is always true, over every method: section 6 of the design, items 1 to 5 and 10 (counts: test_check)."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from core_models import Stack, stacked, started
+from core_reference import close, digest, filled, leaves, normal, same
+
+import lora_jax as lj
+
+KEY = jax.random.key(0)
+X = normal(4, 8, seed=5)
+MODEL = Stack(layers=2)
+PARAMS = started(MODEL, X)
+KERNELS = lj.select("**/kernel")
+METHODS = {
+    "lora": lj.lora(KERNELS, rank=2, alpha=3),
+    "lora, options": lj.lora(
+        lj.select("**/kernel", exclude="h_0/down/*"),
+        rank={"**/up/*": 3, "**": 1},
+        alpha=4,
+        a_init="gaussian",
+        scale_rule="alpha/sqrt(r)",
+        dropout=0.1,
+    ),
+    "lora, one layer": lj.lora(lj.select("**/kernel", layers=[1]), rank=2),
+    "tune": lj.tune(lj.select("**")),
+    "bitfit": lj.tune(lj.select("**/bias")),
+    "chain": lj.chain(lj.lora(lj.select("**/up/kernel"), rank=2), lj.tune(lj.select("**/bias"))),
+}
+over_methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+lifted = lj.lift(lambda params, x: MODEL.apply({"params": params}, x), on_dense="error")
+
+
+@jax.jit
+def base(params, x):
+    return MODEL.apply({"params": params}, x)
+
+
+def many(method, count, params=PARAMS):
+    """Different deltas, stacked."""
+    each = [filled(method.init(KEY, params), seed=n) for n in range(count)]
+    return each, jax.tree.map(lambda *leaf: jnp.stack(leaf), *each)
+
+
+@over_methods
+def test_1_the_base_is_unchanged_by_training_merging_and_switching(method):
+    before = digest(PARAMS)
+    delta = method.init(KEY, PARAMS)
+    tx = lj.freeze_base(optax.adam(0.1))
+    state = tx.init(delta)
+
+    @jax.jit
+    def step(delta, state, key):
+        loss, grads = jax.value_and_grad(
+            lambda d: jnp.mean((lifted(method.apply(PARAMS, d, key=key), X) - 1.0) ** 2)
+        )(delta)
+        updates, state = tx.update(grads, state, delta)
+        return optax.apply_updates(delta, updates), state, loss
+
+    losses = []
+    for n in range(8):
+        delta, state, loss = step(delta, state, jax.random.fold_in(KEY, n))
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+    for other in (delta, method.init(KEY, PARAMS), delta):
+        lj.merge(method.apply(PARAMS, other))
+    assert digest(PARAMS) == before
+
+
+@over_methods
+def test_2_init_then_apply_is_the_base_function(method):
+    delta = method.init(KEY, PARAMS)
+    same(jax.jit(lifted)(method.apply(PARAMS, delta), X), base(PARAMS, X))
+    same(lj.merge(method.apply(PARAMS, delta)), PARAMS)
+
+
+@over_methods
+def test_3_lifted_equals_merged(method):
+    adapted = method.apply(PARAMS, filled(method.init(KEY, PARAMS)))
+    merged = lj.merge(adapted)
+    assert jax.tree.structure(merged) == jax.tree.structure(PARAMS)
+    out = jax.jit(lifted)(adapted, X)
+    close(out, base(merged, X))
+    assert float(jnp.max(jnp.abs(out - base(PARAMS, X)))) > 0.01
+
+
+@over_methods
+def test_4_vmap_over_deltas_equals_a_loop(method):
+    each, together = many(method, 3)
+    run = lambda d: lifted(method.apply(PARAMS, d), X)  # noqa: E731
+    got = jax.jit(jax.vmap(run))(together)
+    one = jax.jit(run)
+    close(got, jnp.stack([one(d) for d in each]))
+    grads = jax.jit(jax.vmap(jax.grad(lambda d: jnp.sum(run(d) ** 2))))(together)
+    each_grad = jax.jit(jax.grad(lambda d: jnp.sum(run(d) ** 2)))
+    want = jax.tree.map(lambda *leaf: jnp.stack(leaf), *[each_grad(d) for d in each])
+    close(grads, want, 2e-5)
+
+
+@over_methods
+def test_4_a_batch_with_a_delta_for_every_example_equals_one_at_a_time(method):
+    each, together = many(method, 4)
+    run = lambda d, x: lifted(method.apply(PARAMS, d), x[None])[0]  # noqa: E731
+    got = jax.jit(jax.vmap(run))(together, X)
+    close(got, jnp.stack([base(lj.merge(method.apply(PARAMS, d)), x[None])[0] for d, x in zip(each, X, strict=True)]))
+
+
+def test_4_stacked_deltas_share_one_base():
+    """The base is not repeated for every delta."""
+    method = METHODS["lora"]
+    _, together = many(method, 3)
+    compiled = jax.jit(jax.vmap(lambda d: lifted(method.apply(PARAMS, d), X))).lower(together).as_text()
+    assert "tensor<3x8x16xf32>" not in compiled  # 3 copies of an up kernel
+
+
+@over_methods
+def test_5_a_spec_gives_the_same_arrays(method):
+    again = lj.from_spec(json.loads(json.dumps(method.spec)))
+    delta = method.init(KEY, PARAMS)
+    same(again.init(KEY, PARAMS), delta)
+    same(again.apply(PARAMS, filled(delta), key=KEY), method.apply(PARAMS, filled(delta), key=KEY))
+
+
+def in_scanned_layout(delta):
+    """A loop's delta in the scanned layout."""
+    scanned = {}
+    for name in {path.split("/", 1)[1] for path in delta}:
+        blocks = [delta[f"h_{n}/{name}"] for n in range(2)]
+        scanned[f"h/{name}"] = jax.tree.map(lambda *leaf: jnp.stack(leaf), *blocks)
+    return lj.Delta(scanned)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda axes: lj.lora(lj.select("**/kernel", axes=axes), rank=2, alpha=3),
+        lambda axes: lj.tune(lj.select("**")),
+        lambda axes: lj.chain(
+            lj.lora(lj.select("**/up/kernel", axes=axes), rank=2), lj.tune(lj.select("**/bias"))
+        ),
+    ],
+    ids=["lora", "tune", "chain"],
+)
+def test_10_loop_and_scanned_layouts_give_the_same_function(make, remat):
+    loop, scanned = make(None), make({path: "sio" for path in leaves(stacked(PARAMS, 2)) if "kernel" in path})
+    delta = filled(loop.init(KEY, PARAMS))
+    other = in_scanned_layout(delta)
+    model = Stack(layers=2, scan=True, remat=remat)
+    params = stacked(PARAMS, 2)
+    assert jax.tree.map(jnp.shape, other) == jax.tree.map(jnp.shape, scanned.init(KEY, params))
+
+    def run(delta):
+        return lj.lift(model.apply, on_dense="error")({"params": scanned.apply(params, delta)}, X)
+
+    def looped(delta):
+        return lifted(loop.apply(PARAMS, delta), X)
+
+    close(jax.jit(run)(other), jax.jit(looped)(delta))
+    got = jax.jit(jax.grad(lambda d: jnp.sum(run(d) ** 2)))(other)
+    want = jax.jit(jax.grad(lambda d: jnp.sum(looped(d) ** 2)))(delta)
+    close(got, in_scanned_layout(want), 2e-5)
+    close(lj.merge(scanned.apply(params, other)), stacked(lj.merge(loop.apply(PARAMS, delta)), 2), 1e-6)
+
+
+@over_methods
+def test_deltas_are_pure_and_repeatable(method):
+    one, two = method.init(KEY, PARAMS), method.init(KEY, PARAMS)
+    same(one, two)
+    key = jax.random.key(1)
+    run = jax.jit(lambda d, k: lifted(method.apply(PARAMS, d, key=k), X))
+    same(run(filled(one), key), run(filled(two), key))
+
+
+def test_equal_layers_and_equal_calls_compile_once():
+    """An adapted tree is an argument of jit like any other: new numbers compile nothing."""
+    method = METHODS["lora"]
+    traces = []
+
+    @jax.jit
+    def run(adapted, x):
+        traces.append(1)
+        return lifted(adapted, x)
+
+    for n in range(3):
+        run(method.apply(PARAMS, filled(method.init(KEY, PARAMS), seed=n), strength=0.1 * n), X)
+    fresh = lj.lora(lj.select("**/kernel"), rank=2, alpha=99)
+    run(fresh.apply(PARAMS, fresh.init(KEY, PARAMS)), X)
+    assert len(traces) == 1
+
+
+def test_the_base_product_keeps_its_bits_whatever_the_delta():
+    """Adapted minus base is the low-rank part alone: W is never rounded with it."""
+    params = {"w": normal(8, 6) * 1e3}
+    method = lj.lora(lj.select("w"), rank=2)
+    delta = filled(method.init(KEY, params), size=1e-4)
+    run = lj.lift(lambda p, x: x @ p["w"])
+    y = np.asarray(run(method.apply(params, delta), X), np.float64)
+    low = np.asarray(X, np.float64) @ np.asarray(delta["w"]["a"], np.float64) @ np.asarray(delta["w"]["b"], np.float64)
+    plain = np.asarray(X @ params["w"], np.float64)
+    assert np.all(np.abs(y - (plain + low)) <= np.spacing(np.abs(y).astype(np.float32)))

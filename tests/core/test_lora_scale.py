@@ -1,0 +1,139 @@
+"""Rank, alpha, scale, strength and dtype of LoRA."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from core_reference import close, densely, filled, normal, same
+
+import lora_jax as lj
+
+KEY = jax.random.key(0)
+PARAMS = {"q": {"kernel": normal(6, 5, seed=1)}, "v": {"kernel": normal(6, 7, seed=2)}}
+ALL = lj.select("**")
+X = normal(3, 6, seed=3)
+
+
+def products(params, x):
+    return x @ params["q"]["kernel"], x @ params["v"]["kernel"]
+
+
+def merged(method, delta, **kwargs):
+    return lj.merge(method.apply(PARAMS, delta, **kwargs))
+
+
+@pytest.mark.parametrize(
+    "options, scale",
+    [
+        ({}, 1.0),  # alpha defaults to the rank
+        ({"alpha": 32}, 8.0),
+        ({"alpha": 0.5}, 0.125),
+        ({"alpha": 32, "scale_rule": "alpha/sqrt(r)"}, 16.0),
+        ({"scale_rule": "alpha/sqrt(r)"}, 2.0),
+    ],
+)
+def test_scale_rules(options, scale):
+    method = lj.lora(ALL, rank=4, **options)
+    delta = filled(method.init(KEY, PARAMS))
+    close(merged(method, delta), densely(PARAMS, delta, scale=scale), 1e-6)
+    adapted = method.apply(PARAMS, delta)
+    close(lj.lift(products)(adapted, X), products(densely(PARAMS, delta, scale=scale), X))
+
+
+def test_rank_and_alpha_as_mappings_whose_first_match_wins():
+    method = lj.lora(ALL, rank={"q/*": 2, "**": 4}, alpha={"v/**": 8, "q/kernel": 6, "**": 99})
+    delta = filled(method.init(KEY, PARAMS))
+    assert delta["q/kernel"]["a"].shape == (6, 2) and delta["v/kernel"]["b"].shape == (4, 7)
+    want = {
+        "q": densely({"q": PARAMS["q"]}, {"q/kernel": delta["q/kernel"]}, scale=3.0)["q"],
+        "v": densely({"v": PARAMS["v"]}, {"v/kernel": delta["v/kernel"]}, scale=2.0)["v"],
+    }
+    close(merged(method, delta), want, 1e-6)
+
+
+@pytest.mark.parametrize("options", [{"rank": {"q/*": 2}}, {"rank": 2, "alpha": {"q/*": 2}}])
+def test_a_mapping_without_a_match_is_an_error_that_names_the_path(options):
+    with pytest.raises(ValueError, match="v/kernel"):
+        method = lj.lora(ALL, **options)
+        method.apply(PARAMS, method.init(KEY, PARAMS))
+
+
+@pytest.mark.parametrize("rank", [0, -1, 6, {"q/*": 5, "**": 7}])
+def test_a_rank_below_one_or_above_the_smaller_side_is_an_error(rank):
+    with pytest.raises(ValueError, match="rank"):
+        lj.lora(ALL, rank=rank).init(KEY, PARAMS)
+    with pytest.raises(ValueError, match="rank"):
+        lj.check(lj.lora(ALL, rank=rank), PARAMS)
+
+
+def test_the_sides_of_a_rank_are_products_of_axes():
+    params = {"w": normal(2, 3, 6)}
+    lj.lora(lj.select("w", axes="iio"), rank=6).init(KEY, params)  # min(2 * 3, 6)
+    for axes, rank in {"iio": 7, "ioo": 3, "sio": 4}.items():
+        with pytest.raises(ValueError, match="w"):
+            lj.lora(lj.select("w", axes=axes), rank=rank).init(KEY, params)
+
+
+def test_lora_on_a_vector_is_an_error():
+    with pytest.raises(ValueError, match="bias"):
+        lj.lora(ALL, rank=1).init(KEY, {"d": {"bias": normal(5)}})
+
+
+def test_alpha_may_be_traced():
+    method = lj.lora(ALL, rank=2, alpha=5.0)
+    delta = filled(method.init(KEY, PARAMS))
+
+    @jax.jit
+    def run(alpha, delta):
+        traced = lj.lora(ALL, rank=2, alpha=alpha)
+        return lj.lift(products)(traced.apply(PARAMS, delta), X)
+
+    close(run(5.0, delta), products(densely(PARAMS, delta, scale=2.5), X))
+    close(run(jnp.float32(9.0), delta), products(densely(PARAMS, delta, scale=4.5), X))
+    many = jax.vmap(run, (0, None))(jnp.array([5.0, 9.0]), delta)
+    close(jax.tree.map(lambda leaf: leaf[1], many), run(9.0, delta))
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.25, 1.0, -1.0, 2.0])
+def test_strength_scales_the_change(strength):
+    method = lj.lora(ALL, rank=2, alpha=3)
+    delta = filled(method.init(KEY, PARAMS))
+    close(merged(method, delta, strength=strength), densely(PARAMS, delta, scale=1.5 * strength), 1e-6)
+    got = jax.jit(lambda s: lj.lift(products)(method.apply(PARAMS, delta, strength=s), X))(strength)
+    close(got, products(densely(PARAMS, delta, scale=1.5 * strength), X))
+    if strength == 0.0:
+        same(merged(method, delta, strength=0.0), PARAMS)
+
+
+def test_scale_is_a_factor_and_never_static():
+    method = lj.lora(lj.select("w", axes="sio"), rank=2)
+    params = {"w": normal(3, 4, 5)}
+    delta = filled(method.init(KEY, params))
+    one, two = (method.apply(params, delta, strength=s) for s in (1.0, 0.5))
+    assert jax.tree.structure(one) == jax.tree.structure(two)
+    assert one["w"].scale.shape == (3,)  # layout "s"
+    other = lj.lora(lj.select("w", axes="sio"), rank=2, alpha=7)
+    assert jax.tree.structure(other.apply(params, delta)) == jax.tree.structure(one)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, "bfloat16", jnp.float16])
+def test_dtype_of_the_factors(dtype):
+    method = lj.lora(ALL, rank=2, dtype=dtype)
+    delta = filled(method.init(KEY, PARAMS))
+    assert {leaf.dtype for leaf in jax.tree.leaves(delta)} == {jnp.dtype(dtype)}
+    out = lj.lift(products)(method.apply(PARAMS, delta), X)
+    assert {leaf.dtype for leaf in out} == {jnp.dtype("float32")}
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), delta)
+    close(out, products(densely(PARAMS, wide, scale=1.0), X))  # half-precision factors, float32 arithmetic
+    assert np.isfinite(np.asarray(out[0])).all()
+
+
+def test_float32_factors_on_a_bfloat16_base():
+    base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
+    method = lj.lora(ALL, rank=2)
+    delta = filled(method.init(KEY, base))
+    assert {leaf.dtype for leaf in jax.tree.leaves(delta)} == {jnp.dtype("float32")}
+    out = lj.lift(products)(method.apply(base, delta), X.astype(jnp.bfloat16))
+    assert {leaf.dtype for leaf in out} == {jnp.dtype("bfloat16")}
+    want = products(densely(PARAMS, delta, scale=1.0), X)
+    close(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), out), want, 2e-2)

@@ -1,0 +1,178 @@
+"""Which leaves are selected, and which axes they have."""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from core_models import Stack, started
+from core_reference import normal
+from flax import nnx
+
+import lora_jax as lj
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+
+ATTENTION = {
+    f"h_{n}": {"attn": {name: {"kernel": normal(4, 4), "bias": normal(4)} for name in ("query", "key", "value")}}
+    for n in range(3)
+}
+
+
+def test_paths_of_dicts_lists_and_named_tuples():
+    tree = {"a": [normal(2, 2), {"weight": normal(3, 2)}], "b": Pair(normal(2, 2), (normal(2, 2),))}
+    assert lj.select("**")(tree) == {
+        "a/0": "io",
+        "a/1/weight": "oi",
+        "b/left": "io",
+        "b/right/0": "io",
+    }
+
+
+def test_paths_of_a_bare_list():
+    assert lj.select("{0,2}")([normal(2, 3), normal(2, 3), normal(3, 2)]) == {"0": "io", "2": "io"}
+
+
+def test_paths_of_flax_frozen_dicts_and_states():
+    frozen = nn.FrozenDict({"layer": {"kernel": normal(2, 2)}})
+    assert lj.select("layer/kernel")(frozen) == {"layer/kernel": "io"}
+
+
+def test_nnx_paths_drop_the_trailing_value():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.first = nnx.Linear(3, 4, rngs=rngs)
+            self.value = nnx.Linear(4, 2, rngs=rngs)  # a layer of that name keeps it
+            self.drop = nnx.Dropout(0.1, rngs=rngs)
+
+    state = nnx.split(Net(nnx.Rngs(0)))[1]
+    assert set(lj.select("**/kernel")(state)) == {"first/kernel", "value/kernel"}
+    assert all("drop" not in path for path in lj.select("**").leaves(state))  # keys and counts do not train
+
+
+def test_equinox_paths_and_axes():
+    mlp = eqx.nn.MLP(2, 3, 4, 2, key=jax.random.key(0))
+    assert lj.select("layers/*/weight")(mlp) == {f"layers/{n}/weight": "oi" for n in range(3)}
+
+
+def test_the_order_is_the_trees():
+    paths = list(lj.select("**/value/kernel", "**/query/kernel")(ATTENTION))
+    assert paths == sorted(paths) and len(paths) == 6
+
+
+def test_several_globs_and_exclude():
+    chosen = lj.select("**/kernel", exclude="h_1/**")(ATTENTION)
+    assert set(chosen) == {f"h_{n}/attn/{m}/kernel" for n in (0, 2) for m in ("query", "key", "value")}
+    chosen = lj.select("**/kernel", exclude=("h_1/**", "**/key/*"))(ATTENTION)
+    assert set(chosen) == {f"h_{n}/attn/{m}/kernel" for n in (0, 2) for m in ("query", "value")}
+
+
+@pytest.mark.parametrize(
+    "glob, near",
+    [
+        ("**/attn/querry/kernel", "attn/query/kernel"),
+        ("h_0/attn/value/kernal", "h_0/attn/value/kernel"),
+        ("h_0.attn.value.kernel", "h_0/attn/value/kernel"),
+        ("kernel", "/kernel"),
+    ],
+)
+def test_a_glob_that_matches_nothing_shows_the_nearest_paths(glob, near):
+    with pytest.raises(ValueError) as error:
+        lj.select("**/bias", glob)(ATTENTION)
+    assert glob in str(error.value) and near in str(error.value)
+
+
+def test_excluding_everything_or_nothing_is_an_error():
+    with pytest.raises(ValueError):
+        lj.select("**/key/*", exclude="**")(ATTENTION)
+    with pytest.raises(ValueError, match="qkv"):
+        lj.select("**", exclude="**/qkv/*")(ATTENTION)
+
+
+def test_layers_of_a_loop():
+    chosen = lj.select("**/query/kernel", layers=[0, 2])(ATTENTION)
+    assert list(chosen) == ["h_0/attn/query/kernel", "h_2/attn/query/kernel"]
+    listed = {"layers": [{"weight": normal(2, 2)} for _ in range(11)]}
+    assert list(lj.select("**/weight", layers=[1, 10])(listed)) == ["layers/1/weight", "layers/10/weight"]
+
+
+@pytest.mark.parametrize("layers", [[3], [0, 3], [-1], []])
+def test_a_layer_that_does_not_exist_is_an_error(layers):
+    with pytest.raises(ValueError):
+        lj.select("**/query/kernel", layers=layers)(ATTENTION)
+    with pytest.raises(ValueError):
+        lj.lora(lj.select("w", axes="sio", layers=layers), rank=1).init(
+            jax.random.key(0), {"w": normal(3, 4, 5)}
+        )
+
+
+def test_layers_of_a_stacked_axis_stack_the_chosen_ones_only():
+    params = started(Stack(scan=True), normal(2, 8))
+    method = lj.lora(lj.select("h/up/kernel", axes="sio", layers=[0, 2]), rank=2)
+    delta = method.init(jax.random.key(0), params)
+    assert delta["h/up/kernel"]["a"].shape == (2, 8, 2)
+    assert delta["h/up/kernel"]["b"].shape == (2, 2, 16)
+
+
+def test_only_floating_point_leaves_are_selected():
+    tree = {
+        "w": normal(2, 2),
+        "half": normal(2, 2).astype(jnp.bfloat16),
+        "count": jnp.zeros((2, 2), jnp.int32),
+        "mask": np.ones((2, 2), bool),
+        "key": jax.random.key(0),
+        "name": "text",
+        "none": None,
+        "function": jnp.tanh,
+    }
+    assert set(lj.select("**")(tree)) == {"w", "half"}
+    with pytest.raises(ValueError, match="count"):
+        lj.select("count")(tree)
+
+
+def test_default_axes_go_by_the_leafs_name():
+    tree = {"d": {"kernel": normal(2, 3), "embedding": normal(2, 3), "weight": normal(2, 3), "w": normal(2, 3)}}
+    axes = lj.select("**")(tree)
+    assert axes == {"d/kernel": "io", "d/embedding": "vo", "d/weight": "oi", "d/w": "io"}
+
+
+def test_axes_as_one_string_or_as_a_mapping_whose_first_match_wins():
+    tree = {"query": {"kernel": normal(4, 2, 2)}, "up": {"kernel": normal(4, 6)}}
+    assert lj.select("query/*", axes="ioo")(tree) == {"query/kernel": "ioo"}
+    axes = {"query/*": "ioo", "**/kernel": "oi", "lm_head/*": "io"}
+    assert lj.select("**", axes=axes)(tree) == {"query/kernel": "ioo", "up/kernel": "oi"}
+
+
+def test_three_axes_unnamed_are_an_error_with_path_shape_and_candidates():
+    tree = {"attn": {"query": {"kernel": normal(4, 2, 3)}}}
+    with pytest.raises(ValueError) as error:
+        lj.lora(lj.select("**"), rank=1).init(jax.random.key(0), tree)
+    for part in ("attn/query/kernel", "(4, 2, 3)", "ioo", "iio", "sio"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("axes", ["i", "ioo", "ix", "IO"])
+def test_axes_that_do_not_fit_are_an_error(axes):
+    with pytest.raises(ValueError, match="up/kernel"):
+        lj.lora(lj.select("**", axes=axes), rank=1).init(jax.random.key(0), {"up": {"kernel": normal(4, 6)}})
+
+
+def test_tune_needs_no_axes():
+    tree = {"attn": {"query": {"kernel": normal(4, 2, 3), "bias": normal(2, 3)}}}
+    assert set(lj.tune(lj.select("**")).init(jax.random.key(0), tree)) == {
+        "attn/query/kernel",
+        "attn/query/bias",
+    }
+
+
+@pytest.mark.parametrize("globs", [(), (3,), (["**"],)])
+def test_select_takes_globs(globs):
+    with pytest.raises((TypeError, ValueError)):
+        lj.select(*globs)({"w": normal(2, 2)})

@@ -1,0 +1,122 @@
+"""experiments.evaluate and experiments.generate on a tiny run, as a user starts them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lj
+from configs.e2e import get_config
+from lora_jax import checkpoints, training
+from lora_jax.data import batches, e2e, text
+from lora_jax.generation import complete
+from lora_jax.interop import hf
+from lora_jax.metrics import bleu
+from lora_jax.models import gpt2
+
+ROOT = Path(__file__).resolve().parents[2]
+PAIRS = """name : X | area : riverside||X is by the river .
+name : X | area : riverside||By the river there is X .
+name : Y | food : French||Y serves French food .
+name : Z||There is a place called Z .
+"""
+
+
+class State(NamedTuple):
+    step: Any
+    delta: Any
+
+
+class Made(NamedTuple):
+    workdir: Path
+    model: gpt2.GPT2
+    adapted: Any
+    tokenizer: Any
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A base with a tokenizer of its own, data, and the workdir of a run with a scanned model."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "test.txt").write_text(PAIRS)
+    tokenizer = text.train_tokenizer([folder / "test.txt"], 300)
+    shape = gpt2.GPT2Config(300, n_positions=100, n_embd=16, n_layer=2, n_head=2, eos_token_id=0)
+    params = jax.jit(gpt2.GPT2(shape).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = jax.tree.map(lambda x: 10 * x if x.ndim > 1 else x, params)
+    hf.save(folder / "base", gpt2.GPT2(shape), params, tokenizer)
+
+    config = get_config("small")
+    config.base, config.data.path, config.model.scan_layers = str(folder / "base"), str(folder), True
+    model, params, _ = hf.load(config.base)
+    identity = checkpoints.identity(params, config.base)
+    params = gpt2.to_scanned(params)
+    method = lj.lora(lj.select("h/attn/{query,value}/kernel", axes=dict(gpt2.AXES)), rank=2, alpha=8)
+    delta = jax.tree.map(lambda x: x + 0.1, method.init(jax.random.key(1), params))
+    training.claim(folder / "workdir", config)
+    manager = checkpoints.manager(folder / "workdir")
+    checkpoints.save(manager, 7, State(np.int32(7), delta), spec=method.spec, base=identity, position=(0, 7))
+    manager.wait_until_finished()
+    manager.close()
+    model = gpt2.GPT2(gpt2.GPT2Config(**{**vars(model.config), "scan_layers": True}))
+    return Made(folder / "workdir", model, method.apply(params, delta), tokenizer)
+
+
+def start(app: str, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", f"experiments.{app}", *flags]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def texts(run: Made, params: Any, contexts: list[str]) -> list[str]:
+    prompts = e2e.prompts(contexts, run.tokenizer, eos=0)
+    options: dict[str, Any] = {"max_new_tokens": 20, "eos": 0, "progress": False}
+    return complete(run.model, params, run.tokenizer, prompts, **options)
+
+
+def test_evaluate(run: Made) -> None:
+    done = start("evaluate", f"--workdir={run.workdir}", "--limit=2", "--max_new_tokens=20")
+    assert done.returncode == 0, done.stderr
+    folder = run.workdir / "evaluation/test-adapted"
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    result = json.loads((folder / "evaluate.json").read_text())
+    assert [row["context"] for row in rows] == ["name : X | area : riverside", "name : Y | food : French"]
+    assert [len(row["references"]) for row in rows] == [2, 1]
+    predictions = [row["prediction"] for row in rows]
+    assert predictions == texts(run, run.adapted, [row["context"] for row in rows])
+    assert result["bleu"] == bleu(predictions, [row["references"] for row in rows])
+    assert (result["step"], result["contexts"], result["references"]) == (7, 2, 3)
+
+    data = e2e.load(run.workdir.parent, "test").select(range(3))
+    encoded = e2e.encode(data, run.tokenizer, eos=0, length=100)
+    schedule = batches.bucketed(encoded, 4, buckets=1)
+    expected = training.validation_loss(run.model, lj.merge(run.adapted), schedule)
+    np.testing.assert_allclose(result["loss"], expected, rtol=1e-5)
+    assert f"{result['bleu']:.4f}" in done.stdout and f"{result['loss']:.4f}" in done.stdout
+
+
+def test_generate(run: Made, tmp_path: Path) -> None:
+    (tmp_path / "contexts.txt").write_text("name : Y | food : French\n\nname : Q\n")
+    out = tmp_path / "out" / "texts.jsonl"
+    flags = [f"--workdir={run.workdir}", "--params=merged", "--max_new_tokens=20"]
+    done = start("generate", *flags, "--context=name : Z", f"--file={tmp_path}/contexts.txt", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    contexts = ["name : Z", "name : Y | food : French", "name : Q"]
+    assert [row["context"] for row in rows] == contexts
+    assert [row["prediction"] for row in rows] == texts(run, lj.merge(run.adapted), contexts)
+
+
+def test_another_base_is_refused(run: Made, tmp_path: Path) -> None:
+    model, params, tokenizer = hf.load(run.workdir.parent / "base")
+    params["wte"]["embedding"] = params["wte"]["embedding"].at[3, 3].add(1)
+    hf.save(tmp_path, model, params, tokenizer)
+    done = start("generate", f"--workdir={run.workdir}", f"--base={tmp_path}", "--context=x")
+    assert done.returncode == 1
+    assert "belongs to the base" in done.stderr and "other weights" in done.stderr

@@ -1,0 +1,76 @@
+"""From prompts of any length to cleaned texts."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from lora_jax.data import text
+from lora_jax.generation import clean, complete, end_tokens, generate
+from lora_jax.models import gpt2
+
+CONFIG = gpt2.GPT2Config(vocab_size=300, n_positions=40, n_embd=16, n_layer=1, n_head=2, eos_token_id=0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    file = tmp_path_factory.mktemp("text") / "a.txt"
+    file.write_text("The quick brown fox jumps over the lazy dog, time and again and again.\n" * 3)
+    return text.train_tokenizer([file], 300)
+
+
+@pytest.fixture(scope="module")
+def params() -> Any:
+    params = jax.jit(gpt2.GPT2(CONFIG).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    return jax.tree.map(lambda x: 10 * x if x.ndim > 1 else x, params)
+
+
+def test_every_prompt_in_its_place(tokenizer: Tokenizer, params: Any, capsys: pytest.CaptureFixture) -> None:
+    vocabulary = tokenizer.get_vocab_size()
+    assert vocabulary <= CONFIG.vocab_size
+    model = gpt2.GPT2(CONFIG)
+    random = np.random.default_rng(0)
+    prompts = [list(random.integers(1, vocabulary, n)) for n in (3, 30, 16, 1, 17, 5, 2, 29)]
+    options: dict[str, Any] = {"max_new_tokens": 10, "eos": [0, 40]}
+    texts = complete(model, params, tokenizer, prompts, **options, batch_size=3)
+    assert "generate: 100%" in capsys.readouterr().err
+    for prompt, found in zip(prompts, texts, strict=True):
+        padded = np.zeros((1, 30), int)
+        padded[0, 30 - len(prompt) :] = prompt
+        new = generate(model, params, padded, np.arange(30)[None] >= 30 - len(prompt), **options)
+        assert found == clean(np.asarray(new[0]), tokenizer, options["eos"])
+    assert len(set(texts)) > 4
+    again = complete(model, params, tokenizer, prompts, **options, batch_size=3, progress=False)
+    assert again == texts
+    assert capsys.readouterr().err == ""
+    assert complete(model, params, tokenizer, [], **options, progress=False) == []
+
+
+def test_clean(tokenizer: Tokenizer) -> None:
+    def ids(string: str) -> list[int]:
+        return tokenizer.encode(string).ids
+
+    assert clean(ids("  The fox. \n"), tokenizer, 0) == "The fox."
+    assert clean([*ids(" The fox."), 0, *ids(" The dog.")], tokenizer, 0) == "The fox."
+    assert clean(ids("The fox.<|endoftext|>The dog."), tokenizer, 299) == "The fox."
+    assert clean(ids("The fox.\n\nThe dog."), tokenizer, 0) == "The fox."
+    assert clean(ids("The fox.\nThe dog."), tokenizer, 0) == "The fox.\nThe dog."
+    assert clean([0, 0], tokenizer, 0) == ""
+    assert clean([*ids("The"), *ids(","), *ids("fox")], tokenizer, [0, ids(",")[0]]) == "The"
+
+
+def test_end_tokens(tokenizer: Tokenizer, shared: Path) -> None:
+    assert end_tokens(tokenizer, 0) == [0]  # two line ends are two tokens here
+    theirs = Tokenizer.from_file(str(shared / "data/gpt2_tokenizer/tokenizer.json"))
+    assert end_tokens(theirs, 50256) == [50256, 628]
+
+
+def test_prompts_that_do_not_fit(tokenizer: Tokenizer, params: Any) -> None:
+    model = gpt2.GPT2(CONFIG)
+    for bad in ([], [1] * 31):
+        with pytest.raises(ValueError, match=rf"prompt 1 .* has {len(bad)} tokens.* 1 to 30"):
+            complete(model, params, tokenizer, [[1], bad], max_new_tokens=10, eos=0)

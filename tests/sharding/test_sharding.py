@@ -1,0 +1,193 @@
+"""Rules, the shardings that follow from them, and training on meshes of eight devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lora_jax as lj
+from lora_jax import sharding
+from lora_jax.models import gpt2
+
+CONFIG = gpt2.GPT2Config(vocab_size=51, n_positions=16, n_embd=16, n_layer=2, n_head=4)
+SCANNED = gpt2.GPT2Config(vocab_size=52, n_positions=16, n_embd=16, n_layer=2, n_head=4, scan_layers=True)
+METHOD = lj.lora(
+    lj.select("**/{query,value,down}/kernel", "wte/embedding", axes=gpt2.AXES),
+    rank=2,
+    alpha=8,
+    a_init="gaussian",
+)
+MESHES = [(8, 1, 1), (2, 4, 1), (1, 2, 4), (2, 2, 2)]
+RUNS = [(SCANNED, sizes) for sizes in MESHES] + [(CONFIG, (2, 2, 2))]
+
+
+def mesh_of(*sizes: int) -> jax.sharding.Mesh:
+    return sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))
+
+
+@functools.cache
+def setup(config: gpt2.GPT2Config) -> tuple:
+    model = gpt2.GPT2(config)
+    tokens = jax.random.randint(jax.random.key(1), (8, 12), 0, config.vocab_size)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    return model, params, tokens
+
+
+def adam_losses(config: gpt2.GPT2Config, mesh: jax.sharding.Mesh | None) -> tuple[list, dict]:
+    """The losses of ten Adam steps, and the delta after them."""
+    model, params, tokens = setup(config)
+    delta = METHOD.init(jax.random.key(2), params)
+    tx = lj.freeze_base(optax.adam(1e-2))
+    state = tx.init(delta)
+    if mesh is not None:
+        rules = sharding.gpt2_rules(config.vocab_size, mesh)
+        adapted = jax.eval_shape(METHOD.apply, params, delta)
+        params = jax.device_put(params, sharding.shardings(params, mesh, rules))
+        delta = jax.device_put(delta, sharding.shardings(delta, mesh, rules, adapted))
+        state = jax.device_put(state, sharding.shardings(state, mesh, rules, adapted))
+        tokens = jax.device_put(tokens, sharding.batch_sharding(mesh))
+    forward = lj.lift(model.apply)
+
+    def loss(delta, params, tokens):
+        logits = forward({"params": METHOD.apply(params, delta)}, tokens)[:, :-1]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    @jax.jit
+    def step(delta, state, params, tokens):
+        value, grads = jax.value_and_grad(loss)(delta, params, tokens)
+        updates, state = tx.update(grads, state, delta)
+        return optax.apply_updates(delta, updates), state, value
+
+    losses = []
+    for _ in range(10):
+        delta, state, value = step(delta, state, params, tokens)
+        losses.append(float(value))
+    return losses, delta
+
+
+@functools.cache
+def on_one_device(config: gpt2.GPT2Config) -> tuple:
+    return adam_losses(config, None)
+
+
+@pytest.mark.parametrize(("config", "sizes"), RUNS, ids=range(len(RUNS)))
+def test_losses_agree_with_one_device(config, sizes):
+    expected, delta = on_one_device(config)
+    losses, sharded = adam_losses(config, mesh_of(*sizes))
+    assert losses[-1] < 0.9 * losses[0]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    for (path, ours), theirs in zip(jax.tree_util.tree_leaves_with_path(sharded), jax.tree.leaves(delta), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-4, err_msg=jax.tree_util.keystr(path))
+
+
+def test_factors_follow_their_kernels_and_the_optimizer_the_factors():
+    mesh = mesh_of(1, 2, 4)
+    _, params, _ = setup(CONFIG)
+    delta = METHOD.init(jax.random.key(2), params)
+    adapted = jax.eval_shape(METHOD.apply, params, delta)
+    rules = sharding.gpt2_rules(CONFIG.vocab_size, mesh)
+    specs = jax.tree.map(lambda sharding: sharding.spec, sharding.shardings(delta, mesh, rules, adapted))
+    assert specs["h_0/attn/query/kernel"] == {"a": P("fsdp", None), "b": P(None, "tensor")}
+    assert specs["h_1/mlp/down/kernel"] == {"a": P("tensor", None), "b": P(None, "fsdp")}
+    assert specs["wte/embedding"] == {"a": P(None, None), "b": P(None, ("fsdp", "tensor"))}
+
+    placed = jax.device_put(delta, sharding.shardings(delta, mesh, rules, adapted))
+    factors = placed["h_0/attn/value/kernel"]
+    assert {shard.data.shape for shard in factors["a"].addressable_shards} == {(8, 2)}
+    assert {shard.data.shape for shard in factors["b"].addressable_shards} == {(2, 4)}
+
+    state = lj.freeze_base(optax.adam(1e-3)).init(delta)
+    adam = sharding.shardings(state, mesh, rules, adapted).inner_states["trainable"].inner_state[0]
+    for moment in (adam.mu, adam.nu):
+        assert jax.tree.map(lambda sharding: sharding.spec, moment) == specs
+    assert adam.count.spec == P()
+
+
+def test_scanned_factors_follow_too():
+    mesh = mesh_of(1, 2, 4)
+    _, params, _ = setup(SCANNED)
+    delta = jax.eval_shape(METHOD.init, jax.random.key(2), params)
+    adapted = jax.eval_shape(METHOD.apply, params, delta)
+    rules = sharding.gpt2_rules(SCANNED.vocab_size, mesh)
+    found = sharding.shardings(delta, mesh, rules, adapted)
+    query, table = found["h/attn/query/kernel"], found["wte/embedding"]
+    assert (query["a"].spec, query["b"].spec) == (P(None, "fsdp", None), P(None, None, "tensor"))
+    # 52 rows divide over 4 devices
+    assert (table["a"].spec, table["b"].spec) == (P("tensor", None), P(None, "fsdp"))
+
+
+def test_a_tuned_leaf_is_sharded_as_the_weight_it_stands_for():
+    mesh = mesh_of(1, 2, 4)
+    _, params, _ = setup(CONFIG)
+    method = lj.tune(lj.select("**/kernel"))
+    delta = method.init(jax.random.key(0), params)
+    base = lj.without_tuned(params, delta)
+    adapted = jax.eval_shape(method.apply, params, delta)
+    rules = sharding.gpt2_rules(CONFIG.vocab_size, mesh)
+    found = sharding.shardings({"base": base, "delta": delta}, mesh, rules, adapted)
+    assert found["delta"]["h_0/attn/query/kernel"]["value"].spec == P("fsdp", "tensor")
+    assert jax.tree.structure(found) == jax.tree.structure({"base": base, "delta": delta})
+    placed = jax.device_put({"base": base, "delta": delta}, found)
+    assert placed["base"]["wte"]["embedding"].sharding.spec == P(None, ("fsdp", "tensor"))
+
+
+@pytest.mark.parametrize("config", [CONFIG, SCANNED], ids=["loop", "scanned"])
+def test_every_matrix_of_gpt2_is_spread_over_all_devices(config):
+    mesh = mesh_of(1, 2, 4)
+    _, params, _ = setup(config)
+    rules = sharding.gpt2_rules(config.vocab_size, mesh)
+    placed = jax.device_put(params, sharding.shardings(params, mesh, rules))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(placed):
+        if path[-1].key in ("kernel", "embedding"):
+            assert leaf.addressable_shards[0].data.size * 8 == leaf.size, path
+    assert sharding.gpt2_rules(50257, mesh)["**/wte/embedding"] == P(None, ("fsdp", "tensor"))
+    assert sharding.gpt2_rules(50304, mesh)["**/wte/embedding"] == P("tensor", "fsdp")
+
+
+def test_adapted_params_keep_their_structure():
+    mesh = mesh_of(2, 2, 2)
+    _, params, _ = setup(CONFIG)
+    adapted = METHOD.apply(params, METHOD.init(jax.random.key(2), params))
+    rules = sharding.gpt2_rules(CONFIG.vocab_size, mesh)
+    placed = jax.device_put(adapted, sharding.shardings(adapted, mesh, rules))
+    query = placed["h_0"]["attn"]["query"]["kernel"]
+    assert isinstance(query, lj.LowRank)
+    assert query.base.sharding == NamedSharding(mesh, P("fsdp", "tensor"))
+    assert query.a.sharding.spec == P("fsdp", None)
+
+
+def test_batches_are_spread_over_data_and_fsdp():
+    batch = jax.device_put(jnp.zeros((8, 3)), sharding.batch_sharding(mesh_of(2, 2, 2)))
+    assert {shard.data.shape for shard in batch.addressable_shards} == {(2, 3)}
+
+
+def test_the_first_matching_rule_wins():
+    mesh = mesh_of(2, 2, 2)
+    rules = {"b/**": P("data"), "**": P("fsdp")}
+    found = sharding.shardings({"a": jnp.zeros(2), "b": {"c": jnp.zeros(2)}}, mesh, rules)
+    assert found["a"].spec == P("fsdp") and found["b"]["c"].spec == P("data")
+
+
+def test_what_cannot_be_placed_is_said():
+    mesh = mesh_of(1, 2, 4)
+    tree = {"h": {"kernel": jnp.zeros((6, 5))}}
+    with pytest.raises(ValueError, match=r"h/kernel has shape \(6, 5\): 5 does not divide over the 4"):
+        sharding.shardings(tree, mesh, {"**": P("fsdp", "tensor")})
+    with pytest.raises(ValueError, match="names 3 axes"):
+        sharding.shardings(tree, mesh, {"**": P(None, None, "tensor")})
+    with pytest.raises(ValueError, match=r"no glob of .* matches 'h/kernel'"):
+        sharding.shardings(tree, mesh, {"g/**": P()})
+
+
+def test_impossible_meshes_are_said():
+    with pytest.raises(ValueError, match="needs 16 devices, there are 8"):
+        sharding.make_mesh({"data": 16})
+    with pytest.raises(ValueError, match="mesh axes are data, fsdp, tensor, not model"):
+        sharding.make_mesh({"model": 2})
+    with pytest.raises(ValueError, match="'fsdp': 0"):
+        sharding.make_mesh({"fsdp": 0})

@@ -1,0 +1,104 @@
+"""The paper's optimizer against torch's, its schedule, and what it keeps state for."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from training_runs import model_and_params, run_config
+
+import lora_jax as lj
+from lora_jax.training import optimizer, schedule
+
+
+@pytest.fixture(autouse=True)
+def optax_promotes():
+    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+        yield
+
+
+def options(**changes):
+    config = run_config().optimizer
+    config.learning_rate, config.warmup_steps = 2e-4, 500
+    config.update(changes)
+    return config
+
+
+def test_linear_schedule() -> None:
+    rate = schedule(options(), 26290)
+    steps = np.array([0, 1, 250, 500, 13395, 26290])
+    expected = 2e-4 * np.array([0, 1 / 500, 0.5, 1, 0.5, 0])
+    np.testing.assert_allclose([rate(s) for s in steps], expected, rtol=1e-5, atol=1e-10)
+
+
+def test_other_schedules() -> None:
+    cosine = schedule(options(schedule="cosine", final_share=0.02, warmup_steps=100), 1100)
+    np.testing.assert_allclose(cosine(600), 2e-4 * (0.02 + 0.98 / 2), rtol=1e-5)
+    np.testing.assert_allclose(cosine(1100), 2e-4 * 0.02, rtol=1e-5)
+    constant = schedule(options(schedule="constant", warmup_steps=0), 10)
+    assert constant(0) == constant(9) == 2e-4
+    with pytest.raises(ValueError, match="'linaer', not one of"):
+        schedule(options(schedule="linaer"), 1000)
+
+
+def test_a_run_shorter_than_its_warmup_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        rate = schedule(options(), 100)
+    assert "the peak rate is never reached" in caplog.text
+    np.testing.assert_allclose(rate(100), 2e-4 / 5, rtol=1e-5)
+
+
+def test_the_same_steps_as_torch() -> None:
+    torch = pytest.importorskip("torch")
+    random = np.random.default_rng(0)
+    start = random.normal(0, 1, (5, 3)).astype(np.float32)
+    gradients = random.normal(0, 1, (12, 5, 3)).astype(np.float32)
+    config = options(learning_rate=0.05, warmup_steps=4, weight_decay=0.1)
+    rate = schedule(config, 12)
+
+    theirs = torch.nn.Parameter(torch.tensor(start))
+    adamw = torch.optim.AdamW([theirs], lr=1.0, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.1)
+    tx, ours = optimizer(config, rate), lj.Delta({"w": {"a": jnp.array(start)}})
+    state = tx.init(ours)
+    for step, gradient in enumerate(gradients):
+        adamw.param_groups[0]["lr"] = float(rate(step))
+        theirs.grad = torch.tensor(gradient)
+        adamw.step()
+        updates, state = tx.update(lj.Delta({"w": {"a": jnp.array(gradient)}}), state, ours)
+        ours = optax.apply_updates(ours, updates)
+    assert np.abs(theirs.detach().numpy() - start).max() > 0.1
+    np.testing.assert_allclose(ours["w"]["a"], theirs.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_clipping_sees_what_trains_alone() -> None:
+    config = options(warmup_steps=0, clip_norm=1.0)
+    tx = optimizer(config, schedule(config, 10))
+    ones = lj.Delta({"w": {"a": jnp.ones(3), "fixed_b": jnp.ones(3)}})
+    grads = lj.Delta({"w": {"a": jnp.full(3, 0.1), "fixed_b": jnp.full(3, 1e6)}})
+    updates, state = tx.update(grads, tx.init(ones), ones)
+    moments = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (3,)]
+    np.testing.assert_allclose(moments[0], 0.01, rtol=1e-4)  # 0.1 * 0.1: not clipped
+    assert len(moments) == 2 and not updates["w"]["fixed_b"].any()
+
+
+def test_decay_by_path() -> None:
+    config = options(warmup_steps=0, decay=("**/{kernel,embedding}",))
+    tx = optimizer(config, schedule(config, 10))
+    delta = lj.Delta({p: {"value": jnp.ones((2, 2))} for p in ("h/kernel", "h/bias")})
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, delta), tx.init(delta), delta)
+    np.testing.assert_allclose(updates["h/kernel"]["value"], -2e-4 * 0.01, rtol=1e-5)
+    assert not updates["h/bias"]["value"].any()
+
+
+def test_no_state_for_the_base() -> None:
+    _, params = model_and_params()
+    method = lj.lora(lj.select("**/attn/{query,value}/kernel"), rank=2)
+    delta = method.init(jax.random.key(0), params)
+    config = options(clip_norm=1.0)
+    tx = optimizer(config, schedule(config, 1000))
+    trained = sum(leaf.size for leaf in jax.tree.leaves(delta))
+    for tree in (delta, {"base": params, "delta": delta}, method.apply(params, delta)):
+        sizes = [leaf.size for leaf in jax.tree.leaves(tx.init(tree)) if leaf.ndim]
+        assert sum(sizes) == 2 * trained

@@ -1,0 +1,104 @@
+"""One step: micro-batches are one big batch, the delta stays float32, nothing else moves."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from training_runs import QV, VOCAB, equal_bits, model_and_params, run_config, schedule
+
+import lora_jax as lj
+from lora_jax import training
+from lora_jax.training import METRICS, State
+
+
+def make(method: lj.ParamTransform, model: Any, params: Any, **changes: Any) -> tuple[Any, State]:
+    config = run_config(**{"optimizer.warmup_steps": 0} | changes)
+    rate = training.schedule(config.optimizer, 10)
+    tx = training.optimizer(config.optimizer, rate)
+    forward = training.language_model(model)
+    step = jax.jit(training.make_step(forward, method, tx, rate, config.label_smoothing))
+    fresh = jax.jit(lambda params: training.new_state(method, tx, params, jax.random.key(0)))
+    return step, fresh(params)
+
+
+def stacked(batch: dict, parts: int) -> dict:
+    return {n: jnp.array(x.reshape(parts, -1, *x.shape[1:])) for n, x in batch.items()}
+
+
+def test_micro_batches_are_one_big_batch() -> None:
+    """Also where their labels are unequal: one has 1, one has none."""
+    model, params = model_and_params()
+    method = lj.from_spec({"method": "lora", **QV, "dropout": 0.0})
+    step, state = make(method, model, params)
+    batch = schedule(8, batch_size=8, buckets=1)(0)[0]
+    batch["weights"][:4] = 0
+    batch["weights"][3, 0] = 1
+    one, four = (step(state, params, stacked(batch, parts)) for parts in (1, 4))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(four), strict=True):
+        np.testing.assert_allclose(b, a, rtol=2e-5, atol=1e-7)
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), state.delta, one.delta)
+    assert max(jax.tree.leaves(moved)) > 1e-3
+    metrics = dict(zip(METRICS, np.asarray(four.metrics), strict=True))
+    assert metrics["labels"] == batch["weights"].sum()
+    assert metrics["real_tokens"] == batch["mask"].sum()
+    assert metrics["tokens"] == batch["mask"].size
+
+
+def test_dropout_draws_anew_each_step_and_each_micro_batch() -> None:
+    model, params = model_and_params()
+    step, state = make(lj.from_spec({"method": "lora", **QV, "dropout": 0.5}), model, params)
+    state = state._replace(delta=jax.tree.map(lambda x: x + 0.3, state.delta))
+    batch = {n: np.repeat(x[:1], 4, 0) for n, x in schedule(4, buckets=1)(0)[0].items()}
+    half = {n: x[:2] for n, x in batch.items()}
+
+    def loss(state: State, batch: dict, parts: int = 1) -> float:
+        return float(step(state, params, stacked(batch, parts)).metrics[0])
+
+    assert loss(state, half) == loss(state, half)
+    later = state._replace(step=state.step + 1)
+    assert loss(state, half) != loss(later, half)
+    other = state._replace(key=jax.random.key_data(jax.random.key(9)))
+    assert loss(state, half) != loss(other, half)
+    # all four rows are equal: equal draws in both halves would give twice the loss
+    assert loss(state, batch, 2) != 2 * loss(state, half)
+
+
+@pytest.mark.parametrize("spec", [{"method": "lora", **QV}, {"method": "tune", "select": ["**"]}], ids=["lora", "tune"])
+def test_bfloat16_computes_and_float32_trains(spec: dict) -> None:
+    model, params = model_and_params(dtype="bfloat16")
+    step, state = make(lj.from_spec(spec), model, params)
+    with jax.numpy_dtype_promotion("standard"):  # jax's own attention mixes them in its gradient
+        new = step(state, params, stacked(schedule(4, buckets=1)(0)[0], 2))
+    loss, labels = np.asarray(new.metrics)[:2]
+    np.testing.assert_allclose(loss / labels, np.log(VOCAB), rtol=2e-2)
+    assert {leaf.dtype for leaf in jax.tree.leaves(new.delta)} == {jnp.dtype("float32")}
+    assert {x.dtype.name for x in jax.tree.leaves(new.optimizer)} == {"float32", "int32"}
+    forward = training.language_model(model)
+    batch = {n: jnp.array(x) for n, x in schedule(4, buckets=1)(0)[0].items()}
+    assert "bf16[" in str(jax.make_jaxpr(forward)(params, batch))
+
+
+def test_fixed_factors_stay_and_the_first_bad_step_is_kept() -> None:
+    model, params = model_and_params()
+    inner = lj.from_spec({"method": "lora", **QV})
+
+    def init(key: Any, params: Any) -> lj.Delta:
+        delta = inner.init(key, params)
+        return lj.Delta({path: {**f, "fixed_c": jnp.ones(2)} for path, f in delta.items()})
+
+    def apply(params: Any, delta: lj.Delta, **options: Any) -> Any:
+        plain = {path: {n: f[n] for n in ("a", "b")} for path, f in delta.items()}
+        return inner.apply(params, lj.Delta(plain), **options)
+
+    step, state = make(lj.ParamTransform(init, apply, {}), model, params)
+    batch = stacked(schedule(4, buckets=1)(0)[0], 1)
+    good = step(state, params, batch)
+    assert good.metrics[METRICS.index("bad_step")] == 0
+    for path, factors in good.delta.items():
+        assert equal_bits(factors["fixed_c"], jnp.ones(2))
+        assert not equal_bits(factors["b"], state.delta[path]["b"])
+    broken = dict(batch, weights=batch["weights"] * jnp.nan)
+    bad = step(step(good, params, broken), params, batch)
+    assert bad.metrics[METRICS.index("bad_step")] == 2
