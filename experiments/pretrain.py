@@ -59,7 +59,7 @@ def load(config: ConfigDict, workdir: Path) -> tuple[Tokenizer, int, dict[str, S
     kept = workdir / "tokenizer.json"
     if config.tokenizer and not Path(config.tokenizer).is_file():
         raise FileNotFoundError(f"{config.tokenizer}: no such file; GPT-2's is in the hub's gpt2")
-    if not kept.is_file():
+    if checkpoints.latest_step(workdir) is None:
         given = Tokenizer.from_file(config.tokenizer) if config.tokenizer else None
         tokenizer = given or text.train_tokenizer(paths, config.vocab_size)
         checkpoints.write_atomically(kept, tokenizer.to_str().encode())

@@ -12,7 +12,9 @@ stopped: by Ctrl-C, SIGTERM (saves first), SIGKILL or a crash.
 
 import dataclasses
 import json
+import shlex
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main() -> None:
     config, workdir = CONFIG.value, Path(flags.FLAGS.workdir)
+    training.claim(workdir, config)
     if config.method == "none":
         return evaluate_base(config, workdir)
     job, report = ready(config, workdir)
@@ -76,7 +79,8 @@ def spec(config: ConfigDict) -> dict[str, Any]:
     """The spec of the config's method."""
     if config.method not in config:
         raise ValueError(f"method is {config.method!r}, but the config has no options of that name")
-    options = {"method": config.method, **config[config.method].to_dict()}
+    # By way of JSON: to_dict sorts keys, and of a mapping from globs the first match wins.
+    options = {"method": config.method, **json.loads(config[config.method].to_json())}
     return options if config.method == "tune" else options | {"axes": dict(gpt2.AXES)}
 
 
@@ -110,7 +114,6 @@ def load(config: ConfigDict) -> tuple[gpt2.GPT2, Any, dict[str, str], dict[str, 
 
 def evaluate_base(config: ConfigDict, workdir: Path) -> None:
     """Method "none": the validation loss of the base."""
-    training.claim(workdir, config)
     model, params, _, batches = load(config)
     mesh = sharding.make_mesh(config.mesh.to_dict())
     rules = sharding.gpt2_rules(model.config.vocab_size, mesh)
@@ -127,6 +130,7 @@ def summarize(config: ConfigDict, workdir: Path, **numbers: int) -> None:
     speeds = [e["tokens_per_second"] for e in entries if "tokens_per_second" in e]
     losses = [e["validation_loss"] for e in entries if "validation_loss" in e]
     summary = {
+        "command": shlex.join(["python", "-m", "experiments.train", *sys.argv[1:]]),
         "method": config.method,
         "base": config.base,
         "seed": config.seed,

@@ -168,8 +168,9 @@ class Report:
     def dense(self, eqn: jex.JaxprEqn | None, w: Adapted, known: Array | None = None) -> Array:
         """The dense array; reported where it is more than a vector."""
         if w.ndim > 1:
-            by = f"'{eqn.primitive.name}' at {self.place or _user_line(eqn)}" if eqn else "being returned"
-            self._say(f"adapted array at {w.path} is made dense by {by}")
+            place = (self.place or _user_line(eqn)) if eqn else "the function's return"
+            by = f" by '{eqn.primitive.name}'" if eqn else ""
+            self._say(place, f"adapted array at {w.path} is made dense{by} at {place}")
         return w.materialize() if known is None else known
 
     def contracts(self, eqn: jex.JaxprEqn, w: Adapted, turned: bool) -> None:
@@ -182,14 +183,15 @@ class Report:
     def finish(self) -> None:
         for path in self.turned.keys() - self.straight:
             self._say(
+                self.turned[path],
                 f"adapted array at {path} is contracted only over its output axis at {self.turned[path]}: "
-                "probably its axes are named the other way round ('oi' for 'io')"
+                "probably its axes are named the other way round ('oi' for 'io')",
             )
 
-    def _say(self, message: str) -> None:
-        if self.on_dense == "allow" or message in self.seen:
+    def _say(self, place: str, message: str) -> None:
+        if self.on_dense == "allow" or place in self.seen:
             return
-        self.seen.add(message)
+        self.seen.add(place)
         message += '; lift(fn, on_dense="allow") accepts it'
         if self.on_dense == "error":
             raise ValueError(message)

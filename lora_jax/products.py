@@ -267,7 +267,7 @@ def _convert(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[A
     return [structure.cast(values[0], dtype)] if jnp.issubdtype(dtype, jnp.floating) else None
 
 
-@rule("stop_gradient", "pvary", "copy")
+@rule("stop_gradient", "pvary", "copy", "name")
 def _each(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any]:
     return [structure.each(values[0], lambda leaf: eqn.primitive.bind(leaf, **eqn.params))]
 

@@ -105,7 +105,11 @@ class Selection(NamedTuple):
 
     def leaves(self, params: Any) -> dict[str, Any]:
         """`{path: leaf}` of the selected floating-point leaves; a glob that matches none is a ValueError."""
-        leaves = {path: leaf for path, leaf in flatten(params)[0] if _is_float(leaf)}
+        floats = [(path, leaf) for path, leaf in flatten(params)[0] if _is_float(leaf)]
+        leaves = dict(floats)
+        if len(leaves) < len(floats):
+            twice = next(path for n, (path, _) in enumerate(floats) if path in dict(floats[:n]))
+            raise ValueError(f"two leaves have the path {twice}: rename one")
         for glob in (*self.globs, *self.exclude):
             if not any(matches(glob, path) for path in leaves):
                 raise ValueError(f"{glob!r} matches no parameter{_nearest(glob, leaves)}")
@@ -153,13 +157,13 @@ class Selection(NamedTuple):
         return next((axes for glob, axes in self.axes.items() if matches(glob, path)), None)
 
     def _layers_of(self, path: str, leaf: Any) -> set[int]:
-        """The layers of a leaf: the number in its path, or the entries of its stacked axis."""
+        """The layers of a leaf: the entries of its stacked axis, or the number in its path."""
         if self.layers is None:
             return {0}
-        if number := re.search(r"(?:^|[/_])(\d+)(?=/|$)", path):
-            return {int(number[1])}
-        axes = self._named(path) or ""
-        return set(range(leaf.shape[axes.index("s")])) if "s" in axes else set()
+        if "s" in (axes := self._named(path) or ""):
+            return set(range(leaf.shape[axes.index("s")]))
+        number = re.search(r"(?:^|[/_])(\d+)(?=/|$)", path)
+        return {int(number[1])} if number else set()
 
 
 def select(

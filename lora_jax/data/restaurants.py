@@ -1,46 +1,59 @@
 """Made-up restaurants and two styles of describing them: text that needs no files and no network.
 
-A context lists attributes (`name : Olive Garden | food : Italian | ...`). Either style describes it
-in the same words, differently arranged, in one of four ways; all four are its references.
+A context lists attributes (`name : Old Mill | food : Italian | ...`). A description opens with the
+name, then says the other attributes in any order, each in one of a few ways.
 """
 
 import itertools
+from collections.abc import Mapping
 
 import datasets
 import numpy as np
 
-NAMES = [
-    f"{first} {second}"
-    for first in ("Blue", "Golden", "Old", "Little", "Green", "Silver")
-    for second in ("Spice", "Mill", "Olive", "Lantern", "Swan", "Table")
-]
 ATTRIBUTES = {
-    "name": NAMES,
+    "name": [
+        f"{first} {second}"
+        for first in ("Blue", "Golden", "Old", "Little", "Green", "Silver")
+        for second in ("Spice", "Mill", "Olive", "Lantern", "Swan", "Table")
+    ],
     "food": ["Chinese", "English", "French", "Indian", "Italian", "Japanese"],
     "price": ["low", "moderate", "high"],
     "rating": ["poor", "good", "excellent"],
-    "area": ["city centre", "old town", "harbour district", "market hall"],
-    "families": ["yes", "no"],
+    "area": ["city centre", "old town", "harbour", "market hall"],
+    "families": ["welcome", "not welcome"],
 }
 STYLES = {
-    "plain": (
-        "{name} is a {food} restaurant in the {area}. Prices are {price}. The rating is {rating}. "
-        "Families are {welcome}.",
-        "{name} serves {food} food in the {area}. The rating is {rating} and prices are {price}. "
-        "Families are {welcome}.",
-        "In the {area} there is a {food} restaurant, {name}. Families are {welcome}. "
-        "Prices are {price}. The rating is {rating}.",
-        "The {food} restaurant {name} is in the {area}. Families are {welcome}. "
-        "The rating is {rating} and prices are {price}.",
-    ),
-    "lively": (
-        "{food} food, prices {price}, rating {rating}: {name}, a restaurant in the {area} where "
-        "families are {welcome}!",
-        "Families {welcome}! {name}, the {area} restaurant, serves {food} food. Rating: {rating}. Prices: {price}.",
-        "Where in the {area} is {food} food? {name}! Prices: {price}. Rating: {rating}. Families {welcome}.",
-        "{name}! {food} food in the {area}, rating {rating}, prices {price}, families {welcome}.",
-    ),
+    "plain": {
+        "name": (
+            "{name} is a restaurant that serves {food} food.",
+            "{name} is a {food} restaurant.",
+            "There is a {food} restaurant called {name}.",
+        ),
+        "price": ("Its prices are {price}.", "You pay {price} prices."),
+        "rating": ("Guests say it is {rating}.", "The rating is {rating}."),
+        "area": ("It is in the {area}.", "You find it in the {area}."),
+        "families": ("Families are {families}.", "It is a place where families are {families}."),
+    },
+    "lively": {
+        "name": (
+            "You say {food} food? Find {name}!",
+            "{food} food is what {name} serves!",
+            "{name}! It is called the place that is {food}!",
+        ),
+        "price": ("And prices? They are {price}!", "All that, and you pay {price} prices!"),
+        "rating": ("How is it? Guests say {rating}!", "They say it is {rating}!"),
+        "area": ("Where? In the {area}!", "The {area} is where it is!"),
+        "families": ("Families? They are {families}!", "And families are {families}!"),
+    },
 }
+REFERENCES = 8  # descriptions of each restaurant of "valid"
+
+
+def describe(style: str, values: Mapping[str, str], random: np.random.Generator) -> str:
+    """One description of a restaurant, in "plain" or "lively" style."""
+    forms = STYLES[style]
+    order = ["name", *random.permutation([key for key in forms if key != "name"])]
+    return " ".join(random.choice(forms[key]).format(**values) for key in order)
 
 
 def pairs(style: str, split: str, count: int, seed: int = 0) -> datasets.Dataset:
@@ -48,26 +61,24 @@ def pairs(style: str, split: str, count: int, seed: int = 0) -> datasets.Dataset
 
     Args:
       style: "plain" or "lively".
-      split: "train", one description a restaurant, or "valid", all four of each, of restaurants
+      split: "train", one description a restaurant, or "valid", several of each, of restaurants
         that are never in "train".
-      count: of restaurants, at most the 11,664 of "train" or the 3,888 of "valid".
+      count: of restaurants, at most three quarters of all in "train" and a quarter in "valid".
       seed: chooses restaurants and descriptions; both styles get the same restaurants.
     """
     if style not in STYLES or split not in ("train", "valid"):
-        raise ValueError(f"style {style!r} of {list(STYLES)}, split {split!r} of ['train', 'valid']")
-    random = np.random.default_rng(seed)
+        raise ValueError(f"style {style!r} of {[*STYLES]}, split {split!r} of ['train', 'valid']")
     every = list(itertools.product(*ATTRIBUTES.values()))
     fixed = np.random.default_rng(0).permutation(len(every))
     bound = len(every) * 3 // 4
     here = fixed[:bound] if split == "train" else fixed[bound:]
     if not 0 < count <= len(here):
         raise ValueError(f"count={count}: {split!r} has {len(here)} restaurants")
+    random = np.random.default_rng(seed)
     rows = []
     for index in random.permutation(here)[:count]:
         values = dict(zip(ATTRIBUTES, every[index], strict=True))
         context = " | ".join(f"{key} : {value}" for key, value in values.items())
-        welcome = "welcome" if values["families"] == "yes" else "not welcome"
-        texts = [form.format(**values, welcome=welcome) for form in STYLES[style]]
-        chosen = [texts[random.integers(len(texts))]] if split == "train" else texts
-        rows += [{"context": context, "completion": text} for text in chosen]
+        for _ in range(1 if split == "train" else REFERENCES):
+            rows.append({"context": context, "completion": describe(style, values, random)})
     return datasets.Dataset.from_list(rows)

@@ -37,7 +37,10 @@ def tune(selection: Selection) -> ParamTransform:
         return Tuned(value=(1 - s) * leaf.astype(value.dtype) + s * value, path=Label(path))
 
     def targets(params: Any) -> dict[str, str]:
-        return dict.fromkeys(selection.leaves(params), "")
+        leaves = selection.leaves(params)
+        if selection.layers and (stacks := [p for p, leaf in leaves.items() if "s" in selection.axes_of(p, leaf)]):
+            raise ValueError(f"{stacks[0]}: tune takes whole leaves, not layers={selection.layers} of a stack")
+        return dict.fromkeys(leaves, "")
 
     spec = {"method": "tune", **selection.spec()}
     return per_leaf(spec, targets, init, adapt)

@@ -6,9 +6,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from matplotlib.figure import Figure
-from tensorboardX import SummaryWriter
-
 from lora_jax.checkpoints import write_atomically
 
 # What differs between two runs of one config: everything else in metrics.jsonl is equal.
@@ -19,13 +16,21 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     """The entries of metrics.jsonl; a half-written last line is left out."""
     path = Path(workdir) / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entries.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not JSON: {line[:80]!r}") from error
+    return entries
 
 
 class Log:
     """Writes metrics of a workdir; on resuming from `step`, what came after it is dropped first."""
 
     def __init__(self, workdir: str | Path, step: int) -> None:
+        from tensorboardX import SummaryWriter  # slow to import: takes torch along
+
         self.workdir = Path(workdir)
         self.entries = [e for e in read_metrics(workdir) if e["step"] <= step]
         path = Path(workdir) / "metrics.jsonl"
@@ -56,6 +61,8 @@ class Log:
 
 def plot_loss(workdir: str | Path) -> None:
     """Draws loss.png from metrics.jsonl: training loss (smoothed labels) and validation loss."""
+    from matplotlib.figure import Figure  # slow to import
+
     entries = read_metrics(workdir)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

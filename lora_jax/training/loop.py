@@ -4,6 +4,7 @@ Nothing in it waits for the device: metrics are summed there and fetched once a 
 """
 
 import contextlib
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -95,17 +97,7 @@ def prepare(
     tx = optimizer(config.optimizer, rate)
     params = jax.device_put(params, shardings(params, mesh, rules))
 
-    def start(params: Any) -> steps.State:
-        return steps.new_state(method, tx, params, jax.random.key(config.seed))
-
-    shapes = jax.eval_shape(start, params)
-    adapted = jax.eval_shape(method.apply, params, shapes.delta)
-    places = shardings(shapes, mesh, rules, adapted)
-    if checkpoints.latest_step(workdir) is None:
-        state = jax.jit(start, out_shardings=places)(params)
-    else:
-        like = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, places)
-        state = checkpoints.restore(workdir, like, base=base)
+    state = _state(workdir, method, tx, params, config.seed, base, mesh, rules)
     params = without_tuned(params, state.delta)
     forward = steps.language_model(model)
     step = steps.make_step(forward, method, tx, rate, config.label_smoothing)
@@ -120,9 +112,36 @@ def prepare(
         total=total,
         batches=batches,
         step=jax.jit(step, donate_argnums=0),
-        validate=_validator(forward, method, params, validation, mesh) if validation else None,
+        validate=_validator(forward, method, params, validation, mesh) if validation is not None else None,
         put=_putter(mesh, batches.batch_size, config.accumulate),
     )
+
+
+def _state(
+    workdir: Path,
+    method: ParamTransform,
+    tx: optax.GradientTransformation,
+    params: Any,
+    seed: int,
+    base: dict[str, str],
+    mesh: Mesh,
+    rules: Rules,
+) -> steps.State:
+    """The newest good checkpoint, or where there is none the start; placed on the mesh."""
+
+    def start(params: Any) -> steps.State:
+        return steps.new_state(method, tx, params, jax.random.key(seed))
+
+    shapes = jax.eval_shape(start, params)
+    adapted = jax.eval_shape(method.apply, params, shapes.delta)
+    places = shardings(shapes, mesh, rules, adapted)
+    if checkpoints.latest_step(workdir) is None:
+        return jax.jit(start, out_shardings=places)(params)
+
+    def placed(x: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    return checkpoints.restore(workdir, jax.tree.map(placed, shapes, places), base=base)
 
 
 def train(job: Job) -> Result:
@@ -155,7 +174,8 @@ def train(job: Job) -> Result:
                 state = meter.write(done, state)
             if job.validate and (epoch_ends or _due(done, config.eval_every)):
                 with meter.paused(state):
-                    log.write(done, validation_loss=job.validate(state.delta))
+                    log.write(done, validation_loss=(loss := job.validate(state.delta)))
+                    bar.write(f"step {done}: validation loss {loss:.4f}")
             if stop or epoch_ends or _due(done, config.save_every):
                 with meter.paused(state):
                     _save(job, manager, done, state)
@@ -178,8 +198,8 @@ def _batches(job: Job) -> Iterator[Batch]:
         batch = order[index]
         if not batch["weights"].any():
             raise ValueError(
-                f"step {done + 1}: batch {index} of epoch {epoch} has no labels; what went before "
-                f"is saved in {job.workdir}"
+                f"step {done + 1}: batch {index} of epoch {epoch} has no labels; the checkpoints "
+                f"from before stay in {job.workdir}"
             )
         yield batch
 
@@ -240,9 +260,11 @@ def _validator(
         sums = jax.device_put(np.zeros(2, np.float32), NamedSharding(mesh, P()))
         for batch in validation(0):
             sums = validate(sums, delta, params, jax.device_put(batch, sharding))
-        total, count = np.asarray(sums).tolist()
+        total, count = jax.device_get(sums).tolist()
         if not count:
             raise ValueError("the validation data have no labels")
+        if not math.isfinite(total):
+            raise ValueError("the validation loss is not finite")
         return total / count
 
     return loss

@@ -9,22 +9,21 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from lora_jax import checkpoints
 from lora_jax.training.logging import Log
 from lora_jax.training.step import METRICS, State
 
 
 def fetch(state: State) -> dict[str, float]:
     """The metrics in one transfer. This waits for the device."""
-    return dict(zip(METRICS, np.asarray(state.metrics).tolist(), strict=True))
+    return dict(zip(METRICS, jax.device_get(state.metrics).tolist(), strict=True))
 
 
 def check(metrics: dict[str, float], workdir: Path) -> None:
     """A ValueError where some step's loss or gradient was not finite; what is saved stays."""
     if metrics["bad_step"]:
         raise ValueError(
-            f"step {metrics['bad_step']:.0f}: the loss or its gradient is not finite. The newest "
-            f"checkpoint in {workdir} is of step {checkpoints.latest_step(workdir)}"
+            f"step {metrics['bad_step']:.0f}: the loss or its gradient is not finite; the "
+            f"checkpoints from before stay in {workdir}"
         )
 
 

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lora_jax.checkpoints import write_atomically
+from lora_jax.checkpoints import latest_step, write_atomically
+from lora_jax.training.logging import read_metrics
 
 # What may change when a run goes on. How the base is called may; its identity is compared.
 MAY_CHANGE = ("base", "log_every", "save_every", "keep", "mesh")
@@ -13,12 +14,14 @@ MAY_CHANGE = ("base", "log_every", "save_every", "keep", "mesh")
 def claim(workdir: str | Path, config: Any) -> None:
     """Writes config.json, the whole resolved config (a ConfigDict), into the workdir.
 
+    A config that left nothing else there (it failed at once) is replaced.
+
     Raises:
       ValueError: the workdir holds a run of another config; shows every difference.
     """
     path = Path(workdir) / "config.json"
     new = json.loads(config.to_json())
-    if path.exists():
+    if path.exists() and (latest_step(workdir) is not None or read_metrics(workdir)):
         old = json.loads(path.read_text())
         here, there = _flat(new), _flat(old)
         keys = sorted(here.keys() | there.keys())

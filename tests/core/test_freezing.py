@@ -1,5 +1,6 @@
 """What trains: labels, partition, and optimizers through freeze_base, on every form of tree."""
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -30,7 +31,10 @@ def loss_of(adapted):
 
 
 def flat_labels(tree):
-    return [(jax.tree_util.keystr(k, simple=True, separator="/"), x) for k, x in jax.tree_util.tree_flatten_with_path(lj.labels(tree))[0]]
+    return [
+        (jax.tree_util.keystr(k, simple=True, separator="/"), x)
+        for k, x in jax.tree_util.tree_flatten_with_path(lj.labels(tree))[0]
+    ]
 
 
 def test_labels_of_a_delta():
@@ -79,11 +83,11 @@ OPTIMIZERS = {
 }
 
 
-def trained(form: str, make: Any, steps: int = 4) -> tuple[Any, Any, Any]:
+def trained(form: str, optimizer: str, steps: int = 4) -> tuple[Any, Any, Any]:
     """The factors after some steps, the state and the tree; the trainable half alone is differentiated."""
     put, adapt = FORMS[form]
     tree = put(DELTA)
-    tx = lj.freeze_base(make())
+    tx = lj.freeze_base(OPTIMIZERS[optimizer]())
     state = tx.init(tree)
 
     def step(tree, state):
@@ -99,29 +103,45 @@ def trained(form: str, make: Any, steps: int = 4) -> tuple[Any, Any, Any]:
     return jax.tree.leaves(lj.partition(tree)[0]), state, tree
 
 
-def by_hand(make, steps=4):
+@functools.cache
+def by_hand(optimizer: str, steps: int = 4) -> tuple[Any, Any]:
     """Plain optax on a plain dict of the factors."""
     factors = {path: dict(f) for path, f in DELTA.items()}
-    tx = make()
+    tx = OPTIMIZERS[optimizer]()
     state = tx.init(factors)
-    for _ in range(steps):
-        def loss(f):
-            dense = {**PARAMS, "w": PARAMS["w"] + f["w"]["a"] @ f["w"]["b"], "b": f["b"]["value"]}
-            return jnp.mean((net(dense, X) - Y) ** 2) * 50
 
+    def loss(f):
+        dense = {**PARAMS, "w": PARAMS["w"] + f["w"]["a"] @ f["w"]["b"], "b": f["b"]["value"]}
+        return jnp.mean((net(dense, X) - Y) ** 2) * 50
+
+    @jax.jit
+    def step(factors, state):
         updates, state = tx.update(jax.grad(loss)(factors), state, factors)
-        factors = optax.apply_updates(factors, updates)
+        return optax.apply_updates(factors, updates), state
+
+    for _ in range(steps):
+        factors, state = step(factors, state)
     return jax.tree.leaves(factors), state
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form, optimizer",
+    [
+        ("delta", "adamw"),
+        ("delta", "multisteps"),
+        ("joint", "clipped"),
+        ("joint", "multisteps"),
+        ("joint without tuned", "clipped"),
+        ("adapted", "adamw"),
+        ("adapted", "multisteps"),
+        ("adapted", "momentum"),
+    ],
+)
 def test_every_form_trains_alike_and_keeps_no_state_for_the_base(form, optimizer):
     before = digest(PARAMS)
-    make = OPTIMIZERS[optimizer]
     with jax.numpy_dtype_promotion("standard"):  # optax.MultiSteps divides floats by integers
-        factors, state, tree = trained(form, make)
-        want, want_state = by_hand(make)
+        factors, state, tree = trained(form, optimizer)
+        want, want_state = by_hand(optimizer)
     assert sum(f.size for f in factors) == COUNT
     ordered = lambda leaves: sorted(leaves, key=lambda leaf: leaf.shape)  # noqa: E731
     close(ordered(factors), ordered(want), 2e-4)
@@ -169,8 +189,8 @@ def test_a_flax_train_state(form):
     for _ in range(4):
         state = step(state)
     ordered = lambda leaves: sorted(leaves, key=lambda leaf: leaf.shape)  # noqa: E731
-    close(ordered(jax.tree.leaves(lj.partition(state.params)[0])), ordered(by_hand(make)[0]), 2e-4)
-    assert _numbers(state.opt_state) == _numbers(by_hand(make)[1])
+    close(ordered(jax.tree.leaves(lj.partition(state.params)[0])), ordered(by_hand("clipped")[0]), 2e-4)
+    assert _numbers(state.opt_state) == _numbers(by_hand("clipped")[1])
 
 
 def test_differentiating_the_whole_joint_tree_gives_the_same_numbers():
@@ -181,12 +201,14 @@ def test_differentiating_the_whole_joint_tree_gives_the_same_numbers():
 
     @jax.jit
     def step(state):
-        return state.apply_gradients(grads=jax.grad(lambda t: loss_of(METHOD.apply(t["base"], t["delta"])))(state.params))
+        return state.apply_gradients(
+            grads=jax.grad(lambda t: loss_of(METHOD.apply(t["base"], t["delta"])))(state.params)
+        )
 
     for _ in range(4):
         state = step(state)
     same(state.params["base"], params)
-    close(jax.tree.leaves(state.params["delta"]), trained("delta", OPTIMIZERS["adamw"])[0], 2e-4)
+    close(jax.tree.leaves(state.params["delta"]), trained("delta", "adamw")[0], 2e-4)
 
 
 def test_an_adapted_weights_dense_gradient_is_zero_even_if_asked_for():

@@ -56,9 +56,9 @@ def test_1_the_base_is_unchanged_by_training_merging_and_switching(method):
 
     @jax.jit
     def step(delta, state, key):
-        loss, grads = jax.value_and_grad(
-            lambda d: jnp.mean((lifted(method.apply(PARAMS, d, key=key), X) - 1.0) ** 2)
-        )(delta)
+        loss, grads = jax.value_and_grad(lambda d: jnp.mean((lifted(method.apply(PARAMS, d, key=key), X) - 1.0) ** 2))(
+            delta
+        )
         updates, state = tx.update(grads, state, delta)
         return optax.apply_updates(delta, updates), state, loss
 
@@ -141,9 +141,7 @@ def in_scanned_layout(delta):
     [
         lambda axes: lj.lora(lj.select("**/kernel", axes=axes), rank=2, alpha=3),
         lambda axes: lj.tune(lj.select("**")),
-        lambda axes: lj.chain(
-            lj.lora(lj.select("**/up/kernel", axes=axes), rank=2), lj.tune(lj.select("**/bias"))
-        ),
+        lambda axes: lj.chain(lj.lora(lj.select("**/up/kernel", axes=axes), rank=2), lj.tune(lj.select("**/bias"))),
     ],
     ids=["lora", "tune", "chain"],
 )

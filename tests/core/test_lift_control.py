@@ -41,16 +41,14 @@ FUNCTIONS = {
     "jacobian of the input": lambda p, x: jax.jacrev(lambda x: mlp(p, x))(x[0]),
     "custom_jvp on activations": lambda p, x: jax.nn.relu(x @ p["w"]) @ p["v"],
     "stop_gradient": lambda p, x: jnp.tanh(x @ lax.stop_gradient(p["w"])) @ p["v"],
-    "dtype round trip": lambda p, x: x @ p["w"].astype(jnp.float64 if False else jnp.float32),
+    "copies": lambda p, x: x @ jnp.array(p["w"]).astype(jnp.float32),
     "weight on the left": lambda p, x: (p["w"].T @ x.T).T,
     "precision": lambda p, x: lax.dot(x, p["w"], precision="highest"),
     "batched product": lambda p, x: jnp.matmul(x[:, None], p["w"][None]),
     "accumulating type": lambda p, x: lax.dot(x, p["w"], preferred_element_type=jnp.float32),
     "cond": lambda p, x: lax.cond(x[0, 0] > 0, mlp, lambda p, x: -x @ p["w"] @ p["v"], p, x),
     "cond closing over": lambda p, x: lax.cond(x[0, 0] < 0, lambda: mlp(p, x), lambda: x + 1.0),
-    "switch": lambda p, x: lax.switch(
-        jnp.int32(2), [lambda p: x, lambda p: 2 * mlp(p, x), lambda p: 3 * mlp(p, x)], p
-    ),
+    "switch": lambda p, x: lax.switch(jnp.int32(2), [lambda p: x, lambda p: 2 * mlp(p, x), lambda p: 3 * mlp(p, x)], p),
     "fori": lambda p, x: lax.fori_loop(0, 3, lambda _, x: mlp(p, x), x),
     "scan with constants": lambda p, x: lax.scan(lambda c, _: (mlp(p, c), c), x, None, length=3),
     "scan over inputs": lambda p, x: lax.scan(lambda c, x: (c + 1, mlp(p, x)), jnp.int32(0), x),
@@ -67,16 +65,37 @@ FUNCTIONS = {
     "cond in scan": lambda p, x: lax.scan(
         lambda c, n: (lax.cond(n > 0, lambda c: mlp(p, c), lambda c: c, c), None), x, jnp.arange(3)
     )[0],
-    "checkpoint in scan": lambda p, x: lax.scan(
-        jax.checkpoint(lambda c, _: (mlp(p, c), None)), x, None, length=2
-    )[0],
+    "checkpoint in scan": lambda p, x: lax.scan(jax.checkpoint(lambda c, _: (mlp(p, c), None)), x, None, length=2)[0],
     "weights used in and after the scan": lambda p, x: mlp(
         p, lax.scan(lambda c, _: (mlp(p, c), None), x, None, length=2)[0]
     ),
 }
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+SLOW = (
+    "jit of jit",
+    "checkpoint with a policy",
+    "vmap of vmap",
+    "vmap out axis",
+    "jacobian of the input",
+    "copies",
+    "precision",
+    "scan with constants",
+    "map",
+    "cond in scan",
+    "checkpoint in scan",
+    "scan of a tree",
+    "reversed scan",
+    "scan with indices",
+    "batched experts",
+)
+
+
+def cases(names):
+    return [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in names]
+
+
+@pytest.mark.parametrize("name", cases(FUNCTIONS))
 def test_inside(name):
     agree(FUNCTIONS[name], PARAMS, X)
 
@@ -89,12 +108,8 @@ STACKED = {
     "scan with indices": lambda p, x: lax.scan(
         lambda x, iw: (layer(x, iw[1]) * iw[0], None), x, (jnp.arange(1.0, 4.0), p["w"])
     )[0],
-    "scan indexing the stack": lambda p, x: lax.scan(
-        lambda x, i: (layer(x, p["w"][i]), None), x, jnp.arange(3)
-    )[0],
-    "checkpointed scan": lambda p, x: lax.scan(
-        jax.checkpoint(lambda x, w: (layer(x, w), None)), x, p["w"]
-    )[0],
+    "scan indexing the stack": lambda p, x: lax.scan(lambda x, i: (layer(x, p["w"][i]), None), x, jnp.arange(3))[0],
+    "checkpointed scan": lambda p, x: lax.scan(jax.checkpoint(lambda x, w: (layer(x, w), None)), x, p["w"])[0],
     "fori indexing": lambda p, x: lax.fori_loop(
         0, 3, lambda i, x: layer(x, lax.dynamic_index_in_dim(p["w"], i, keepdims=False)), x
     ),
@@ -108,7 +123,7 @@ STACKED = {
 }
 
 
-@pytest.mark.parametrize("name", STACKED)
+@pytest.mark.parametrize("name", cases(STACKED))
 def test_stacked(name):
     allowed = "allow" if name == "gather of the stack" else "error"
     agree(STACKED[name], STACK, X, axes=SIO, on_dense=allowed)
@@ -176,7 +191,8 @@ def test_outside(name):
 
     got = jax.value_and_grad(loss(got_fn, lambda d: method.apply(PARAMS, d)), has_aux=True)
     want = jax.value_and_grad(loss(outer(mlp), lambda d: densely(PARAMS, d, scale=1.5)), has_aux=True)
-    close(got(delta), want(delta), 2e-5)
+    wrap = (lambda f: f) if name == "eager" else jax.jit
+    close(wrap(got)(delta), jax.jit(want)(delta), 2e-5)
 
 
 def test_scan_over_adapted_stacks_from_outside():
@@ -189,7 +205,7 @@ def test_scan_over_adapted_stacks_from_outside():
     def want(d):
         return jnp.sum(lax.scan(lambda x, w: (layer(x, w), None), X, densely(STACK, d, SIO, scale=1.5)["w"])[0])
 
-    close(jax.value_and_grad(got)(delta), jax.value_and_grad(want)(delta), 2e-5)
+    close(jax.jit(jax.value_and_grad(got))(delta), jax.jit(jax.value_and_grad(want))(delta), 2e-5)
 
 
 def test_hessians_and_forward_over_reverse():
@@ -225,9 +241,7 @@ def test_shard_map(where, spec):
         out = jnp.tanh(x @ p["w"]) @ p["v"]
         return lax.psum(out, tensor) if tensor else out
 
-    fn = jax.shard_map(
-        body, mesh=mesh, in_specs=(specs, PartitionSpec(batch)), out_specs=PartitionSpec(batch)
-    )
+    fn = jax.shard_map(body, mesh=mesh, in_specs=(specs, PartitionSpec(batch)), out_specs=PartitionSpec(batch))
     if where == "inside":
         agree(fn, params, X)
         return

@@ -83,6 +83,20 @@ def test_warned_once_a_place_however_often_it_is_met():
     assert len(caught) == 1
 
 
+def test_the_same_line_in_every_layer_is_one_place():
+    params = {f"h_{n}": {"kernel": normal(8, 8, seed=n)} for n in range(4)}
+    method = lj.lora(lj.select("**"), rank=2)
+
+    def fn(p, x):
+        for n in range(4):
+            x = x @ jnp.tanh(p[f"h_{n}"]["kernel"])
+        return x
+
+    with pytest.warns(UserWarning, match="h_0/kernel") as caught:
+        lj.lift(fn)(method.apply(params, method.init(KEY, params)), X)
+    assert len(caught) == 1
+
+
 def test_error_and_allow():
     with pytest.raises(ValueError, match="net/kernel") as error:
         lj.lift(normalized, on_dense="error")(ADAPTED, X)

@@ -88,9 +88,7 @@ def test_attention_with_three_axis_kernels():
     params = started(model, X)
     axes = {f"{name}/kernel": "ioo" for name in ("query", "key", "value")} | {"out/kernel": "iio"}
     mask = nn.make_causal_mask(jnp.ones((3, 5)))
-    agree(
-        lambda p, x: model.apply({"params": p}, x, mask=mask), params, X, globs="**/kernel", axes=axes
-    )
+    agree(lambda p, x: model.apply({"params": p}, x, mask=mask), params, X, globs="**/kernel", axes=axes)
 
 
 def test_dense_general_and_einsum():
@@ -146,9 +144,7 @@ def test_embedding_of_ids_beyond_the_vocabulary_is_as_before():
 def test_convolutions(conv, shape, axes):
     x = normal(*shape)
     params = started(conv, x)
-    agree(
-        lambda p, x: conv.apply({"params": p}, x), params, x, globs="kernel", axes={"kernel": axes}
-    )
+    agree(lambda p, x: conv.apply({"params": p}, x), params, x, globs="kernel", axes={"kernel": axes})
 
 
 @pytest.mark.parametrize("groups, features", [(2, 6), (4, 4), (4, 8)])
@@ -213,9 +209,7 @@ def test_mutable_collections_and_dropout_rngs_pass_through():
 
     variables = Net().init(jax.random.key(0), X, False)
     method = lj.lora(lj.select("**/kernel"), rank=2)
-    adapted = method.apply(
-        variables["params"], filled(method.init(jax.random.key(0), variables["params"]))
-    )
+    adapted = method.apply(variables["params"], filled(method.init(jax.random.key(0), variables["params"])))
 
     def run(apply, params):
         variables_ = {**variables, "params": params}

@@ -20,7 +20,7 @@ JOIN = {"w": normal(3, 4, 8, seed=4)}
 
 CASES = {
     # name: (function, params, axes)
-    "transpose": (lambda p, x: (p["w"].T @ x.T), W, "io"),
+    "transpose": (lambda p, x: p["w"].T @ x.T, W, "io"),
     "transpose twice": (lambda p, x: x @ p["w"].T.T, W, "io"),
     "oi by hand": (lambda p, x: x @ p["w"].T, {"w": normal(12, 8)}, "oi"),
     "reshape of outputs to heads": (lambda p, x: jnp.einsum("bi,ihd->bhd", x, p["w"].reshape(8, 3, 4)), W, "io"),

@@ -84,7 +84,7 @@ def test_arguments_that_are_no_arrays_stay_as_they_are():
         return x
 
     args = (X, jnp.tanh)
-    kwargs = dict(deterministic=True, layers=2, options=Options(2), name="net")
+    kwargs = {"deterministic": True, "layers": 2, "options": Options(2), "name": "net"}
     close(lj.lift(fn)(ADAPTED, *args, **kwargs), fn(MERGED, *args, **kwargs))
 
 
@@ -120,8 +120,8 @@ def test_nothing_adapted_is_exactly_the_function():
     assert lifted["p"]["w"] is PARAMS["w"]
     jitted = jax.jit(lambda p, x: dense(p, x)), jax.jit(lj.lift(dense))
     same(jitted[1](PARAMS, X), jitted[0](PARAMS, X))
-    assert jitted[0].lower(PARAMS, X).as_text().split("\n")[1:] == (
-        jitted[1].lower(PARAMS, X).as_text().split("\n")[1:]
+    assert (
+        jitted[0].lower(PARAMS, X).as_text().split("\n")[1:] == (jitted[1].lower(PARAMS, X).as_text().split("\n")[1:])
     )
 
 
@@ -134,15 +134,29 @@ def test_an_adapted_array_returned_untouched_comes_back_adapted():
     same(under[0], ADAPTED)
 
 
-def test_sliced_adapted_arrays_come_back_adapted_and_right():
+def test_changed_weights_are_returned_dense_and_said():
     params = {"w": normal(3, 8, 6)}
     method = lj.lora(lj.select("w", axes="sio"), rank=2)
-    delta = filled(method.init(KEY, params))
-    adapted = method.apply(params, delta)
-    out = lj.lift(lambda p: (p["w"][1], p["w"].transpose((0, 2, 1))))(adapted)
-    assert all(isinstance(leaf, lj.LowRank) for leaf in out)
+    adapted = method.apply(params, filled(method.init(KEY, params)))
     merged = lj.merge(adapted)["w"]
-    close(lj.merge(out), (merged[1], merged.transpose((0, 2, 1))))
+
+    def fn(p):
+        return p["w"][1], p["w"].transpose((0, 2, 1)), p["w"][0, 3]
+
+    with pytest.warns(UserWarning, match="w"):
+        out = lj.lift(fn)(adapted)
+    close(out, (merged[1], merged.transpose((0, 2, 1)), merged[0, 3]))
+    one_row = lj.lift(lambda p: p["w"][0, 3], on_dense="error")(adapted)  # a vector: no word about it
+    close(one_row, merged[0, 3])
+
+
+def test_vmap_and_tree_map_over_adapted_trees():
+    each = [METHOD.apply(PARAMS, filled(DELTA, seed=n)) for n in range(3)]
+    stacked = jax.tree.map(lambda *leaf: jnp.stack(leaf), *each)
+    assert stacked["w"].shape == (3, 8, 6)
+    got = jax.vmap(lj.lift(dense), (0, None))(stacked, X)
+    close(got, jnp.stack([dense(lj.merge(adapted), X) for adapted in each]))
+    close(lj.merge(stacked)["w"], jnp.stack([lj.merge(adapted)["w"] for adapted in each]), 1e-6)
 
 
 def test_lift_of_a_lifted_function_and_of_partials():

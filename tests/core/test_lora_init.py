@@ -132,15 +132,11 @@ def test_init_and_apply_work_on_shapes_alone_and_under_jit_and_vmap():
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     shapes = jax.eval_shape(method.init, KEY, structs)
     assert isinstance(shapes, lj.Delta)
-    assert jax.tree.map(lambda s: (s.shape, s.dtype), shapes) == jax.tree.map(
-        lambda s: (s.shape, s.dtype), delta
-    )
+    assert jax.tree.map(lambda s: (s.shape, s.dtype), shapes) == jax.tree.map(lambda s: (s.shape, s.dtype), delta)
     adapted = jax.eval_shape(lambda p, d, k: method.apply(p, d, key=k), structs, shapes, KEY)
     assert adapted["l"]["kernel"].shape == (6, 5)
     close(jax.jit(method.init)(KEY, params), delta, 1e-7)
     many = jax.vmap(method.init, (0, None))(jax.random.split(KEY, 3), params)
-    close(
-        jax.tree.map(lambda leaf: leaf[1], many), method.init(jax.random.split(KEY, 3)[1], params), 1e-7
-    )
+    close(jax.tree.map(lambda leaf: leaf[1], many), method.init(jax.random.split(KEY, 3)[1], params), 1e-7)
     direct = method.init(KEY, structs)  # no jax.eval_shape around it: the shapes are all it needs
     same(direct, delta)

@@ -50,6 +50,7 @@ def test_merging_rounds_once(dtype, size, record_property):
     print(f"{np.dtype(dtype)}: {differing:.4%} of the entries differ from the float64 sum rounded once")
     if dtype != jnp.float32:
         assert differing < 0.005
+    if dtype != jnp.float32 and size > 0.1:
         a, b = (delta["w"][name].astype(dtype) for name in "ab")
         naive = np.asarray(params["w"] + jnp.asarray(0.75, dtype) * (a @ b), np.float64)
         assert np.mean(naive != rounded) > 0.05  # the test can tell
@@ -64,7 +65,9 @@ def test_how_often_a_bfloat16_merge_moves_an_entry():
     assert small.any() and np.array_equal(merged[small], base[small])
 
 
-@pytest.mark.parametrize("axes, shape", [("oi", (6, 8)), ("sio", (3, 8, 6)), ("iio", (2, 4, 6)), ("kkio", (3, 2, 4, 6))])
+@pytest.mark.parametrize(
+    "axes, shape", [("oi", (6, 8)), ("sio", (3, 8, 6)), ("iio", (2, 4, 6)), ("kkio", (3, 2, 4, 6))]
+)
 def test_every_layout_merges_and_unmerges(axes, shape):
     params, method, delta = case(jnp.float32, 0.3, shape, axes)
     merged = lj.merge(method.apply(params, delta))

@@ -108,9 +108,7 @@ def test_a_layer_that_does_not_exist_is_an_error(layers):
     with pytest.raises(ValueError):
         lj.select("**/query/kernel", layers=layers)(ATTENTION)
     with pytest.raises(ValueError):
-        lj.lora(lj.select("w", axes="sio", layers=layers), rank=1).init(
-            jax.random.key(0), {"w": normal(3, 4, 5)}
-        )
+        lj.lora(lj.select("w", axes="sio", layers=layers), rank=1).init(jax.random.key(0), {"w": normal(3, 4, 5)})
 
 
 def test_layers_of_a_stacked_axis_stack_the_chosen_ones_only():
@@ -119,6 +117,22 @@ def test_layers_of_a_stacked_axis_stack_the_chosen_ones_only():
     delta = method.init(jax.random.key(0), params)
     assert delta["h/up/kernel"]["a"].shape == (2, 8, 2)
     assert delta["h/up/kernel"]["b"].shape == (2, 2, 16)
+
+
+def test_layers_of_a_stack_are_the_axis_not_numbers_in_names():
+    """A scanned linen block names its layers by itself."""
+    params = {"h": {"Dense_0": {"kernel": normal(3, 4, 5)}, "Dense_1": {"kernel": normal(3, 5, 4)}}}
+    for layer in range(3):
+        method = lj.lora(lj.select("h/**", axes="sio", layers=[layer]), rank=1)
+        delta = method.init(jax.random.key(0), params)
+        assert set(delta) == {"h/Dense_0/kernel", "h/Dense_1/kernel"}
+        assert delta["h/Dense_0/kernel"]["a"].shape == (1, 4, 1)
+
+
+def test_two_leaves_of_one_path_are_an_error():
+    tree = {"a/b": normal(3, 4), "a": {"b": normal(3, 4)}, "c": normal(3, 4)}
+    with pytest.raises(ValueError, match="a/b"):
+        lj.lora(lj.select("a/b"), rank=1).init(jax.random.key(0), tree)
 
 
 def test_only_floating_point_leaves_are_selected():

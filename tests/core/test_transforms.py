@@ -30,7 +30,9 @@ def test_a_delta_is_a_flat_dict_and_a_pytree():
     doubled = jax.tree.map(lambda leaf: 2 * leaf, delta)
     assert isinstance(doubled, lj.Delta)
     assert isinstance(jax.jit(lambda d: d)(delta), lj.Delta)
-    paths = [jax.tree_util.keystr(k, simple=True, separator=":") for k, _ in jax.tree_util.tree_flatten_with_path(delta)[0]]
+    paths = [
+        jax.tree_util.keystr(k, simple=True, separator=":") for k, _ in jax.tree_util.tree_flatten_with_path(delta)[0]
+    ]
     assert "h_0/attn/query/kernel:a" in paths
     back = lj.Delta({name: delta[name] for name in reversed(list(delta))})
     assert jax.tree.structure(back) == jax.tree.structure(delta)  # the order of insertion does not matter
@@ -71,9 +73,9 @@ def test_a_delta_of_another_base_or_method_is_an_error_that_names_the_path():
     other = {"h_1": PARAMS["h_0"]}
     with pytest.raises(ValueError, match="h_0/attn/query/kernel"):
         LORA.apply(other, delta)
-    with pytest.raises(ValueError, match="ln/scale|bias"):
+    with pytest.raises(ValueError, match=r"ln/scale|bias"):
         LORA.apply(PARAMS, BOTH.init(KEY, PARAMS))
-    with pytest.raises(ValueError, match="ln/scale|bias"):
+    with pytest.raises(ValueError, match=r"ln/scale|bias"):
         BOTH.apply(PARAMS, delta)
     misshapen = jax.tree.map(lambda leaf: leaf[:-1], delta)
     with pytest.raises(ValueError, match="query/kernel"):
@@ -142,8 +144,8 @@ def test_absent_keys_of_a_spec_take_the_defaults():
     short = lj.from_spec({"method": "lora", "select": ["**/kernel"], "rank": 2})
     same(short.init(KEY, PARAMS), lj.lora(lj.select("**/kernel"), rank=2).init(KEY, PARAMS))
     full = {
-        "method": "lora", "select": ["**/kernel"], "axes": None, "layers": None, "exclude": [], "rank": 2, "alpha": None,
-        "dropout": 0.0, "a_init": "kaiming_uniform", "scale_rule": "alpha/r", "dtype": "float32",
+        "method": "lora", "select": ["**/kernel"], "axes": None, "layers": None, "exclude": [], "rank": 2,
+        "alpha": None, "dropout": 0.0, "a_init": "kaiming_uniform", "scale_rule": "alpha/r", "dtype": "float32",
     }  # fmt: skip
     same(lj.from_spec(full).init(KEY, PARAMS), short.init(KEY, PARAMS))
 

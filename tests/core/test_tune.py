@@ -120,10 +120,25 @@ def test_selection_and_check_understand_absent():
 def test_a_strength_that_needs_the_base_raises_without_it():
     delta = TUNE.init(KEY, PARAMS)
     rest = lj.without_tuned(PARAMS, delta)
-    with pytest.raises(ValueError, match="w|b"):
+    with pytest.raises(ValueError, match=r"w|b"):
         TUNE.apply(rest, delta, strength=0.5)
-    with pytest.raises(ValueError, match="w|b"):
+    with pytest.raises(ValueError, match=r"w|b"):
         TUNE.init(KEY, rest)
+
+
+def test_layers_of_a_stack():
+    """The chosen layers train and no other, or it is an error that says so."""
+    params = {"h": {"w": normal(3, 4, 5)}}
+    method = lj.tune(lj.select("h/w", axes="sio", layers=[1]))
+    try:
+        delta = method.init(KEY, params)
+    except ValueError as error:
+        assert "h/w" in str(error) and "layers" in str(error)
+        return
+    assert delta["h/w"]["value"].shape == (1, 4, 5)
+    merged = lj.merge(method.apply(params, filled(delta)))["h"]["w"]
+    same(merged[::2], params["h"]["w"][::2])
+    assert not np.allclose(merged[1], params["h"]["w"][1])
 
 
 def test_absent_where_a_weight_was_needed_says_so():

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from training_runs import (
+    VOCAB,
     equal_bits,
     model_and_params,
     prepare,
@@ -57,12 +58,11 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Straight:
     job = prepare(workdir, run_config(**CONFIG))
     counts = {"conversions": 0, "compilations": 0}
     array = type(jnp.ones(()))
-    value, as_numpy = array._value, array.__array__
 
-    def counting(count: str, function: Callable) -> Callable:
-        def counted(*args: Any, **options: Any) -> Any:
-            counts[count] += 1
-            return function(*args, **options)
+    def counting(function: Callable) -> Callable:
+        def counted(x: Any, *args: Any, **options: Any) -> Any:
+            counts["conversions"] += isinstance(x, jax.Array)
+            return function(x, *args, **options)
 
         return counted
 
@@ -78,8 +78,10 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Straight:
 
     jax.monitoring.register_event_duration_secs_listener(on_event)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(array, "_value", property(counting("conversions", value.fget)))
-        patch.setattr(array, "__array__", counting("conversions", as_numpy))
+        # float(), int(), bool(), item(), device_get all come by `_value`; numpy by the buffer
+        patch.setattr(array, "_value", property(counting(array._value.fget)))
+        patch.setattr(np, "asarray", counting(np.asarray))
+        patch.setattr(np, "array", counting(np.array))
         result = training.train(at_each_step(job, note))
         note(0)
     jax.monitoring.clear_event_listeners()
@@ -176,14 +178,14 @@ def test_another_config_or_base_is_refused(straight: Straight) -> None:
         prepare(straight.workdir, changed)
     model, params = model_and_params()
     other = jax.tree.map(lambda x: x * 2, params)
-    with pytest.raises(ValueError, match="belongs to the base 'tiny'.*has other weights"):
+    with pytest.raises(ValueError, match=r"belongs to the base 'tiny'.*has other weights"):
         prepare(straight.workdir, run_config(**CONFIG), model=model, params=other)
     assert sorted(straight.workdir.rglob("*")) == before
 
 
 def with_weights(step: int, value: float) -> Schedule:
     """The schedule, whose batch of that step (counted from 1) has all weights of that value."""
-    original = schedule()
+    original = schedule(buckets=1)
     made = iter(range(1, 1000))
 
     def collate(*args: Any) -> Batch:
@@ -195,7 +197,7 @@ def with_weights(step: int, value: float) -> Schedule:
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     job = prepare(tmp_path, run_config(**CONFIG), batches=with_weights(7, np.nan))
-    with pytest.raises(ValueError, match=r"step 7: the loss .* not finite.* is of step 5"):
+    with pytest.raises(ValueError, match=r"step 7: the loss .* not finite"):
         training.train(job)
     good = checkpoints.load(tmp_path)
     assert good.step == 5
@@ -219,39 +221,33 @@ def test_full_fine_tuning_keeps_one_copy(tmp_path: Path) -> None:
 
     method = lj.from_spec({"method": "tune", "select": ["**"]})
     before = in_memory() - size
-    job = prepare(tmp_path, run_config(epochs=1), method=method, model=model, params=params)
+    options = {"method": method, "batches": schedule(buckets=1), "validation": None}
+    job = prepare(tmp_path, run_config(epochs=1), model=model, params=params, **options)
     del params
     most: list[int] = []
     result = training.train(at_each_step(job, lambda _: most.append(in_memory() - before)))
     # the leaves and two moments of each; not the base besides
     assert 3 * size <= max(most) < 3.5 * size
     assert not jax.tree.leaves(job.params)
-    losses = [e["loss"] for e in training.read_metrics(tmp_path) if "loss" in e]
-    assert losses[-1] < losses[0]
-    assert set(result.delta) == set(lj.select("**")(model_and_params()[1]))
+    start = lj.select("**").leaves(model_and_params()[1])
+    assert set(result.delta) == set(start)
+    moved = {path: np.abs(result.delta[path]["value"] - start[path]).max() for path in start}
+    assert min(moved.values()) > 0
 
 
-def test_a_mesh_gives_the_same_run(straight: Straight, tmp_path: Path) -> None:
-    """And it may change: 4 x 1 until SIGTERM, then 2 x 2."""
-
-    def run(shape: dict[str, int], stop: int) -> training.Result:
-        mesh = make_mesh(shape)
-        rules = gpt2_rules(61, mesh)
-        job = prepare(tmp_path, run_config(**CONFIG), mesh=mesh, rules=rules)
-
-        def kill(done: int) -> None:
-            if done == stop:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        return training.train(at_each_step(job, kill))
-
-    assert run({"data": 4}, stop=2).step == 3
-    result = run({"data": 2, "fsdp": 2}, stop=99)
-    for path, factors in result.delta.items():
-        assert len(factors["a"].sharding.device_set) == 4
+def test_a_run_goes_on_on_a_mesh(straight: Straight, tmp_path: Path) -> None:
+    shutil.copytree(straight.workdir, folder := tmp_path / "run")
+    for step in (12, 15):
+        shutil.rmtree(folder / f"checkpoints/{step}")
+    mesh = make_mesh({"data": 2, "fsdp": 2})
+    job = prepare(folder, run_config(**CONFIG), mesh=mesh, rules=gpt2_rules(VOCAB, mesh))
+    assert job.start == 10
+    delta = training.train(job).delta
+    for path, factors in delta.items():
+        assert factors["a"].sharding.spec[0] == "fsdp"
         for name, factor in factors.items():
             np.testing.assert_allclose(factor, straight.delta[path][name], rtol=1e-3, atol=1e-5)
-    for ours, theirs in zip(without_times(tmp_path), without_times(straight.workdir), strict=True):
+    for ours, theirs in zip(without_times(folder), without_times(straight.workdir), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
 
 

@@ -49,7 +49,8 @@ def schedule(count: int = 20, batch_size: int = 4, buckets: int = 2, seed: int =
 def run_config(**changes: Any) -> ConfigDict:
     config = ConfigDict()
     config.seed, config.base, config.epochs = 3, "tiny", 2
-    config.steps = config.eval_every = config.save_every = config_dict.placeholder(int)
+    for name in ("steps", "eval_every", "save_every"):
+        config[name] = config_dict.placeholder(int)
     config.log_every, config.keep, config.accumulate, config.label_smoothing = 2, 3, 1, 0.1
     config.optimizer = optimizer = ConfigDict()
     optimizer.learning_rate, optimizer.schedule, optimizer.final_share = 1e-2, "linear", 0.0

@@ -1,0 +1,161 @@
+"""The command line, killed at any moment: it goes on to the same end, bit for bit."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from training_cli import ROOT, command, environment, make_inputs, run
+from training_runs import without_times
+
+from lora_jax import checkpoints
+
+EPOCHS = "--config.epochs=6"  # 72 steps, saved every 3
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    make_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def straight(inputs: Path) -> Path:
+    """A run that nobody disturbs."""
+    workdir = inputs / "straight"
+    done = run(inputs, workdir, EPOCHS)
+    assert done.returncode == 0, done.stderr
+    assert "trained: 512 of" in done.stdout and "adapter:" in done.stdout
+    return workdir
+
+
+def same_end(workdir: Path, straight: Path) -> None:
+    assert without_times(workdir) == without_times(straight)
+    ours, theirs = (checkpoints.load(folder) for folder in (workdir, straight))
+    assert ours.step == theirs.step == 72
+    for path, factors in theirs.delta.items():
+        for name, factor in factors.items():
+            assert np.array_equal(ours.delta[path][name], factor)
+    files = [folder / "adapter/adapter.safetensors" for folder in (workdir, straight)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def kill_at(inputs: Path, workdir: Path, moment: str, delay: float, kind: int) -> int | None:
+    """Starts the run and ends it `delay` seconds after the moment; None where it was done before.
+
+    Moments: "start", "train" (a new entry of metrics.jsonl) or "save" (a checkpoint is written).
+    """
+    before = (workdir / "metrics.jsonl").stat().st_size if workdir.exists() else 0
+
+    def reached() -> bool:
+        if moment == "start":
+            return True
+        if moment == "save":
+            return any(workdir.glob("checkpoints/*tmp*"))
+        metrics = workdir / "metrics.jsonl"
+        return metrics.exists() and metrics.stat().st_size > before
+
+    for leftover in workdir.glob("checkpoints/*tmp*"):  # of the last kill: not this run's
+        shutil.rmtree(leftover, ignore_errors=True)
+    process = subprocess.Popen(
+        command(inputs, workdir, EPOCHS),
+        cwd=ROOT,
+        env=environment(inputs),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        while process.poll() is None and not reached():
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.send_signal(kind)
+        output = process.communicate(timeout=120)[0]
+    finally:
+        process.kill()
+    assert process.returncode in (0, -kind), output
+    return None if process.returncode == 0 and kind == signal.SIGKILL else process.returncode
+
+
+def test_killed_three_times_and_told_to_end_once(inputs: Path, straight: Path) -> None:
+    workdir = inputs / "killed"
+    assert kill_at(inputs, workdir, "train", 0.2, signal.SIGKILL) == -signal.SIGKILL
+    assert kill_at(inputs, workdir, "save", 0.0, signal.SIGKILL) == -signal.SIGKILL
+    assert kill_at(inputs, workdir, "save", 0.01, signal.SIGKILL) == -signal.SIGKILL
+    assert kill_at(inputs, workdir, "train", 0.05, signal.SIGTERM) == 0
+    step = checkpoints.latest_step(workdir)
+    assert step is not None and step < 72
+    done = run(inputs, workdir, EPOCHS)
+    assert done.returncode == 0, done.stderr
+    same_end(workdir, straight)
+    again = run(inputs, workdir, EPOCHS)
+    assert again.returncode == 0 and "all 72 steps are done" in again.stdout
+    same_end(workdir, straight)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments(inputs: Path, straight: Path) -> None:
+    chosen = random.Random(20)
+    workdir = inputs / "killed_often"
+    killed = 0
+    while killed < 20:
+        moment = chosen.choice(("start", "train", "save", "save"))
+        delay = chosen.uniform(0, 12) if moment == "start" else chosen.expovariate(10)
+        if kill_at(inputs, workdir, moment, delay, signal.SIGKILL) is None:
+            same_end(workdir, straight)  # it was done: once more from the start
+            shutil.rmtree(workdir)
+        else:
+            killed += 1
+    done = run(inputs, workdir, EPOCHS)
+    assert done.returncode == 0, done.stderr
+    same_end(workdir, straight)
+
+
+def error(*flags: str) -> str:
+    """What a wrong command says: one message, no traceback."""
+    command = [sys.executable, "-m", "experiments.train", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_misspelt_key() -> None:
+    said = error("--config=configs/e2e.py:small", "--config.lora.rnk=8", "--workdir=nowhere")
+    assert said == 'error: the config has no key \'rnk\'. Did you mean "rank" instead of "rnk"?'
+
+
+def test_missing_base_names_the_public_one(inputs: Path) -> None:
+    said = error(
+        "--config=configs/e2e.py:small",
+        f"--workdir={inputs}/none",
+        f"--config.data.path={inputs}/data",
+        f"--config.base={inputs}/no/base",
+    )
+    assert "no/base" in said and "huggingface.co/gpt2, gpt2-medium" in said
+
+
+def test_another_config_is_refused(inputs: Path, straight: Path) -> None:
+    before = (straight / "metrics.jsonl").read_bytes()
+    done = run(inputs, straight, EPOCHS, "--config.lora.rank=2")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "lora.rank is 4 there and 2 here" in done.stderr
+    assert (straight / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("variant", ["frozen", "full"])
+def test_other_variants(inputs: Path, variant: str) -> None:
+    workdir = inputs / variant
+    done = run(inputs, workdir, "--config.epochs=1", name=f"small,{variant}")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["trained"] == (summary["total"] if variant == "full" else 0)
+    assert summary["validation_loss"] > 0
