@@ -39,9 +39,7 @@ def static(**kwargs: Any) -> Any:
 @dataclass_transform(frozen_default=True, eq_default=False, kw_only_default=True, field_specifiers=(static,))
 def adapted_array(cls: type[T]) -> type[T]:
     """Makes a class with annotated fields a frozen dataclass and a pytree: a kind of adapted array."""
-    return jax.tree_util.register_dataclass(
-        dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)(cls)
-    )
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, eq=False, repr=False, kw_only=True)(cls))
 
 
 class Op(Protocol):
@@ -139,9 +137,7 @@ def factor_axes(layout: str, axes: str) -> list[int | str]:
     return [
         axis
         for letter in layout
-        for axis in (
-            [j for j, a in enumerate(axes) if CLASS[a] == letter] if letter in "sio" else [letter]
-        )
+        for axis in ([j for j, a in enumerate(axes) if CLASS[a] == letter] if letter in "sio" else [letter])
     ]
 
 
@@ -184,9 +180,7 @@ class LowRank(Adapted):
             self.scale.astype(wide),
         )
         whole = "".join(chr(65 + axis) for axis in range(self.ndim))
-        return jnp.einsum(
-            f"{names[0]},{names[1]}->{whole}", scaled, self.b.astype(wide), precision="highest"
-        )
+        return jnp.einsum(f"{names[0]},{names[1]}->{whole}", scaled, self.b.astype(wide), precision="highest")
 
     def materialize(self) -> Array:
         return _rounded_sum(self.base, self.delta(), self.dtype)

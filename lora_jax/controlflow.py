@@ -125,9 +125,7 @@ def _specs(w: Adapted, spec: PartitionSpec) -> Adapted:
     """The specs of an adapted array's leaves: a factor takes those of the base's axes that it follows."""
     entries = (*spec, *[None] * (w.ndim - len(spec)))
     factors = {
-        name: PartitionSpec(
-            *(entries[axis] if isinstance(axis, int) else None for axis in factor_axes(layout, w.axes))
-        )
+        name: PartitionSpec(*(entries[axis] if isinstance(axis, int) else None for axis in factor_axes(layout, w.axes)))
         for name, layout in w.layout.items()
         if getattr(w, name) is not None
     }

@@ -62,9 +62,7 @@ def partition(tree: Any) -> tuple[Any, Any]:
 
 def rejoin(trainable: Any, frozen: Any) -> Any:
     """The inverse of `partition`."""
-    return jax.tree.map(
-        lambda a, b: b if a is None else a, trainable, frozen, is_leaf=lambda leaf: leaf is None
-    )
+    return jax.tree.map(lambda a, b: b if a is None else a, trainable, frozen, is_leaf=lambda leaf: leaf is None)
 
 
 def _factor_label(name: str) -> str:

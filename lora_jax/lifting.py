@@ -70,9 +70,7 @@ def lift(fn: Callable, on_dense: Literal["warn", "error", "allow"] = "warn") -> 
 
         def of_bases(*bases: Array) -> Any:
             replaced = dict(zip(adapted, bases, strict=True))
-            args, kwargs = jax.tree.unflatten(
-                treedef, [replaced.get(i, leaf) for i, leaf in enumerate(leaves)]
-            )
+            args, kwargs = jax.tree.unflatten(treedef, [replaced.get(i, leaf) for i, leaf in enumerate(leaves)])
             return fn(*args, **kwargs)
 
         report = Report(on_dense, seen)
@@ -133,11 +131,7 @@ def _no_rule(*_: Any) -> None:
 def _plainly(jaxpr: jex.Jaxpr, eqns: list[jex.JaxprEqn], outs: list, read: Callable) -> list[Any]:
     """A run of equations by JAX's own evaluation."""
     made = {var for eqn in eqns for var in eqn.outvars}
-    inputs = list(
-        dict.fromkeys(
-            v for e in eqns for v in e.invars if not isinstance(v, jex.Literal) and v not in made
-        )
-    )
+    inputs = list(dict.fromkeys(v for e in eqns for v in e.invars if not isinstance(v, jex.Literal) and v not in made))
     sub = jaxpr.replace(
         constvars=[],
         invars=inputs,

@@ -174,9 +174,7 @@ def _gather(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[An
     if towards is None:
         return None
     stacked, outputs = _axes_of(w, "s"), _free_axes(towards, (picked,))
-    y = _over_stacked(op, 0, len(stacked))(
-        ids, structure.transpose(towards, (*stacked, picked, *outputs))
-    )
+    y = _over_stacked(op, 0, len(stacked))(ids, structure.transpose(towards, (*stacked, picked, *outputs)))
     have = [*(("w", axis) for axis in stacked), *(("n", n) for n in range(ids.ndim))]
     have += [("w", axis) for axis in outputs]
     if picked in kept:
@@ -196,9 +194,7 @@ def _convolution(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> li
     how = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision", "preferred_element_type")
     op = Convolution(p["feature_group_count"], tuple((name, p[name]) for name in how))
     batch, feature, *spatial = numbers.lhs_spec
-    y = structure.transpose(w, (*window, in_, out)).product(
-        _transpose(x, (batch, *spatial, feature)), op
-    )
+    y = structure.transpose(w, (*window, in_, out)).product(_transpose(x, (batch, *spatial, feature)), op)
     batch, feature, *spatial = numbers.out_spec
     have = [batch, *spatial, feature]
     return [_transpose(y, [have.index(axis) for axis in range(y.ndim)])]
@@ -291,9 +287,7 @@ _structural("squeeze", lambda w, dimensions: structure.squeeze(w, dimensions))
 _structural("reshape", lambda w, new_sizes, **_: structure.reshape(w, new_sizes))
 _structural(
     "slice",
-    lambda w, start_indices, limit_indices, strides: structure.slice_(
-        w, start_indices, limit_indices, strides
-    ),
+    lambda w, start_indices, limit_indices, strides: structure.slice_(w, start_indices, limit_indices, strides),
 )
 _structural("dynamic_slice", lambda w, *starts, slice_sizes: structure.dynamic_slice(w, starts, slice_sizes))
 _structural("split", lambda w, sizes, axis: structure.split(w, axis, sizes))

@@ -33,9 +33,7 @@ class Absent(NamedTuple):
         return len(self.shape)
 
 
-jax.tree_util.register_pytree_node(
-    Absent, lambda absent: ((), tuple(absent)), lambda static, _: Absent(*static)
-)
+jax.tree_util.register_pytree_node(Absent, lambda absent: ((), tuple(absent)), lambda static, _: Absent(*static))
 
 
 def path_of(keys: tuple) -> str:

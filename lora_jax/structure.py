@@ -32,9 +32,9 @@ def each(w: Adapted, change: Callable[[Array], Any]) -> Adapted:
 def cast(w: Adapted, dtype: Any) -> Adapted:
     """Base and low-rank factors in another float dtype; scales keep theirs (they are applied in the product's)."""
     kept = {name: getattr(w, name) for name in w.layout if set(w.layout[name]) == {"s"}}
-    return each(
-        w, lambda array: array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
-    ).replace(**kept)
+    return each(w, lambda array: array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array).replace(
+        **kept
+    )
 
 
 def transpose(w: Adapted, order: Sequence[int]) -> Adapted:
@@ -116,9 +116,7 @@ def broadcast(w: Adapted, shape: Sequence[int], dimensions: Sequence[int]) -> Ad
     def change(array: Array, where: list, layout: str | None = None) -> Array:
         target = list(range(len(shape))) if layout is None else factor_axes(layout, axes)
         at = [target.index(dimensions[axis] if isinstance(axis, int) else axis) for axis in where]
-        sizes = [
-            shape[axis] if isinstance(axis, int) else array.shape[where.index(axis)] for axis in target
-        ]
+        sizes = [shape[axis] if isinstance(axis, int) else array.shape[where.index(axis)] for axis in target]
         return lax.broadcast_in_dim(array, sizes, at)
 
     arrays = {

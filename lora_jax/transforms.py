@@ -258,9 +258,7 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         header = ("path", "shape", "axes", "method", "factors", "trained", "share")
-        lines = [
-            (*map(str, row[:-1]), f"{row.trained:,}", f"{row.trained / self.total:.4%}") for row in self.rows
-        ]
+        lines = [(*map(str, row[:-1]), f"{row.trained:,}", f"{row.trained / self.total:.4%}") for row in self.rows]
         lines = [header, *lines]
         widths = [max(len(line[n]) for line in lines) for n in range(len(header))]
         table = ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines]

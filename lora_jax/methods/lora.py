@@ -64,9 +64,7 @@ def lora(
             factors["a"] = jax.random.uniform(key, shapes["a"], dtype, -bound, bound)
         return factors
 
-    def adapt(
-        key: Array | None, path: str, leaf: Any, axes: str, factors: dict[str, Array], strength: Any
-    ) -> LowRank:
+    def adapt(key: Array | None, path: str, leaf: Any, axes: str, factors: dict[str, Array], strength: Any) -> LowRank:
         r = look_up(rank, path, "rank")
         stacked = tuple(n for n, letter in zip(leaf.shape, axes, strict=True) if letter == "s")
         whose_alpha = r if alpha is None else look_up(alpha, path, "alpha")

@@ -24,9 +24,7 @@ def tune(selection: Selection) -> ParamTransform:
             raise ValueError(f"{path} was taken out of these params (without_tuned); init needs the whole base")
         return {"value": jnp.array(leaf, copy=True)}
 
-    def adapt(
-        key: Array | None, path: str, leaf: Any, axes: str, factors: dict[str, Array], strength: Any
-    ) -> Tuned:
+    def adapt(key: Array | None, path: str, leaf: Any, axes: str, factors: dict[str, Array], strength: Any) -> Tuned:
         need_factors(path, factors, {"value": tuple(leaf.shape)})
         value = factors["value"]
         if isinstance(strength, float | int) and strength == 1:
