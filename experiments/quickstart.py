@@ -30,7 +30,8 @@ from lora_jax.models import gpt2
 
 EOS = 0  # of the tokenizers that `data.text` trains
 LENGTH = 96  # tokens: longer than any example
-LORA = lj.lora(lj.select("**/{attn,mlp}/*/kernel", axes=gpt2.AXES), rank=4, alpha=16, a_init="gaussian")
+# The token embedding is the output head too: the lively style has words that the base never says.
+LORA = lj.lora(lj.select("**/{attn,mlp}/*/kernel", "wte/embedding", axes=gpt2.AXES), rank=8, alpha=16)
 FULL = lj.tune(lj.select("**"))
 
 
@@ -39,11 +40,11 @@ class Size(NamedTuple):
 
     width: int = 128
     layers: int = 4
-    base_steps: int = 400
-    steps: int = 150
-    batch_size: int = 32
+    base_steps: int = 300
+    steps: int = 160
+    batch_size: int = 16
     restaurants: int = 4000
-    contexts: int = 96  # that are described and scored
+    contexts: int = 64  # that are described and scored
 
 
 class Style(NamedTuple):
@@ -93,7 +94,7 @@ def run(workdir: Path, size: Size) -> list[Row]:
 
     print("\n2. LoRA on the lively style")
     print(lj.check(LORA, params))
-    adapted, lora_bytes = adapt(workdir / "lora", LORA, model, params, lively, 3e-3, size)
+    adapted, lora_bytes = adapt(workdir / "lora", LORA, model, params, lively, 1e-2, size)
     print("\n3. Full fine-tuning on the lively style")
     tuned, full_bytes = adapt(workdir / "full", FULL, model, params, lively, 1e-3, size)
 
@@ -168,7 +169,7 @@ def make_config(steps: int, learning_rate: float) -> ConfigDict:
 
 
 def pretrain(workdir: Path, model: gpt2.GPT2, style: Style, size: Size) -> Any:
-    """The base: random weights, all of which are tuned and merged."""
+    """The base: random weights, all of which are tuned, then merged."""
     tokens = jnp.zeros((1, 8), jnp.int32)
     start = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     return lj.merge(train(workdir, FULL, model, start, style, 3e-3, size.base_steps)[0])
@@ -231,7 +232,7 @@ def score(
     """Loss and BLEU on the validation restaurants."""
     loss = training.validation_loss(model, params, style.valid)
     prompts = pairs.prompts(list(style.references), tokenizer, eos=EOS)
-    texts = complete(model, params, tokenizer, prompts, max_new_tokens=48, eos=EOS)
+    texts = complete(model, params, tokenizer, prompts, max_new_tokens=64, eos=EOS)
     return Row(name, trained, bytes, loss, bleu(texts, list(style.references.values())), texts)
 
 

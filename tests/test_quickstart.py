@@ -22,7 +22,7 @@ def test_the_quickstart_in_small(tmp_path, capsys):
     assert f"{lora.trained:,} of" in said
     assert (tmp_path / "quickstart.png").stat().st_size > 5_000
     method, delta, info = checkpoints.load_adapter(tmp_path / "lora" / "adapter")
-    assert method.spec["rank"] == 4 and info["base"]["content"] == before
+    assert method.spec["rank"] == 8 and info["base"]["content"] == before
     assert sum(leaf.size for leaf in jax.tree.leaves(delta)) == lora.trained
 
 
