@@ -8,6 +8,7 @@ alike; the figures are medians over the rounds. Compilation is not counted.
 """
 
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -21,7 +22,7 @@ from configs import e2e
 from experiments import cli, train
 from lora_jax import checkpoints, training
 
-METHODS = ("lora", "lora_all", "full")
+METHODS = {"lora": "LoRA r=4, q and v", "lora_all": "LoRA r=4, all matrices", "full": "full fine-tuning"}
 flags.DEFINE_integer("rounds", 15, "Rounds; each takes --steps steps of every method.")
 flags.DEFINE_integer("steps", 10, "Steps of a method in a round.")
 flags.DEFINE_string("out", None, "A JSON file for the figures.")
@@ -32,21 +33,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         jobs = {name: job(train.CONFIG.value, name, Path(folder) / name) for name in METHODS}
         seconds, tokens = measure(jobs, rounds, steps)
-    speeds = {name: statistics.median(n / t for n, t in zip(tokens, seconds[name], strict=True)) for name in jobs}
-    ratios = {
-        name: statistics.median(full / own for own, full in zip(seconds[name], seconds["full"], strict=True))
-        for name in jobs
-    }
-    figures = {
-        "tokens_per_second": {name: round(speed) for name, speed in speeds.items()},
-        "speed_relative_to_full": {name: round(ratio, 3) for name, ratio in ratios.items()},
-        "rounds": rounds,
-        "steps": steps,
-        "base": train.CONFIG.value.base,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
-    }
-    content = json.dumps(figures, indent=2) + "\n"
+    how = {"rounds": rounds, "steps": steps, "base": train.CONFIG.value.base, "jax": jax.__version__}
+    how["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores"
+    rows = []
+    for name, label in METHODS.items():
+        relative = statistics.median(full / own for own, full in zip(seconds[name], seconds["full"], strict=True))
+        speed = round(tokens / statistics.median(seconds[name]))
+        rows.append({"label": label, "tokens_per_second": speed, "relative_speed": relative} | how)
+    content = json.dumps({"rows": rows}, indent=2) + "\n"
     if flags.FLAGS.out:
         checkpoints.write_atomically(flags.FLAGS.out, content.encode())
     print(content, end="")
@@ -59,15 +53,12 @@ def job(config: ConfigDict, name: str, workdir: Path) -> training.Job:
     return train.ready(variant, workdir)[0]
 
 
-def measure(jobs: dict[str, training.Job], rounds: int, steps: int) -> tuple[dict[str, list[float]], list[int]]:
-    """Seconds of each method in each round, and the rounds' real tokens; the first round warms up."""
+def measure(jobs: dict[str, training.Job], rounds: int, steps: int) -> tuple[dict[str, list[float]], int]:
+    """Seconds of each method in each round, and a round's real tokens; one round before them warms up."""
     states = {name: each.state for name, each in jobs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    tokens = []
-    order = next(iter(jobs.values())).batches(0)
+    batches = next(iter(jobs.values())).batches(0)[:steps]  # the same in every round: no shape is new after the first
     for number in range(rounds + 1):
-        batches = [order[i] for i in range(steps)]  # the same in every round: no shape is new after the first
-        tokens.append(sum(int(batch["mask"].sum()) for batch in batches))
         for name, each in jobs.items():
             begin = time.perf_counter()
             for batch in batches:
@@ -75,7 +66,7 @@ def measure(jobs: dict[str, training.Job], rounds: int, steps: int) -> tuple[dic
             jax.block_until_ready(states[name])
             if number:
                 seconds[name].append(time.perf_counter() - begin)
-    return seconds, tokens[1:]
+    return seconds, sum(int(batch["mask"].sum()) for batch in batches)
 
 
 if __name__ == "__main__":

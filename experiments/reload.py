@@ -1,6 +1,5 @@
 """A run from its workdir, ready to use: what evaluate and generate share."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,10 +9,10 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 import lora_jax as lj
+from experiments import bases
 from lora_jax import checkpoints
 from lora_jax.data.pairs import prompts
 from lora_jax.generation import complete, end_tokens
-from lora_jax.interop import hf
 from lora_jax.models import gpt2
 
 flags.DEFINE_enum(
@@ -50,20 +49,12 @@ def load() -> Loaded:
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: is {workdir} the workdir of a run?")
     config = ConfigDict(json.loads(file.read_text()))
-    source = flags.FLAGS.base or config.base
     if which != "base" and config.method == "none":
         raise ValueError(f"{workdir} trained nothing (method none): there is --params=base only")
-    model, params, tokenizer = hf.load(source)
-    if tokenizer is None:
-        raise FileNotFoundError(f"{source} has no tokenizer.json: put the base's own there")
-    if which != "base":
-        found = checkpoints.identity(params, source)
-        checkpoints.check_base(checkpoints.base_of(workdir), found, workdir)
-    model = gpt2.GPT2(dataclasses.replace(model.config, **config.model.to_dict()))
-    if model.config.scan_layers:
-        params = gpt2.to_scanned(params)
+    model, params, tokenizer, identity = bases.load(config, flags.FLAGS.base)
     if which == "base":
         return Loaded(config, model, params, tokenizer, 0)
+    checkpoints.check_base(checkpoints.base_of(workdir), identity, workdir)
     run = checkpoints.load(workdir)
     adapted = run.method.apply(lj.without_tuned(params, run.delta), run.delta)
     return Loaded(config, model, lj.merge(adapted) if which == "merged" else adapted, tokenizer, run.step)

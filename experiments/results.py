@@ -31,6 +31,7 @@ COLUMNS = {
     "validation_loss": ("validation loss", "{:.4f}"),
     "bleu": ("test BLEU", "{:.2f}"),
     "tokens_per_second": ("tokens/s", "{:,}"),
+    "relative_speed": ("relative to full fine-tuning", "{:.2f}"),
 }
 
 
@@ -56,6 +57,7 @@ def collect(run: str) -> dict[str, Any]:
     if not summary.is_file():
         raise FileNotFoundError(f"{summary} does not exist: experiments.train writes it at its end")
     row = {"label": label} | json.loads(summary.read_text())
+    del row["tokens_per_second"]  # runs share the machine with whatever else it does: experiments.benchmark compares
     for params in ("merged", "adapted", "base"):
         evaluation = Path(workdir) / "evaluation" / f"test-{params}" / "evaluate.json"
         if evaluation.is_file():

@@ -10,7 +10,6 @@ checkpoints/ and at the end adapter/ and summary.json. The same command goes on 
 stopped: by Ctrl-C, SIGTERM (saves first), SIGKILL or a crash.
 """
 
-import dataclasses
 import json
 import shlex
 import statistics
@@ -23,14 +22,12 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import lora_jax as lj
-from experiments import cli
+from experiments import bases, cli
 from lora_jax import checkpoints, sharding, training
 from lora_jax.data import e2e
 from lora_jax.data.batches import Schedule, bucketed
-from lora_jax.interop import hf
 from lora_jax.models import gpt2
 
-BASES = "huggingface.co/gpt2, gpt2-medium and gpt2-large"
 CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py or FILE.py:NAME; see above.")
 flags.declare_key_flag("workdir")
 flags.mark_flags_as_required(["config", "workdir"])
@@ -89,16 +86,7 @@ def load(config: ConfigDict) -> tuple[gpt2.GPT2, Any, dict[str, str], dict[str, 
     if config.data.name != "e2e":
         raise ValueError(f"data.name is {config.data.name!r}; there is only 'e2e'")
     data = {split: e2e.load(config.data.path, split) for split in ("train", "valid")}
-    try:
-        model, params, tokenizer = hf.load(config.base)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}. The paper's bases are public: {BASES}") from error
-    if tokenizer is None:
-        raise FileNotFoundError(f"{config.base} has no tokenizer.json: put the base's own there")
-    base = checkpoints.identity(params, config.base)
-    model = gpt2.GPT2(dataclasses.replace(model.config, **config.model.to_dict()))
-    if model.config.scan_layers:
-        params = gpt2.to_scanned(params)
+    model, params, tokenizer, identity = bases.load(config)
     schedules = {}
     for split, pairs in data.items():
         encoded = e2e.encode(
@@ -109,7 +97,7 @@ def load(config: ConfigDict) -> tuple[gpt2.GPT2, Any, dict[str, str], dict[str, 
             long=config.data.long,
         )
         schedules[split] = bucketed(encoded, config.data.batch_size, config.seed, buckets=config.data.buckets)
-    return model, params, base, schedules
+    return model, params, identity, schedules
 
 
 def evaluate_base(config: ConfigDict, workdir: Path) -> None:
