@@ -96,7 +96,7 @@ def run(workdir: Path, size: Size) -> list[Row]:
     print(lj.check(LORA, params))
     adapted, lora_bytes = adapt(workdir / "lora", LORA, model, params, lively, 1e-2, size)
     print("\n3. Full fine-tuning on the lively style")
-    tuned, full_bytes = adapt(workdir / "full", FULL, model, params, lively, 1e-3, size)
+    tuned, full_bytes = adapt(workdir / "full", FULL, model, params, lively, 2e-3, size)
 
     print("\n4. Descriptions of restaurants that none of them has seen")
     rows = [
