@@ -65,8 +65,8 @@ def test_bfloat16_compute_on_float32_parameters():
         out = lj.lift(model.apply, on_dense="error")({"params": method.apply(params, delta)}, x)
         return jnp.sum(out.astype(jnp.float32) ** 2), out
 
-    (_, out), grads = jax.value_and_grad(lambda d: run(model, x, d), has_aux=True)(delta)
-    (_, want), exact_grads = jax.value_and_grad(lambda d: run(exact, X, d), has_aux=True)(delta)
+    (_, out), grads = jax.jit(jax.value_and_grad(lambda d: run(model, x, d), has_aux=True))(delta)
+    (_, want), exact_grads = jax.jit(jax.value_and_grad(lambda d: run(exact, X, d), has_aux=True))(delta)
     assert out.dtype == jnp.bfloat16
     close(out.astype(jnp.float32), want, 3e-2)
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
