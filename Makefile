@@ -8,7 +8,7 @@ VENV ?= .venv
 JAX ?= jax
 # A line of its own, pinned: `make test TORCH=` does without, and skips the comparisons with torch.
 TORCH ?= torch==2.13.0
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?=
 
 PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
