@@ -2,7 +2,7 @@
 
 The function is traced with the bases in the adapted leaves' places, and its jaxpr evaluated with the adapted arrays as
 values. Runs of equations that meet none go to JAX's own evaluation; an equation that meets one follows a rule of
-`rules.py`, or gets the weight dense, which is reported.
+`products.py` or `controlflow.py`, or gets the weight dense, which is reported.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from jax import Array
 
 from lora_jax.arrays import Adapted, Tuned, is_adapted
 
-RULES: dict[str, Callable] = {}  # primitive name -> rule(evaluator, equation, values) -> outputs, or None for "dense"
+RULES: dict[str, Callable] = {}  # primitive name -> rule(equation, values, report) -> outputs, or None for "dense"
 
 
 class DenseWeight(UserWarning):

@@ -100,8 +100,7 @@ def per_leaf(
 
     def apply(params: Any, delta: Delta, *, key: Array | None = None, strength: Any = 1.0) -> Any:
         _need_params(params, "apply")
-        if not isinstance(delta, Delta):
-            raise TypeError(f"apply takes a Delta (from init) as second argument, got {type(delta).__name__}")
+        _need_delta(delta)
         chosen = targets(map_adapted(lambda w: w.base, params))
         if set(chosen) != set(delta):
             missing, extra = sorted(set(chosen) - set(delta)), sorted(set(delta) - set(chosen))
@@ -124,6 +123,11 @@ def per_leaf(
 def _need_params(params: Any, what: str) -> None:
     if isinstance(params, Delta):
         raise TypeError(f"{what} takes the base's params here, got a Delta")
+
+
+def _need_delta(delta: Any) -> None:
+    if not isinstance(delta, Delta):
+        raise TypeError(f"apply takes a Delta (from init) as second argument, got {type(delta).__name__}")
 
 
 _METHODS: dict[str, Callable[..., ParamTransform]] = {}
@@ -200,8 +204,7 @@ def chain(*methods: ParamTransform) -> ParamTransform:
         return Delta(united)
 
     def apply(params: Any, delta: Delta, *, key: Array | None = None, strength: Any = 1.0) -> Any:
-        if not isinstance(delta, Delta):
-            raise TypeError(f"apply takes a Delta (from init) as second argument, got {type(delta).__name__}")
+        _need_delta(delta)
         base, rest = params, Delta(delta)
         for method in methods:
             wanted = _shapes(method, base)[0]

@@ -1,7 +1,7 @@
 """Pairs of a context and a completion: the form of all the paper's generation tasks (E2E here).
 
 The data are `datasets.Dataset`s with two string columns, `context` and `completion`. Tokens,
-separator and loss mask are those of the authors' GPT-2 code (paper.md 5.3).
+separator and loss mask are those of the authors' GPT-2 code (microsoft/LoRA, examples/NLG).
 """
 
 import logging

@@ -65,7 +65,7 @@ def complete(
 
 
 def clean(ids: Sequence[int], tokenizer: Tokenizer, eos: int | Sequence[int]) -> str:
-    """The text of generated tokens, as the authors clean it (paper.md 5.3): up to the first end
+    """The text of generated tokens, as the authors clean it (microsoft/LoRA, examples/NLG): up to the first end
     token or blank line, stripped."""
     ends = np.flatnonzero(np.isin(ids, eos))
     kept = ids[: ends[0]] if len(ends) else ids
