@@ -1,16 +1,15 @@
-"""Decoding with a KV cache, compiled once for each shape of the prompts."""
+"""`generate`: from prompts to new tokens, compiled once for each shape of the prompts."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
-from lora_jax.lifting import lift
-from lora_jax.models.gpt2 import init_cache
+from lora_jax.generation import beams, single
+
+BEAM_RULES = ("hf", "lora_paper")
 
 
 def generate(
@@ -22,8 +21,17 @@ def generate(
     max_new_tokens: int,
     eos: int | Sequence[int],
     pad: int = 0,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
+    early_stopping: bool | str = False,
+    beam_rule: str = "hf",
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: Array | None = None,
 ) -> Array:
-    """The most likely next token, again and again, until every row has met an end token.
+    """New tokens behind each prompt: the most likely next one each time, by beam search, or drawn at random.
 
     Args:
       model: a GPT-2 (`models.gpt2`).
@@ -33,50 +41,58 @@ def generate(
       max_new_tokens: the most tokens to add, at least 1.
       eos: an end token, or several. The one met is part of the result.
       pad: stands after it.
+      num_beams: beams of a beam search; 1 is greedy.
+      length_penalty: a finished beam scores log p / length^length_penalty, its length being that of
+        the new tokens with the end token.
+      no_repeat_ngram_size: no n-gram of this size comes twice; 0 allows all. As in transformers the
+        prompt counts, padding included; by the authors' rule the new tokens alone count.
+      early_stopping: of the rule "hf". True: a prompt is done as soon as it has `num_beams` finished
+        beams; False: when its best running beam, were it to end now, scores below the worst of
+        them; "never": when it does so at its best possible length.
+      beam_rule: "hf", the search of transformers, token for token; or "lora_paper", that of the LoRA
+        authors (microsoft/LoRA, examples/NLG/src/gpt2_beam.py): exactly `num_beams` candidates a
+        step, the ended ones among them leave the beam, the best ended one wins unless a beam
+        that never ended scores better at the full length; probabilities are normalised after
+        the n-gram bans.
+      temperature: sampling: divides the logits, above 0.
+      top_k: sampling: among the k most likely tokens only.
+      top_p: sampling: among the most likely tokens that together reach this probability, in (0, 1].
+      key: the key of sampling, which any of the four asks for.
 
     Returns:
       (batch, max_new_tokens) int32, the new tokens only.
 
     Raises:
       ValueError: prompts and new tokens exceed the model's positions; the padding is not on the
-          left; eos or pad is not in the vocabulary.
+        left; eos or pad is not in the vocabulary; more beams than the vocabulary has tokens;
+        options that do not go together or are out of their range; the logits are NaN.
     """
     tokens, mask = _array(tokens, np.int32), _array(mask, bool)
     ends = np.atleast_1d(np.asarray(eos, np.int32))
-    _check(model.config, tokens, mask, max_new_tokens, ends.tolist(), pad)
-    return _greedy(model, params, tokens, mask, ends, np.int32(pad), max_new_tokens=max_new_tokens)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens"))
-def _greedy(model: Any, params: Any, tokens: Array, mask: Array, eos: Array, pad: Array, max_new_tokens: int) -> Array:
-    tokens, mask = tokens.astype(jnp.int32), mask.astype(bool)
-    forward = lift(model.apply)
-    batch, length = tokens.shape
-    cache = init_cache(model.config, batch, length + max_new_tokens)
-
-    def following(cache: Any, tokens: Array, mask: Array | None) -> tuple[Any, Array]:
-        last = jnp.full((batch, 1), tokens.shape[1] - 1, jnp.int32)
-        variables = {"params": params}
-        logits, cache = forward(variables, tokens, mask, cache=cache, labelled=last)
-        return cache, jnp.argmax(logits[:, 0], -1).astype(jnp.int32)
-
-    def ended(token: Array) -> Array:
-        return (token[:, None] == eos[None, :]).any(-1)
-
-    def unfinished(state: tuple) -> Array:
-        count, _, _, done, _ = state
-        return (count < max_new_tokens) & ~done.all()
-
-    def step(state: tuple) -> tuple:
-        count, cache, token, done, out = state
-        cache, token = following(cache, token[:, None], None)
-        token = jnp.where(done, pad, token)
-        return count + 1, cache, token, done | ended(token), out.at[:, count].set(token)
-
-    cache, token = following(cache, tokens, mask)
-    out = jnp.full((batch, max_new_tokens), pad, jnp.int32).at[:, 0].set(token)
-    state = (jnp.ones((), jnp.int32), cache, token, ended(token), out)
-    return lax.while_loop(unfinished, step, state)[-1]
+    _check_prompts(model.config, tokens, mask, max_new_tokens, ends.tolist(), pad)
+    sampled = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    _check_options(model.config.vocab_size, num_beams, no_repeat_ngram_size, early_stopping, beam_rule, key, sampled)
+    common = (model, params, tokens, mask, ends, np.int32(pad))
+    if num_beams > 1:
+        new, broken = beams.search(
+            *common,
+            np.float32(length_penalty),
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            no_repeat=no_repeat_ngram_size,
+            early_stopping=early_stopping,
+            rule=beam_rule,
+        )
+    else:
+        heat = None if key is None else np.float32(1.0 if temperature is None else temperature)
+        share = None if top_p is None else np.float32(top_p)
+        new, broken = single.extend(
+            *common, key, heat, share, max_new_tokens=max_new_tokens, no_repeat=no_repeat_ngram_size, top_k=top_k
+        )
+    if not isinstance(broken, jax.core.Tracer) and broken.any():
+        rows = np.flatnonzero(np.asarray(broken)).tolist()
+        raise ValueError(f"the model's logits are NaN for prompts {rows} (counted from 0): look at the parameters")
+    return new
 
 
 def _array(x: Any, dtype: Any) -> Any:
@@ -84,7 +100,7 @@ def _array(x: Any, dtype: Any) -> Any:
     return x if isinstance(x, jax.Array) else np.asarray(x, dtype)
 
 
-def _check(config: Any, tokens: Any, mask: Any, max_new_tokens: int, ends: list[int], pad: int) -> None:
+def _check_prompts(config: Any, tokens: Any, mask: Any, max_new_tokens: int, ends: list[int], pad: int) -> None:
     if np.ndim(tokens) != 2 or np.shape(tokens) != np.shape(mask):
         raise ValueError(f"tokens {np.shape(tokens)} and mask {np.shape(mask)}: both must be (batch, length)")
     if max_new_tokens < 1:
@@ -102,3 +118,34 @@ def _check(config: Any, tokens: Any, mask: Any, max_new_tokens: int, ends: list[
     real = np.asarray(mask, bool)
     if not real[:, -1].all() or (real[:, :-1] & ~real[:, 1:]).any():
         raise ValueError("mask: prompts must be padded on the left and hold a token at least")
+
+
+def _check_options(
+    vocab_size: int,
+    num_beams: int,
+    no_repeat: int,
+    early_stopping: bool | str,
+    beam_rule: str,
+    key: Array | None,
+    sampled: dict[str, float | None],
+) -> None:
+    given = {name: value for name, value in sampled.items() if value is not None}
+    temperature, top_k, top_p = (given.get(name, 1) for name in ("temperature", "top_k", "top_p"))
+    if not 1 <= num_beams <= vocab_size:
+        raise ValueError(f"num_beams={num_beams}: from 1 to the vocabulary's {vocab_size} tokens")
+    if no_repeat < 0:
+        raise ValueError(f"no_repeat_ngram_size={no_repeat}: 1 or more, or 0 to allow repetitions")
+    if beam_rule not in BEAM_RULES:
+        raise ValueError(f"beam_rule={beam_rule!r}: one of {', '.join(BEAM_RULES)}")
+    if early_stopping not in (True, False, "never"):
+        raise ValueError(f'early_stopping={early_stopping!r}: True, False or "never"')
+    if given and key is None:
+        raise ValueError(f"{', '.join(given)} are for sampling, which needs a key: key=jax.random.key(0)")
+    if key is not None and num_beams > 1:
+        raise ValueError(f"num_beams={num_beams} with a key: beam search does not sample")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: above 0; for the most likely token give no key")
+    if not 1 <= top_k <= vocab_size:
+        raise ValueError(f"top_k={top_k}: from 1 to the vocabulary's {vocab_size} tokens")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}: above 0, at most 1")

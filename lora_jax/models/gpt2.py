@@ -146,7 +146,9 @@ class GPT2(nn.Module):
         Args:
           tokens: ids (batch, length) int32. Ids outside the vocabulary give NaN.
           mask: (batch, length) bool or int, 1 at real tokens; padding may stand left or right.
-            The logits at padding mean nothing, but are finite.
+            The logits at padding mean nothing, but are finite. With a cache also (batch, length,
+            cache length): the slots that each token sees, its own among them, for tokens that do
+            not follow one another (the beams of a search); `positions` are then needed.
           positions: (batch, length) int32. By default the number of real tokens before each one
             (in its segment), 0 at padding.
           segments: (batch, length) int32. Packing: a run of equal numbers is one text, which sees
@@ -159,18 +161,21 @@ class GPT2(nn.Module):
           The logits; with a cache `(logits, cache)`. The caller sees to it that all tokens fit in.
 
         Raises:
-          ValueError: more tokens than positions or than the cache is long; segments with a cache.
+          ValueError: more tokens than positions or than the cache is long; segments with a cache;
+            a mask of slots without a cache or positions.
         """
-        self._check(tokens, positions, segments, cache)
+        self._check(tokens, mask, positions, segments, cache)
         real = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
+        length = tokens.shape[1]
         if cache is None:
             attention = masks.attention_mask(None if mask is None else real, segments)
             counted = masks.count_before(real, segments)
+        elif real.ndim == 3:
+            seen, attention, counted = cache["mask"], real[:, None], positions
         else:
-            index, length = cache["index"], tokens.shape[1]
-            seen = masks.write(cache["mask"], real, index)
-            attention = masks.cached_attention_mask(seen, index, length)
-            counted = lax.dynamic_slice_in_dim(masks.count_before(seen), index, length, axis=1)
+            seen = masks.write(cache["mask"], real, cache["index"])
+            attention = masks.cached_attention_mask(seen, cache["index"], length)
+            counted = lax.dynamic_slice_in_dim(masks.count_before(seen), cache["index"], length, axis=1)
         x, wte = self._embed(tokens, counted if positions is None else positions)
         x, layers = self._blocks(x, cache, attention)
         if labelled is not None:
@@ -178,10 +183,14 @@ class GPT2(nn.Module):
         logits = self._head(_norm(self.config, "ln_f", x), wte)
         if cache is None:
             return logits
-        return logits, {"index": index + length, "mask": seen, "layers": layers}
+        return logits, {"index": cache["index"] + length, "mask": seen, "layers": layers}
 
-    def _check(self, tokens: Array, positions: Array | None, segments: Array | None, cache: dict | None) -> None:
+    def _check(
+        self, tokens: Array, mask: Array | None, positions: Array | None, segments: Array | None, cache: dict | None
+    ) -> None:
         length = tokens.shape[1]
+        if mask is not None and jnp.ndim(mask) == 3 and (cache is None or positions is None):
+            raise ValueError("a mask (batch, length, cache length) wants a cache, and positions")
         if cache is None:
             most = self.config.n_positions
             if length > most and positions is None and segments is None:

@@ -179,8 +179,6 @@ def test_bad_input() -> None:
         generate(model, params, tokens, np.zeros_like(mask), **options)
     with pytest.raises(ValueError, match=r"both must be \(batch, length\)"):
         generate(model, params, tokens, mask[:1], **options)
-    with pytest.raises(TypeError, match="num_beams"):
-        generate(model, params, tokens, mask, **options, num_beams=4)
 
 
 def test_under_jit() -> None:

@@ -1,0 +1,26 @@
+"""No n-gram twice: which next tokens would repeat one."""
+
+import jax.numpy as jnp
+from jax import Array
+
+
+def ban_repeats(logits: Array, tokens: Array, end: Array, size: int) -> Array:
+    """The logits with -inf at every token that would complete an n-gram which is there already.
+
+    Args:
+      logits: (rows, vocabulary) of the next token.
+      tokens: (rows, length) int32, of which the first `end` are there.
+      end: () int32.
+      size: n; 0 bans nothing.
+    """
+    length = tokens.shape[1]
+    if not 0 < size <= length:
+        return logits
+    starts = jnp.arange(length - size + 1)
+    repeats = jnp.broadcast_to(starts + size <= end, (len(tokens), len(starts)))
+    for i in range(size - 1):  # the new n-gram would begin with the last n - 1 tokens
+        last = jnp.take(tokens, end - (size - 1) + i, axis=1, mode="clip")
+        repeats &= tokens[:, i : i + len(starts)] == last[:, None]
+    followers = tokens[:, size - 1 :]
+    rows = jnp.arange(len(tokens))[:, None]
+    return logits.at[rows, followers].min(jnp.where(repeats, -jnp.inf, jnp.inf).astype(logits.dtype))

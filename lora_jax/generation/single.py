@@ -1,0 +1,78 @@
+"""One text a prompt, token by token: the most likely one, or one drawn at random."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from lora_jax.generation.bans import ban_repeats
+from lora_jax.lifting import lift
+from lora_jax.models.gpt2 import init_cache
+
+
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "no_repeat", "top_k"))
+def extend(
+    model: Any,
+    params: Any,
+    tokens: Array,
+    mask: Array,
+    eos: Array,
+    pad: Array,
+    key: Array | None,
+    temperature: Array | None,
+    top_p: Array | None,
+    *,
+    max_new_tokens: int,
+    no_repeat: int,
+    top_k: int | None,
+) -> tuple[Array, Array]:
+    """(batch, max_new_tokens) new tokens, and (batch,) whether NaN was met. Without a key the most likely ones."""
+    tokens, mask = tokens.astype(jnp.int32), mask.astype(bool)
+    forward = lift(model.apply)
+    batch, length = tokens.shape
+    cache = init_cache(model.config, batch, length + max_new_tokens)
+    text = jnp.concatenate([tokens, jnp.full((batch, max_new_tokens), pad, jnp.int32)], 1)
+
+    def following(text: Array, count: Array, cache: Any, new: Array, real: Array | None) -> tuple[Any, Array, Array]:
+        last = jnp.full((batch, 1), new.shape[1] - 1, jnp.int32)
+        logits, cache = forward({"params": params}, new, real, cache=cache, labelled=last)
+        logits = ban_repeats(logits[:, 0], text, length + count, no_repeat)
+        if key is None:
+            token = jnp.argmax(logits, -1)
+        else:
+            token = jax.random.categorical(jax.random.fold_in(key, count), warp(logits, temperature, top_k, top_p))
+        return cache, token.astype(jnp.int32), jnp.isnan(logits).any(-1)
+
+    def unfinished(state: tuple) -> Array:
+        count, _, _, done, _, _ = state
+        return (count < max_new_tokens) & ~done.all()
+
+    def step(state: tuple) -> tuple:
+        count, cache, token, done, text, broken = state
+        cache, token, nan = following(text, count, cache, token[:, None], None)
+        token = jnp.where(done, pad, token)
+        text = text.at[:, length + count].set(token)
+        return count + 1, cache, token, done | jnp.isin(token, eos), text, broken | (nan & ~done)
+
+    start = jnp.zeros((), jnp.int32)
+    cache, token, broken = following(text, start, cache, tokens, mask)
+    state = (start + 1, cache, token, jnp.isin(token, eos), text.at[:, length].set(token), broken)
+    *_, text, broken = lax.while_loop(unfinished, step, state)
+    return text[:, length:], broken
+
+
+def warp(logits: Array, temperature: Array, top_k: int | None, top_p: Array | None) -> Array:
+    """(rows, vocabulary) logits to draw from: temperature, then the k likeliest, then the likeliest that reach p."""
+    logits = logits / temperature
+    if top_k is not None:
+        smallest = lax.top_k(logits, top_k)[0][:, -1:]
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    if top_p is not None:
+        order = jnp.argsort(-logits, axis=-1)
+        ranked = jax.nn.softmax(jnp.take_along_axis(logits, order, -1), -1)
+        before = jnp.cumsum(ranked, -1) - ranked  # a token stays while those before it do not reach p
+        kept = jnp.put_along_axis(jnp.zeros(logits.shape, bool), order, before < top_p, -1, inplace=False)
+        logits = jnp.where(kept, logits, -jnp.inf)
+    return logits

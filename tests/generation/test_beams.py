@@ -1,0 +1,265 @@
+"""Beam search: against transformers token for token, against the authors' rule written as a slow loop, against greedy."""
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lora_jax as lj
+from lora_jax.generation import beams, generate
+from lora_jax.interop import hf
+from lora_jax.models import gpt2
+
+VOCABULARY, POSITIONS = 53, 64
+RULES = ("hf", "lora_paper")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
+    """A random model of transformers', and the same loaded here."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "n_positions": POSITIONS, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    config = transformers.GPT2Config(**sizes, initializer_range=0.3, bos_token_id=0, eos_token_id=0)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    folder = tmp_path_factory.mktemp("gpt2")
+    theirs.save_pretrained(folder)
+    model, params, _ = hf.load(folder)
+    return theirs, model, params
+
+
+def prompts(rows: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts of uneven length, padded on the left with a token that is also a word."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(1, width + 1, rows)
+    mask = np.arange(width) >= width - lengths[:, None]
+    return np.where(mask, random.integers(0, VOCABULARY, (rows, width)), 7), mask
+
+
+def check_against_transformers(pair: tuple[Any, Any, Any], shape: tuple, seed: int, eos: list[int], **how: Any) -> None:
+    theirs, model, params = pair
+    rows, width, new = shape
+    tokens, mask = prompts(rows, width, seed)
+    pad = next(i for i in range(1, VOCABULARY) if i not in eos)
+    ours = np.asarray(generate(model, params, tokens, mask, max_new_tokens=new, eos=eos, pad=pad, **how))
+    expected = theirs.generate(
+        torch.tensor(tokens),
+        attention_mask=torch.tensor(mask).long(),
+        max_new_tokens=new,
+        do_sample=False,
+        eos_token_id=eos,
+        pad_token_id=pad,
+        **how,
+    )[:, width:].numpy()
+    assert ours.shape == (rows, new) and ours.dtype == np.int32
+    np.testing.assert_array_equal(ours[:, : expected.shape[1]], expected)
+    assert (ours[:, expected.shape[1] :] == pad).all()
+
+
+# What is compiled once is drawn from lists, the rest at will.
+EOS = st.lists(st.integers(0, VOCABULARY - 1), min_size=2, max_size=2, unique=True)
+PENALTIES = st.sampled_from([0.0, 0.8, 1.0, 2.0])
+
+
+# Each of the 27 is compiled: the first nine, in which all pairs of settings occur, are enough for `make test`.
+BEAMS, NGRAMS, STOPS = (2, 4, 10), (0, 2, 4), (True, False, "never")
+SETTINGS = sorted(itertools.product(range(3), repeat=3), key=lambda at: sum(at) % 3)
+
+
+@pytest.mark.parametrize(
+    ("num_beams", "no_repeat_ngram_size", "early_stopping"),
+    [
+        pytest.param(BEAMS[i], NGRAMS[j], STOPS[k], marks=pytest.mark.slow if n >= 9 else ())
+        for n, (i, j, k) in enumerate(SETTINGS)
+    ],
+)
+@given(seed=st.integers(0, 999), eos=EOS, length_penalty=PENALTIES)
+@settings(max_examples=8)
+def test_as_transformers(
+    pair: tuple[Any, Any, Any],
+    seed: int,
+    eos: list[int],
+    length_penalty: float,
+    num_beams: int,
+    no_repeat_ngram_size: int,
+    early_stopping: bool | str,
+) -> None:
+    how: dict[str, Any] = {"num_beams": num_beams, "no_repeat_ngram_size": no_repeat_ngram_size}
+    how |= {"early_stopping": early_stopping, "length_penalty": length_penalty}
+    check_against_transformers(pair, (3, 6, 9), seed, eos, **how)
+
+
+@given(data=st.data())
+@settings(max_examples=12)
+def test_shapes_and_a_cache_that_grows(pair: tuple[Any, Any, Any], data: st.DataObject) -> None:
+    shape = data.draw(st.sampled_from([(1, 1, 1), (2, 5, 20)]), "shape")
+    eos = data.draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=1), "eos")
+    seed, penalty = data.draw(st.integers(0, 999), "seed"), data.draw(PENALTIES, "penalty")
+    check_against_transformers(pair, shape, seed, eos, num_beams=3, length_penalty=penalty, no_repeat_ngram_size=2)
+
+
+def authors_search(
+    forward: Any, prompt: list[int], new: int, eos: list[int], beam: int, penalty: float, ngram: int
+) -> list[int]:
+    """The rule of the LoRA authors for one prompt, step by step and without a cache, all `new` steps."""
+    live: list[tuple[float, list[int]]] = [(0.0, [])]
+    best: tuple[float, list[int]] = (-math.inf, [])
+    for _ in range(new):
+        candidates = []
+        for score, history in live:
+            logits = forward([*prompt, *history]).astype(np.float64)
+            start = history[len(history) - ngram + 1 :]
+            for i in range(len(history) - ngram + 1) if ngram else ():
+                if history[i : i + ngram - 1] == start:
+                    logits[history[i + ngram - 1]] = -np.inf
+            log_p = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+            candidates += [(score + log_p[token], [*history, token]) for token in range(VOCABULARY)]
+        candidates.sort(key=lambda pair: -pair[0])
+        live = []
+        for score, history in candidates[:beam]:
+            if history[-1] in eos:
+                best = max(best, (score / len(history) ** penalty, history), key=lambda pair: pair[0])
+            elif score > -math.inf:
+                live.append((score, history))
+    for score, history in live:
+        best = max(best, (score / len(history) ** penalty, history), key=lambda pair: pair[0])
+    return best[1]
+
+
+@pytest.mark.parametrize("ngram", [0, 1, 2, 4])
+@given(seed=st.integers(0, 999), eos=EOS, penalty=st.sampled_from([0.0, 0.8, 0.9, 2.0, -0.5]))
+@settings(max_examples=5)
+def test_the_authors_rule(pair: tuple[Any, Any, Any], ngram: int, seed: int, eos: list[int], penalty: float) -> None:
+    _, model, params = pair
+    apply = jax.jit(model.apply)
+
+    def forward(tokens: list[int]) -> np.ndarray:
+        padded = np.zeros((1, 24), np.int32)
+        padded[0, : len(tokens)] = tokens
+        return np.asarray(apply({"params": params}, padded))[0, len(tokens) - 1]
+
+    tokens, mask = prompts(3, 6, seed)
+    how: dict[str, Any] = {"num_beams": 4, "beam_rule": "lora_paper", "no_repeat_ngram_size": ngram}
+    found = generate(model, params, tokens, mask, max_new_tokens=10, eos=eos, pad=0, length_penalty=penalty, **how)
+    for row, kept, new in zip(tokens, mask, np.asarray(found), strict=True):
+        expected = authors_search(forward, row[kept].tolist(), 10, eos, 4, penalty, ngram)
+        assert new.tolist() == expected + [0] * (10 - len(expected))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("ngram", [0, 2])
+def test_a_beam_of_one_is_greedy(pair: tuple[Any, Any, Any], rule: str, ngram: int) -> None:
+    _, model, params = pair
+    ends = []
+    for seed in range(8):
+        tokens, mask = prompts(3, 6, seed)
+        ngrams = ngram if rule == "hf" else 0  # greedy decoding counts the prompt's n-grams too
+        new, _ = beams.search(
+            *(model, params, tokens, mask, np.array([3, 11, 40]), np.int32(0), np.float32(1)),
+            **{"max_new_tokens": 20, "num_beams": 1, "no_repeat": ngrams, "early_stopping": True, "rule": rule},
+        )
+        options: dict[str, Any] = {"max_new_tokens": 20, "eos": [3, 11, 40], "no_repeat_ngram_size": ngrams}
+        np.testing.assert_array_equal(new, generate(model, params, tokens, mask, **options))
+        ends += np.isin(new, [3, 11, 40]).any(1).tolist()
+    assert len(set(ends)) == 2, "some texts should end and others not"
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_adapted_merged_scanned_and_a_row_alone(pair: tuple[Any, Any, Any], rule: str) -> None:
+    _, model, params = pair
+    method = lj.lora(lj.select("**/attn/{query,value}/kernel", axes=dict(gpt2.AXES)), rank=2, alpha=8)
+    delta = jax.tree.map(lambda x: x + 0.3, method.init(jax.random.key(1), params))
+    adapted = method.apply(params, delta)
+    tokens, mask = prompts(3, 6, 1)
+    options: dict[str, Any] = {"max_new_tokens": 9, "eos": [3, 11], "num_beams": 4, "beam_rule": rule}
+    found = np.asarray(generate(model, adapted, tokens, mask, **options))
+    assert (found != np.asarray(generate(model, params, tokens, mask, **options))).any()
+    np.testing.assert_array_equal(found, generate(model, lj.merge(adapted), tokens, mask, **options))
+    scanned = gpt2.GPT2(gpt2.GPT2Config(**{**vars(model.config), "scan_layers": True}))
+    again = generate(scanned, gpt2.to_scanned(lj.merge(adapted)), tokens, mask, **options)
+    np.testing.assert_array_equal(found, again)
+    for row in range(3):
+        one = slice(row, row + 1)
+        np.testing.assert_array_equal(generate(model, adapted, tokens[one], mask[one], **options)[0], found[row])
+
+
+def test_no_step_moves_keys_and_values(pair: tuple[Any, Any, Any]) -> None:
+    """In the loops the caches are written in place of the new tokens and never gathered."""
+    _, model, params = pair
+    tokens, mask = prompts(3, 6, 0)
+
+    def run(params: Any) -> Any:
+        options: dict[str, Any] = {"max_new_tokens": 9, "num_beams": 4, "no_repeat": 0, "early_stopping": False}
+        ends, penalty = np.array([1], np.int32), np.float32(1)
+        return beams.search(model, params, tokens, mask, ends, np.int32(0), penalty, **options, rule="hf")
+
+    (loop,) = [e for e in _equations(jax.make_jaxpr(run)(params).jaxpr) if e.primitive.name == "while"]
+    cache = (3, 6 + 9 * 4, 2, 8)
+    body = list(_equations(loop.params["body_jaxpr"].jaxpr))
+    made = [e.primitive.name for e in body for out in e.outvars if getattr(out.aval, "shape", ()) == cache]
+    assert made and set(made) == {"dynamic_update_slice"}
+
+
+def _equations(jaxpr: Any) -> Any:
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            if equation.primitive.name != "while" and hasattr(value, "jaxpr"):
+                yield from _equations(value.jaxpr)
+
+
+def test_bad_input(pair: tuple[Any, Any, Any]) -> None:
+    _, model, params = pair
+    tokens, mask = prompts(2, 4, 0)
+
+    def check(match: str, params: Any = params, **options: Any) -> None:
+        with pytest.raises(ValueError, match=match):
+            generate(model, params, tokens, mask, max_new_tokens=5, eos=0, **options)
+
+    check("num_beams=54: from 1 to the vocabulary's 53", num_beams=54)
+    check("num_beams=0", num_beams=0)
+    check("beam_rule='fairseq': one of hf, lora_paper", num_beams=2, beam_rule="fairseq")
+    check("early_stopping='always'", num_beams=2, early_stopping="always")
+    check("no_repeat_ngram_size=-1", no_repeat_ngram_size=-1)
+    check("temperature, top_p are for sampling, which needs a key", temperature=0.5, top_p=0.5)
+    check("beam search does not sample", num_beams=2, key=jax.random.key(0))
+    check("temperature=0", temperature=0, key=jax.random.key(0))
+    check("top_k=0", top_k=0, key=jax.random.key(0))
+    check("top_p=1.5", top_p=1.5, key=jax.random.key(0))
+    broken = jax.tree.map(lambda x: x, params)
+    broken["ln_f"]["scale"] = broken["ln_f"]["scale"] * jnp.nan
+    for options in ({}, {"num_beams": 2}, {"num_beams": 2, "beam_rule": "lora_paper"}, {"key": jax.random.key(0)}):
+        check(r"logits are NaN for prompts \[0, 1\]", broken, **options)
+
+
+def test_more_bans_than_tokens(pair: tuple[Any, Any, Any]) -> None:
+    """Every token may come once: when all are used up the search ends without NaN, whatever it gives."""
+    _, model, params = pair
+    options: dict[str, Any] = {"max_new_tokens": 60, "eos": 0, "no_repeat_ngram_size": 1, "num_beams": 2}
+    for rule in RULES:
+        new = np.asarray(generate(model, params, [[5]], [[1]], **options, beam_rule=rule))[0].tolist()
+        words = new[: new.index(0)]
+        assert len(set(words)) == len(words)
+
+
+def test_from_the_shared_base(shared: Path) -> None:
+    """Real weights and a real prompt, against transformers."""
+    folder = shared / "base"
+    model, params, tokenizer = hf.load(folder)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = tokenizer.encode("The house stood at the end of the street, and").ids
+    tokens, mask = np.array([ids]), np.ones((1, len(ids)), bool)
+    how: dict[str, Any] = {"max_new_tokens": 12, "num_beams": 4, "no_repeat_ngram_size": 2, "length_penalty": 0.8}
+    ours = np.asarray(generate(model, params, tokens, mask, eos=0, **how))
+    expected = theirs.generate(
+        torch.tensor(tokens), attention_mask=torch.tensor(mask).long(), do_sample=False, pad_token_id=0, **how
+    )[:, len(ids) :]
+    np.testing.assert_array_equal(ours[:, : expected.shape[1]], expected.numpy())
