@@ -1,39 +1,58 @@
-"""Completes contexts with a run's model, greedily.
+"""Completes contexts with a run's model, as its config decodes or the flags say.
 
     python -m experiments.generate --workdir=runs/e2e \\
       --context="name : Blue Spice | Type : coffee shop | area : city centre"
     python -m experiments.generate --workdir=runs/e2e --file=contexts.txt --out=texts.jsonl
+    python -m experiments.generate --workdir=runs/e2e --interactive --adapter=other:runs/other
 
-A file has one context a line. Prints each context with its text, or writes JSON lines to --out.
+A file has one context a line. Prints each context with its text, or writes JSON lines to --out; the
+same command goes on where it was stopped. --interactive asks for contexts and lets the adapter and
+its strength be changed between them; --adapter names further ones.
 """
+
+from pathlib import Path
 
 from absl import flags
 
-from experiments import cli, reload
+from experiments import cli, dialogue, reload
 from lora_jax import checkpoints
 from lora_jax.data.files import read_text
 
 flags.DEFINE_multi_string("context", [], "A context; may be given several times.")
 flags.DEFINE_string("file", None, "A text file with one context a line (.gz too).")
 flags.DEFINE_string("out", None, "Where to write JSON lines, instead of printing.")
+flags.DEFINE_bool("interactive", False, "Asks for contexts.")
+flags.DEFINE_multi_string("adapter", [], "NAME:PATH, a further adapter for --interactive: a workdir or a file.")
+flags.mark_flag_as_required("workdir")
 
 
 def main() -> None:
     values = flags.FLAGS
+    if values.interactive:
+        return dialogue.hold(dict(_named(text) for text in values.adapter))
     contexts = list(values.context)
     if values.file:
         contexts += [line.strip() for line in read_text(values.file).splitlines() if line.strip()]
     if not contexts:
-        raise ValueError("nothing to complete: give --context=TEXT or --file=FILE")
+        raise ValueError("nothing to complete: give --context=TEXT, --file=FILE or --interactive")
     loaded = reload.load()
-    texts = reload.complete_contexts(loaded, contexts)
     if not values.out:
-        for context, text in zip(contexts, texts, strict=True):
+        for context, text in zip(contexts, reload.complete_contexts(loaded, contexts), strict=True):
             print(f"{context}\n    {text}")
         return
+    kept = Path(f"{values.out}.part")
+    texts = reload.complete_contexts(loaded, contexts, kept)
     rows = [{"context": c, "prediction": t} for c, t in zip(contexts, texts, strict=True)]
     checkpoints.write_atomically(values.out, reload.json_lines(rows))
+    kept.unlink()
     print(f"written: {values.out}")
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, _, path = text.partition(":")
+    if not name or not path:
+        raise ValueError(f"--adapter={text!r}: write NAME:PATH")
+    return name, Path(path)
 
 
 if __name__ == "__main__":

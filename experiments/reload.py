@@ -4,15 +4,17 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
 import lora_jax as lj
 from experiments import bases
 from lora_jax import checkpoints
 from lora_jax.data.pairs import prompts
-from lora_jax.generation import complete, end_tokens
+from lora_jax.generation import completions, end_tokens
 from lora_jax.models import gpt2
 
 flags.DEFINE_enum(
@@ -22,9 +24,21 @@ flags.DEFINE_enum(
     "The base alone, the base adapted by the run, or the same merged into plain weights.",
 )
 flags.DEFINE_string("base", None, "The base, where it is no longer where the run's config says.")
-flags.DEFINE_integer("max_new_tokens", 64, "The most tokens of a text (the authors' 64).")
 flags.DEFINE_integer("batch_size", 32, "Contexts that are completed together.")
-flags.mark_flags_as_required(["workdir"])
+flags.DEFINE_integer("max_new_tokens", None, "The most tokens of a text (the authors' 64).")
+flags.DEFINE_integer(
+    "num_beams", None, "Beams; 1 is greedy. This and the following: else as the config's `decode` says."
+)
+flags.DEFINE_float("length_penalty", None, "Finished beams score log p / length^length_penalty.")
+flags.DEFINE_integer("no_repeat_ngram_size", None, "No n-gram of this size comes twice.")
+flags.DEFINE_enum("beam_rule", None, ["hf", "lora_paper"], "The search of transformers, or of the LoRA authors.")
+flags.DEFINE_float("temperature", None, "Samples: divides the logits.")
+flags.DEFINE_integer("top_k", None, "Samples among the k likeliest tokens.")
+flags.DEFINE_float("top_p", None, "Samples among the likeliest tokens that together reach this probability.")
+flags.DEFINE_integer("seed", 0, "Of sampling.")
+
+_BEAMS = ("max_new_tokens", "num_beams", "length_penalty", "no_repeat_ngram_size", "beam_rule")
+_SAMPLING = ("temperature", "top_k", "top_p")
 
 
 class Loaded(NamedTuple):
@@ -45,10 +59,7 @@ def load() -> Loaded:
       ValueError: the base is another than the run's.
     """
     workdir, which = Path(flags.FLAGS.workdir), flags.FLAGS.params
-    file = workdir / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist: is {workdir} the workdir of a run?")
-    config = ConfigDict(json.loads(file.read_text()))
+    config = config_of(workdir)
     if which != "base" and config.method == "none":
         raise ValueError(f"{workdir} trained nothing (method none): there is --params=base only")
     model, params, tokenizer, identity = bases.load(config, flags.FLAGS.base)
@@ -60,18 +71,70 @@ def load() -> Loaded:
     return Loaded(config, model, lj.merge(adapted) if which == "merged" else adapted, tokenizer, run.step)
 
 
-def complete_contexts(loaded: Loaded, contexts: list[str]) -> list[str]:
-    """What the model says of each context."""
+def config_of(workdir: Path) -> ConfigDict:
+    """The config of the run there."""
+    file = workdir / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: is {workdir} the workdir of a run?")
+    return ConfigDict(json.loads(file.read_text()))
+
+
+def decoding(config: ConfigDict) -> dict[str, Any]:
+    """How texts are decoded: as the config's `decode` says (greedily where it says nothing), but for the flags."""
+    values = flags.FLAGS
+    options = {"max_new_tokens": 64, **dict(config.get("decode", {}))}
+    sampling = {name: values[name].value for name in _SAMPLING if values[name].value is not None}
+    if sampling:  # instead of the config's beam search
+        options = {"max_new_tokens": options["max_new_tokens"]}
+    given = {name: values[name].value for name in _BEAMS if values[name].value is not None}
+    return options | given | sampling
+
+
+def complete_contexts(loaded: Loaded, contexts: list[str], kept: Path | None = None) -> list[str]:
+    """What the model says of each context. Texts are kept in the file as they come: a killed run goes on there.
+
+    Raises:
+      ValueError: the file holds texts of other contexts or settings.
+    """
+    options = decoding(loaded.config)
+    settings = {"settings": options | {"seed": flags.FLAGS.seed, "batch_size": flags.FLAGS.batch_size}}
+    settings["settings"] |= {"params": flags.FLAGS.params, "step": loaded.step, "contexts": contexts}
+    texts = _begun(kept, settings) if kept else {}
     eos = loaded.model.config.eos_token_id
-    return complete(
+    if set(options) & set(_SAMPLING):
+        options["key"] = jax.random.key(flags.FLAGS.seed)
+    found = completions(
         loaded.model,
         loaded.params,
         loaded.tokenizer,
         prompts(contexts, loaded.tokenizer, eos=eos),
-        max_new_tokens=flags.FLAGS.max_new_tokens,
         eos=end_tokens(loaded.tokenizer, eos),
         batch_size=flags.FLAGS.batch_size,
+        done=texts.copy(),
+        **options,
     )
+    with tqdm(total=len(contexts), initial=len(texts), unit="text", desc="generate") as bar:
+        for batch in found:
+            if kept:
+                with kept.open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps([row, text], ensure_ascii=False) + "\n" for row, text in batch.items())
+            bar.update(len(batch.keys() - texts.keys()))
+            texts |= batch
+    return [texts[row] for row in range(len(contexts))]
+
+
+def _begun(kept: Path, settings: dict[str, Any]) -> dict[int, str]:
+    """The texts of a killed run, by the number of their context; makes the file where there is none."""
+    first = json.dumps(settings, ensure_ascii=False, sort_keys=True) + "\n"
+    if not kept.is_file():
+        checkpoints.write_atomically(kept, first.encode())
+        return {}
+    whole = kept.read_text(encoding="utf-8")
+    whole = whole[: whole.rfind("\n") + 1]  # the last line may have been cut off
+    if not whole.startswith(first):
+        raise ValueError(f"{kept} was begun with other contexts or settings: delete it, or finish it as it was begun")
+    checkpoints.write_atomically(kept, whole.encode())
+    return dict(map(json.loads, whole.split("\n")[1:-1]))  # not splitlines: texts may hold its rarer line ends
 
 
 def json_lines(rows: list[dict[str, Any]]) -> bytes:

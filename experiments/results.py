@@ -4,7 +4,8 @@
     python -m experiments.results --name=e2e --run="frozen base:runs/frozen" --run="LoRA:runs/lora"
 
 The second form first collects runs into docs/results/NAME.json, a row for each LABEL:WORKDIR, from
-what experiments.train and experiments.evaluate left there. The README says where a table goes:
+what experiments.train and experiments.evaluate left there; rows of other labels stay. The README
+says where a table goes:
 
     <!-- results: e2e -->
     <!-- end -->
@@ -30,6 +31,11 @@ COLUMNS = {
     "adapter_bytes": ("adapter, bytes", "{:,}"),
     "validation_loss": ("validation loss", "{:.4f}"),
     "bleu": ("test BLEU", "{:.2f}"),
+    "nist": ("NIST", "{:.2f}"),
+    "meteor": ("METEOR", "{:.3f}"),
+    "rouge_l": ("ROUGE-L", "{:.3f}"),
+    "cider": ("CIDEr", "{:.2f}"),
+    "ter": ("TER", "{:.3f}"),
     "tokens_per_second": ("tokens/s", "{:,}"),
     "relative_speed": ("relative to full fine-tuning", "{:.2f}"),
 }
@@ -41,15 +47,19 @@ def main() -> None:
     if values.run and not values.name:
         raise ValueError("--run needs --name: docs/results/NAME.json is written")
     if values.name:
-        rows = [collect(run) for run in values.run]
-        content = json.dumps({"rows": rows}, indent=2) + "\n"
-        write_atomically(folder / f"{values.name}.json", content.encode())
+        file = folder / f"{values.name}.json"
+        rows = [row for run in values.run for row in collect(run)]
+        new = {row["label"] for row in rows}
+        kept = json.loads(file.read_text())["rows"] if file.is_file() else []
+        rows = [row for row in kept if row["label"] not in new] + rows
+        write_atomically(file, (json.dumps({"rows": rows}, indent=2) + "\n").encode())
     readme = Path(values.readme)
     write_atomically(readme, fill(readme.read_text(), folder).encode())
 
 
-def collect(run: str) -> dict[str, Any]:
-    """A run's summary.json, with the BLEU of its evaluation on test if there is one."""
+def collect(run: str) -> list[dict[str, Any]]:
+    """A run's summary.json with the scores of its evaluation on test, if there is one; behind it a row for each part
+    of the test set (seen, unseen) that was scored for itself."""
     label, _, workdir = run.rpartition(":")
     if not label:
         raise ValueError(f"--run={run!r}: write LABEL:WORKDIR")
@@ -62,8 +72,10 @@ def collect(run: str) -> dict[str, Any]:
         evaluation = Path(workdir) / "evaluation" / f"test-{params}" / "evaluate.json"
         if evaluation.is_file():
             found = json.loads(evaluation.read_text())
-            return row | {"bleu": found["bleu"], "contexts": found["contexts"]}
-    return row
+            scores = found.pop("scores")
+            row |= scores.pop("all") | {name: found[name] for name in ("contexts", "skipped", "decoding")}
+            return [row, *({"label": f"{label}, {part}"} | score for part, score in scores.items())]
+    return [row]
 
 
 def fill(text: str, folder: Path) -> str:
@@ -83,13 +95,22 @@ def table(rows: list[dict[str, Any]]) -> str:
     shown = {name: form for name, form in COLUMNS.items() if any(name in row for row in rows)}
     lines = [["", *(title for title, _ in shown.values())], ["---", *("---:" for _ in shown)]]
     for row in rows:
-        cells = (form.format(row[name]) if row.get(name) is not None else "-" for name, (_, form) in shown.items())
+        cells = (cell(row.get(name), form) for name, (_, form) in shown.items())
         lines.append([row["label"], *cells])
     parts = ["| " + " | ".join(line) + " |" for line in lines]
     commands = [row["command"] for row in rows if "command" in row]
     if commands:
         parts += ["", f"Seed {rows[0]['seed']}, {rows[0]['device']}:", "", "```sh", *commands, "```"]
     return "\n".join(parts) + "\n"
+
+
+def cell(value: Any, form: str) -> str:
+    """A figure, with its interval where it has one."""
+    if value is None:
+        return "-"
+    if isinstance(value, dict):
+        return f"{form} [{form}, {form}]".format(value["score"], value["low"], value["high"])
+    return form.format(value)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict, config_flags
 import lora_jax as lj
 from experiments import bases, cli
 from lora_jax import checkpoints, sharding, training
-from lora_jax.data import e2e
+from lora_jax.data import pairs, tasks
 from lora_jax.data.batches import Schedule, bucketed
 from lora_jax.models import gpt2
 
@@ -83,14 +83,13 @@ def spec(config: ConfigDict) -> dict[str, Any]:
 
 def load(config: ConfigDict) -> tuple[gpt2.GPT2, Any, dict[str, str], dict[str, Schedule]]:
     """Model, params, the base's identity, and the schedules of "train" and "valid"."""
-    if config.data.name != "e2e":
-        raise ValueError(f"data.name is {config.data.name!r}; there is only 'e2e'")
-    data = {split: e2e.load(config.data.path, split) for split in ("train", "valid")}
+    task = tasks.named(config.data.name)
+    data = {split: task.load(config.data.path, split) for split in ("train", "valid")}
     model, params, tokenizer, identity = bases.load(config)
     schedules = {}
-    for split, pairs in data.items():
-        encoded = e2e.encode(
-            pairs,
+    for split, examples in data.items():
+        encoded = pairs.encode(
+            examples,
             tokenizer,
             eos=model.config.eos_token_id,
             length=min(config.data.length, model.config.n_positions),

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import datasets
 
-from lora_jax.data.files import read_text
+from lora_jax.data import hub
+from lora_jax.data.files import find, read_text
 from lora_jax.data.pairs import Encoded, contexts, encode, prompts
 
 __all__ = ["SOURCE", "Encoded", "context", "contexts", "encode", "load", "prompts"]
@@ -23,7 +24,7 @@ SOURCE = (
     "github.com/microsoft/LoRA (examples/NLG/data/e2e)"
 )
 
-_FILES = {  # the names tried in a folder, in this order, each also with .gz
+_FILES = {
     "train": ("train.txt", "train.csv", "trainset.csv"),
     "valid": ("valid.txt", "valid.csv", "devset.csv"),
     "test": ("test.txt", "test.csv", "testset_w_refs.csv"),
@@ -47,11 +48,9 @@ def load(path: str | Path, split: str = "train") -> datasets.Dataset:
       FileNotFoundError: there is nothing there; names the public source.
       ValueError: the content is not of the form, with the path and the line.
     """
-    if split not in _FILES:
-        raise ValueError(f"split {split!r}: one of {', '.join(_FILES)}")
-    if not Path(path).exists() and _is_hub_name(str(path)):
-        return _from_hub(str(path), split)
-    file = _find(Path(path), split)
+    if hub.is_name(path):
+        return _from_columns(str(path), hub.load(str(path), split, _HUB_SPLITS, SOURCE))
+    file = find(path, split, _FILES, SOURCE)
     text = read_text(file)
     rows = _csv_rows(file, text) if ".csv" in file.suffixes else _lines(file, text)
     return datasets.Dataset.from_dict({"context": [row[0] for row in rows], "completion": [row[1] for row in rows]})
@@ -73,18 +72,6 @@ def context(meaning: str) -> str:
     if not slots or end < len(meaning):
         raise ValueError(f"not of the form name[value], ...: {meaning!r}")
     return " | ".join(slots)
-
-
-def _find(path: Path, split: str) -> Path:
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such file or folder; {SOURCE}")
-    names = [name + end for name in _FILES[split] for end in ("", ".gz")]
-    found = [path / name for name in names if (path / name).is_file()]
-    if not found:
-        raise FileNotFoundError(f"{path}: holds none of {', '.join(names)}; {SOURCE}")
-    return found[0]
 
 
 def _lines(path: Path, text: str) -> list[tuple[str, str]]:
@@ -113,23 +100,6 @@ def _csv_rows(path: Path, text: str) -> list[tuple[str, str]]:
     if not rows:
         raise ValueError(f"{path}: the file is empty but for its header")
     return rows
-
-
-def _is_hub_name(name: str) -> bool:
-    """`owner/name`; not `folder/name` with a folder that exists, which is a misspelt path."""
-    owner, slash, rest = name.partition("/")
-    words = re.fullmatch(r"\w[\w-]*/\w[\w-]*", name)
-    return bool(slash and rest and words) and not Path(owner).is_dir()
-
-
-def _from_hub(name: str, split: str) -> datasets.Dataset:
-    try:
-        data = datasets.load_dataset(name, split=_HUB_SPLITS[split])
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise FileNotFoundError(
-            f"{name}: no such file or folder, and not to be had from the hub ({error}); {SOURCE}"
-        ) from error
-    return _from_columns(name, data)
 
 
 def _from_columns(name: str, data: datasets.Dataset) -> datasets.Dataset:

@@ -1,7 +1,10 @@
-"""Text files, plain or gzip."""
+"""Local files: text and JSON, plain or gzip, and the file of a split."""
 
 import gzip
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def read_text(path: str | Path) -> str:
@@ -23,3 +26,42 @@ def read_text(path: str | Path) -> str:
     if not text.strip():
         raise ValueError(f"{path}: the file is empty")
     return text
+
+
+def read_json(path: str | Path) -> Any:
+    """The value that a JSON file holds.
+
+    Raises:
+      FileNotFoundError, ValueError: as for `read_text`, or it is no JSON.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+
+
+def find(path: str | Path, split: str, names: Mapping[str, Sequence[str]], source: str) -> Path:
+    """The file of a split.
+
+    Args:
+      path: a folder, or a file, which is taken as it is.
+      split: a key of `names`.
+      names: the file names of each split, tried in this order, each also with `.gz`.
+      source: says where the data can be had, for the errors.
+
+    Raises:
+      FileNotFoundError: there is no such path, or the folder has none of the names.
+      ValueError: another split.
+    """
+    path = Path(path)
+    if split not in names:
+        raise ValueError(f"split {split!r}: one of {', '.join(names)}")
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such file or folder; {source}")
+    tried = [name + end for name in names[split] for end in ("", ".gz")]
+    found = [path / name for name in tried if (path / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"{path}: holds none of {', '.join(tried)}; {source}")
+    return found[0]

@@ -1,10 +1,11 @@
-"""Pairs of a context and a completion: the form of all the paper's generation tasks (E2E here).
+"""Pairs of a context and a completion: the form of all the paper's generation tasks.
 
 The data are `datasets.Dataset`s with two string columns, `context` and `completion`. Tokens,
 separator and loss mask are those of the authors' GPT-2 code (microsoft/LoRA, examples/NLG).
 """
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -101,6 +102,26 @@ def contexts(examples: datasets.Dataset) -> dict[str, list[str]]:
     for context, reference in zip(examples["context"], examples["completion"], strict=True):
         groups.setdefault(context, []).append(reference)
     return groups
+
+
+def clean(text: str) -> str:
+    r"""What the authors score of a text, generated or reference (microsoft/LoRA, examples/NLG, gpt2_decode.py): up to
+    the end-of-text marker or the first blank line, stripped.
+
+    >>> clean(" A pub .<|endoftext|> B"), clean("A pub .\n\nB")
+    ('A pub .', 'A pub .')
+    """
+    return text.split("<|endoftext|>")[0].split("\n\n")[0].strip()
+
+
+def normalize(text: str) -> str:
+    """Lower-cased, every character that is neither a letter, a digit nor "_" a word of its own, single spaces: how the
+    authors write WebNLG's and DART's texts and references before scoring (gpt2_decode.py --tokenize --lower).
+
+    >>> normalize("Aarhus_Airport is  25.0m above sea-level.")
+    'aarhus_airport is 25 . 0m above sea - level .'
+    """
+    return " ".join(re.findall(r"\w+|[^\w\s]", text.lower()))
 
 
 def _check_eos(tokenizer: Tokenizer, eos: int) -> None:

@@ -1,6 +1,6 @@
 """Generation: from prompts to texts."""
 
 from lora_jax.generation.decode import generate
-from lora_jax.generation.texts import clean, complete, end_tokens
+from lora_jax.generation.texts import clean, complete, completions, end_tokens
 
-__all__ = ["clean", "complete", "end_tokens", "generate"]
+__all__ = ["clean", "complete", "completions", "end_tokens", "generate"]

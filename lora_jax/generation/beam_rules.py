@@ -1,7 +1,7 @@
 """What a beam search keeps, what it calls finished, and when it ends: transformers' rule and the LoRA authors'.
 
-Shapes: b prompts, k beams, T new tokens at most, v tokens in the vocabulary. A rule is called with the logits behind each
-beam and the number `count` of tokens that the beams have; it returns the beams after one more, and what was found.
+Shapes: b prompts, k beams, T new tokens at most, v tokens in the vocabulary. A rule is called with the logits behind
+each beam and the number `count` of tokens that the beams have; it returns the beams after one more, and what was found.
 """
 
 from collections.abc import Callable

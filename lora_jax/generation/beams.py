@@ -51,6 +51,7 @@ def search(
     forward = functools.partial(lift(model.apply), {"params": params})
     batch, length = tokens.shape
     shape = (batch, num_beams, max_new_tokens)
+    decide: beam_rules.Transformers | beam_rules.Authors
     if rule == "hf":
         decide = beam_rules.Transformers(eos, length_penalty, max_new_tokens, early_stopping)
         history = jnp.broadcast_to(tokens[:, None], (batch, num_beams, length))
@@ -64,6 +65,10 @@ def search(
         flat = logits.reshape(batch * num_beams, -1)
         ban = functools.partial(ban_repeats, tokens=text, end=history.shape[2] + count, size=no_repeat)
         return decide(ban, flat, count, beams, found)
+
+    def unfinished(end: int, state: tuple) -> Array:
+        count, _, beams, found, _ = state
+        return (count < end) & decide.open(count, beams, found).any()
 
     def step(state: tuple) -> tuple:
         count, cache, beams, found, broken = state
@@ -89,9 +94,7 @@ def search(
     while end < max_new_tokens:
         end = min(max(2 * end, _FIRST_STEPS), max_new_tokens)
         state = (state[0], _grown(state[1], length + end * num_beams, model.config.scan_layers), *state[2:])
-        state = lax.while_loop(
-            lambda state, end=end: (state[0] < end) & decide.open(state[0], state[2], state[3]).any(), step, state
-        )
+        state = lax.while_loop(functools.partial(unfinished, end), step, state)
     count, _, beams, found, broken = state
     return decide.best(count, beams, found), broken
 
@@ -116,5 +119,5 @@ def _grown(cache: Any, length: int, scanned: bool) -> Any:
         widths[axis] = (0, length - x.shape[axis])
         return jnp.pad(x, widths)
 
-    layers = jax.tree.map(lambda x: pad(x, 2 if scanned else 1), cache["layers"])
+    layers = jax.tree.map(lambda x: pad(x, 3 if scanned else 2), cache["layers"])
     return {"index": cache["index"], "mask": pad(cache["mask"], 1), "layers": layers}

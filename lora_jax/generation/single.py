@@ -39,7 +39,7 @@ def extend(
         last = jnp.full((batch, 1), new.shape[1] - 1, jnp.int32)
         logits, cache = forward({"params": params}, new, real, cache=cache, labelled=last)
         logits = ban_repeats(logits[:, 0], text, length + count, no_repeat)
-        if key is None:
+        if key is None or temperature is None:
             token = jnp.argmax(logits, -1)
         else:
             token = jax.random.categorical(jax.random.fold_in(key, count), warp(logits, temperature, top_k, top_p))

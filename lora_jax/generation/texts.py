@@ -1,8 +1,9 @@
 """From prompts of any length to cleaned texts."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -22,10 +23,36 @@ def complete(
     eos: int | Sequence[int],
     batch_size: int = 32,
     progress: bool = True,
+    **options: Any,
 ) -> list[str]:
-    """The text that follows each prompt, in the order of the prompts.
+    """The text that follows each prompt, in the order of the prompts. See `completions`."""
+    texts = [""] * len(prompts)
+    limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos": eos, "batch_size": batch_size}
+    with tqdm(total=len(prompts), unit="text", desc="generate", disable=not progress) as bar:
+        for found in completions(model, params, tokenizer, prompts, **limits, **options):
+            for row, text in found.items():
+                texts[row] = text
+            bar.update(len(found))
+    return texts
 
-    Prompts of about equal length go together, in batches of one fixed shape per length.
+
+def completions(
+    model: Any,
+    params: Any,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos: int | Sequence[int],
+    batch_size: int = 32,
+    done: Container[int] = (),
+    **options: Any,
+) -> Iterator[dict[int, str]]:
+    """The texts that follow the prompts, a batch at a time: `{number of the prompt: text}`.
+
+    Prompts of about equal length go together, in batches of one fixed shape per length. What is in
+    a batch depends on the prompts alone, so a run that goes on where another was stopped gives the
+    same texts.
 
     Args:
       model, params: as for `generate`.
@@ -34,10 +61,11 @@ def complete(
       max_new_tokens: the most tokens of a text.
       eos: the end token, or several (`end_tokens`).
       batch_size: prompts in a batch.
-      progress: shows a progress bar.
+      done: prompts that need no text any more: a batch of such alone is left out.
+      options: of `generate`: beams, penalties, sampling (`key` is folded with each batch's first prompt).
 
     Raises:
-      ValueError: a prompt is empty or leaves no room for the new tokens.
+      ValueError: a prompt is empty or leaves no room for the new tokens; see also `generate`.
     """
     room = model.config.n_positions - max_new_tokens
     for number, prompt in enumerate(prompts):
@@ -46,22 +74,32 @@ def complete(
                 f"prompt {number} (counted from 0) has {len(prompt)} tokens: with max_new_tokens="
                 f"{max_new_tokens} the model has room for 1 to {room}"
             )
+    key = options.pop("key", None)
+    for rows, tokens, mask in batches_of(prompts, batch_size, room):
+        if all(row in done for row in rows):
+            continue
+        own = None if key is None else jax.random.fold_in(key, rows[0])
+        limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos": eos, "key": own}
+        new = np.asarray(generate(model, params, tokens, mask, **limits, **options))
+        yield {row: clean(ids, tokenizer, eos) for row, ids in zip(rows, new, strict=False)}
+
+
+def batches_of(
+    prompts: Sequence[Sequence[int]], batch_size: int, room: int
+) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    """The prompts by length in batches of few shapes: their numbers, and tokens and mask (batch, length).
+
+    Padded on the left to multiples of 16, at most `room`. A short batch repeats its last prompt, so that the shape
+    stays: it has more rows than numbers.
+    """
     widths = np.array([min(-(-len(prompt) // _WIDTH) * _WIDTH, room) for prompt in prompts], int)
-    texts = [""] * len(prompts)
     size = min(batch_size, len(prompts))
-    with tqdm(total=len(prompts), unit="text", desc="generate", disable=not progress) as bar:
-        for width in np.unique(widths):
-            rows = np.flatnonzero(widths == width)
-            for first in range(0, len(rows), size):
-                batch = rows[first : first + size]
-                # a short batch repeats its last prompt, so that the shape stays
-                filled = np.pad(batch, (0, size - len(batch)), mode="edge")
-                tokens, mask = _left_padded([prompts[row] for row in filled], int(width))
-                new = np.asarray(generate(model, params, tokens, mask, max_new_tokens=max_new_tokens, eos=eos))
-                for row, ids in zip(batch, new, strict=False):
-                    texts[row] = clean(ids, tokenizer, eos)
-                bar.update(len(batch))
-    return texts
+    for width in np.unique(widths):
+        rows = np.flatnonzero(widths == width)
+        for first in range(0, len(rows), size):
+            batch = rows[first : first + size]
+            filled = np.pad(batch, (0, size - len(batch)), mode="edge")
+            yield batch.tolist(), *_left_padded([prompts[row] for row in filled], int(width))
 
 
 def clean(ids: Sequence[int], tokenizer: Tokenizer, eos: int | Sequence[int]) -> str:

@@ -92,11 +92,10 @@ class Attention(nn.Module):
         )
         causal = cache is None  # with a cache the causal order is part of the mask
         if cache is not None:
-            cache = {
-                "key": masks.write(cache["key"], key, index),
-                "value": masks.write(cache["value"], value, index),
-            }
-            key, value = cache["key"].astype(query.dtype), cache["value"].astype(query.dtype)
+            # heads before slots: the products read them so, and a step should not transpose the whole cache
+            new = {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}
+            cache = {name: masks.write(cache[name], new[name], index, axis=2) for name in new}
+            key, value = (cache[name].astype(query.dtype).swapaxes(1, 2) for name in ("key", "value"))
         # The library's function mixes bfloat16 and float32 itself.
         with jax.numpy_dtype_promotion("standard"):
             out = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
@@ -171,7 +170,7 @@ class GPT2(nn.Module):
             attention = masks.attention_mask(None if mask is None else real, segments)
             counted = masks.count_before(real, segments)
         elif real.ndim == 3:
-            seen, attention, counted = cache["mask"], real[:, None], positions
+            seen, attention = cache["mask"], real[:, None]
         else:
             seen = masks.write(cache["mask"], real, cache["index"])
             attention = masks.cached_attention_mask(seen, cache["index"], length)
@@ -268,13 +267,13 @@ def _norm(config: GPT2Config, name: str, x: Array) -> Array:
 def init_cache(config: GPT2Config, batch: int, length: int, dtype: Any = None) -> dict:
     """An empty KV cache for `length` tokens a row, padding included.
 
-    `{"index": () int32, "mask": (batch, length) bool, "layers": ({"key": (batch, length, heads,
+    `{"index": () int32, "mask": (batch, length) bool, "layers": ({"key": (batch, heads, length,
     head size), "value": ...}, ...)}`, keys and values in `dtype` or the compute dtype. With
     `scan_layers`, `layers` is one dict of arrays with a leading layer axis.
     """
     if length > config.n_positions:
         raise ValueError(f"a cache of length {length}, but {config.n_positions} positions")
-    shape = (batch, length, config.n_head, config.n_embd // config.n_head)
+    shape = (batch, config.n_head, length, config.n_embd // config.n_head)
 
     def layer(*leading: int) -> dict:
         return {name: jnp.zeros((*leading, *shape), dtype or config.dtype) for name in ("key", "value")}

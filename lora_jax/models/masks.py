@@ -23,9 +23,9 @@ def attention_mask(real: Array | None, segments: Array | None) -> Array | None:
     return mask
 
 
-def write(slots: Array, new: Array, index: Array) -> Array:
-    """The slots (batch, length, ...) with `new` in them from `index` on."""
-    return lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), index, axis=1)
+def write(slots: Array, new: Array, index: Array, axis: int = 1) -> Array:
+    """The slots (batch, length, ...), or with their length on another axis, with `new` in them from `index` on."""
+    return lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), index, axis)
 
 
 def cached_attention_mask(seen: Array, index: Array, length: int) -> Array:

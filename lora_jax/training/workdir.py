@@ -8,7 +8,7 @@ from lora_jax.checkpoints import latest_step, write_atomically
 from lora_jax.training.logging import read_metrics
 
 # What may change when a run goes on. How the base is called may; its identity is compared.
-MAY_CHANGE = ("base", "log_every", "save_every", "keep", "mesh")
+MAY_CHANGE = ("base", "decode", "log_every", "save_every", "keep", "mesh")
 
 
 def claim(workdir: str | Path, config: Any) -> None:

@@ -120,7 +120,7 @@ def test_a_damaged_file(tmp_path: Path) -> None:
 def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load_dataset(name: str, split: str) -> datasets.Dataset:
+    def load_dataset(name: str, config: str | None, split: str) -> datasets.Dataset:
         asked.append((name, split))
         if name == "nobody/nothing":
             raise ConnectionError("no network")

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 import lora_jax as lj
 from configs.e2e import get_config
+from experiments import bases, dialogue
 from lora_jax import checkpoints, training
 from lora_jax.data import batches, e2e, text
 from lora_jax.generation import complete
@@ -27,6 +29,8 @@ name : X | area : riverside||By the river there is X .
 name : Y | food : French||Y serves French food .
 name : Z||There is a place called Z .
 """
+
+GREEDY = ("--num_beams=1", "--no_repeat_ngram_size=0")
 
 
 class State(NamedTuple):
@@ -68,15 +72,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made(folder / "workdir", model, method.apply(params, delta), tokenizer)
 
 
-def start(app: str, *flags: str) -> subprocess.CompletedProcess:
+def start(app: str, *flags: str, typed: str = "") -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", f"experiments.{app}", *flags]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, input=typed)
 
 
-def texts(run: Made, params: Any, contexts: list[str]) -> list[str]:
+def texts(run: Made, params: Any, contexts: list[str], **how: Any) -> list[str]:
     prompts = e2e.prompts(contexts, run.tokenizer, eos=0)
-    options: dict[str, Any] = {"max_new_tokens": 20, "eos": 0, "progress": False}
+    options: dict[str, Any] = {"max_new_tokens": 20, "eos": 0, "progress": False} | how
     return complete(run.model, params, run.tokenizer, prompts, **options)
 
 
@@ -89,8 +93,17 @@ def test_evaluate(run: Made) -> None:
     assert [row["context"] for row in rows] == ["name : X | area : riverside", "name : Y | food : French"]
     assert [len(row["references"]) for row in rows] == [2, 1]
     predictions = [row["prediction"] for row in rows]
-    assert predictions == texts(run, run.adapted, [row["context"] for row in rows])
-    assert result["bleu"] == bleu(predictions, [row["references"] for row in rows])
+    beams = {
+        "num_beams": 10,
+        "length_penalty": 0.9,
+        "no_repeat_ngram_size": 4,
+        "beam_rule": "lora_paper",
+    }  # the config's
+    assert predictions == texts(run, run.adapted, [row["context"] for row in rows], **beams)
+    scores = result["scores"]["all"]
+    assert scores["bleu"]["score"] == pytest.approx(bleu(predictions, [row["references"] for row in rows]))
+    assert scores["bleu"]["low"] <= scores["bleu"]["score"] <= scores["bleu"]["high"]
+    assert {"nist"} <= set(scores) <= {"bleu", "nist", "meteor", "rouge_l", "cider"}
     assert (result["step"], result["contexts"], result["references"]) == (7, 2, 3)
 
     data = e2e.load(run.workdir.parent, "test").select(range(3))
@@ -98,19 +111,98 @@ def test_evaluate(run: Made) -> None:
     schedule = batches.bucketed(encoded, 4, buckets=1)
     expected = training.validation_loss(run.model, lj.merge(run.adapted), schedule)
     np.testing.assert_allclose(result["loss"], expected, rtol=1e-5)
-    assert f"{result['bleu']:.4f}" in done.stdout and f"{result['loss']:.4f}" in done.stdout
+    assert f"{scores['bleu']['score']:.4f}" in done.stdout and f"{result['loss']:.4f}" in done.stdout
+    same = start("compare", f"--runs={run.workdir},{run.workdir}")
+    assert same.returncode == 0 and "bleu      +0.0000  [+0.0000, +0.0000]  p = 1.0000" in same.stdout, same.stderr
 
 
 def test_generate(run: Made, tmp_path: Path) -> None:
     (tmp_path / "contexts.txt").write_text("name : Y | food : French\n\nname : Q\n")
     out = tmp_path / "out" / "texts.jsonl"
-    flags = [f"--workdir={run.workdir}", "--params=merged", "--max_new_tokens=20"]
+    flags = [f"--workdir={run.workdir}", "--params=merged", "--max_new_tokens=20", *GREEDY]
     done = start("generate", *flags, "--context=name : Z", f"--file={tmp_path}/contexts.txt", f"--out={out}")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     contexts = ["name : Z", "name : Y | food : French", "name : Q"]
     assert [row["context"] for row in rows] == contexts
     assert [row["prediction"] for row in rows] == texts(run, lj.merge(run.adapted), contexts)
+
+
+def test_a_killed_run_goes_on_at_the_next_batch(run: Made, tmp_path: Path) -> None:
+    """What it left is taken over as it is, but for a line that was cut off; other settings are refused."""
+    contexts = ["name : Y", "name : Q", "name : Z"]
+    (tmp_path / "contexts.txt").write_text("\n".join(contexts))
+    out = tmp_path / "texts.jsonl"
+    flags = [f"--workdir={run.workdir}", "--max_new_tokens=20", *GREEDY, "--batch_size=1"]
+    flags += [f"--file={tmp_path}/contexts.txt", f"--out={out}"]
+    (tmp_path / "texts.jsonl.part").write_text("another run\n")
+    refused = start("generate", *flags)
+    assert refused.returncode == 1 and "was begun with other contexts or settings" in refused.stderr
+    (tmp_path / "texts.jsonl.part").unlink()
+    assert start("generate", *flags).returncode == 0
+    whole = [json.loads(line)["prediction"] for line in out.read_text().splitlines()]
+    assert whole == texts(run, run.adapted, contexts)
+    assert not (tmp_path / "texts.jsonl.part").exists()
+
+    settings = {"max_new_tokens": 20, "num_beams": 1, "length_penalty": 0.9, "no_repeat_ngram_size": 0}
+    settings |= {"beam_rule": "lora_paper", "seed": 0, "batch_size": 1, "params": "adapted", "step": 7}
+    left = [{"settings": settings | {"contexts": contexts}}, [1, "left by the killed run \x85 \u2028 here"]]
+    part = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in left) + '[2, "cut o'
+    (tmp_path / "texts.jsonl.part").write_text(part)
+    done = start("generate", *flags)
+    assert done.returncode == 0, done.stderr
+    again = [json.loads(line)["prediction"] for line in out.read_text().split("\n")[:-1]]
+    assert again == [whole[0], left[1][1], whole[2]]
+
+
+def test_dialogue(run: Made, tmp_path: Path) -> None:
+    """Adapters and strengths change between the turns; bad lines get help, and the dialogue goes on."""
+    identity = checkpoints.base_of(run.workdir)
+    loaded = checkpoints.load(run.workdir)
+    other = jax.tree.map(lambda x: 20 * x, loaded.delta)
+    checkpoints.save_adapter(tmp_path / "other.safetensors", loaded.method, other, identity)
+    typed = [
+        "name : Y | food : French",
+        ":strength 0",
+        "name : Y | food : French",
+        ":adapter other",
+        ":strength 1",
+        "name : Y | food : French",
+        ":adapter none",
+        ":quit",
+    ]
+    flags = [f"--workdir={run.workdir}", "--interactive", f"--adapter=other:{tmp_path}/other.safetensors"]
+    done = start("generate", *flags, "--max_new_tokens=20", *GREEDY, typed="\n".join(typed))
+    assert done.returncode == 0, done.stderr
+    base = gpt2.to_scanned(hf.load(run.workdir.parent / "base")[1])
+    trees = [run.adapted, base, loaded.method.apply(base, other)]
+    expected = [texts(run, params, ["name : Y | food : French"])[0] for params in trees]
+    assert len(set(expected)) == 3
+    places = [done.stdout.find(text) for text in expected]
+    assert -1 not in places and places == sorted(places)
+    assert done.stdout.count(":adapter NAME     another adapter: run, other") == 2  # at the start, and for "none"
+
+
+def test_switching_compiles_nothing(run: Made, capsys: pytest.CaptureFixture) -> None:
+    loaded = checkpoints.load(run.workdir)
+    base = bases.load(ConfigDict(loaded.config))
+    options: dict[str, Any] = {"max_new_tokens": 5, "num_beams": 3, "beam_rule": "lora_paper"}
+    adapters = [dialogue.Adapter(loaded.method, jax.tree.map(lambda x, by=by: by * x, loaded.delta)) for by in (1, 20)]
+    dialogue.answer(base, adapters[0], 1.0, "name : Y | food : French", options)
+    compiled: list[str] = []
+
+    def listen(name: str, _: float, **__: Any) -> None:
+        compiled.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for adapter in adapters:
+            for strength in (0.0, 0.3, 1.0):
+                dialogue.answer(base, adapter, strength, "name : Y | food : French", options)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert "/jax/core/compile/backend_compile_duration" not in compiled
+    assert len(set(capsys.readouterr().out.splitlines())) > 2
 
 
 def test_another_base_is_refused(run: Made, tmp_path: Path) -> None:

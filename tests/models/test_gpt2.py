@@ -141,6 +141,23 @@ def test_decoding_behind_right_padding():
     close(logits[:, 0], run(TINY, tokens)[:, -1])
 
 
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_tree_of_continuations(scan_layers):
+    """Two texts that begin alike, side by side in one cache: each sees its own ancestors alone."""
+    config = dataclasses.replace(TINY, scan_layers=scan_layers)
+    tokens = np.repeat(some_tokens(1, 7), 2, axis=0)
+    tokens[1, 4:] = some_tokens(1, 3) + 1
+    full = run(config, tokens)
+    _, cache = run(config, tokens[:1, :4], cache=gpt2.init_cache(config, 1, 10))
+    sees = np.zeros((1, 2, 10), bool)
+    sees[..., :4] = True
+    for step in range(3):
+        sees[0, [0, 1], [4 + 2 * step, 5 + 2 * step]] = True
+        positions = np.full((1, 2), 4 + step)
+        logits, cache = run(config, tokens[None, :, 4 + step], sees, positions=positions, cache=cache)
+        close(logits[0], full[:, 4 + step])
+
+
 @pytest.mark.parametrize("tie", [True, False])
 def test_labelled_is_a_gather_of_the_logits(tie):
     config = dataclasses.replace(TINY, tie=tie)
@@ -292,6 +309,7 @@ def test_axes_name_every_leaf(scan_layers, tie):
             lambda: run(TINY, some_tokens(1, 3), segments=np.zeros((1, 3)), cache=gpt2.init_cache(TINY, 1, 4)),
             "do not go together",
         ),
+        (lambda: run(TINY, some_tokens(1, 3), np.ones((1, 3, 4), bool)), "wants a cache, and positions"),
     ],
 )
 def test_bad_input(call, says):

@@ -1,0 +1,40 @@
+"""Whether two runs differ: paired bootstrap over what experiments.evaluate left of both.
+
+    python -m experiments.compare --runs=runs/lora,runs/full --split=test --params=adapted
+
+For each score: the first run's minus the second's, with its 95% interval, and p: how often the choice of test contexts
+alone would give a difference as large.
+"""
+
+import json
+from pathlib import Path
+
+from absl import flags
+
+from experiments import cli, scoring
+from lora_jax.data.tasks import named
+from lora_jax.metrics import paired
+
+flags.DEFINE_list("runs", None, "Two workdirs.")
+flags.DEFINE_string("split", "test", "Of which evaluation.")
+flags.DEFINE_string("params", "adapted", "Of which evaluation.")
+flags.DEFINE_enum("missing", None, ["first", "empty"], "As for experiments.evaluate.")
+flags.mark_flag_as_required("runs")
+
+
+def main() -> None:
+    values = flags.FLAGS
+    if len(values.runs) != 2:
+        raise ValueError(f"--runs={','.join(values.runs)}: give two workdirs with a comma between")
+    folders = [Path(run) / "evaluation" / f"{values.split}-{values.params}" for run in values.runs]
+    first, second = (scoring.read(folder) for folder in folders)
+    if [row["context"] for row in first] != [row["context"] for row in second]:
+        raise ValueError(f"{folders[0]} and {folders[1]} are of other contexts")
+    task = named(json.loads((Path(values.runs[0]) / "config.json").read_text())["data"]["name"])
+    (hypotheses, references), (others, _) = scoring.prepared(first, task), scoring.prepared(second, task)
+    for name, row in paired(hypotheses, others, references, style=task.style, missing=values.missing).items():
+        print(f"{name:10}{row['difference']:+.4f}  [{row['low']:+.4f}, {row['high']:+.4f}]  p = {row['p']:.4f}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

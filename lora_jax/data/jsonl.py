@@ -1,0 +1,97 @@
+"""SAMSum and WikiSQL, the paper's two generation tasks with GPT-3 (Table 4), from local JSON lines.
+
+The inputs are those that the paper names (appendix C); how GPT-3's prompts were written in detail is not known.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from lora_jax.data.files import find, read_text
+
+SAMSUM = "SAMSum is public as the ancillary file of arXiv 1911.12237 (JSON lists: write one object a line)"
+WIKISQL = "WikiSQL is public at github.com/salesforce/WikiSQL (data.tar.bz2)"
+
+_SAMSUM_FILES = {"train": ("train.jsonl",), "valid": ("valid.jsonl", "val.jsonl"), "test": ("test.jsonl",)}
+_WIKISQL_FILES = {"train": ("train.jsonl",), "valid": ("dev.jsonl",), "test": ("test.jsonl",)}
+_AGGREGATES = ("", "MAX", "MIN", "COUNT", "SUM", "AVG")  # as in the official lib/query.py
+_OPERATORS = ("=", ">", "<", "OP")
+
+
+def samsum(path: str | Path, split: str = "train") -> datasets.Dataset:
+    """Dialogues and their summaries: the utterances, one a line, then a blank line.
+
+    Args:
+      path: a folder that holds train, valid (or val) and test.jsonl (also .gz), or one file, of lines
+          {"dialogue": ..., "summary": ...}.
+      split: "train", "valid" or "test"; a single file is taken as it is.
+
+    Raises:
+      FileNotFoundError: there is nothing there; names the public source.
+      ValueError: a line is not of the form, with the path and the line.
+    """
+
+    def pair(row: dict[str, Any]) -> tuple[str, str]:
+        return row["dialogue"].replace("\r\n", "\n").strip() + "\n\n", row["summary"].strip()
+
+    return _pairs(find(path, split, _SAMSUM_FILES, SAMSUM), pair, SAMSUM)
+
+
+def wikisql(path: str | Path, split: str = "train") -> datasets.Dataset:
+    """Questions on a table and their SQL: the table's columns joined by " | ", a line with the question; the query as
+    the official lib/query.py prints it, but with the columns' names.
+
+    Args:
+      path: a folder of the official files, {train,dev,test}.jsonl and .tables.jsonl (also .gz), or one of the former,
+          with its tables beside it.
+      split: "train", "valid" or "test"; a single file is taken as it is.
+
+    Raises:
+      FileNotFoundError, ValueError: as for `samsum`; a file without its tables.
+    """
+    file = find(path, split, _WIKISQL_FILES, WIKISQL)
+    stem = file.name.removesuffix(".gz").removesuffix(".jsonl")
+    headers: dict[str, list[str]] = {}
+
+    def table(row: dict[str, Any]) -> None:
+        headers[row["id"]] = row["header"]
+
+    def pair(row: dict[str, Any]) -> tuple[str, str]:
+        header = headers[row["table_id"]]
+        return " | ".join(header) + "\n" + row["question"].strip(), query(row["sql"], header)
+
+    _read(find(file.parent, "tables", {"tables": (f"{stem}.tables.jsonl",)}, WIKISQL), table, WIKISQL)
+    return _pairs(file, pair, WIKISQL)
+
+
+def query(sql: dict[str, Any], header: list[str]) -> str:
+    """The official form of a query as SQL.
+
+    >>> query({"sel": 1, "agg": 3, "conds": [[0, 0, "Oslo"], [2, 1, 7]]}, ["City", "Club", "Wins"])
+    'SELECT COUNT Club FROM table WHERE City = "Oslo" AND Wins > 7'
+    """
+    selected = " ".join(filter(None, ("SELECT", _AGGREGATES[sql["agg"]], header[sql["sel"]], "FROM table")))
+    conditions = [
+        f"{header[column]} {_OPERATORS[operator]} " + (f'"{value}"' if isinstance(value, str) else str(value))
+        for column, operator, value in sql["conds"]
+    ]
+    return f"{selected} WHERE {' AND '.join(conditions)}" if conditions else selected
+
+
+def _pairs(file: Path, pair: Callable[[dict[str, Any]], tuple[str, str]], source: str) -> datasets.Dataset:
+    rows = _read(file, pair, source)
+    return datasets.Dataset.from_dict({"context": [row[0] for row in rows], "completion": [row[1] for row in rows]})
+
+
+def _read(file: Path, take: Callable[[dict[str, Any]], Any], source: str) -> list[Any]:
+    """What `take` makes of each line."""
+    found = []
+    for number, line in enumerate(read_text(file).removesuffix("\n").split("\n"), 1):
+        try:
+            found.append(take(json.loads(line)))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file}:{number}: not a line of the form wanted ({error!r}); {source}") from error
+    return found

@@ -1,0 +1,56 @@
+"""The paper's generation tasks: what differs between their data and scores."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+
+from lora_jax.data import dart, e2e, jsonl, pairs, webnlg
+
+
+class Task(NamedTuple):
+    """A task.
+
+    Attributes:
+      load: (path, split) -> its pairs, split being "train", "valid" or "test".
+      style: how it is scored: the style of `metrics.score`.
+      source: where its data can be had.
+      normalize: what texts and references go through before they are scored; None: nothing.
+      most_references: how many of a context's references are scored, the first ones; None: all.
+    """
+
+    load: Callable[[str | Path, str], datasets.Dataset]
+    style: str
+    source: str
+    normalize: Callable[[str], str] | None = None
+    most_references: int | None = None
+
+
+# Six references and the normalization are the authors' (microsoft/LoRA, examples/NLG/README.md).
+TASKS = {
+    "e2e": Task(e2e.load, "e2e", e2e.SOURCE),
+    "webnlg": Task(webnlg.load, "webnlg", webnlg.SOURCE, pairs.normalize, 6),
+    "dart": Task(dart.load, "dart", dart.SOURCE, pairs.normalize, 6),
+    "dart_dev": Task(dart.load_dev, "dart", dart.SOURCE, pairs.normalize, 6),
+    "samsum": Task(jsonl.samsum, "samsum", jsonl.SAMSUM),
+    "wikisql": Task(jsonl.wikisql, "wikisql", jsonl.WIKISQL),
+}
+
+
+def named(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+      ValueError: there is none; shows those there are.
+    """
+    if name not in TASKS:
+        raise ValueError(f"no task {name!r} (data.name): one of {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def references(task: Task, texts: Sequence[str]) -> list[str]:
+    """A context's references as the task scores them: cleaned (`pairs.clean`), the first `most_references` of them,
+    normalized. What stands for missing ones is the score's."""
+    write = task.normalize or str
+    return [write(pairs.clean(text)) for text in texts[: task.most_references]]
