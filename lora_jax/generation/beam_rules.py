@@ -47,7 +47,7 @@ class Transformers(NamedTuple):
         stopped = jnp.isin(chosen, self.eos) | (count + 1 >= self.max_new_tokens)
         running = scores + jnp.where(stopped, _NEVER, 0.0)
         running, at = lax.top_k(running, k)
-        going = many._replace(tokens=_pick(many.tokens, at), slots=_pick(many.slots, at), scores=running)
+        going = many._replace(tokens=_pick(many.tokens, at), sees=_pick(many.sees, at), scores=running)
 
         # Only the k best may finish: those behind them are there to go on.
         finished = stopped & (jnp.arange(keep) < k)[None]
@@ -143,7 +143,7 @@ def _continuations(logits: Array, total: tuple[Array, Array], scores: Array, kee
 def _extended(beams: Any, parents: Array, chosen: Array, count: Array, scores: Array) -> Any:
     """The beams of those parents with one more token each."""
     tokens = _pick(beams.tokens, parents).at[:, :, count].set(chosen)
-    return beams._replace(tokens=tokens, slots=_pick(beams.slots, parents), scores=scores)
+    return beams._replace(tokens=tokens, sees=_pick(beams.sees, parents), scores=scores)
 
 
 def _pick(x: Array, at: Array) -> Array:

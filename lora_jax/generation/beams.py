@@ -1,8 +1,9 @@
 """Beam search over one KV cache that is never reordered.
 
-The beams of a prompt are written side by side into the cache of that prompt: the tokens of step t into the slots
-`length + t * num_beams` and on. What a beam reads is said by the attention mask: the prompt, which is computed and kept
-once, and of each step the slot of its own ancestor. So choosing beams moves a few integers, no keys and values.
+All beams of a prompt share the slots of its cache. What a beam reads is said by its attention mask: the prompt, which
+is computed and kept once, and a slot for each of its tokens, so that beams with a common past share that too. Choosing
+beams chooses rows of the mask; no keys and values move. Slots that no beam reads any more are free for new tokens, so
+the cache seldom has to hold `num_beams` times the new tokens: it begins small and grows when it is full.
 """
 
 import functools
@@ -17,14 +18,14 @@ from lora_jax.generation.bans import ban_repeats
 from lora_jax.lifting import lift
 from lora_jax.models.gpt2 import init_cache
 
-_FIRST_STEPS = 16  # the cache has room for so many steps, then twice as many, and so on
+_ROOM = 16  # the cache begins with so many slots a beam besides the prompt's, then has twice as many, and so on
 
 
 class Beams(NamedTuple):
     """The running beams: b prompts, k beams each, up to T new tokens."""
 
     tokens: Array  # (b, k, T) int32, chosen so far, then pad
-    slots: Array  # (b, k, T) int32, which of a step's k slots holds the token
+    sees: Array  # (b, k, slots of the cache) bool, where their tokens and the prompt are
     scores: Array  # (b, k) float32, log p
 
 
@@ -66,17 +67,20 @@ def search(
         ban = functools.partial(ban_repeats, tokens=text, end=history.shape[2] + count, size=no_repeat)
         return decide(ban, flat, count, beams, found)
 
-    def unfinished(end: int, state: tuple) -> Array:
+    def going(state: tuple) -> Array:
         count, _, beams, found, _ = state
-        return (count < end) & decide.open(count, beams, found).any()
+        return (count < max_new_tokens) & decide.open(count, beams, found).any()
+
+    def room(state: tuple) -> Array:
+        return ((~state[2].sees.any(1)).sum(1) >= num_beams).all()
 
     def step(state: tuple) -> tuple:
         count, cache, beams, found, broken = state
+        _, slots = lax.top_k((~beams.sees.any(1)).astype(jnp.float32), num_beams)  # free ones
+        beams = beams._replace(sees=beams.sees | jax.nn.one_hot(slots, beams.sees.shape[2], dtype=bool))
         new = jnp.take(beams.tokens, count - 1, axis=2)
-        beams = beams._replace(slots=beams.slots.at[:, :, count - 1].set(jnp.arange(num_beams)))
-        sees = jnp.concatenate([_prompt(mask, num_beams), _ancestors(beams.slots, count, cache, length)], 2)
         positions = jnp.broadcast_to(mask.sum(1, dtype=jnp.int32)[:, None] + count - 1, new.shape)
-        logits, cache = forward(new, sees, positions=positions, cache=cache)
+        logits, cache = forward(new, beams.sees, positions=positions, cache={**cache, "index": slots})
         broken |= jnp.isnan(logits.max(2)).any(1) & decide.open(count, beams, found)
         beams, found = choose(logits, count, beams, found)
         return count + 1, cache, beams, found, broken
@@ -86,38 +90,27 @@ def search(
     logits, cache = forward(tokens, mask, cache=cache, labelled=last)
     broken = jnp.isnan(logits.max(2)).any(1)
     start = jnp.zeros((), jnp.int32)
-    beams = Beams(jnp.full(shape, pad, jnp.int32), jnp.zeros(shape, jnp.int32), decide.start(batch, num_beams))
+    sees = jnp.broadcast_to(mask[:, None], (batch, num_beams, length))
+    beams = Beams(jnp.full(shape, pad, jnp.int32), sees, decide.start(batch, num_beams))
     found = decide.nothing(beams)
     beams, found = choose(jnp.broadcast_to(logits, (batch, num_beams, logits.shape[2])), start, beams, found)
-    state = (start + 1, cache, beams, found, broken)
-    end = 0
-    while end < max_new_tokens:
-        end = min(max(2 * end, _FIRST_STEPS), max_new_tokens)
-        state = (state[0], _grown(state[1], length + end * num_beams, model.config.scan_layers), *state[2:])
-        state = lax.while_loop(functools.partial(unfinished, end), step, state)
+    state = (start + 1, {**cache, "index": jnp.zeros((batch, num_beams), jnp.int32)}, beams, found, broken)
+    slots = 0
+    while slots < num_beams * max_new_tokens:
+        slots = min(max(2 * slots, _ROOM * num_beams), num_beams * max_new_tokens)
+        state = _grown(state, length + slots, model.config.scan_layers)
+        state = lax.while_loop(lambda state: going(state) & room(state), step, state)
     count, _, beams, found, broken = state
     return decide.best(count, beams, found), broken
 
 
-def _prompt(mask: Array, num_beams: int) -> Array:
-    return jnp.broadcast_to(mask[:, None], (len(mask), num_beams, mask.shape[1]))
+def _grown(state: tuple, length: int, scanned: bool) -> tuple:
+    """The state with a cache of `length` slots."""
 
+    def longer(x: Array, axis: int) -> Array:
+        return jnp.pad(x, [(0, length - n if i == axis else 0) for i, n in enumerate(x.shape)])
 
-def _ancestors(slots: Array, count: Array, cache: Any, length: int) -> Array:
-    """(b, k, slots of the cache behind the prompt): whether each holds a token of each beam."""
-    batch, k, _ = slots.shape
-    steps = (cache["mask"].shape[1] - length) // k
-    slots = jnp.where((jnp.arange(steps) < count)[None, None], slots[:, :, :steps], -1)
-    return jax.nn.one_hot(slots, k, dtype=bool).reshape(batch, k, steps * k)
-
-
-def _grown(cache: Any, length: int, scanned: bool) -> Any:
-    """The cache with room for `length` tokens."""
-
-    def pad(x: Array, axis: int) -> Array:
-        widths = [(0, 0)] * x.ndim
-        widths[axis] = (0, length - x.shape[axis])
-        return jnp.pad(x, widths)
-
-    layers = jax.tree.map(lambda x: pad(x, 3 if scanned else 2), cache["layers"])
-    return {"index": cache["index"], "mask": pad(cache["mask"], 1), "layers": layers}
+    count, cache, beams, found, broken = state
+    layers = jax.tree.map(lambda x: longer(x, 3 if scanned else 2), cache["layers"])
+    cache = {**cache, "mask": longer(cache["mask"], 1), "layers": layers}
+    return count, cache, beams._replace(sees=longer(beams.sees, 2)), found, broken

@@ -89,8 +89,8 @@ def generate(
         new, broken = single.extend(
             *common, key, heat, share, max_new_tokens=max_new_tokens, no_repeat=no_repeat_ngram_size, top_k=top_k
         )
-    if not isinstance(broken, jax.core.Tracer) and broken.any():
-        rows = np.flatnonzero(np.asarray(broken)).tolist()
+    if not isinstance(broken, jax.core.Tracer) and np.asarray(broken).any():
+        rows = np.flatnonzero(broken).tolist()
         raise ValueError(f"the model's logits are NaN for prompts {rows} (counted from 0): look at the parameters")
     return new
 

@@ -147,7 +147,8 @@ class GPT2(nn.Module):
           mask: (batch, length) bool or int, 1 at real tokens; padding may stand left or right.
             The logits at padding mean nothing, but are finite. With a cache also (batch, length,
             cache length): the slots that each token sees, its own among them, for tokens that do
-            not follow one another (the beams of a search); `positions` are then needed.
+            not follow one another (the beams of a search); `positions` are then needed, and the
+            cache's index may be (batch, length), the slot that each token is written into.
           positions: (batch, length) int32. By default the number of real tokens before each one
             (in its segment), 0 at padding.
           segments: (batch, length) int32. Packing: a run of equal numbers is one text, which sees

@@ -1,5 +1,6 @@
 """Who sees whom, and where each token stands: padding, packing and the slots of a KV cache."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -24,8 +25,16 @@ def attention_mask(real: Array | None, segments: Array | None) -> Array | None:
 
 
 def write(slots: Array, new: Array, index: Array, axis: int = 1) -> Array:
-    """The slots (batch, length, ...), or with their length on another axis, with `new` in them from `index` on."""
-    return lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), index, axis)
+    """The slots (batch, length, ...), or with their length on another axis, with `new` in them.
+
+    Args:
+      index: () int32, `new` stands from there on; or (batch, new length) int32, the slot of each.
+    """
+    new = new.astype(slots.dtype)
+    if index.ndim == 0:
+        return lax.dynamic_update_slice_in_dim(slots, new, index, axis)
+    before = (slice(None),) * (axis - 1)
+    return jax.vmap(lambda row, new, at: row.at[(*before, at)].set(new, unique_indices=True))(slots, new, index)
 
 
 def cached_attention_mask(seen: Array, index: Array, length: int) -> Array:
