@@ -14,14 +14,14 @@ The name is a size and, after a comma, what trains (LoRA on query and value with
 The paper's figures (test; mean of 3 seeds; beam search of width 10), and what others report who ran
 the authors' commands (microsoft/LoRA, issue 165):
 
-                             trained    BLEU        NIST    METEOR  ROUGE-L  CIDEr
-    medium, LoRA q,v r=4     0.35 M     70.4        8.85    46.8    71.8     2.53
-    medium, others' runs     0.35 M     68.7-68.9   8.68    46.4    71.3     2.50
-    medium, full             354.92 M   68.2        8.62    46.2    71.0     2.47
-    medium, last two layers  25.19 M    68.1        8.59    46.0    70.8     2.41
-    large, LoRA q,v r=4      0.77 M     70.4        8.89    46.8    72.0     2.47
-    large, full              774.03 M   68.5        8.78    46.0    69.9     2.45
-    small, one other's run              67.3        8.60    45.7    68.1     2.31
+                             trained    BLEU        NIST       METEOR     ROUGE-L    CIDEr
+    medium, LoRA q,v r=4     0.35 M     70.4        8.85       46.8       71.8       2.53
+    medium, others' runs     0.35 M     68.65-68.87 8.68-8.69  46.4-46.5  71.2-71.4  2.50-2.51
+    medium, full             354.92 M   68.2        8.62       46.2       71.0       2.47
+    medium, last two layers  25.19 M    68.1        8.59       46.0       70.8       2.41
+    large, LoRA q,v r=4      0.77 M     70.4        8.89       46.8       72.0       2.47
+    large, full              774.03 M   68.5        8.78       46.0       69.9       2.45
+    small, one other's run              67.3        8.60       45.7       68.1       2.31
 
 Really trained are 393,216 numbers (LoRA, medium), 737,280 (LoRA, large) and 354,823,168 (full, medium).
 

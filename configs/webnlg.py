@@ -21,9 +21,8 @@ The paper's figures (test; beam search of width 10) for the categories unseen / 
     large, full              774 M     43.1 / 65.3 / 55.5 .38 / .46 / .42  .53 / .33 / .42
 
 LoRA's BLEU spreads by .4 / .2 / .2 (medium) and .3 / .3 / .1 (large). The authors' README has other figures for full
-fine-tuning: 30.4 / 63.2 / 47.6 (medium), 41.7 / 64.6 / 54.2 (large). Others who ran their code say that they did not
-reach the paper's LoRA figures (microsoft/LoRA, issues 15 and 94; no numbers are at hand). "24 M" is 25.19 M, as Table
-3 says.
+fine-tuning: 30.4 / 63.2 / 47.6 (medium), 41.7 / 64.6 / 54.2 (large). No figures of
+other people's runs are at hand. "24 M" is 25.19 M, as Table 3 says.
 
 The authors give no command for WebNLG; Table 11 differs from E2E only in the length penalty, 0.8. Five epochs are
 11,270 steps here and in their code; the checkpoint that their README names is of step 20,000. More in configs/nlg.py.

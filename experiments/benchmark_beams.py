@@ -32,8 +32,8 @@ from lora_jax.interop import hf
 
 flags.DEFINE_string("base", None, "A Hugging Face folder: both sides load it.")
 flags.DEFINE_string("data", None, "The folder of E2E.")
-flags.DEFINE_integer("contexts", None, "Only so many contexts.")
-flags.DEFINE_integer("batch_size", 32, "Contexts in a batch.")
+flags.DEFINE_integer("contexts", None, "Only so many contexts.", lower_bound=1)
+flags.DEFINE_integer("batch_size", 32, "Contexts in a batch.", lower_bound=1)
 flags.DEFINE_integer("num_beams", 10, "Beams.")
 flags.DEFINE_integer("max_new_tokens", 64, "The most tokens of a text.")
 flags.DEFINE_string("out", None, "A JSON file for the figures.")
@@ -50,7 +50,9 @@ def main() -> None:
     asked = prompts(list(groups)[: values.contexts], tokenizer, eos=eos)
     limits: dict[str, Any] = {"max_new_tokens": values.max_new_tokens, "num_beams": values.num_beams}
     limits |= {"length_penalty": 0.9, "no_repeat_ngram_size": 4}
-    batches = [batch[1:] for batch in batches_of(asked, values.batch_size, model.config.n_positions - 64)]
+    batches = [
+        batch[1:] for batch in batches_of(asked, values.batch_size, model.config.n_positions - values.max_new_tokens)
+    ]
     sides = {"lora_jax": ours(model, params, eos), "transformers": theirs(values.base, eos)}
     result = compare(sides, batches, limits)
     middle = batches[len(batches) // 2]
@@ -71,8 +73,8 @@ def compare(sides: dict[str, Any], batches: list[tuple], limits: dict[str, Any])
             shapes.add(tokens.shape)
             compiling += timed(sides["lora_jax"], tokens, mask, limits)[0]
         found = {}
-        for name, side in sides.items():
-            taken, found[name] = timed(side, tokens, mask, limits)
+        for name in sorted(sides, reverse=len(seconds["lora_jax"]) % 2 == 1):  # by turns each side goes first
+            taken, found[name] = timed(sides[name], tokens, mask, limits)
             seconds[name].append(taken)
         length = found["transformers"].shape[1]
         different += int((found["lora_jax"][:, :length] != found["transformers"]).any(1).sum())

@@ -1,7 +1,7 @@
 """A dialogue with a base whose adapter, and its strength, change between the turns.
 
 The strength is an array in the program, and so are the adapters: only one of another shape (another
-rank, other targets) is compiled anew.
+rank, other targets), or a context of another multiple of 16 tokens, is compiled anew.
 """
 
 import sys
@@ -51,6 +51,7 @@ def hold(further: dict[str, Path]) -> None:
     name, strength = next(iter(adapters)), 1.0
     help_text = HELP.format(names=", ".join(adapters))
     print(help_text)
+    turn = 0
     while (line := ask(f"[{name} x {strength:g}] ")) is not None:
         command, _, value = line.partition(" ")
         if command == ":quit":
@@ -62,7 +63,9 @@ def hold(further: dict[str, Path]) -> None:
         elif line.startswith(":"):
             print(help_text)
         elif line:
-            answer(base, adapters[name], strength, line, options)
+            turn += 1
+            own = {"key": jax.random.fold_in(options["key"], turn)} if "key" in options else {}
+            answer(base, adapters[name], strength, line, options | own)
 
 
 def answer(base: bases.Base, adapter: Adapter, strength: float, context: str, options: dict[str, Any]) -> None:

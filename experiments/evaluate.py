@@ -23,6 +23,7 @@ from lora_jax import checkpoints, training
 from lora_jax.data.batches import bucketed
 from lora_jax.data.pairs import contexts, encode
 from lora_jax.data.tasks import named
+from lora_jax.metrics.scores import FILLED
 
 flags.DEFINE_enum("split", "test", ["train", "valid", "test"], "What to score.")
 flags.DEFINE_string("data", None, "The data, where they are no longer where the run's config says.")
@@ -42,10 +43,14 @@ def main() -> None:
     loaded = reload.load()
     config = loaded.config.data
     task = named(config.name)
+    if values.missing and task.style not in FILLED:
+        raise ValueError(f"--missing={values.missing}: references of {config.name} are not filled, leave it out")
     data = first_contexts(task.load(values.data or config.path, values.split), values.limit)
     groups = contexts(data)
-    folder = Path(values.workdir) / "evaluation" / f"{values.split}-{values.params}"
+    part = f"{values.split}-{values.params}" + (f"-first{values.limit}" if values.limit else "")
+    folder = Path(values.workdir) / "evaluation" / part
     kept = folder / "predictions.jsonl.part"
+    resumed = kept.exists()
     started = time.perf_counter()
     predictions = reload.complete_contexts(loaded, list(groups), kept)
     seconds = time.perf_counter() - started
@@ -64,13 +69,14 @@ def main() -> None:
         "params": values.params,
         "step": loaded.step,
         "decoding": reload.decoding(loaded.config),
+        "missing": values.missing,
         "contexts": len(groups),
         "references": len(data),
         "skipped": skipped,
         "loss": loss,
         "perplexity": math.exp(loss),
         "scores": scores,
-        "seconds": seconds,
+        "seconds": None if resumed else seconds,
         "device": jax.devices()[0].device_kind,
     }
     content = json.dumps(result, indent=2) + "\n"

@@ -5,8 +5,8 @@
     python -m experiments.generate --workdir=runs/e2e --file=contexts.txt --out=texts.jsonl
     python -m experiments.generate --workdir=runs/e2e --interactive --adapter=other:runs/other
 
-A file has one context a line. Prints each context with its text, or writes JSON lines to --out; the
-same command goes on where it was stopped. --interactive asks for contexts and lets the adapter and
+A file has one context a line. Prints each context with its text, or writes JSON lines to --out, where
+the same command goes on after it was stopped. --interactive asks for contexts and lets the adapter and
 its strength be changed between them; --adapter names further ones.
 """
 
@@ -32,7 +32,8 @@ def main() -> None:
         return dialogue.hold(dict(_named(text) for text in values.adapter))
     contexts = list(values.context)
     if values.file:
-        contexts += [line.strip() for line in read_text(values.file).splitlines() if line.strip()]
+        # not splitlines: a context may hold its rarer line ends
+        contexts += [line.strip() for line in read_text(values.file).split("\n") if line.strip()]
     if not contexts:
         raise ValueError("nothing to complete: give --context=TEXT, --file=FILE or --interactive")
     loaded = reload.load()

@@ -24,7 +24,7 @@ flags.DEFINE_enum(
     "The base alone, the base adapted by the run, or the same merged into plain weights.",
 )
 flags.DEFINE_string("base", None, "The base, where it is no longer where the run's config says.")
-flags.DEFINE_integer("batch_size", 32, "Contexts that are completed together.")
+flags.DEFINE_integer("batch_size", 32, "Contexts that are completed together.", lower_bound=1)
 flags.DEFINE_integer("max_new_tokens", None, "The most tokens of a text (the authors' 64).")
 flags.DEFINE_integer(
     "num_beams", None, "Beams; 1 is greedy. This and the following: else as the config's `decode` says."
@@ -49,6 +49,7 @@ class Loaded(NamedTuple):
     params: Any
     tokenizer: Tokenizer
     step: int  # of the checkpoint; 0 for the base
+    base: dict[str, str]  # the base's identity
 
 
 def load() -> Loaded:
@@ -64,11 +65,12 @@ def load() -> Loaded:
         raise ValueError(f"{workdir} trained nothing (method none): there is --params=base only")
     model, params, tokenizer, identity = bases.load(config, flags.FLAGS.base)
     if which == "base":
-        return Loaded(config, model, params, tokenizer, 0)
+        return Loaded(config, model, params, tokenizer, 0, identity)
     checkpoints.check_base(checkpoints.base_of(workdir), identity, workdir)
     run = checkpoints.load(workdir)
     adapted = run.method.apply(lj.without_tuned(params, run.delta), run.delta)
-    return Loaded(config, model, lj.merge(adapted) if which == "merged" else adapted, tokenizer, run.step)
+    params = lj.merge(adapted) if which == "merged" else adapted
+    return Loaded(config, model, params, tokenizer, run.step, identity)
 
 
 def config_of(workdir: Path) -> ConfigDict:
@@ -97,9 +99,9 @@ def complete_contexts(loaded: Loaded, contexts: list[str], kept: Path | None = N
       ValueError: the file holds texts of other contexts or settings.
     """
     options = decoding(loaded.config)
-    settings = {"settings": options | {"seed": flags.FLAGS.seed, "batch_size": flags.FLAGS.batch_size}}
-    settings["settings"] |= {"params": flags.FLAGS.params, "step": loaded.step, "contexts": contexts}
-    texts = _begun(kept, settings) if kept else {}
+    settings = {name: flags.FLAGS[name].value for name in ("params", "seed", "batch_size")}
+    settings |= {"workdir": str(Path(flags.FLAGS.workdir).resolve()), "step": loaded.step, "base": loaded.base}
+    texts = begun(kept, settings | options | {"contexts": contexts}) if kept else {}
     eos = loaded.model.config.eos_token_id
     if set(options) & set(_SAMPLING):
         options["key"] = jax.random.key(flags.FLAGS.seed)
@@ -123,14 +125,14 @@ def complete_contexts(loaded: Loaded, contexts: list[str], kept: Path | None = N
     return [texts[row] for row in range(len(contexts))]
 
 
-def _begun(kept: Path, settings: dict[str, Any]) -> dict[int, str]:
+def begun(kept: Path, settings: dict[str, Any]) -> dict[int, str]:
     """The texts of a killed run, by the number of their context; makes the file where there is none."""
     first = json.dumps(settings, ensure_ascii=False, sort_keys=True) + "\n"
     if not kept.is_file():
         checkpoints.write_atomically(kept, first.encode())
         return {}
-    whole = kept.read_text(encoding="utf-8")
-    whole = whole[: whole.rfind("\n") + 1]  # the last line may have been cut off
+    raw = kept.read_bytes()
+    whole = raw[: raw.rfind(b"\n") + 1].decode()  # the last line may have been cut off
     if not whole.startswith(first):
         raise ValueError(f"{kept} was begun with other contexts or settings: delete it, or finish it as it was begun")
     checkpoints.write_atomically(kept, whole.encode())

@@ -30,7 +30,8 @@ COLUMNS = {
     "trained": ("trained parameters", "{:,}"),
     "adapter_bytes": ("adapter, bytes", "{:,}"),
     "validation_loss": ("validation loss", "{:.4f}"),
-    "bleu": ("test BLEU", "{:.2f}"),
+    "contexts": ("test contexts", "{:,}"),
+    "bleu": ("BLEU", "{:.2f}"),
     "nist": ("NIST", "{:.2f}"),
     "meteor": ("METEOR", "{:.3f}"),
     "rouge_l": ("ROUGE-L", "{:.3f}"),
@@ -44,8 +45,8 @@ COLUMNS = {
 def main() -> None:
     values = flags.FLAGS
     folder = Path(values.folder)
-    if values.run and not values.name:
-        raise ValueError("--run needs --name: docs/results/NAME.json is written")
+    if bool(values.run) != bool(values.name):
+        raise ValueError("--name and --run go together: docs/results/NAME.json gets a row for each run")
     if values.name:
         file = folder / f"{values.name}.json"
         rows = [row for run in values.run for row in collect(run)]
@@ -68,14 +69,15 @@ def collect(run: str) -> list[dict[str, Any]]:
         raise FileNotFoundError(f"{summary} does not exist: experiments.train writes it at its end")
     row = {"label": label} | json.loads(summary.read_text())
     del row["tokens_per_second"]  # runs share the machine with whatever else it does: experiments.benchmark compares
-    for params in ("merged", "adapted", "base"):
-        evaluation = Path(workdir) / "evaluation" / f"test-{params}" / "evaluate.json"
-        if evaluation.is_file():
-            found = json.loads(evaluation.read_text())
-            scores = found.pop("scores")
-            row |= scores.pop("all") | {name: found[name] for name in ("contexts", "skipped", "decoding")}
-            return [row, *({"label": f"{label}, {part}"} | score for part, score in scores.items())]
-    return [row]
+    kind = "test-base*" if row["method"] == "none" else "test-[!b]*"
+    found = [json.loads(file.read_text()) for file in Path(workdir, "evaluation").glob(f"{kind}/evaluate.json")]
+    if not found:
+        return [row]
+    result = max(found, key=lambda result: result["contexts"])  # others are of the first contexts only
+    scores = result["scores"]
+    row |= {name: result[name] for name in ("contexts", "skipped", "decoding", "missing")} | scores["all"]
+    parts = [{"label": f"{label}, {part}"} | score for part, score in scores.items() if part != "all"]
+    return [row, *parts]
 
 
 def fill(text: str, folder: Path) -> str:

@@ -52,13 +52,14 @@ def search(
     forward = functools.partial(lift(model.apply), {"params": params})
     batch, length = tokens.shape
     shape = (batch, num_beams, max_new_tokens)
-    decide: beam_rules.Transformers | beam_rules.Authors
-    if rule == "hf":
-        decide = beam_rules.Transformers(eos, length_penalty, max_new_tokens, early_stopping)
-        history = jnp.broadcast_to(tokens[:, None], (batch, num_beams, length))
-    else:
-        decide = beam_rules.Authors(eos, length_penalty, max_new_tokens)
-        history = jnp.zeros((batch, num_beams, 0), jnp.int32)
+    decide: beam_rules.Transformers | beam_rules.Authors = (
+        beam_rules.Transformers(eos, length_penalty, max_new_tokens, early_stopping)
+        if rule == "hf"
+        else beam_rules.Authors(eos, length_penalty, max_new_tokens)
+    )
+    # what n-grams are banned for: the authors count those of the new tokens alone
+    banning = tokens if rule == "hf" else tokens[:, :0]
+    history = jnp.broadcast_to(banning[:, None], (batch, num_beams, banning.shape[1]))
 
     def choose(logits: Array, count: Array, beams: Beams, found: Any) -> tuple[Beams, Any]:
         """The beams after another token, from the logits (b, k, vocabulary) behind each."""

@@ -46,7 +46,7 @@ def generate(
         the new tokens with the end token.
       no_repeat_ngram_size: no n-gram of this size comes twice; 0 allows all. As in transformers the
         prompt counts, padding included; by the authors' rule the new tokens alone count.
-      early_stopping: of the rule "hf". True: a prompt is done as soon as it has `num_beams` finished
+      early_stopping: of the rule "hf" alone. True: a prompt is done as soon as it has `num_beams` finished
         beams; False: when its best running beam, were it to end now, scores below the worst of
         them; "never": when it does so at its best possible length.
       beam_rule: "hf", the search of transformers, token for token; or "lora_paper", that of the LoRA
@@ -57,7 +57,7 @@ def generate(
       temperature: sampling: divides the logits, above 0.
       top_k: sampling: among the k most likely tokens only.
       top_p: sampling: among the most likely tokens that together reach this probability, in (0, 1].
-      key: the key of sampling, which any of the four asks for.
+      key: the key of sampling, which the three before ask for.
 
     Returns:
       (batch, max_new_tokens) int32, the new tokens only.
@@ -71,7 +71,8 @@ def generate(
     ends = np.atleast_1d(np.asarray(eos, np.int32))
     _check_prompts(model.config, tokens, mask, max_new_tokens, ends.tolist(), pad)
     sampled = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    _check_options(model.config.vocab_size, num_beams, no_repeat_ngram_size, early_stopping, beam_rule, key, sampled)
+    _check_options(model.config.vocab_size, num_beams, no_repeat_ngram_size, key, sampled)
+    _check_beams(model.config.vocab_size, num_beams, len(ends), length_penalty, early_stopping, beam_rule)
     common = (model, params, tokens, mask, ends, np.int32(pad))
     if num_beams > 1:
         new, broken = beams.search(
@@ -80,12 +81,12 @@ def generate(
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
             no_repeat=no_repeat_ngram_size,
-            early_stopping=early_stopping,
+            early_stopping="never" if early_stopping == "never" else bool(early_stopping),
             rule=beam_rule,
         )
     else:
         heat = None if key is None else np.float32(1.0 if temperature is None else temperature)
-        share = None if top_p is None else np.float32(top_p)
+        share = None if top_p in (None, 1) else np.float32(top_p)
         new, broken = single.extend(
             *common, key, heat, share, max_new_tokens=max_new_tokens, no_repeat=no_repeat_ngram_size, top_k=top_k
         )
@@ -120,25 +121,28 @@ def _check_prompts(config: Any, tokens: Any, mask: Any, max_new_tokens: int, end
         raise ValueError("mask: prompts must be padded on the left and hold a token at least")
 
 
+def _check_beams(
+    vocab_size: int, num_beams: int, ends: int, length_penalty: float, early_stopping: bool | str, beam_rule: str
+) -> None:
+    if not 1 <= num_beams <= vocab_size:
+        raise ValueError(f"num_beams={num_beams}: from 1 to the vocabulary's {vocab_size} tokens")
+    if ends >= vocab_size:
+        raise ValueError(f"{ends} end tokens leave none of the vocabulary's {vocab_size} to go on with")
+    if not np.isfinite(length_penalty):
+        raise ValueError(f"length_penalty={length_penalty}: a number")
+    if early_stopping not in (True, False, "never"):
+        raise ValueError(f'early_stopping={early_stopping!r}: True, False or "never"')
+    if beam_rule not in BEAM_RULES:
+        raise ValueError(f"beam_rule={beam_rule!r}: one of {', '.join(BEAM_RULES)}")
+
+
 def _check_options(
-    vocab_size: int,
-    num_beams: int,
-    no_repeat: int,
-    early_stopping: bool | str,
-    beam_rule: str,
-    key: Array | None,
-    sampled: dict[str, float | None],
+    vocab_size: int, num_beams: int, no_repeat: int, key: Array | None, sampled: dict[str, float | None]
 ) -> None:
     given = {name: value for name, value in sampled.items() if value is not None}
     temperature, top_k, top_p = (given.get(name, 1) for name in ("temperature", "top_k", "top_p"))
-    if not 1 <= num_beams <= vocab_size:
-        raise ValueError(f"num_beams={num_beams}: from 1 to the vocabulary's {vocab_size} tokens")
     if no_repeat < 0:
         raise ValueError(f"no_repeat_ngram_size={no_repeat}: 1 or more, or 0 to allow repetitions")
-    if beam_rule not in BEAM_RULES:
-        raise ValueError(f"beam_rule={beam_rule!r}: one of {', '.join(BEAM_RULES)}")
-    if early_stopping not in (True, False, "never"):
-        raise ValueError(f'early_stopping={early_stopping!r}: True, False or "never"')
     if given and key is None:
         raise ValueError(f"{', '.join(given)} are for sampling, which needs a key: key=jax.random.key(0)")
     if key is not None and num_beams > 1:

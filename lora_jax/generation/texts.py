@@ -92,6 +92,8 @@ def batches_of(
     Padded on the left to multiples of 16, at most `room`. A short batch repeats its last prompt, so that the shape
     stays: it has more rows than numbers.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: at least 1")
     widths = np.array([min(-(-len(prompt) // _WIDTH) * _WIDTH, room) for prompt in prompts], int)
     size = min(batch_size, len(prompts))
     for width in np.unique(widths):

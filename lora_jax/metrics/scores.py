@@ -10,6 +10,7 @@ from lora_jax.metrics.statistics import Statistics, draws, interval
 from lora_jax.metrics.styles import STYLES
 
 log = logging.getLogger(__name__)
+FILLED = ("webnlg", "dart")  # the styles in which something stands for missing references
 
 
 def score(
@@ -31,7 +32,8 @@ def score(
     Args:
       hypotheses: one text an instance. An empty one matches nothing.
       references: one list an instance, of any length; None and blank texts are missing references.
-      style: a row of the table.
+      style: "e2e", "webnlg", "dart", "samsum" or "wikisql". DART's texts are taken as tokenized: the LoRA authors give
+        multi-bleu-detok texts of words and marks alone, which it splits no further but at underscores.
       missing: what stands for a missing reference, and in WebNLG and DART for those that a list lacks to be as long as
         the longest. "first": the first reference, which changes no score, so that nothing is as good (the pipeline of
         the LoRA authors; the default). "empty": a reference of no words, as in most published figures: BLEU's closest
@@ -118,16 +120,16 @@ def _statistics(
         raise ValueError(f"style {style!r}: one of {', '.join(STYLES)}")
     if missing not in (None, "first", "empty"):
         raise ValueError(f"missing {missing!r}: 'first' or 'empty'")
-    if missing and style not in ("webnlg", "dart"):
+    if missing and style not in FILLED:
         raise ValueError(f"missing {missing!r}: lists of {style} are not filled, leave it out")
     check_lists(hypotheses, references)
     lists = padded(references) if missing == "empty" else present(references)
     found: dict[str, Statistics] = {}
-    absent: dict[str, ImportError] = {}
+    absent: dict[str, Exception] = {}
     for name, part in STYLES[style](hypotheses, lists).items():
         try:
             found[name] = part()
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:  # not installed, or its Java failed
             absent[name] = error
     if absent:
         log.warning("left out of the scores: %s (%s)", ", ".join(absent), next(iter(absent.values())))

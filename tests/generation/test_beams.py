@@ -44,7 +44,7 @@ def prompts(rows: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.where(mask, random.integers(0, VOCABULARY, (rows, width)), 7), mask
 
 
-def check_against_transformers(pair: tuple[Any, Any, Any], shape: tuple, seed: int, eos: list[int], **how: Any) -> None:
+def check_against_transformers(pair: tuple[Any, Any, Any], shape: tuple, seed: int, eos: list[int], **how: Any) -> Any:
     theirs, model, params = pair
     rows, width, new = shape
     tokens, mask = prompts(rows, width, seed)
@@ -62,10 +62,12 @@ def check_against_transformers(pair: tuple[Any, Any, Any], shape: tuple, seed: i
     assert ours.shape == (rows, new) and ours.dtype == np.int32
     np.testing.assert_array_equal(ours[:, : expected.shape[1]], expected)
     assert (ours[:, expected.shape[1] :] == pad).all()
+    return ours
 
 
 # What is compiled once is drawn from lists, the rest at will.
-EOS = st.lists(st.integers(0, VOCABULARY - 1), min_size=2, max_size=2, unique=True)
+COMMON = (5, 9, 17, 24, 27, 31, 32, 49)  # this model's favourite tokens: as end tokens they are met
+EOS = st.lists(st.sampled_from(COMMON), min_size=2, max_size=2, unique=True)
 PENALTIES = st.sampled_from([0.0, 0.8, 1.0, 2.0])
 
 
@@ -101,16 +103,35 @@ def test_as_transformers(
 @settings(max_examples=12)
 def test_a_cache_that_grows(pair: tuple[Any, Any, Any], seed: int, eos: list[int], length_penalty: float) -> None:
     """It begins with room for one step, and is full again and again."""
+    grown = []
+
+    def note(state: tuple, length: int, scanned: bool) -> tuple:
+        grown.append(length)
+        return grow(state, length, scanned)
+
+    grow = beams._grown
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(beams, "_ROOM", 1)  # of this test's shape alone: what is compiled is kept
+        patch.setattr(beams, "_grown", note)
         how = {"num_beams": 3, "length_penalty": length_penalty, "no_repeat_ngram_size": 2}
         check_against_transformers(pair, (2, 5, 8), seed, eos, **how)
+    assert grown in ([5 + 3, 5 + 6, 5 + 12, 5 + 24], [])  # [] where it was compiled before
 
 
-@given(seed=st.integers(0, 999), eos=EOS)
-@settings(max_examples=5)
-def test_one_token(pair: tuple[Any, Any, Any], seed: int, eos: list[int]) -> None:
-    check_against_transformers(pair, (1, 1, 1), seed, eos, num_beams=3)
+@given(shape=st.sampled_from([(1, 1, 1), (4, 2, 13), (2, 11, 3)]), seed=st.integers(0, 999), eos=EOS)
+@settings(max_examples=9)
+def test_other_shapes(pair: tuple[Any, Any, Any], shape: tuple, seed: int, eos: list[int]) -> None:
+    check_against_transformers(pair, shape, seed, eos, num_beams=3)
+
+
+def test_beams_that_finish_early(pair: tuple[Any, Any, Any]) -> None:
+    """Of the prompts of one batch some end after a few tokens, others never."""
+    lengths = []
+    for seed in range(6):
+        ends = [COMMON[seed], COMMON[seed + 2]]
+        new = check_against_transformers(pair, (3, 6, 9), seed, ends, num_beams=4)
+        lengths += [int(np.isin(row, ends).argmax()) for row in new if np.isin(row, ends).any()]
+    assert 3 <= len(lengths) < 18 and min(lengths) < 3 < max(lengths)
 
 
 def authors_search(
@@ -261,10 +282,21 @@ def test_bad_input(pair: tuple[Any, Any, Any]) -> None:
     check("temperature=0", temperature=0, key=jax.random.key(0))
     check("top_k=0", top_k=0, key=jax.random.key(0))
     check("top_p=1.5", top_p=1.5, key=jax.random.key(0))
+    check("length_penalty=nan", num_beams=2, length_penalty=np.nan)
+    with pytest.raises(ValueError, match="53 end tokens leave none"):
+        generate(model, params, tokens, mask, max_new_tokens=5, eos=range(53), num_beams=2)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"num_beams": 2, "beam_rule": "lora_paper"}], ids=str)
+def test_broken_logits_are_said_of_their_prompt(pair: tuple[Any, Any, Any], options: dict[str, Any]) -> None:
+    """NaN at a position that the second prompt alone reaches, after two tokens."""
+    _, model, params = pair
     broken = jax.tree.map(lambda x: x, params)
-    broken["ln_f"]["scale"] = broken["ln_f"]["scale"] * jnp.nan
-    for options in ({}, {"num_beams": 2}, {"num_beams": 2, "beam_rule": "lora_paper"}, {"key": jax.random.key(0)}):
-        check(r"logits are NaN for prompts \[0, 1\]", broken, **options)
+    broken["wpe"]["embedding"] = broken["wpe"]["embedding"].at[5].set(jnp.nan)
+    tokens, mask = np.full((2, 4), 7), np.array([[0, 0, 0, 1], [1, 1, 1, 1]])
+    generate(model, broken, tokens, mask, max_new_tokens=2, eos=52, **options)
+    with pytest.raises(ValueError, match=r"logits are NaN for prompts \[1\]"):
+        generate(model, broken, tokens, mask, max_new_tokens=4, eos=52, **options)
 
 
 def test_more_bans_than_tokens(pair: tuple[Any, Any, Any]) -> None:
@@ -274,7 +306,7 @@ def test_more_bans_than_tokens(pair: tuple[Any, Any, Any]) -> None:
     for rule in RULES:
         new = np.asarray(generate(model, params, [[5]], [[1]], **options, beam_rule=rule))[0].tolist()
         words = new[: new.index(0)]
-        assert len(set(words)) == len(words)
+        assert len(set(words)) == len(words) > 3
 
 
 def test_from_the_shared_base(shared: Path) -> None:

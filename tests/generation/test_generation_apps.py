@@ -15,9 +15,10 @@ from ml_collections import ConfigDict
 
 import lora_jax as lj
 from configs.e2e import get_config
-from experiments import bases, dialogue
+from experiments import bases, dialogue, reload, scoring
 from lora_jax import checkpoints, training
 from lora_jax.data import batches, e2e, text
+from lora_jax.data.tasks import named
 from lora_jax.generation import complete
 from lora_jax.interop import hf
 from lora_jax.metrics import bleu
@@ -87,7 +88,7 @@ def texts(run: Made, params: Any, contexts: list[str], **how: Any) -> list[str]:
 def test_evaluate(run: Made) -> None:
     done = start("evaluate", f"--workdir={run.workdir}", "--limit=2", "--max_new_tokens=20")
     assert done.returncode == 0, done.stderr
-    folder = run.workdir / "evaluation/test-adapted"
+    folder = run.workdir / "evaluation/test-adapted-first2"
     rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     result = json.loads((folder / "evaluate.json").read_text())
     assert [row["context"] for row in rows] == ["name : X | area : riverside", "name : Y | food : French"]
@@ -112,8 +113,6 @@ def test_evaluate(run: Made) -> None:
     expected = training.validation_loss(run.model, lj.merge(run.adapted), schedule)
     np.testing.assert_allclose(result["loss"], expected, rtol=1e-5)
     assert f"{scores['bleu']['score']:.4f}" in done.stdout and f"{result['loss']:.4f}" in done.stdout
-    same = start("compare", f"--runs={run.workdir},{run.workdir}")
-    assert same.returncode == 0 and "bleu      +0.0000  [+0.0000, +0.0000]  p = 1.0000" in same.stdout, same.stderr
 
 
 def test_generate(run: Made, tmp_path: Path) -> None:
@@ -146,13 +145,64 @@ def test_a_killed_run_goes_on_at_the_next_batch(run: Made, tmp_path: Path) -> No
 
     settings = {"max_new_tokens": 20, "num_beams": 1, "length_penalty": 0.9, "no_repeat_ngram_size": 0}
     settings |= {"beam_rule": "lora_paper", "seed": 0, "batch_size": 1, "params": "adapted", "step": 7}
-    left = [{"settings": settings | {"contexts": contexts}}, [1, "left by the killed run \x85 \u2028 here"]]
+    settings |= {"workdir": str(run.workdir.resolve()), "base": checkpoints.base_of(run.workdir)}
+    left = [settings | {"contexts": contexts}, [1, "left by the killed run \x85 \u2028 here"]]
     part = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in left) + '[2, "cut o'
     (tmp_path / "texts.jsonl.part").write_text(part)
     done = start("generate", *flags)
     assert done.returncode == 0, done.stderr
     again = [json.loads(line)["prediction"] for line in out.read_text().split("\n")[:-1]]
     assert again == [whole[0], left[1][1], whole[2]]
+
+
+def test_a_file_cut_off_anywhere_is_gone_on_with(tmp_path: Path) -> None:
+    """At every byte, within characters too."""
+    file = tmp_path / "texts.part"
+    assert reload.begun(file, {"step": 1}) == {}
+    head = file.read_bytes()
+    lines = [json.dumps([row, text], ensure_ascii=False) + "\n" for row, text in enumerate(["café £5", "é\u2028"])]
+    whole = head + "".join(lines).encode()
+    for end in range(len(head), len(whole) + 1):
+        file.write_bytes(whole[:end])
+        found = reload.begun(file, {"step": 1})
+        count = whole[len(head) : end].count(b"\n")
+        assert found == dict(list(enumerate(["café £5", "é\u2028"]))[:count])
+        assert file.read_bytes() == head + "".join(lines[:count]).encode()
+    with pytest.raises(ValueError, match="other contexts or settings"):
+        reload.begun(file, {"step": 2})
+
+
+def test_scores_of_seen_and_unseen(run: Made) -> None:
+    rows = [
+        {"context": "a", "prediction": "A b-c .", "references": ["a b - c ."], "seen": True},
+        {"context": "b", "prediction": "x y z w", "references": ["q", "x y z W"], "seen": False},
+        {"context": "c", "prediction": "nothing of it here", "references": ["x y z w"], "seen": False},
+    ]
+    found = scoring.scores(rows, named("webnlg"))
+    assert list(found) == ["all", "seen", "unseen"]
+    assert found["seen"]["bleu"]["score"] == pytest.approx(100)
+    half = found["unseen"]["bleu"]["score"]
+    assert 0 < half < found["all"]["bleu"]["score"] < 100
+    assert list(scoring.scores([{**row, "seen": True} for row in rows], named("webnlg"))) == ["all", "seen"]
+
+
+def test_compare(run: Made, tmp_path: Path) -> None:
+    references = [["the cat sat on the mat"], ["a dog barked at the moon"]]
+    for name, predictions in (("good", ["the cat sat on the mat", "a dog barked"]), ("bad", ["cat", "dog"])):
+        folder = tmp_path / name / "evaluation/test-adapted"
+        folder.mkdir(parents=True)
+        rows = [
+            {"context": str(i), "prediction": p, "references": r}
+            for i, (p, r) in enumerate(zip(predictions, references, strict=True))
+        ]
+        (folder / "predictions.jsonl").write_bytes(reload.json_lines(rows))
+        (tmp_path / name / "config.json").write_text(json.dumps({"data": {"name": "e2e"}}))
+    done = start("compare", f"--runs={tmp_path}/good,{tmp_path}/bad")
+    assert done.returncode == 0, done.stderr
+    expected = bleu(["the cat sat on the mat", "a dog barked"], references) - bleu(["cat", "dog"], references)
+    assert f"bleu      {expected:+.4f}" in done.stdout
+    missing = start("compare", f"--runs={tmp_path}/good,{tmp_path}/none")
+    assert missing.returncode == 1 and "experiments.evaluate writes it" in missing.stderr
 
 
 def test_dialogue(run: Made, tmp_path: Path) -> None:

@@ -12,21 +12,21 @@ def leave(workdir: Path, **summary: object) -> str:
     (workdir / "evaluation/test-merged").mkdir(parents=True)
     (workdir / "summary.json").write_text(json.dumps(summary))
     bleu = {"bleu": {"score": 41.237, "low": 40.1, "high": 42.3}}
-    result = {"scores": {"all": bleu, "seen": bleu}, "contexts": 630, "skipped": 0, "decoding": {}}
+    result = {"scores": {"all": bleu, "seen": bleu}, "contexts": 630, "skipped": 0, "decoding": {}, "missing": None}
     (workdir / "evaluation/test-merged/evaluate.json").write_text(json.dumps(result))
     return f"LoRA:{workdir}"
 
 
 def test_tables_are_filled(tmp_path: Path) -> None:
-    common = {"seed": 1, "device": "1 x cpu", "validation_loss": 1.23456}
+    common = {"method": "lora", "seed": 1, "device": "1 x cpu", "validation_loss": 1.23456}
     lora = {"trained": 1024, "tokens_per_second": 9000, "command": "python train"}
     rows = [*collect(leave(tmp_path / "a", **common, **lora)), {"label": "frozen", "trained": 0, "bleu": 0.1}]
     (tmp_path / "e2e.json").write_text(json.dumps({"rows": rows}))
     text = "before\n<!-- results: e2e -->\nold\n<!-- end -->\nafter\n"
     filled = fill(text, tmp_path)
-    assert "| LoRA | 1,024 | 1.2346 | 41.24 [40.10, 42.30] |" in filled
-    assert "| LoRA, seen | - | - | 41.24 [40.10, 42.30] |" in filled
-    assert "| frozen | 0 | - | 0.10 |" in filled and "old" not in filled
+    assert "| LoRA | 1,024 | 1.2346 | 630 | 41.24 [40.10, 42.30] |" in filled
+    assert "| LoRA, seen | - | - | - | 41.24 [40.10, 42.30] |" in filled
+    assert "| frozen | 0 | - | - | 0.10 |" in filled and "old" not in filled
     assert "Seed 1, 1 x cpu:" in filled and "python train" in filled
     assert filled.startswith("before\n") and filled.endswith("<!-- end -->\nafter\n")
     assert fill(filled, tmp_path) == filled
