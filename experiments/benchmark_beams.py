@@ -54,18 +54,18 @@ def main() -> None:
         batch[1:] for batch in batches_of(asked, values.batch_size, model.config.n_positions - values.max_new_tokens)
     ]
     sides = {"lora_jax": ours(model, params, eos), "transformers": theirs(values.base, eos)}
-    result = compare(sides, batches, limits)
+    rows, how = compare(sides, batches, limits)
     middle = batches[len(batches) // 2]
-    result["prompts_alone_seconds"] = {
-        name: min(timed(side, *middle, limits | {"max_new_tokens": 1})[0] for _ in range(3))
-        for name, side in sides.items()
-    }
-    result["torch_operators_share"] = operators(lambda: sides["transformers"](*middle, limits))
-    write({"texts": len(asked)} | result | limits)
+    for row in rows:
+        side = sides[row["label"]]
+        row["batch_seconds"] = min(timed(side, *middle, limits)[0] for _ in range(2))
+        row["prompts_seconds"] = min(timed(side, *middle, limits | {"max_new_tokens": 1})[0] for _ in range(3))
+    how["torch_operators_share"] = operators(lambda: sides["transformers"](*middle, limits))
+    write({"rows": rows, "texts": len(asked)} | how | limits)
 
 
-def compare(sides: dict[str, Any], batches: list[tuple], limits: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of both sides over all batches, in turn, and how many texts differ."""
+def compare(sides: dict[str, Any], batches: list[tuple], limits: dict[str, Any]) -> tuple[list[dict], dict[str, Any]]:
+    """A row for each side, with its seconds over all batches, in turn; and how many texts differ."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     compiling, different, shapes = 0.0, 0, set()
     for tokens, mask in tqdm(batches, unit="batch"):
@@ -78,10 +78,10 @@ def compare(sides: dict[str, Any], batches: list[tuple], limits: dict[str, Any])
             seconds[name].append(taken)
         length = found["transformers"].shape[1]
         different += int((found["lora_jax"][:, :length] != found["transformers"]).any(1).sum())
-    return {
+    whole = sum(seconds["transformers"])
+    rows = [{"label": name, "seconds": sum(own), "ratio": sum(own) / whole} for name, own in seconds.items()]
+    return rows, {
         "texts_that_differ": different,
-        "seconds": {name: sum(taken) for name, taken in seconds.items()},
-        "ratio": sum(seconds["lora_jax"]) / sum(seconds["transformers"]),
         "ratio_median_of_batches": statistics.median(np.divide(seconds["lora_jax"], seconds["transformers"]).tolist()),
         "first_calls_with_compilation_seconds": compiling,
         "batches": len(batches),

@@ -10,6 +10,8 @@ goes on where it was stopped. experiments.compare compares two runs.
 
 import json
 import math
+import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ flags.DEFINE_enum(
     "WebNLG, DART: what stands for references that a context lacks to have as many as the others: its first one (the "
     "authors' way) or an empty one (multi-bleu's).",
 )
+flags.adopt_module_key_flags(reload)
+flags.declare_key_flag("workdir")
 flags.mark_flag_as_required("workdir")
 
 
@@ -65,6 +69,7 @@ def main() -> None:
     loss, skipped = validation_loss(loaded, data)
     scores = scoring.scores(rows, task, values.missing)
     result = {
+        "command": shlex.join(["python", "-m", "experiments.evaluate", *sys.argv[1:]]),
         "split": values.split,
         "params": values.params,
         "step": loaded.step,

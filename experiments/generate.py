@@ -23,11 +23,17 @@ flags.DEFINE_string("file", None, "A text file with one context a line (.gz too)
 flags.DEFINE_string("out", None, "Where to write JSON lines, instead of printing.")
 flags.DEFINE_bool("interactive", False, "Asks for contexts.")
 flags.DEFINE_multi_string("adapter", [], "NAME:PATH, a further adapter for --interactive: a workdir or a file.")
+flags.adopt_module_key_flags(reload)
+flags.declare_key_flag("workdir")
 flags.mark_flag_as_required("workdir")
 
 
 def main() -> None:
     values = flags.FLAGS
+    if values.interactive == bool(values.context or values.file or values.out):
+        raise ValueError("give --interactive, or else contexts: --context=TEXT or --file=FILE")
+    if values.adapter and not values.interactive:
+        raise ValueError("--adapter is for --interactive: otherwise --workdir says what is used")
     if values.interactive:
         return dialogue.hold(dict(_named(text) for text in values.adapter))
     contexts = list(values.context)
@@ -35,7 +41,7 @@ def main() -> None:
         # not splitlines: a context may hold its rarer line ends
         contexts += [line.strip() for line in read_text(values.file).split("\n") if line.strip()]
     if not contexts:
-        raise ValueError("nothing to complete: give --context=TEXT, --file=FILE or --interactive")
+        raise ValueError(f"nothing to complete: no contexts in {values.file}")
     loaded = reload.load()
     if not values.out:
         for context, text in zip(contexts, reload.complete_contexts(loaded, contexts), strict=True):

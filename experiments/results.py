@@ -38,6 +38,10 @@ COLUMNS = {
     "cider": ("CIDEr", "{:.2f}"),
     "ter": ("TER", "{:.3f}"),
     "tokens_per_second": ("tokens/s", "{:,}"),
+    "seconds": ("seconds, all texts", "{:.0f}"),
+    "ratio": ("of transformers' time", "{:.2f}"),
+    "batch_seconds": ("one batch, seconds", "{:.2f}"),
+    "prompts_seconds": ("its prompts alone", "{:.2f}"),
     "relative_speed": ("relative to full fine-tuning", "{:.2f}"),
 }
 
@@ -75,7 +79,8 @@ def collect(run: str) -> list[dict[str, Any]]:
         return [row]
     result = max(found, key=lambda result: result["contexts"])  # others are of the first contexts only
     scores = result["scores"]
-    row |= {name: result[name] for name in ("contexts", "skipped", "decoding", "missing")} | scores["all"]
+    row |= {name: result.get(name) for name in ("contexts", "skipped", "decoding", "missing")} | scores["all"]
+    row["evaluation"] = result.get("command")
     parts = [{"label": f"{label}, {part}"} | score for part, score in scores.items() if part != "all"]
     return [row, *parts]
 
@@ -100,7 +105,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = (cell(row.get(name), form) for name, (_, form) in shown.items())
         lines.append([row["label"], *cells])
     parts = ["| " + " | ".join(line) + " |" for line in lines]
-    commands = [row["command"] for row in rows if "command" in row]
+    commands = [row[kind] for row in rows for kind in ("command", "evaluation") if row.get(kind)]
     if commands:
         parts += ["", f"Seed {rows[0]['seed']}, {rows[0]['device']}:", "", "```sh", *commands, "```"]
     return "\n".join(parts) + "\n"
