@@ -26,9 +26,7 @@ flags.DEFINE_enum(
 flags.DEFINE_string("base", None, "The base, where it is no longer where the run's config says.")
 flags.DEFINE_integer("batch_size", 32, "Contexts that are completed together.", lower_bound=1)
 flags.DEFINE_integer("max_new_tokens", None, "The most tokens of a text (the authors' 64).")
-flags.DEFINE_integer(
-    "num_beams", None, "Beams; 1 is greedy."
-)
+flags.DEFINE_integer("num_beams", None, "Beams; 1 is greedy.")
 flags.DEFINE_float("length_penalty", None, "Finished beams score log p / length^length_penalty.")
 flags.DEFINE_integer("no_repeat_ngram_size", None, "No n-gram of this size comes twice.")
 flags.DEFINE_enum("beam_rule", None, ["hf", "lora_paper"], "The search of transformers, or of the LoRA authors.")
