@@ -46,8 +46,7 @@ def hold(further: dict[str, Path]) -> None:
     if not adapters:
         raise ValueError(f"{workdir} trained nothing (method none): name an adapter, --adapter=NAME:PATH")
     options = reload.decoding(config)
-    if set(options) & {"temperature", "top_k", "top_p"}:
-        options["key"] = jax.random.key(flags.FLAGS.seed)
+    options |= reload.sampling_key(options)
     name, strength = next(iter(adapters)), 1.0
     help_text = HELP.format(names=", ".join(adapters))
     print(help_text)

@@ -90,6 +90,11 @@ def decoding(config: ConfigDict) -> dict[str, Any]:
     return options | given | sampling
 
 
+def sampling_key(options: dict[str, Any]) -> dict[str, Any]:
+    """{"key": that of the flags' seed} where the options of decoding ask for sampling, else nothing."""
+    return {"key": jax.random.key(flags.FLAGS.seed)} if set(options) & set(_SAMPLING) else {}
+
+
 def complete_contexts(loaded: Loaded, contexts: list[str], kept: Path | None = None) -> list[str]:
     """What the model says of each context. Texts are kept in the file as they come: a killed run goes on there.
 
@@ -101,8 +106,7 @@ def complete_contexts(loaded: Loaded, contexts: list[str], kept: Path | None = N
     settings |= {"workdir": str(Path(flags.FLAGS.workdir).resolve()), "step": loaded.step, "base": loaded.base}
     texts = begun(kept, settings | options | {"contexts": contexts}) if kept else {}
     eos = loaded.model.config.eos_token_id
-    if set(options) & set(_SAMPLING):
-        options["key"] = jax.random.key(flags.FLAGS.seed)
+    options |= sampling_key(options)
     found = completions(
         loaded.model,
         loaded.params,

@@ -19,17 +19,16 @@ def complete(
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int,
-    eos: int | Sequence[int],
-    batch_size: int = 32,
     progress: bool = True,
     **options: Any,
 ) -> list[str]:
-    """The text that follows each prompt, in the order of the prompts. See `completions`."""
+    """The text that follows each prompt, in the order of the prompts; with a progress bar.
+
+    `options` are those of `completions`: `max_new_tokens` and `eos` at least.
+    """
     texts = [""] * len(prompts)
-    limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos": eos, "batch_size": batch_size}
     with tqdm(total=len(prompts), unit="text", desc="generate", disable=not progress) as bar:
-        for found in completions(model, params, tokenizer, prompts, **limits, **options):
+        for found in completions(model, params, tokenizer, prompts, **options):
             for row, text in found.items():
                 texts[row] = text
             bar.update(len(found))
