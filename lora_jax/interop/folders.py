@@ -1,24 +1,57 @@
-"""The tensors of a Hugging Face folder: safetensors, whole or sharded; strict and without pickles."""
+"""The files of a Hugging Face folder, and none outside it: JSON, and tensors in safetensors, whole or sharded."""
 
-import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+
+from lora_jax.interop.tensor_files import LARGEST_JSON, parse_json, read_file
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_FLOATS = ("float32", "float16", "bfloat16")
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; a missing or broken one is an error that names it."""
+def inside(folder: str | os.PathLike, name: str) -> Path:
+    """The path of a folder's file, there or not; a ValueError where the name or a symlink leaves the folder.
+
+    The one exception is the layout of the Hub's cache, where `models--x--y/snapshots/<commit>/` links into
+    `models--x--y/blobs/`.
+    """
+    if not name.isprintable() or "\\" in name or name in ("", ".", "..") or os.path.basename(name) != name:
+        raise ValueError(f"{folder}: {name!r} is not the plain name of a file in this folder")
+    path = Path(folder) / name
+    target, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    if not target.is_relative_to(home) and not _in_same_cache(target, home):
+        raise ValueError(f"{path} is a symlink to {target}, outside its folder: copy the file here if you trust it")
+    return path
+
+
+def _in_same_cache(target: Path, home: Path) -> bool:
+    """Whether `home` is a snapshot in the Hub's cache, and `target` a blob of the same model."""
+    return any(
+        model.name.startswith("models--")
+        and home.is_relative_to(model / "snapshots")
+        and target.is_relative_to(model / "blobs")
+        for model in home.parents
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a folder; strict, as `tensor_files.parse_json`.
+
+    Raises:
+      FileNotFoundError: there is no such file. ValueError: it is larger than 16 MiB, no JSON object, or elsewhere.
+    """
+    path = inside(path.parent, path.name)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the folder is no Hugging Face model")
+        raise FileNotFoundError(f"{path} is missing")
+    if (size := path.stat().st_size) > LARGEST_JSON:
+        raise ValueError(f"{path} is no JSON that is read here: {size} bytes, more than {LARGEST_JSON}")
     try:
-        found = json.loads(path.read_text())
+        found = parse_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error})") from error
     if not isinstance(found, dict):
@@ -31,12 +64,12 @@ def read_tensors(folder: Path, ignored: re.Pattern) -> dict[str, np.ndarray]:
 
     Raises:
       FileNotFoundError: there is no safetensors file (only pickles, perhaps), or a shard is missing.
-      ValueError: a file is damaged, or does not hold what the index says; a tensor is of another
-        type than float32, float16 and bfloat16, or not finite.
+      ValueError: a file is damaged, lies elsewhere, or does not hold what the index says; a tensor is
+        of another type than float32, float16 and bfloat16, or not finite.
     """
-    if (folder / WEIGHTS).is_file():
+    if inside(folder, WEIGHTS).is_file():
         return _read(folder / WEIGHTS, ignored)
-    if (folder / INDEX).is_file():
+    if inside(folder, INDEX).is_file():
         return _read_shards(folder, ignored)
     if pickles := sorted(path.name for path in folder.glob("*.bin")):
         raise FileNotFoundError(
@@ -52,34 +85,21 @@ def _read_shards(folder: Path, ignored: re.Pattern) -> dict[str, np.ndarray]:
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict):
         raise ValueError(f"{index} has no weight_map")
+    if wrong := [name for name, file in where.items() if not isinstance(file, str)]:
+        raise ValueError(f"{index}: the file of {wrong[0]} is {where[wrong[0]]!r}, not a name")
     tensors: dict[str, np.ndarray] = {}
     for shard in sorted(set(where.values())):
-        found = _read(folder / shard, ignored)
+        found = _read(inside(folder, shard), ignored)
         named = {name for name, file in where.items() if file == shard and not ignored.fullmatch(name)}
-        if wrong := sorted(named ^ set(found)):
-            raise ValueError(f"{folder / shard} and {index.name} disagree about {', '.join(wrong)}")
+        if differing := sorted(named ^ set(found)):
+            raise ValueError(f"{folder / shard} and {index.name} disagree about {', '.join(differing)}")
         tensors |= found
     return tensors
 
 
 def _read(path: Path, ignored: re.Pattern) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        with safe_open(path, framework="np") as file:
-            names = [name for name in file.keys() if not ignored.fullmatch(name)]
-            return {name: _float32(file.get_tensor(name), name, path) for name in names}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is cut off or damaged ({error}): fetch it again") from error
-
-
-def _float32(tensor: np.ndarray, name: str, path: Path) -> np.ndarray:
-    if str(tensor.dtype) not in _FLOATS:
-        raise ValueError(f"{path}: {name} is {tensor.dtype}, not float32, float16 or bfloat16")
-    tensor = tensor.astype(np.float32)
-    if not np.isfinite(tensor).all():
-        raise ValueError(f"{path}: {name} has entries that are not finite")
-    return tensor
+    tensors, _ = read_file(path, ignored=ignored)
+    return {name: tensor.astype(np.float32, copy=False) for name, tensor in tensors.items()}
 
 
 def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], source: str) -> None:

@@ -13,11 +13,11 @@ from jax import Array
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from lora_jax.interop import hf_gpt2
-from lora_jax.interop.folders import INDEX, WEIGHTS, read_json, read_tensors
+from lora_jax.interop import hf_encoder, hf_gpt2
+from lora_jax.interop.folders import INDEX, WEIGHTS, inside, read_json, read_tensors
 
 # By config.json's `model_type`. A family is a module with MODEL, IGNORED, `from_hf` and `to_hf`.
-FAMILIES: dict[str, ModuleType] = {"gpt2": hf_gpt2}
+FAMILIES: dict[str, ModuleType] = {"gpt2": hf_gpt2, "roberta": hf_encoder, "bert": hf_encoder}
 
 
 def load(
@@ -34,9 +34,10 @@ def load(
       folder_or_hub_id: a folder, or else a name on the Hub ("openai-community/gpt2").
       head: the head that is wanted; made anew, with a warning, where the files have none. GPT-2
         has "lm" only, and has it anyway unless the files say that it is untied and lack it.
-      labels: how many classes a classification head has. Not for GPT-2.
-      tie: whether the head is the token embedding; None: as config.json says. False makes a copy.
-      key: the key of a head that is made anew.
+        Encoders have "classification", "regression", or by default what the files have.
+      labels: how many classes a classification head has; a head of another number is not used.
+      tie: whether GPT-2's head is the token embedding; None: as config.json says. False copies it.
+      key: the key of a head that is made anew; an encoder's has one by default.
 
     Returns:
       `(model, params, tokenizer)`: float32 parameters as nested dicts in the loop layout
@@ -104,7 +105,7 @@ def _folder(source: str | os.PathLike) -> Path:
 
 
 def _tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
-    path = folder / "tokenizer.json"
+    path = inside(folder, "tokenizer.json")
     if not path.is_file():
         return None
     try:

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 from lora_jax.interop.folders import check_shapes
+from lora_jax.models import shapes
 from lora_jax.models.gpt2 import GPT2, GPT2Config, to_loop
 
 MODEL = GPT2
@@ -100,7 +101,7 @@ def to_hf(model: GPT2, params: Any) -> tuple[dict, dict[str, np.ndarray]]:
     if config.scan_layers:
         params, config = to_loop(params), dataclasses.replace(config, scan_layers=False)
     flat = flatten_dict(params, sep="/")
-    check_shapes({path: leaf.shape for path, leaf in flat.items()}, _our_shapes(config), "params")
+    check_shapes({path: leaf.shape for path, leaf in flat.items()}, shapes.of_params(GPT2(config)), "params")
     flat = {path: np.asarray(leaf) for path, leaf in flat.items()}
     tensors = {
         f"transformer.{name}": np.concatenate([flat[path] for path in ours], axis=-1)
@@ -150,7 +151,7 @@ def _check(tensors: dict[str, np.ndarray], config: GPT2Config, source: str) -> N
     rows = tensors["wte.weight"].shape[0] if "wte.weight" in tensors else config.vocab_size
     if rows != config.vocab_size:
         raise ValueError(f"{source}: config.json says vocab_size {config.vocab_size}, but wte.weight has {rows} rows")
-    ours = _our_shapes(dataclasses.replace(config, tie=True))
+    ours = shapes.of_params(GPT2(dataclasses.replace(config, tie=True)))
     expected = {
         name: (*ours[paths[0]][:-1], sum(ours[path][-1] for path in paths)) for name, paths in _names(config).items()
     }
@@ -169,12 +170,6 @@ def _names(config: GPT2Config) -> dict[str, tuple[str, ...]]:
                 f"h_{i}/attn/{part}/{ours}" for part in ("query", "key", "value")
             )
     return names
-
-
-def _our_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    params = jax.eval_shape(GPT2(config).init, jax.random.key(0), tokens)["params"]
-    return {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
 
 
 def _new_head(config: GPT2Config, source: str, head: str | None, key: Array | None) -> Array:

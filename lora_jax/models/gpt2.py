@@ -7,7 +7,6 @@ of their own, so that they can be adapted one by one.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,19 +15,10 @@ from flax import linen as nn
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax.models import masks
+from lora_jax.models import activations, masks
 from lora_jax.models.layouts import to_loop, to_scanned
 
 __all__ = ["AXES", "GPT2", "SIZES", "GPT2Config", "init_cache", "sites", "to_loop", "to_scanned"]
-
-# By the names that Hugging Face gives them in `activation_function`.
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu_new": functools.partial(nn.gelu, approximate=True),
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "relu": nn.relu,
-    "silu": nn.silu,
-    "tanh": nn.tanh,
-}
 
 # The axes of every parameter, in the loop layout (h_0, h_1, ...) and in the scanned one (h).
 AXES = {
@@ -63,8 +53,7 @@ class GPT2Config:
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation {self.activation!r} is none of {', '.join(ACTIVATIONS)}")
+        activations.check(self.activation)
 
     @property
     def inner(self) -> int:
@@ -108,7 +97,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = _dense(self.config, self.config.inner, "up")(x)
-        x = ACTIVATIONS[self.config.activation](x)
+        x = activations.ACTIVATIONS[self.config.activation](x)
         return _dense(self.config, self.config.n_embd, "down", deep=True)(x)
 
 

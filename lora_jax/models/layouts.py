@@ -2,7 +2,7 @@
 
 Both conversions take any pytree: parameters, deltas, optimizer states, whole training states. In
 every dict of it they change the keys that name layers, by themselves (`h_3`, in params) or at the
-beginning of a path (`h_3/attn/query/kernel`, in deltas). All else stays as it is.
+beginning of a path (`h_3/attn/query/kernel`, `@shared/h_3/attn`, in deltas). All else stays as it is.
 """
 
 import re
@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_LAYER = re.compile(r"h_(\d+)(/.*)?")
-_STACK = re.compile(r"h(/.*)?")
+_LAYER = re.compile(r"(@shared/)?h_(\d+)(/.*)?")
+_STACK = re.compile(r"(@shared/)?h(/.*)?")
 
 
 def to_scanned(tree: Any) -> Any:
@@ -61,7 +61,7 @@ def _stack(node: dict) -> dict:
     stacks: dict[str, dict[int, Any]] = {}
     for key, value in node.items():
         if found := _LAYER.fullmatch(str(key)):
-            stacks.setdefault("h" + (found[2] or ""), {})[int(found[1])] = value
+            stacks.setdefault(f"{found[1] or ''}h{found[3] or ''}", {})[int(found[2])] = value
         else:
             changed[key] = value
     depth = 1 + max((max(layers) for layers in stacks.values()), default=-1)
@@ -88,6 +88,7 @@ def _unstack(node: dict, depth: int | None) -> dict:
         elif depth is None:
             raise ValueError(f"{key} holds no array that tells the number of layers")
         else:
+            start, end = key.removesuffix(rest := key.removeprefix("@shared/")), rest[1:]
             for i in range(depth):
-                changed[f"h_{i}{key[1:]}"] = jax.tree.map(lambda leaf, i=i: leaf[i], value)
+                changed[f"{start}h_{i}{end}"] = jax.tree.map(lambda leaf, i=i: leaf[i], value)
     return type(node)(changed)

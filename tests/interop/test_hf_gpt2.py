@@ -259,7 +259,7 @@ def test_wrong_tensors(copy, change, says):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"model_type": "bert"}, "model_type 'bert' is none of gpt2"),
+        ({"model_type": "t5"}, "model_type 't5' is none of gpt2, roberta, bert"),
         ({"vocab_size": 30}, "vocab_size 30, but wte.weight has 31 rows"),
         ({"n_layer": 1}, "h.1.ln_1.bias is not part of the model"),
         ({"n_positions": 13}, r"wpe.weight has shape \(12, 12\), not \(13, 12\)"),

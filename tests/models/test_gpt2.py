@@ -298,7 +298,7 @@ def test_axes_name_every_leaf(scan_layers, tie):
     ("call", "says"),
     [
         (lambda: gpt2.GPT2Config(n_embd=10, n_head=4), "n_embd 10 is not a multiple of n_head 4"),
-        (lambda: gpt2.GPT2Config(activation="mish"), "'mish' is none of gelu_new"),
+        (lambda: gpt2.GPT2Config(activation="mish"), "'mish' is none of gelu, gelu_new"),
         (lambda: run(TINY, some_tokens(1, 25)), "25 tokens, but the model has 24"),
         (lambda: gpt2.init_cache(TINY, 1, 25), "length 25, but 24 positions"),
         (

@@ -1,0 +1,210 @@
+"""RoBERTa's and BERT's names and config fields in Hugging Face folders."""
+
+import dataclasses
+import logging
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+
+from lora_jax.interop.folders import check_shapes
+from lora_jax.models import shapes
+from lora_jax.models.encoder import FAMILIES, HEADS, Encoder, EncoderConfig, to_loop
+
+MODEL = Encoder
+IGNORED = re.compile(r"(\w+\.)?embeddings\.(position_ids|token_type_ids)")  # counters, in older files
+
+# config.json's fields by ours, each with what transformers' RobertaConfig and BertConfig say where it is missing.
+_FIELDS: dict[str, tuple[str, Any, Any]] = {
+    "vocab_size": ("vocab_size", 50265, 30522),
+    "max_positions": ("max_position_embeddings", 512, 512),
+    "hidden": ("hidden_size", 768, 768),
+    "layers": ("num_hidden_layers", 12, 12),
+    "heads": ("num_attention_heads", 12, 12),
+    "inner": ("intermediate_size", 3072, 3072),
+    "token_types": ("type_vocab_size", 2, 2),
+    "eps": ("layer_norm_eps", 1e-12, 1e-12),
+    "activation": ("hidden_act", "gelu", "gelu"),
+    "pad_id": ("pad_token_id", 1, 0),
+}
+# Fields that change the function, with the one value that this model computes. Dropout rates are not among them.
+_FIXED: dict[str, Any] = {
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "position_embedding_type": "absolute",
+    "pruned_heads": {},
+    "quantization_config": None,
+}
+
+_TABLES = ("word", "position", "token_type")
+_LAYER = {
+    "attention.self.query": "attn/query",
+    "attention.self.key": "attn/key",
+    "attention.self.value": "attn/value",
+    "attention.output.dense": "attn/out",
+    "intermediate.dense": "mlp/up",
+    "output.dense": "mlp/down",
+}
+_NORMS = {"attention.output.LayerNorm": "ln_1", "output.LayerNorm": "ln_2"}
+_OLDER = {"gamma": "weight", "beta": "bias"}
+# What a file of the pretrained model has for other tasks, and RoBERTa's pooler, which its classifier does without.
+_UNUSED = re.compile(r"(lm_head|cls|pooler)\.")
+
+
+def from_hf(
+    fields: dict,
+    tensors: dict[str, np.ndarray],
+    source: str,
+    *,
+    head: str | None,
+    labels: int | None,
+    tie: bool | None,
+    key: Array | None,
+) -> tuple[Encoder, dict]:
+    """The model and its float32 parameters; the arguments are those of `hf.load`."""
+    if tie is not None or head not in HEADS:
+        raise ValueError(f"{source}: an encoder has one of the heads {HEADS} and nothing to tie, not {head=}, {tie=}")
+    config = _config(fields, source)
+    tensors = _bare_names(tensors, config.family, source)
+    config = _with_head(config, tensors, fields, head, labels, source)
+    names = _names(config)
+    if unused := sorted(name for name in tensors.keys() - names.keys() if _UNUSED.match(name)):
+        logging.info("%s: not used here: %s", source, ", ".join(unused))
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
+    new = {name for name in names.keys() - tensors.keys() if config.head and name.startswith(("classifier", "pooler"))}
+    expected = shapes.of_params(Encoder(config))
+    check_shapes(
+        {name: tensor.shape for name, tensor in tensors.items()},
+        {name: _turned(path, expected[path]) for name, path in names.items() if name not in new},
+        source,
+    )
+    flat = {names[name]: jnp.asarray(_turned(names[name], tensor)) for name, tensor in tensors.items()}
+    if new:
+        logging.warning("%s has no %s: made new, random ones", source, ", ".join(sorted(new)))
+        flat |= _new(config, {names[name] for name in new}, jax.random.key(0) if key is None else key)
+    return Encoder(config), unflatten_dict(flat, sep="/")
+
+
+def to_hf(model: Encoder, params: Any) -> tuple[dict, dict[str, np.ndarray]]:
+    """The fields of config.json and the tensors, as transformers' model with that head, or the bare one, has them."""
+    config = model.config
+    if config.scan_layers:
+        params, config = to_loop(params), dataclasses.replace(config, scan_layers=False)
+    flat = flatten_dict(params, sep="/")
+    check_shapes({path: leaf.shape for path, leaf in flat.items()}, shapes.of_params(Encoder(config)), "params")
+    tensors = {
+        _full_name(name, config): np.ascontiguousarray(_turned(path, np.asarray(flat[path])))
+        for name, path in _names(config).items()
+    }
+    dtypes = {str(tensor.dtype) for tensor in tensors.values()}
+    classes = {"roberta": "Roberta", "bert": "Bert"}
+    fields = {
+        "architectures": [classes[config.family] + ("ForSequenceClassification" if config.head else "Model")],
+        "model_type": config.family,
+        "dtype": dtypes.pop() if len(dtypes) == 1 else "float32",
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.attention_dropout,
+        **{theirs: getattr(config, ours) for ours, (theirs, *_) in _FIELDS.items()},
+    }
+    if config.head:
+        ids = {f"LABEL_{i}": i for i in range(config.labels)}
+        kind = "regression" if config.head == "regression" else "single_label_classification"
+        fields |= {"label2id": ids, "id2label": {str(i): name for name, i in ids.items()}, "problem_type": kind}
+    return fields, tensors
+
+
+def _config(fields: dict, source: str) -> EncoderConfig:
+    for name, value in _FIXED.items():
+        if fields.get(name, value) != value:
+            raise ValueError(f"{source}: config.json has {name}={fields[name]!r}; only {value!r} is supported")
+    family = fields["model_type"]
+    defaults = FAMILIES.index(family)
+    known = {ours: fields.get(theirs, default[defaults]) for ours, (theirs, *default) in _FIELDS.items()}
+    for name, value in known.items():
+        kind = type(_FIELDS[name][1])
+        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+            raise ValueError(f"{source}: config.json has {_FIELDS[name][0]}={value!r}, not a {kind.__name__}")
+    try:
+        return EncoderConfig(family=family, **known)
+    except ValueError as error:
+        raise ValueError(f"{source}: config.json: {error}") from error
+
+
+def _bare_names(tensors: dict[str, np.ndarray], family: str, source: str) -> dict[str, np.ndarray]:
+    """Without the prefix of models with a head, and with LayerNorm's newer names."""
+    bare: dict[str, np.ndarray] = {}
+    for name, tensor in tensors.items():
+        short = name.removeprefix(f"{family}.")
+        short = re.sub(r"(?<=LayerNorm\.)(gamma|beta)$", lambda old: _OLDER[old[0]], short)
+        if short in bare:
+            raise ValueError(f"{source}: {short} is there twice, under two names")
+        bare[short] = tensor
+    return bare
+
+
+def _with_head(
+    config: EncoderConfig,
+    tensors: dict[str, np.ndarray],
+    fields: dict,
+    head: str | None,
+    labels: int | None,
+    source: str,
+) -> EncoderConfig:
+    """The config with the head asked for, or else the file's; takes a head of other labels out of the tensors."""
+    stored = tensors.get("classifier.out_proj.weight" if config.family == "roberta" else "classifier.weight")
+    in_file = None if stored is None else len(stored)
+    if head is None:
+        if labels is not None:
+            raise ValueError(f"{source}: labels={labels} goes with head='classification'")
+        if in_file:
+            regression = in_file == 1 or fields.get("problem_type") == "regression"
+            head = "regression" if regression else "classification"
+    if head is None:
+        return dataclasses.replace(config, pooler="pooler.dense.weight" in tensors)
+    labels = labels or (1 if head == "regression" else in_file)
+    if labels is None:
+        raise ValueError(f"{source} has no head: say how many classes the new one has, labels=")
+    if in_file not in (None, labels):
+        logging.warning("%s has a head of %d labels, not of %d: it is not used", source, in_file, labels)
+        for name in [name for name in tensors if name.startswith("classifier.")]:
+            del tensors[name]
+    return dataclasses.replace(config, head=head, labels=labels, pooler=config.family == "bert")
+
+
+def _names(config: EncoderConfig) -> dict[str, str]:
+    """Their names, without prefix, each with ours."""
+    modules = {} if not config.pooler else {"pooler.dense": "pooler"}
+    if config.head:
+        bert = {"classifier": "classifier"}
+        roberta = {"classifier.dense": "classifier/dense", "classifier.out_proj": "classifier/out"}
+        modules |= bert if config.family == "bert" else roberta
+    norms = {"embeddings.LayerNorm": "embeddings/norm"}
+    for i in range(config.layers):
+        modules |= {f"encoder.layer.{i}.{theirs}": f"h_{i}/{ours}" for theirs, ours in _LAYER.items()}
+        norms |= {f"encoder.layer.{i}.{theirs}": f"h_{i}/{ours}" for theirs, ours in _NORMS.items()}
+    names = {f"embeddings.{kind}_embeddings.weight": f"embeddings/{kind}/embedding" for kind in _TABLES}
+    for theirs, ours in (modules | norms).items():
+        names[f"{theirs}.weight"] = f"{ours}/{'scale' if theirs in norms else 'kernel'}"
+        names[f"{theirs}.bias"] = f"{ours}/bias"
+    return names
+
+
+def _full_name(name: str, config: EncoderConfig) -> str:
+    return name if config.head is None or name.startswith("classifier") else f"{config.family}.{name}"
+
+
+def _turned(path: str, x: Any) -> Any:
+    """A kernel's array or shape in the other order: (in, out) here, (out, in) there."""
+    if not path.endswith("kernel"):
+        return x
+    return x[::-1] if isinstance(x, tuple) else x.T
+
+
+def _new(config: EncoderConfig, paths: set[str], key: Array) -> dict[str, Array]:
+    """New parameters of these paths, which are none of a layer's."""
+    params = Encoder(dataclasses.replace(config, layers=1, vocab_size=1)).init(key, jnp.zeros((1, 1), jnp.int32))
+    return {path: leaf for path, leaf in flatten_dict(params["params"], sep="/").items() if path in paths}

@@ -1,0 +1,126 @@
+"""Safetensors and JSON files of unknown origin, read strictly: a file is right as a whole, or an error that names it.
+
+Stricter than the safetensors library where a file could be read in two ways or do harm: duplicate keys, a header of
+more than 16 MiB, entries that are no objects, types and numbers that no weight has. Nothing is unpickled.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+FLOATS = ("float32", "float16", "bfloat16")
+LARGEST_JSON = 16 << 20  # bytes; the headers of models with 100,000 tensors are smaller
+
+_DTYPES = {  # numpy's names; what is not here is called as the file calls it
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+    "BF16": "bfloat16",
+    "BOOL": "bool",
+    "C64": "complex64",
+}
+
+
+def read_file(
+    path: str | os.PathLike, *, dtypes: Sequence[str] = FLOATS, ignored: re.Pattern | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors of one safetensors file, as they are stored, and its metadata.
+
+    Args:
+      path: the file. Whether it may lie where it lies is for the caller to say (`folders.inside`).
+      dtypes: the types that a tensor may have.
+      ignored: tensors of these names (the whole name matches) are left out, whatever they hold.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is cut off, damaged or ambiguous, or a tensor is of another type or not finite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    _check_header(path)
+    try:
+        with safe_open(path, framework="np") as file:
+            names = [name for name in file.keys() if ignored is None or not ignored.fullmatch(name)]
+            return {name: _tensor(file, name, dtypes, path) for name in names}, file.metadata() or {}
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
+
+
+def _check_header(path: Path) -> None:
+    """What the library would not see, or not refuse, in a header; the rest is for the library."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < 8:
+            raise _damaged(path, f"{size} bytes hold no header")
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(LARGEST_JSON, size - 8):
+            raise _damaged(path, f"a header of {length} bytes in a file of {size}")
+        try:
+            header = parse_json(file.read(length))
+        except ValueError as error:
+            raise _damaged(path, f"its header is no JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is no JSON object")
+    for name, entry in header.items():
+        if name != "__metadata__" and not isinstance(entry, dict):
+            raise _damaged(path, f"the entry of {name} is no object")
+
+
+def _tensor(file: Any, name: str, dtypes: Sequence[str], path: Path) -> np.ndarray:
+    """One tensor of an open file."""
+    entry = file.get_slice(name)
+    dtype = _DTYPES.get(entry.get_dtype(), entry.get_dtype())
+    if dtype not in dtypes:
+        raise ValueError(f"{path}: {name} is {dtype}, not {', '.join(dtypes[:-1])} or {dtypes[-1]}")
+    try:
+        # Asked for here first: where the library finds no memory it panics, which is no Exception.
+        np.empty(entry.get_shape(), dtype)
+        tensor = file.get_tensor(name)
+    except (ValueError, OverflowError, MemoryError) as error:  # shapes that numpy does not have
+        raise _damaged(path, f"{name} has shape {entry.get_shape()}: {error}") from error
+    if not np.isfinite(tensor).all():
+        raise ValueError(f"{path}: {name} has entries that are not finite")
+    return tensor
+
+
+def _damaged(path: Path, why: Any) -> ValueError:
+    return ValueError(f"{path} is cut off or damaged ({why}): fetch it again")
+
+
+def parse_json(data: bytes) -> Any:
+    """A value from JSON in UTF-8 as RFC 8259 has it: no NaN, no infinities, no byte order mark, no key twice.
+
+    Raises:
+      ValueError: it is anything else, or nested more deeply than Python can follow.
+    """
+    try:
+        return json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} is there twice")
+        found[key] = value
+    return found
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _finite(digits: str) -> float:
+    if not math.isfinite(number := float(digits)):
+        raise ValueError(f"{digits} is no number that can be held")
+    return number

@@ -1,0 +1,269 @@
+"""RoBERTa (Liu et al. 2019) and BERT (Devlin et al. 2018) in Flax linen: one encoder, with or without a head.
+
+Layers are named as GPT-2's are (`h_0/attn/query/kernel`), so that the same globs select them, and may be scanned or
+rematerialized too. Dropout acts only where `apply` gets an rng of that name.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from lora_jax.models import activations, masks
+from lora_jax.models.layouts import to_loop, to_scanned
+
+__all__ = ["AXES", "SIZES", "Encoder", "EncoderConfig", "sites", "to_loop", "to_scanned"]
+
+# The axes of every parameter, in the loop layout (h_0, h_1, ...) and in the scanned one (h).
+AXES = {
+    "h_*/**/kernel": "io",
+    "h_*/**/{bias,scale}": "o",
+    "h/**/kernel": "sio",
+    "h/**/{bias,scale}": "so",
+    "**/embedding": "vo",
+    "{pooler,classifier}/**/kernel": "io",
+    "{embeddings,pooler,classifier}/**/{bias,scale}": "o",
+}
+
+FAMILIES = ("roberta", "bert")
+HEADS = (None, "classification", "regression")
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """The shape of an encoder, and how to compute it: in `dtype`, from float32 parameters.
+
+    Attributes:
+      family: "roberta" counts positions from `pad_id + 1` over the real tokens, and its head is a layer, tanh and a
+        layer on the first token; "bert" counts from 0 over all tokens, and its head is a layer on the pooler's output.
+      max_positions: rows of the position table; RoBERTa's first `pad_id + 1` are not used.
+      head: None, "classification" or "regression" (one number).
+      pooler: a layer and tanh on the first token; BERT's head needs it.
+      dropout, attention_dropout: rates in training, of embeddings, sublayers and head, and of attention's weights.
+    """
+
+    family: str = "roberta"
+    vocab_size: int = 50265
+    max_positions: int = 514
+    hidden: int = 768
+    layers: int = 12
+    heads: int = 12
+    inner: int = 3072
+    token_types: int = 1
+    eps: float = 1e-5
+    activation: str = "gelu"
+    pad_id: int = 1
+    head: str | None = None
+    labels: int = 2
+    pooler: bool = False
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    scan_layers: bool = False  # compiles one layer instead of all
+    remat: bool = False  # recomputes each layer in the backward pass instead of storing its inside
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES or self.head not in HEADS:
+            raise ValueError(f"family {self.family!r}, head {self.head!r}: choose from {FAMILIES} and {HEADS}")
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}")
+        if self.head == "regression" and self.labels != 1:
+            raise ValueError(f"a regression head has one label, not {self.labels}")
+        if self.head and self.pooler != (self.family == "bert"):
+            raise ValueError(f"{self.family} with a head has {'a' if self.family == 'bert' else 'no'} pooler")
+        activations.check(self.activation)
+
+    @property
+    def first_position(self) -> int:
+        """The position of a text's first token."""
+        return self.pad_id + 1 if self.family == "roberta" else 0
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens of a text."""
+        return self.max_positions - self.first_position
+
+
+SIZES = {
+    "roberta-base": EncoderConfig(),
+    "roberta-large": EncoderConfig(hidden=1024, layers=24, heads=16, inner=4096),
+    "bert-base": EncoderConfig(
+        "bert", vocab_size=30522, max_positions=512, token_types=2, eps=1e-12, pad_id=0, pooler=True
+    ),
+}
+
+
+class Attention(nn.Module):
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array | None) -> Array:
+        config = self.config
+        heads = (*x.shape[:2], config.heads, config.hidden // config.heads)
+        query, key, value = (
+            _dense(config, config.hidden, name)(x).reshape(heads) for name in ("query", "key", "value")
+        )
+        drops = config.attention_dropout > 0 and self.has_rng("dropout")
+        # The library's function mixes bfloat16 and float32 itself.
+        with jax.numpy_dtype_promotion("standard"):
+            out = nn.dot_product_attention(
+                query,
+                key,
+                value,
+                mask=mask,
+                broadcast_dropout=False,
+                dropout_rng=self.make_rng("dropout") if drops else None,
+                dropout_rate=config.attention_dropout,
+                deterministic=not drops,
+                force_fp32_for_softmax=True,
+            )
+        return _dense(config, config.hidden, "out")(out.reshape(x.shape))
+
+
+class MLP(nn.Module):
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = _dense(self.config, self.config.inner, "up")(x)
+        x = activations.ACTIVATIONS[self.config.activation](x)
+        return _dense(self.config, self.config.hidden, "down")(x)
+
+
+class Block(nn.Module):
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array | None) -> tuple[Array, None]:
+        config = self.config
+        attended = _dropped(self, Attention(config, name="attn")(x, mask))
+        x = _norm(config, "ln_1", x + checkpoint_name(attended, "attention_out"))
+        hidden = _dropped(self, MLP(config, name="mlp")(x))
+        x = _norm(config, "ln_2", x + checkpoint_name(hidden, "mlp_out"))
+        return checkpoint_name(x, "block_out"), None
+
+
+class Encoder(nn.Module):
+    """The model: `Encoder(config).apply({"params": params}, tokens, mask, token_types)`."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, tokens: Array, mask: Array | None = None, token_types: Array | None = None) -> Array:
+        """Logits (batch, labels), float32; without a head the hidden states (batch, length, hidden).
+
+        Args:
+          tokens: ids (batch, length) int32. Ids outside the vocabulary give NaN.
+          mask: (batch, length) bool or int, 1 at real tokens; the padding stands on the right. What comes out at
+            padding means nothing.
+          token_types: (batch, length) int32, which of two texts a token is of; zeros by default.
+
+        Raises:
+          ValueError: more tokens than positions.
+        """
+        config = self.config
+        if tokens.shape[1] > config.max_length:
+            raise ValueError(f"{tokens.shape[1]} tokens, but the model has {config.max_length} positions for them")
+        real = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
+        x = self._embed(tokens, real, token_types)
+        x = self._blocks(x, None if mask is None else masks.attention_mask(real, None))
+        first = x[:, 0]
+        # Without a head the pooler only has its place among the parameters.
+        pooled = nn.tanh(_dense(config, config.hidden, "pooler")(first)) if config.pooler else first
+        if config.head is None:
+            return x
+        if config.family == "bert":
+            logits = _dense(config, config.labels, "classifier")(_dropped(self, pooled))
+        else:
+            logits = Head(config, name="classifier")(first)
+        return logits.astype(jnp.float32)
+
+    def _embed(self, tokens: Array, real: Array, token_types: Array | None) -> Array:
+        config = self.config
+        if config.family == "roberta":
+            positions = jnp.where(real, masks.count_before(real) + config.first_position, config.pad_id)
+        else:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        tokens = checkpoint_name(tokens, "tokens")
+        positions = checkpoint_name(positions, "positions")
+        x = Embeddings(config, name="embeddings")(tokens, positions, token_types)
+        return checkpoint_name(x, "embeddings")
+
+    def _blocks(self, x: Array, mask: Array | None) -> Array:
+        config = self.config
+        # Inside a scan nothing needs to keep the compiler from undoing the recomputation.
+        block = nn.remat(Block, prevent_cse=not config.scan_layers) if config.remat else Block
+        if config.scan_layers:
+            scanned = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=nn.broadcast,
+                length=config.layers,
+            )
+            return scanned(config, name="h")(x, mask)[0]
+        for i in range(config.layers):
+            x, _ = block(config, name=f"h_{i}")(x, mask)
+        return x
+
+
+class Embeddings(nn.Module):
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, tokens: Array, positions: Array, token_types: Array | None) -> Array:
+        config = self.config
+        tables = {"word": config.vocab_size, "position": config.max_positions, "token_type": config.token_types}
+        word, position, token_type = (
+            nn.Embed(rows, config.hidden, embedding_init=nn.initializers.normal(0.02), name=name)
+            for name, rows in tables.items()
+        )
+        types = jnp.zeros_like(tokens) if token_types is None else token_types
+        x = word(tokens) + token_type(types) + position(positions)
+        return _dropped(self, _norm(config, "norm", x))
+
+
+class Head(nn.Module):
+    """RoBERTa's, on the hidden state of the first token."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = nn.tanh(_dense(self.config, self.config.hidden, "dense")(_dropped(self, x)))
+        return _dense(self.config, self.config.labels, "out")(_dropped(self, x))
+
+
+def _dense(config: EncoderConfig, features: int, name: str) -> nn.Dense:
+    return nn.Dense(features, dtype=config.dtype, kernel_init=nn.initializers.normal(0.02), name=name)
+
+
+def _norm(config: EncoderConfig, name: str, x: Array) -> Array:
+    """LayerNorm, computed in float32."""
+    norm = nn.LayerNorm(config.eps, use_fast_variance=False, name=name)
+    return norm(x.astype(jnp.float32)).astype(config.dtype)
+
+
+def _dropped(module: nn.Module, x: Array) -> Array:
+    """Dropout at the module's rate, where there is an rng for it."""
+    rate = module.config.dropout  # type: ignore[attr-defined]
+    if rate == 0 or not module.has_rng("dropout"):
+        return x
+    keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+
+
+def sites(config: EncoderConfig) -> dict[str, tuple[int, tuple[int, ...], str]]:
+    """The activations that the model names: `{name: (occurrences, shape, dtype)}`, as `gpt2.sites` gives them."""
+    ids, features = ((), "int32"), ((config.hidden,), config.dtype)
+    return {
+        "tokens": (1, *ids),
+        "positions": (1, *ids),
+        "embeddings": (1, *features),
+        "attention_out": (config.layers, *features),
+        "mlp_out": (config.layers, *features),
+        "block_out": (config.layers, *features),
+    }
