@@ -31,7 +31,7 @@ HEAVY = {"flax", "orbax", "safetensors", "huggingface_hub", "tokenizers", "datas
 LAYERS = {
     "models": (set(), {"jax", "flax", "numpy"}),
     "data": (set(), {"numpy", "datasets", "tokenizers", "huggingface_hub"}),
-    "metrics": (set(), {"numpy", "sacrebleu"}),
+    "metrics": (set(), {"numpy", "sacrebleu", "scipy", "sklearn"}),
     "sharding": (CORE | {"models"}, CORE_OUTSIDE),
     "checkpoints": (CORE | {"models", "sharding"}, CORE_OUTSIDE | HEAVY),
     "interop": (CORE | {"models", "checkpoints"}, CORE_OUTSIDE | HEAVY),

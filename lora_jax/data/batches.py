@@ -8,8 +8,15 @@ A batch is a dict of arrays, of b rows (examples, or packed rows), l tokens, n l
     labels (b, n) int32         those next tokens
     weights (b, n) float32      1, or 0 where there is no label
 
-Packed rows (`packed`) also have `segments` and `positions` (b, l) int32. A row of zeros fills up a
-short batch. The shapes (l, n) are few, so a training step is compiled a few times only.
+Packed rows (`packed`) also have `segments` and `positions` (b, l) int32. Texts with one label each
+(`classified`) have no `labelled`, n is 1, and
+
+    token_types (b, l) int32    1 for a BERT's second sentence
+    labels (b,) int32, float32  the class, or the value of a regression
+    weights (b,) float32        1, or 0 for an empty row
+
+A row of zeros fills up a short batch. The shapes (l, n) are few, so a training step is compiled a few
+times only.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.data.pairs import Encoded
+from lora_jax.data.sentences import Texts
 
 Batch = dict[str, np.ndarray]
 
@@ -32,7 +40,7 @@ class Schedule:
     longer one: only one batch of an epoch can be short, and there are ceil(rows / batch_size).
 
     Attributes:
-      buckets: the rows of each bucket, shortest first.
+      buckets: the rows of each bucket, shortest first; -1 for an empty row.
       shapes: (l, n) of each bucket.
       batch_size: b, the rows of a batch.
       seed: seeds the order.
@@ -98,8 +106,7 @@ def bucketed(examples: Encoded, batch_size: int, seed: int = 0, *, buckets: int 
     Raises:
       ValueError: a batch size or a number of buckets below 1.
     """
-    if batch_size < 1 or buckets < 1:
-        raise ValueError(f"batch_size={batch_size}, buckets={buckets}: both must be at least 1")
+    _check_sizes(batch_size, buckets)
     lengths, labels = examples.lengths, examples.labels
     edges = bucket_lengths(lengths, buckets)
     bucket_of = np.searchsorted(edges, lengths)
@@ -112,6 +119,46 @@ def bucketed(examples: Encoded, batch_size: int, seed: int = 0, *, buckets: int 
         return _pairs_batch(examples, rows, length, count)
 
     return Schedule(members, shapes, batch_size, seed, collate)
+
+
+def classified(examples: Texts, batch_size: int, seed: int = 0, *, buckets: int = 12) -> Schedule:
+    """Batches of texts of about equal length, each with one label, padded on the right to their bucket's l.
+
+    The buckets are whole batches, so that no row moves to a longer one; empty rows, fewer than a batch has, stand
+    among the shortest. Evaluation sets are small: with the buckets of `bucketed` their one short batch, the longest,
+    would be a tenth of all that is computed. With 12 buckets of batches of 16 or 32 texts, cut at 128 tokens, at least
+    90% of the tokens are real in every set of CoLA, SST-2, MRPC, STS-B and RTE; with 8 they are 86% in training on
+    SST-2.
+
+    Raises:
+      ValueError: a batch size or a number of buckets below 1.
+    """
+    _check_sizes(batch_size, buckets)
+    lengths, members = _whole_batches(examples.lengths, batch_size, buckets)
+
+    def collate(rows: np.ndarray, length: int, count: int) -> Batch:
+        return _texts_batch(examples, rows, length)
+
+    return Schedule(members, tuple((length, 1) for length in lengths), batch_size, seed, collate)
+
+
+def in_order(epoch: Epoch, outputs: Sequence[np.ndarray]) -> np.ndarray:
+    """What was computed for each row, in the order of the rows.
+
+    Args:
+      outputs: of each batch of the epoch, (b, ...).
+
+    Returns:
+      (N, ...), without what was computed for empty rows.
+
+    Raises:
+      ValueError: the outputs are not those of every batch.
+    """
+    rows = epoch.rows.reshape(-1)
+    flat = np.concatenate(outputs)
+    if len(flat) != len(rows):
+        raise ValueError(f"outputs of {len(flat)} rows for an epoch of {len(rows)}")
+    return flat[np.argsort(rows)[np.count_nonzero(rows < 0) :]]
 
 
 def packed(tokens: np.ndarray, batch_size: int, length: int, seed: int = 0, *, eos: int) -> Schedule:
@@ -149,8 +196,29 @@ def bucket_lengths(lengths: np.ndarray, count: int) -> np.ndarray:
     array([ 4, 10])
     """
     values, counts = np.unique(lengths, return_counts=True)
-    below = np.concatenate([[0], np.cumsum(counts)])
-    # cost[i, j]: the tokens of one bucket of values[i:j], all as long as values[j - 1]
+    return values[_cuts(values, np.cumsum(counts), count)]
+
+
+def _whole_batches(lengths: np.ndarray, batch_size: int, count: int) -> tuple[list[int], tuple[np.ndarray, ...]]:
+    """The lengths of at most `count` buckets of whole batches, and their rows, with the least padding in all.
+
+    >>> _whole_batches(np.array([9, 3, 4, 3, 5]), 2, 2)
+    ([4, 9], (array([-1,  1,  3,  2]), array([4, 0])))
+    """
+    order = np.concatenate([np.full(-len(lengths) % batch_size, -1), np.argsort(lengths, kind="stable")])
+    along = np.where(order < 0, 0, lengths[order])
+    # of the rows of one length, the best end of a bucket is the last one that ends a batch
+    ends = np.unique((np.flatnonzero(np.diff(along, append=-1)) + 1) // batch_size) * batch_size
+    ends = ends[ends > 0]
+    ends = ends[_cuts(along[ends - 1], ends, count)]
+    return along[ends - 1].tolist(), tuple(np.split(order, ends[:-1]))
+
+
+def _cuts(values: np.ndarray, below: np.ndarray, count: int) -> np.ndarray:
+    """Which of the possible ends to choose for at most `count` buckets, the last one among them, so that padding is
+    least. At end i a bucket is padded to `values[i]`, and `below[i]` rows lie before it; both ascend."""
+    below = np.concatenate([[0], below])
+    # cost[i, j]: the tokens of one bucket of what lies between the ends i - 1 and j - 1
     cost = np.triu(np.concatenate([[0], values]) * (below[None, :] - below[:, None]), 1)
     cost = np.where(cost > 0, cost, np.inf)
     best, choices = cost[0], []
@@ -161,18 +229,41 @@ def bucket_lengths(lengths: np.ndarray, count: int) -> np.ndarray:
     edges = [len(values)]
     for choice in reversed(choices):
         edges.insert(0, int(choice[edges[0]]))
-    return values[np.array(edges) - 1]
+    return np.array(edges) - 1
+
+
+def _check_sizes(batch_size: int, buckets: int) -> None:
+    if batch_size < 1 or buckets < 1:
+        raise ValueError(f"batch_size={batch_size}, buckets={buckets}: both must be at least 1")
+
+
+def _places(examples: Encoded | Texts, rows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(b, l): where each row's tokens lie, and which of those places are its own."""
+    along = np.arange(length)
+    mask = (rows >= 0)[:, None] & (along < examples.lengths[rows][:, None])
+    return examples.offsets[rows][:, None] + along, mask
+
+
+def _texts_batch(examples: Texts, rows: np.ndarray, length: int) -> Batch:
+    at, mask = _places(examples, rows, length)
+    real = rows >= 0
+    return {
+        "tokens": _take(examples.tokens, at, mask),
+        "mask": mask,
+        "token_types": _take(examples.token_types, at, mask),
+        "labels": np.where(real, examples.labels[rows], 0),
+        "weights": real.astype(np.float32),
+    }
 
 
 def _pairs_batch(examples: Encoded, rows: np.ndarray, length: int, count: int) -> Batch:
-    real = (rows >= 0)[:, None]
+    at, mask = _places(examples, rows, length)
     first = examples.offsets[rows][:, None]
     start = examples.starts[rows][:, None]
-    along, ahead = np.arange(length), np.arange(count)
-    mask = real & (along < examples.lengths[rows][:, None])
-    scored = real & (ahead < examples.labels[rows][:, None])
+    ahead = np.arange(count)
+    scored = (rows >= 0)[:, None] & (ahead < examples.labels[rows][:, None])
     return {
-        "tokens": _take(examples.tokens, first + along, mask),
+        "tokens": _take(examples.tokens, at, mask),
         "mask": mask,
         # the token before a label predicts it
         "labelled": np.where(scored, start - 1 + ahead, 0).astype(np.int32),

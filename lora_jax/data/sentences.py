@@ -1,0 +1,109 @@
+"""Sentences and pairs of sentences with a label: what an encoder reads.
+
+The data are `datasets.Dataset`s with the columns `first`, for pairs `second`, and where known `label`.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+from tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
+
+_AT_ONCE = 8192  # examples in the tokenizer's own form at a time: it takes a hundred times the memory of the tokens
+
+
+@dataclass(frozen=True)
+class Texts:
+    """N examples as tokens, end to end in one array.
+
+    Attributes:
+      tokens: (total,) int32, with the special tokens.
+      token_types: (total,) int32, 1 for the second sentence of a BERT (with its [SEP]), else 0.
+      offsets: (N + 1,) int64, where each example begins in `tokens`.
+      labels: (N,) int32, or float32 of a regression; zeros where none are known.
+      truncated: how many examples were cut.
+    """
+
+    tokens: np.ndarray
+    token_types: np.ndarray
+    offsets: np.ndarray
+    labels: np.ndarray
+    truncated: int = 0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(N,) tokens."""
+        return np.diff(self.offsets)
+
+
+def encode(examples: datasets.Dataset, tokenizer: Tokenizer, *, length: int, labels: int) -> Texts:
+    """Tokens of every example, as Hugging Face's GLUE scripts make them: the special tokens of the tokenizer's
+    post-processor, and what is too long cut token by token at the end of the longer sentence.
+
+    Args:
+      examples: column `first`; `second` of pairs; `label` where known.
+      tokenizer: stays as it is; padding and truncation that its file switches on do not act.
+      length: the most tokens of an example, special ones included (128 or 512 in the paper's Table 9).
+      labels: how many there are, the outputs of the model; 1 for a regression.
+
+    Raises:
+      ValueError: the tokenizer adds no special tokens, the length holds nothing else, or a label is not one of 0 to
+        labels - 1.
+    """
+    inputs = list(examples["first"])
+    pairs = "second" in examples.column_names
+    if pairs:
+        inputs = list(zip(inputs, examples["second"], strict=True))
+    tokenizer = _truncating(tokenizer, length, pairs)
+    tokens, token_types, sizes, truncated = [], [], [], 0
+    for start in range(0, len(inputs), _AT_ONCE):
+        encodings = tokenizer.encode_batch_fast(inputs[start : start + _AT_ONCE])
+        tokens.append(np.array([i for encoding in encodings for i in encoding.ids], np.int32))
+        token_types.append(np.array([i for encoding in encodings for i in encoding.type_ids], np.int32))
+        sizes += [len(encoding) for encoding in encodings]
+        truncated += sum(bool(encoding.overflowing) for encoding in encodings)
+    if truncated:
+        log.warning("cut %d of %d examples to %d tokens", truncated, len(inputs), length)
+    return Texts(
+        tokens=np.concatenate(tokens),
+        token_types=np.concatenate(token_types),
+        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]),
+        labels=_labels(examples, labels),
+        truncated=truncated,
+    )
+
+
+def _truncating(tokenizer: Tokenizer, length: int, pairs: bool) -> Tokenizer:
+    """A copy that cuts at `length` and does not pad."""
+    special = tokenizer.num_special_tokens_to_add(pairs)
+    if not special:
+        raise ValueError(
+            f"the tokenizer adds no special tokens to {'pairs' if pairs else 'sentences'}, and an encoder needs its "
+            "[CLS] or <s>: its tokenizer.json lacks the post-processor (of type RobertaProcessing, BertProcessing or "
+            "TemplateProcessing)"
+        )
+    if length <= special:  # the library would then not cut at all
+        raise ValueError(f"length={length}: must be more than the {special} special tokens")
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(length, strategy="longest_first")
+    return tokenizer
+
+
+def _labels(examples: datasets.Dataset, count: int) -> np.ndarray:
+    dtype = np.float32 if count == 1 else np.int32
+    if "label" not in examples.column_names:
+        return np.zeros(len(examples), dtype)
+    found = np.array(examples["label"])
+    if count > 1 and (found.dtype.kind != "i" or found.min() < 0 or found.max() >= count):
+        raise ValueError(
+            f"labels from {found.min()} to {found.max()} ({found.dtype}): with labels={count} they must be integers "
+            f"from 0 to {count - 1}"
+        )
+    return found.astype(dtype)

