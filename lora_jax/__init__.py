@@ -5,6 +5,8 @@ from lora_jax.arrays import Adapted, LowRank, Tuned
 from lora_jax.freezing import freeze_base, labels, partition, rejoin
 from lora_jax.lifting import DenseWeight, lift
 from lora_jax.methods.lora import lora
+from lora_jax.methods.rows import rows
+from lora_jax.methods.shift import shift
 from lora_jax.methods.tune import tune
 from lora_jax.selection import Absent, Selection, select
 from lora_jax.transforms import (
@@ -42,7 +44,9 @@ __all__ = [
     "partition",
     "register",
     "rejoin",
+    "rows",
     "select",
+    "shift",
     "stable_hash",
     "tune",
     "unmerge",

@@ -62,8 +62,9 @@ def lift(fn: Callable, on_dense: Literal["warn", "error", "allow"] = "warn") -> 
     @functools.wraps(fn)
     def lifted(*args: Any, **kwargs: Any) -> Any:
         leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_adapted)
+        leaves = [leaf.ready() if is_adapted(leaf) else leaf for leaf in leaves]
         leaves = [leaf.value if isinstance(leaf, Tuned) else leaf for leaf in leaves]
-        adapted = {i: leaf.ready() for i, leaf in enumerate(leaves) if is_adapted(leaf)}
+        adapted = {i: leaf for i, leaf in enumerate(leaves) if is_adapted(leaf)}
         if not adapted:
             args, kwargs = jax.tree.unflatten(treedef, leaves)
             return fn(*args, **kwargs)

@@ -78,6 +78,7 @@ def per_leaf(
     targets: Callable[[Any], dict[str, str]],
     init: Callable[..., dict[str, Array]],
     adapt: Callable[..., Adapted],
+    draws_as: Callable[[str], str] = str,
 ) -> ParamTransform:
     """A transform that meets every selected leaf alone.
 
@@ -86,6 +87,7 @@ def per_leaf(
       targets: params -> `{path: axes}`.
       init: `(key, path, leaf, axes) -> {factor: array}`.
       adapt: `(key or None, path, leaf, axes, factors, strength) -> Adapted`.
+      draws_as: path -> the name that its keys are folded with; paths of one name draw alike.
     """
 
     def init_all(key: Array, params: Any) -> Delta:
@@ -93,7 +95,7 @@ def per_leaf(
         key, leaves = typed_key(key), dict(flatten(params)[0])
         return Delta(
             {
-                path: init(jax.random.fold_in(key, stable_hash(path)), path, leaves[path], axes)
+                path: init(jax.random.fold_in(key, stable_hash(draws_as(path))), path, leaves[path], axes)
                 for path, axes in targets(params).items()
             }
         )
@@ -111,7 +113,7 @@ def per_leaf(
                 return leaf
             if is_adapted(leaf):
                 raise ValueError(f"{path} is adapted already ({leaf}); two transforms on one leaf")
-            own = None if key is None else jax.random.fold_in(typed_key(key), stable_hash(path))
+            own = None if key is None else jax.random.fold_in(typed_key(key), stable_hash(draws_as(path)))
             return adapt(own, path, leaf, chosen[path], delta[path], strength)
 
         flat, treedef = flatten(params, is_adapted)
@@ -139,14 +141,15 @@ def register(name: str, factory: Callable[..., ParamTransform]) -> None:
 
 
 def from_spec(spec: dict[str, Any]) -> ParamTransform:
-    """The transform of a spec: `{"method": name, "select": [globs], "axes", "layers", "exclude", **options}`.
+    """The transform of a spec: `{"method": name, "select": [globs], "axes", "layers", "exclude", **options}`. What is
+    under "peft" (`interop.peft`) stays in the spec and changes nothing.
 
     >>> import lora_jax as lj
     >>> lj.from_spec({"method": "lora", "select": ["**/kernel"], "rank": 4}).spec["rank"]
     4
     """
     options = dict(spec)
-    name = options.pop("method", None)
+    name, peft = options.pop("method", None), options.pop("peft", None)
     if name not in _METHODS:
         near = difflib.get_close_matches(str(name), _METHODS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"it is one of {sorted(_METHODS)}"
@@ -160,9 +163,10 @@ def from_spec(spec: dict[str, Any]) -> ParamTransform:
         exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude or ())
         first = [Selection(tuple(globs), options.pop("axes", None), layers, exclude)]
     try:
-        return _METHODS[name](*first, **options)
+        method = _METHODS[name](*first, **options)
     except TypeError as error:
         raise ValueError(f"the spec of {name!r} does not fit: {error}") from error
+    return method if peft is None else method._replace(spec=method.spec | {"peft": peft})
 
 
 def _shapes(method: ParamTransform, params: Any) -> tuple[Delta, dict[str, Adapted]]:

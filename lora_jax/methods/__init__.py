@@ -1,5 +1,5 @@
 """One method, one file; each registers itself."""
 
-from lora_jax.methods import lora, tune
+from lora_jax.methods import lora, rows, shift, tune
 
-__all__ = ["lora", "tune"]
+__all__ = ["lora", "rows", "shift", "tune"]

@@ -1,7 +1,7 @@
 """LoRA: a low-rank product beside the frozen weight (Hu et al. 2021, section 4.1)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from lora_jax.arrays import Label, LowRank
-from lora_jax.selection import CLASS, Absent, Selection, look_up
-from lora_jax.transforms import ParamTransform, need_factors, per_leaf, register
+from lora_jax.selection import CLASS, Absent, Selection, look_up, matches
+from lora_jax.transforms import Delta, ParamTransform, need_factors, per_leaf, register
 
 _SCALE_RULES = {"alpha/r": lambda alpha, r: alpha / r, "alpha/sqrt(r)": lambda alpha, r: alpha / math.sqrt(r)}
 _A_INITS = ("kaiming_uniform", "gaussian")
+_SHARED = "@shared/"
 
 
 def lora(
@@ -25,6 +26,8 @@ def lora(
     a_init: str = "kaiming_uniform",
     scale_rule: str = "alpha/r",
     dtype: Any = jnp.float32,
+    shared: Iterable[str] = (),
+    strict: bool = True,
 ) -> ParamTransform:
     """`W x + scale * B A x`, with A `(s.., i.., r)`, B `(s.., r, o..)` zero, and W frozen.
 
@@ -37,6 +40,10 @@ def lora(
         authors' first GPT-2 code. Embeddings the other way round, as there: A zero, B N(0, 1).
       scale_rule: "alpha/r", or "alpha/sqrt(r)" (rsLoRA, Kalajdzievski 2023).
       dtype: of the factors.
+      shared: globs. Selected leaves that one of them matches and that stand in one module (`h_0/attn/query/kernel` and
+        `h_0/attn/value/kernel` in `h_0/attn`) share one A, `@shared/h_0/attn` in the delta, and one dropout mask, as in
+        a fused layer (PEFT's adapters of GPT-2's c_attn); they need one rank.
+      strict: whether a rank above min(in, out) is refused; adapters of other libraries have such.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> lj.lora(lj.select("kernel"), rank=2).init(jax.random.key(0), {"kernel": jnp.ones((100, 70))})
@@ -49,7 +56,12 @@ def lora(
         raise ValueError(f"scale_rule={scale_rule!r}: choose one of {tuple(_SCALE_RULES)}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout={dropout}: a probability from 0 to below 1")
-    dtype = jnp.dtype(dtype)
+    dtype, shared = jnp.dtype(dtype), (shared,) if isinstance(shared, str) else tuple(shared)
+
+    def owner(path: str) -> str:
+        """The key of the delta that holds the A of a path."""
+        in_module = any(matches(glob, path) for glob in shared)
+        return f"{_SHARED}{'/'.join(path.split('/')[:-2])}" if in_module else path
 
     def init(key: Array, path: str, leaf: Any, axes: str) -> dict[str, Array]:
         shapes = _shapes(path, leaf, axes, look_up(rank, path, "rank"))
@@ -96,13 +108,43 @@ def lora(
         if isinstance(leaf, Absent) or not sizes["i"] or not sizes["o"]:
             raise ValueError(f"{path} with axes {axes!r}: LoRA needs a weight with input and output axes")
         most = min(math.prod(sizes["i"]), math.prod(sizes["o"]))
-        if not isinstance(r, int) or not 1 <= r <= most:
+        if not isinstance(r, int) or not 1 <= r <= (most if strict else r):
             raise ValueError(f"{path}: rank={r!r} must be a whole number from 1 to min(in, out) = {most}")
         return {"a": (*sizes["s"], *sizes["i"], r), "b": (*sizes["s"], r, *sizes["o"])}
 
     spec = {"method": "lora", **selection.spec(), "rank": rank, "alpha": alpha, "dropout": dropout}
     spec |= {"a_init": a_init, "scale_rule": scale_rule, "dtype": dtype.name}
-    return per_leaf(spec, selection.__call__, init, adapt)
+    spec |= ({"shared": list(shared)} if shared else {}) | ({} if strict else {"strict": False})
+    alone = per_leaf(spec, selection.__call__, init, adapt, draws_as=owner)
+    return _with_owners(alone, owner) if shared else alone
+
+
+def _with_owners(alone: ParamTransform, owner: Callable[[str], str]) -> ParamTransform:
+    """The same transform, with the A of every module once in the delta, under its owner's name."""
+
+    def init(key: Array, params: Any) -> Delta:
+        delta = alone.init(key, params)  # the paths of one owner draw the same A
+        for path in list(delta):
+            if (name := owner(path)) != path:
+                a = delta[path].pop("a")
+                if (known := delta.setdefault(name, {"a": a})["a"]).shape != a.shape:
+                    raise ValueError(f"{path}: its A is {a.shape}, but {known.shape} in {name}; one rank and one input")
+        return delta
+
+    def apply(params: Any, delta: Delta, *, key: Array | None = None, strength: Any = 1.0) -> Any:
+        if not isinstance(delta, Delta):
+            return alone.apply(params, delta, key=key, strength=strength)  # which says what is wrong
+        whole = Delta({path: factors for path, factors in delta.items() if not path.startswith(_SHARED)})
+        owners = {path: name for path in whole if (name := owner(path)) != path}
+        if wrong := set(owners.values()) ^ {name for name in delta if name.startswith(_SHARED)}:
+            raise ValueError(f"the delta is not this method's: it lacks, or has besides, {sorted(wrong)[:3]}")
+        for path, name in owners.items():
+            if "a" in whole[path]:
+                raise ValueError(f"{path} has an A of its own, but its A is that of {name}")
+            whole[path] = delta[name] | whole[path]
+        return alone.apply(params, whole, key=key, strength=strength)
+
+    return ParamTransform(init, apply, alone.spec)
 
 
 def _all_layers(factor: Array, layers: tuple[int, ...], count: int) -> Array:

@@ -11,6 +11,7 @@ from core_models import Stack, stacked, started
 from core_reference import close, digest, filled, leaves, normal, same
 
 import lora_jax as lj
+from lora_jax.methods.shift import shift
 
 KEY = jax.random.key(0)
 X = normal(4, 8, seed=5)
@@ -31,6 +32,8 @@ METHODS = {
     "tune": lj.tune(lj.select("**")),
     "bitfit": lj.tune(lj.select("**/bias")),
     "chain": lj.chain(lj.lora(lj.select("**/up/kernel"), rank=2), lj.tune(lj.select("**/bias"))),
+    "lora, shared": lj.lora(KERNELS, rank=2, dropout=0.1, shared="**/up/kernel"),
+    "shift": shift(lj.select("**/bias"), scale={"**/up/*": 2.0, "**": -0.5}),
 }
 over_methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 lifted = lj.lift(lambda params, x: MODEL.apply({"params": params}, x), on_dense="error")

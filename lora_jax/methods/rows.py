@@ -1,0 +1,78 @@
+"""Training some rows of an embedding, such as those of new tokens: PEFT's `trainable_token_indices`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from lora_jax.arrays import Adapted, Label, LowRank, adapted_array, static
+from lora_jax.selection import Absent, Selection
+from lora_jax.transforms import ParamTransform, need_factors, per_leaf, register
+
+
+@adapted_array
+class Rows(Adapted):
+    """An embedding `(v, o)` with `rows` `(n, o)` in the place of the base's rows `indices`."""
+
+    base: Array
+    rows: Array
+    indices: tuple[int, ...] = static()
+    core: str = static(default="vo")
+    path: str = static(default=Label())
+
+    def materialize(self) -> Array:
+        return self.base.at[jnp.array(self.indices)].set(self.rows.astype(self.dtype))
+
+    def ready(self) -> Adapted:
+        # As a product of low rank, what is right for LoRA is right here: look-ups, and a head that is the embedding.
+        base = lax.stop_gradient(self.base)
+        change = self.rows - base[jnp.array(self.indices)].astype(self.rows.dtype)
+        chosen = jax.nn.one_hot(jnp.array(self.indices), self.shape[0], axis=0, dtype=change.dtype)
+        return LowRank(base=self.base, a=chosen, b=change, scale=jnp.float32(1), core=self.core, path=self.path)
+
+
+def rows(selection: Selection, *, indices: Sequence[int]) -> ParamTransform:
+    """The rows `indices` of the selected embeddings train, and replace the base's; the others stay.
+
+    A head that is the embedding (tied) follows. `merge` puts the rows in exactly; `lift` adds their difference.
+
+    Args:
+      selection: embeddings, with axes "vo".
+      indices: which rows, each once.
+
+    >>> import jax.numpy as jnp, lora_jax as lj
+    >>> from lora_jax.methods.rows import rows
+    >>> lj.check(rows(lj.select("embedding"), indices=[5, 7]), {"embedding": jnp.ones((10, 4))}).trained
+    8
+    """
+    chosen = tuple(indices)
+    if not chosen or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in chosen):
+        raise ValueError(f"indices={chosen}: name one row or more, counted from 0")
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"indices={chosen}: a row is there twice")
+
+    def shape(path: str, leaf: Any, axes: str) -> tuple[int, int]:
+        if isinstance(leaf, Absent) or axes != "vo":
+            raise ValueError(f"{path} with axes {axes!r}: rows are those of an embedding with axes 'vo'")
+        if max(chosen) >= leaf.shape[0]:
+            raise ValueError(f"{path} has {leaf.shape[0]} rows, but indices={chosen}")
+        return len(chosen), leaf.shape[1]
+
+    def init(key: Array, path: str, leaf: Any, axes: str) -> dict[str, Array]:
+        shape(path, leaf, axes)
+        return {"rows": jnp.asarray(leaf)[jnp.array(chosen)]}
+
+    def adapt(key: Array | None, path: str, leaf: Any, axes: str, factors: dict[str, Array], strength: Any) -> Rows:
+        need_factors(path, factors, {"rows": shape(path, leaf, axes)})
+        new = factors["rows"]
+        if not (isinstance(strength, float | int) and strength == 1):
+            s = jnp.asarray(strength, new.dtype)
+            new = (1 - s) * leaf[jnp.array(chosen)].astype(new.dtype) + s * new
+        return Rows(base=leaf, rows=new, indices=chosen, path=Label(path))
+
+    return per_leaf({"method": "rows", **selection.spec(), "indices": list(chosen)}, selection.__call__, init, adapt)
+
+
+register("rows", rows)

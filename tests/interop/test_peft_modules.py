@@ -1,0 +1,153 @@
+"""Which modules a config means, and which tensors its adapter has: against PEFT itself (conformance 4 to 6)."""
+
+import copy
+import json
+
+import pytest
+
+peft = pytest.importorskip("peft")
+
+import peft_models  # noqa: E402
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from peft.tuners.lora import LoraLayer  # noqa: E402
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper  # noqa: E402
+from peft_models import quietly  # noqa: E402
+
+from lora_jax.interop import peft_config  # noqa: E402
+from lora_jax.interop.peft_modules import model_of, resolve  # noqa: E402
+from lora_jax.interop.peft_tensors import PREFIX, planned  # noqa: E402
+
+KINDS = ["gpt2 untied", "gpt2 bare", "gpt2 score", "roberta", "roberta bare", "bert", "bert bare"]
+NAMES = {
+    "gpt2": "c_attn c_proj attn.c_proj mlp.c_proj c_fc wte wpe lm_head score ln_1 attn proj h.1.mlp.c_fc "
+    "transformer.h.0.attn.c_attn h.2.attn.c_attn transformer.wte c.attn transformer.h.1 act",
+    "bert": "query value key dense output.dense attention.output.dense intermediate.dense classifier pooler "
+    "word_embeddings classifier.dense out_proj attention LayerNorm ery bert.encoder.layer.0.attention.self.query "
+    "encoder.layer.2.attention.self.value roberta.encoder.layer.1.output.dense pooler.dense",
+}
+REGEXES = {
+    "gpt2": [
+        r".*c_attn",
+        "c_proj",
+        r".*\.h\.[12]\..*(c_attn|c_proj)",
+        r"(transformer\.)?h\.0\.attn\.c_attn",
+        r".*h\.1.*",
+    ],
+    "bert": [r".*(query|value)", "dense", r".*\.layer\.[12]\..*\.(key|dense)", r"(?!roberta).*query", r".*layer\.1.*"],
+}
+PATTERNS = {
+    "gpt2": ["c_attn", "^transformer.h.0.attn.c_attn", "attn", r"h\.1\..*", "attn.c_proj|c_fc", "mlp.c_proj", "score"],
+    "bert": [
+        "query",
+        "^bert.encoder.layer.0.attention.self.query",
+        r"layer\.1\..*",
+        "query|value",
+        "dense",
+        "output.dense",
+    ],
+}
+
+
+def torch_model(kind):
+    return peft_models.base(kind).torch
+
+
+def model(kind):
+    prefix = "" if kind.endswith("bare") else None
+    return model_of(peft_models.base(kind).params, prefix, kind == "gpt2 score", "params")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "gpt2"])
+def test_the_modules_are_those_of_transformers(kind):
+    classes = {"Linear", "Conv1D", "Embedding", "LayerNorm"}
+    found = {name: type(module).__name__ for name, module in torch_model(kind).named_modules() if name}
+    want = {name: (found[name] if found[name] in classes else "") for name in found}
+    assert {name: module.kind for name, module in model(kind).modules.items()} == want
+    biased = {name for name, module in torch_model(kind).named_modules() if getattr(module, "bias", None) is not None}
+    assert {name for name, module in model(kind).modules.items() if module.bias} == biased
+
+
+@st.composite
+def configs(draw, family):
+    """A config of names that fit often enough, and not always."""
+    names = st.sampled_from(NAMES[family].split())
+    listed = st.lists(names, min_size=1, max_size=3, unique=True)
+    targets = draw(
+        st.one_of(st.none(), listed, listed, listed, st.sampled_from([*REGEXES[family], "all-linear", "All-Linear"]))
+    )
+    fields = {
+        "target_modules": targets,
+        "exclude_modules": draw(st.one_of(st.none(), st.none(), listed, st.sampled_from(REGEXES[family]))),
+        "modules_to_save": draw(st.one_of(st.none(), st.none(), st.lists(names, max_size=2, unique=True))),
+        "task_type": draw(st.sampled_from([None, "SEQ_CLS", "CAUSAL_LM", "TOKEN_CLS", "FEATURE_EXTRACTION"])),
+        "r": draw(st.integers(1, 6)),
+        "lora_alpha": draw(st.sampled_from([8, -3, 0.5, 0])),
+        "use_rslora": draw(st.booleans()),
+        "bias": draw(st.sampled_from(["none", "none", "lora_only", "all"])),
+        "rank_pattern": draw(st.dictionaries(st.sampled_from(PATTERNS[family]), st.integers(1, 6), max_size=3)),
+        "alpha_pattern": draw(
+            st.dictionaries(st.sampled_from(PATTERNS[family]), st.sampled_from([1, 2.5, 30]), max_size=3)
+        ),
+    }
+    if draw(st.integers(0, 2)) == 0:
+        fields["layers_to_transform"] = draw(st.sampled_from([[0], [1, 2], 2, [], [7]]))
+        fields["layers_pattern"] = draw(st.sampled_from([None, None, "h", ["layer"], ["h", "layer"], ""]))
+    if draw(st.integers(0, 5)) == 0:
+        fields["lora_bias"] = True
+    if draw(st.integers(0, 5)) == 0:
+        fields["trainable_token_indices"] = draw(st.sampled_from([[3, 1], {"wte": [2]}, {"word_embeddings": [5, 6]}]))
+    return fields
+
+
+def decided_by_peft(kind, fields):
+    """Adapted modules, saved ones, and tensors with shapes, or None where PEFT refuses."""
+    try:
+        config = quietly(peft.LoraConfig, **copy.deepcopy(fields))
+        # The class that a task brings only adds these, but asks the model for what a tiny bare one has not.
+        config.modules_to_save = [*(config.modules_to_save or []), *peft_config.TASK_HEADS.get(fields["task_type"], [])]
+        made = quietly(peft.PeftModel, copy.deepcopy(torch_model(kind)), config)
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return None
+    named = {name.removeprefix(PREFIX): module for name, module in made.named_modules()}
+    adapted = {
+        name: (module.r["default"], module.lora_alpha["default"], module.scaling["default"])
+        for name, module in named.items()
+        if isinstance(module, LoraLayer)
+    }
+    saved = {name for name, module in named.items() if isinstance(module, ModulesToSaveWrapper)}
+    tokens = {name for name, module in named.items() if isinstance(module, TrainableTokensWrapper)}
+    state = quietly(peft.get_peft_model_state_dict, made)
+    return adapted, saved, tokens, {name.removeprefix(PREFIX): tuple(x.shape) for name, x in state.items()}
+
+
+def decided_here(kind, fields):
+    complete = peft_config.complete(json.loads(json.dumps({"peft_type": "LORA", **fields})), "config")
+    meant = resolve(complete, model(kind), "config")
+    return complete, meant, planned(meant, complete, model(kind), "config")
+
+
+def compare(kind, fields):
+    want = decided_by_peft(kind, fields)
+    try:
+        complete, meant, tensors = decided_here(kind, fields)
+    except ValueError as error:
+        refused_here = ("unsupported", "has no bias that could take it", "tie=False")
+        assert want is None or any(text in str(error) for text in refused_here), (str(error), want)
+        return
+    assert want is not None, "PEFT refuses"
+    adapted, saved, tokens, state = want
+    power = 0.5 if complete["use_rslora"] else 1
+    assert {name: (r, alpha, alpha / r**power) for name, (r, alpha) in meant.adapted.items()} == adapted
+    assert {name for name in saved if model(kind).below(name)} == set(meant.saved)
+    assert set(meant.tokens) == tokens
+    assert {tensor.name for tensor in tensors if not tensor.copy} <= set(state)
+    assert state == {tensor.name: tensor.shape for tensor in tensors if tensor.name in state}
+
+
+@settings(max_examples=80)
+@given(st.data())
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_conformance_06_any_config_means_what_it_means_to_peft(family, data):
+    kinds = [kind for kind in KINDS if kind.startswith("gpt2") == (family == "gpt2")]
+    compare(data.draw(st.sampled_from(kinds)), data.draw(configs(family)))
