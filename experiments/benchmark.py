@@ -70,4 +70,5 @@ def measure(jobs: dict[str, training.Job], rounds: int, steps: int) -> tuple[dic
 
 
 if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
     cli.run(main)

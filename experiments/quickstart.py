@@ -252,7 +252,7 @@ def report(rows: list[Row], contexts: list[str]) -> None:
 def merged_difference(model: gpt2.GPT2, adapted: Any, style: Style) -> tuple[float, float]:
     """The largest difference of logits between adapted and merged, and the largest logit."""
     batch = style.valid(0)[0]
-    forward = jax.jit(training.language_model(model))
+    forward = jax.jit(training.language_model(model).forward)
     ours, merged = (np.asarray(forward(params, batch)) for params in (adapted, lj.merge(adapted)))
     return float(np.abs(ours - merged).max()), float(np.abs(merged).max())
 

@@ -12,10 +12,9 @@ from tqdm import tqdm
 
 import lora_jax as lj
 from experiments import bases
-from lora_jax import checkpoints
+from lora_jax import checkpoints, training
 from lora_jax.data.pairs import prompts
 from lora_jax.generation import completions, end_tokens
-from lora_jax.models import gpt2
 
 flags.DEFINE_enum(
     "params",
@@ -43,7 +42,7 @@ class Loaded(NamedTuple):
     """A run's model, with the parameters that the flags ask for."""
 
     config: ConfigDict
-    model: gpt2.GPT2
+    model: Any  # of lora_jax.models
     params: Any
     tokenizer: Tokenizer
     step: int  # of the checkpoint; 0 for the base
@@ -64,11 +63,25 @@ def load() -> Loaded:
     model, params, tokenizer, identity = bases.load(config, flags.FLAGS.base)
     if which == "base":
         return Loaded(config, model, params, tokenizer, 0, identity)
-    checkpoints.check_base(checkpoints.base_of(workdir), identity, workdir)
-    run = checkpoints.load(workdir)
-    adapted = run.method.apply(lj.without_tuned(params, run.delta), run.delta)
+    method, delta, step, trained_on = trained(workdir, config)
+    checkpoints.check_base(trained_on, identity, workdir)
+    adapted = method.apply(lj.without_tuned(params, delta), delta)
     params = lj.merge(adapted) if which == "merged" else adapted
-    return Loaded(config, model, params, tokenizer, run.step, identity)
+    return Loaded(config, model, params, tokenizer, step, identity)
+
+
+def trained(workdir: Path, config: ConfigDict) -> tuple[lj.ParamTransform, lj.Delta, int, dict[str, str]]:
+    """Method, delta, step and base's identity of a run: of its best epoch, where its config says what is best, or else
+    of its newest checkpoint."""
+    if config.get("seeds"):
+        raise ValueError(f"{workdir} holds runs of several seeds: name one, --workdir={workdir / 'seed_0'}")
+    if not config.get("best"):
+        run = checkpoints.load(workdir)
+        return run.method, run.delta, run.step, checkpoints.base_of(workdir)
+    method, delta, info = checkpoints.load_adapter(workdir / "adapter")
+    validated = [e for e in training.read_metrics(workdir) if config.best in e]
+    best = max(validated, key=lambda e: e[config.best], default={"step": 0})  # an imported one was never validated
+    return method, delta, best["step"], info["base"]
 
 
 def config_of(workdir: Path) -> ConfigDict:

@@ -30,6 +30,11 @@ COLUMNS = {
     "trained": ("trained parameters", "{:,}"),
     "adapter_bytes": ("adapter, bytes", "{:,}"),
     "validation_loss": ("validation loss", "{:.4f}"),
+    "accuracy": ("accuracy", "{:.3f}"),
+    "f1": ("F1", "{:.3f}"),
+    "matthews": ("Matthews", "{:.3f}"),
+    "pearson": ("Pearson", "{:.3f}"),
+    "spearman": ("Spearman", "{:.3f}"),
     "contexts": ("test contexts", "{:,}"),
     "bleu": ("BLEU", "{:.2f}"),
     "nist": ("NIST", "{:.2f}"),
@@ -43,6 +48,11 @@ COLUMNS = {
     "batch_seconds": ("one batch, seconds", "{:.2f}"),
     "prompts_seconds": ("its prompts alone", "{:.2f}"),
     "relative_speed": ("relative to full fine-tuning", "{:.2f}"),
+    "steps_compared": ("steps", "{}"),
+    "loss_difference": ("losses differ by", "{:.1e}"),
+    "factor_difference": ("factors differ by", "{:.1e}"),
+    "ratio_total": ("our time over PEFT's", "{:.2f}"),
+    "ratio_median": ("median of the steps", "{:.2f}"),
 }
 
 
@@ -112,9 +122,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def cell(value: Any, form: str) -> str:
-    """A figure, with its interval where it has one."""
+    """A figure, with its interval or range where it has one."""
     if value is None:
         return "-"
+    if isinstance(value, dict) and value["low"] == value["high"]:
+        value = value["score"]  # of one seed
     if isinstance(value, dict):
         return f"{form} [{form}, {form}]".format(value["score"], value["low"], value["high"])
     return form.format(value)

@@ -6,8 +6,9 @@
 
 Every key of the config can be set as --config.KEY=VALUE; the config file lists them and the names
 after its colon. The workdir gets config.json, metrics.jsonl, TensorBoard events, loss.png,
-checkpoints/ and at the end adapter/ and summary.json. The same command goes on where a run was
-stopped: by Ctrl-C, SIGTERM (saves first), SIGKILL or a crash.
+checkpoints/ and at the end adapter/ and summary.json; where the config has several seeds, a folder
+for each and the medians in summary.json. The same command goes on where a run was stopped: by
+Ctrl-C, SIGTERM (saves first), SIGKILL or a crash.
 """
 
 import json
@@ -22,15 +23,13 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import lora_jax as lj
-from experiments import bases, cli
+from experiments import cli, setups
 from lora_jax import checkpoints, sharding, training
-from lora_jax.data import pairs, tasks
-from lora_jax.data.batches import Schedule, bucketed
-from lora_jax.models import gpt2
+from lora_jax.data import glue
+from lora_jax.models import encoder, gpt2
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py or FILE.py:NAME; see above.")
 flags.declare_key_flag("workdir")
-flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
@@ -38,21 +37,48 @@ def main() -> None:
     training.claim(workdir, config)
     if config.method == "none":
         return evaluate_base(config, workdir)
+    if config.get("seeds"):
+        return train_seeds(config, workdir)
+    train(config, workdir)
+
+
+def train(config: ConfigDict, workdir: Path) -> bool:
+    """Trains one run to its end, or until it is stopped: then False."""
     job, report = ready(config, workdir)
     if job.start == job.total:
         print(f"{workdir} is trained already: all {job.total} steps are done")
     result = training.train(job)
     if not result.finished:
-        return print(f"saved at step {result.step} of {job.total}: the same command goes on")
-    file = checkpoints.save_adapter(workdir / "adapter", job.method, result.delta, job.base)
+        print(f"saved at step {result.step} of {job.total}: the same command goes on")
+        return False
+    file = workdir / "adapter" / "adapter.safetensors"
+    if not config.get("best"):  # else the best is there already
+        checkpoints.save_adapter(file, job.method, result.delta, job.base)
     trained = {"trained": report.trained, "total": report.total}
     summarize(config, workdir, **trained, adapter_bytes=file.stat().st_size, steps=result.step)
     print(f"adapter: {file}")
+    return True
+
+
+def train_seeds(config: ConfigDict, workdir: Path) -> None:
+    """A run for each of the config's seeds, in seed_0, seed_1, ...; their medians and ranges go into summary.json."""
+    summaries = []
+    for seed in config.seeds:
+        own, folder = config.copy_and_resolve_references(), workdir / f"seed_{seed}"
+        own.seed, own.seeds = seed, ()
+        training.claim(folder, own)
+        if not (folder / "summary.json").is_file() and not train(own, folder):
+            return
+        summaries.append(json.loads((folder / "summary.json").read_text()))
+    scores = {name: [summary[name] for summary in summaries] for name in summaries[0]["validation"]}
+    spreads = {name: {"score": statistics.median(x), "low": min(x), "high": max(x)} for name, x in scores.items()}
+    write_summary(workdir, summaries[0] | spreads | {"seed": list(config.seeds)})
 
 
 def ready(config: ConfigDict, workdir: Path) -> tuple[training.Job, lj.Report]:
     """The run, ready to train, and the table of what trains (printed)."""
-    model, params, base, batches = load(config)
+    setup = setups.load(config)
+    model, params = setup.base.model, setup.base.params
     method = lj.from_spec(spec(config))
     report = lj.check(method, params)
     print(report)
@@ -63,48 +89,38 @@ def ready(config: ConfigDict, workdir: Path) -> tuple[training.Job, lj.Report]:
         method=method,
         model=model,
         params=params,
-        base=base,
-        batches=batches["train"],
-        validation=batches["valid"],
+        base=setup.base.identity,
+        batches=setup.batches["train"],
+        validation=setup.batches["valid"],
+        objective=setup.objective,
+        known=setups.warm_start(config, method, setup.base),
         mesh=mesh,
-        rules=sharding.gpt2_rules(model.config.vocab_size, mesh),
+        rules=sharding.rules_for(model, mesh),
     )
     return job, report
 
 
 def spec(config: ConfigDict) -> dict[str, Any]:
-    """The spec of the config's method."""
+    """The spec of the config's method, and of the head that trains besides."""
     if config.method not in config:
         raise ValueError(f"method is {config.method!r}, but the config has no options of that name")
     # By way of JSON: to_dict sorts keys, and of a mapping from globs the first match wins.
     options = {"method": config.method, **json.loads(config[config.method].to_json())}
-    return options if config.method == "tune" else options | {"axes": dict(gpt2.AXES)}
-
-
-def load(config: ConfigDict) -> tuple[gpt2.GPT2, Any, dict[str, str], dict[str, Schedule]]:
-    """Model, params, the base's identity, and the schedules of "train" and "valid"."""
-    task = tasks.named(config.data.name)
-    data = {split: task.load(config.data.path, split) for split in ("train", "valid")}
-    model, params, tokenizer, identity = bases.load(config)
-    schedules = {}
-    for split, examples in data.items():
-        encoded = pairs.encode(
-            examples,
-            tokenizer,
-            eos=model.config.eos_token_id,
-            length=min(config.data.length, model.config.n_positions),
-            long=config.data.long,
-        )
-        schedules[split] = bucketed(encoded, config.data.batch_size, config.seed, buckets=config.data.buckets)
-    return model, params, identity, schedules
+    if config.method == "tune":
+        return options
+    options["axes"] = dict(encoder.AXES if config.data.name in glue.TASKS else gpt2.AXES)
+    if not config.get("head"):
+        return options
+    return {"method": "chain", "of": [options, {"method": "tune", "select": list(config.head)}]}
 
 
 def evaluate_base(config: ConfigDict, workdir: Path) -> None:
     """Method "none": the validation loss of the base."""
-    model, params, _, batches = load(config)
+    setup = setups.load(config)
+    model, params = setup.base.model, setup.base.params
     mesh = sharding.make_mesh(config.mesh.to_dict())
-    rules = sharding.gpt2_rules(model.config.vocab_size, mesh)
-    loss = training.validation_loss(model, params, batches["valid"], mesh=mesh, rules=rules)
+    rules = sharding.rules_for(model, mesh)
+    loss = training.validation_loss(model, params, setup.batches["valid"], mesh=mesh, rules=rules)
     with training.Log(workdir, step=-1) as log:
         log.write(0, validation_loss=loss)
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -112,25 +128,35 @@ def evaluate_base(config: ConfigDict, workdir: Path) -> None:
 
 
 def summarize(config: ConfigDict, workdir: Path, **numbers: int) -> None:
-    """Writes and prints summary.json: the run in one table row."""
+    """Writes and prints summary.json: the run in one table row, with validation's figures of the best epoch where the
+    config says what is best, else of the last."""
     entries = training.read_metrics(workdir)
     speeds = [e["tokens_per_second"] for e in entries if "tokens_per_second" in e]
-    losses = [e["validation_loss"] for e in entries if "validation_loss" in e]
+    validated = [e for e in entries if "validation_loss" in e]
+    best = config.get("best")
+    found = max(validated, key=lambda e: e[best]) if best else validated[-1]
+    found = {name: value for name, value in found.items() if name != "step"}
     summary = {
         "command": shlex.join(["python", "-m", "experiments.train", *sys.argv[1:]]),
         "method": config.method,
         "base": config.base,
         "seed": config.seed,
         **numbers,
-        "validation_loss": losses[-1],
+        **found,
+        "validation": list(found),
         "tokens_per_second": round(statistics.median(speeds)) if speeds else None,
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
     }
+    write_summary(workdir, summary)
+
+
+def write_summary(workdir: Path, summary: dict[str, Any]) -> None:
     content = json.dumps(summary, indent=2) + "\n"
     checkpoints.write_atomically(workdir / "summary.json", content.encode())
     print(content, end="")
 
 
 if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
     cli.run(main)

@@ -19,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.arrays import factor_axes, is_adapted
+from lora_jax.models.encoder import Encoder
 from lora_jax.selection import flatten, look_up, path_of
 
 AXES = ("data", "fsdp", "tensor")
@@ -62,6 +63,31 @@ def gpt2_rules(vocab_size: int, mesh: Mesh) -> Rules:
     table shards its rows over `tensor` where they divide (a padded vocabulary; GPT-2's 50,257 does
     not), else its features.
     """
+    rows = _table(vocab_size, mesh)
+    tables = {"**/wte/embedding": rows, "**/lm_head/kernel": P(*reversed(rows)), "**/wpe/embedding": _FEATURES}
+    return _layers() | tables | {"**": P()}
+
+
+def encoder_rules(vocab_size: int, mesh: Mesh) -> Rules:
+    """Rules for `models.encoder`, as GPT-2's; the head is replicated."""
+    tables = {"**/word/embedding": _table(vocab_size, mesh), "**/position/embedding": _FEATURES}
+    return _layers() | tables | {"**": P()}
+
+
+def rules_for(model: Any, mesh: Mesh) -> Rules:
+    """The rules of one of our models."""
+    make = encoder_rules if isinstance(model, Encoder) else gpt2_rules
+    return make(model.config.vocab_size, mesh)
+
+
+_FEATURES = P(None, ("fsdp", "tensor"))
+
+
+def _table(rows: int, mesh: Mesh) -> P:
+    return P("tensor", "fsdp") if rows % mesh.shape["tensor"] == 0 else _FEATURES
+
+
+def _layers() -> dict[str, P]:
     block = {
         "attn/{query,key,value}/kernel": P("fsdp", "tensor"),
         "attn/{query,key,value}/bias": P("tensor"),
@@ -70,14 +96,9 @@ def gpt2_rules(vocab_size: int, mesh: Mesh) -> Rules:
         "mlp/up/bias": P("tensor"),
         "mlp/down/kernel": P("tensor", "fsdp"),
     }
-    features = P(None, ("fsdp", "tensor"))
-    rows = P("tensor", "fsdp") if vocab_size % mesh.shape["tensor"] == 0 else features
-    return (
-        {f"**/h_*/{glob}": spec for glob, spec in block.items()}
-        | {f"**/h/{glob}": P(None, *spec) for glob, spec in block.items()}
-        | {"**/wte/embedding": rows, "**/lm_head/kernel": P(*reversed(rows))}
-        | {"**/wpe/embedding": features, "**": P()}
-    )
+    return {f"**/h_*/{glob}": spec for glob, spec in block.items()} | {
+        f"**/h/{glob}": P(None, *spec) for glob, spec in block.items()
+    }
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Rules, adapted: Any = None) -> Any:

@@ -2,9 +2,10 @@
 
 from lora_jax.training.logging import TIMES, Log, plot_loss, read_metrics
 from lora_jax.training.loop import Job, Result, prepare, train, validation_loss
-from lora_jax.training.loss import cross_entropy
+from lora_jax.training.loss import cross_entropy, squared_error
+from lora_jax.training.objectives import Objective, classifier, language_model
 from lora_jax.training.optimizers import optimizer, schedule
-from lora_jax.training.step import METRICS, State, language_model, make_step, new_state
+from lora_jax.training.step import METRICS, State, make_step, new_state
 from lora_jax.training.workdir import claim
 
 __all__ = [
@@ -12,9 +13,11 @@ __all__ = [
     "TIMES",
     "Job",
     "Log",
+    "Objective",
     "Result",
     "State",
     "claim",
+    "classifier",
     "cross_entropy",
     "language_model",
     "make_step",
@@ -24,6 +27,7 @@ __all__ = [
     "prepare",
     "read_metrics",
     "schedule",
+    "squared_error",
     "train",
     "validation_loss",
 ]

@@ -1,6 +1,7 @@
 """What a run writes while it goes: metrics.jsonl, TensorBoard events, loss.png."""
 
 import json
+import math
 import os
 from pathlib import Path
 from types import TracebackType
@@ -50,6 +51,10 @@ class Log:
     def last(self, name: str, default: float = 0) -> Any:
         """The newest value of that name."""
         return next((e[name] for e in reversed(self.entries) if name in e), default)
+
+    def highest(self, name: str) -> float:
+        """The highest value of that name; minus infinity where there is none."""
+        return max((e[name] for e in self.entries if name in e), default=-math.inf)
 
     def __enter__(self) -> "Log":
         return self

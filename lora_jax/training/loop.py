@@ -7,13 +7,12 @@ import contextlib
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -25,6 +24,7 @@ from lora_jax.sharding import Rules, batch_sharding, make_mesh, shardings
 from lora_jax.training import step as steps
 from lora_jax.training.logging import Log, plot_loss
 from lora_jax.training.meter import Meter, check, fetch
+from lora_jax.training.objectives import Objective, language_model
 from lora_jax.training.optimizers import optimizer, schedule
 from lora_jax.training.workdir import claim
 from lora_jax.transforms import Delta, ParamTransform, without_tuned
@@ -45,7 +45,7 @@ class Job(NamedTuple):
     total: int
     batches: Schedule
     step: Callable[[steps.State, Any, Any], steps.State]
-    validate: Callable[[Delta], float] | None
+    validate: Callable[[Delta], dict[str, float]] | None
     put: Callable[[Batch], dict[str, jax.Array]]
 
 
@@ -67,6 +67,8 @@ def prepare(
     base: dict[str, str],
     batches: Schedule,
     validation: Schedule | None = None,
+    objective: Objective | None = None,
+    known: Mapping[str, Any] = {},
     mesh: Mesh | None = None,
     rules: Rules = EVERYWHERE,
 ) -> Job:
@@ -76,13 +78,16 @@ def prepare(
 
     Args:
       config: a ConfigDict with `seed`, `epochs`, `steps`, `label_smoothing`, `accumulate`,
-        `log_every`, `eval_every`, `save_every`, `keep` and `optimizer` (configs/e2e.py).
+        `log_every`, `eval_every`, `save_every`, `keep` and `optimizer` (configs/e2e.py); where it
+        has `best`, the delta with the highest validation metric of that name is kept in adapter/.
       workdir: created where it does not exist.
       method: what trains.
       model: a module whose `apply({"params": ...}, tokens, mask, labelled=...)` gives logits.
       params: the base.
       base: its `checkpoints.identity`.
       batches, validation: schedules of `lora_jax.data`.
+      objective: what the model is trained for; a language model without it.
+      known: entries of the delta that start from given values, not anew.
       mesh, rules: of `lora_jax.sharding`; one device without.
 
     Raises:
@@ -97,10 +102,13 @@ def prepare(
     tx = optimizer(config.optimizer, rate)
     params = jax.device_put(params, shardings(params, mesh, rules))
 
-    state = _state(workdir, method, tx, params, config.seed, base, mesh, rules)
+    def start(params: Any) -> steps.State:
+        return steps.new_state(method, tx, params, jax.random.key(config.seed), known)
+
+    state = _state(workdir, method, start, params, base, mesh, rules)
     params = without_tuned(params, state.delta)
-    forward = steps.language_model(model)
-    step = steps.make_step(forward, method, tx, rate, config.label_smoothing)
+    objective = objective or language_model(model, config.label_smoothing)
+    step = steps.make_step(objective, method, tx, rate)
     return Job(
         config=config,
         workdir=workdir,
@@ -112,7 +120,7 @@ def prepare(
         total=total,
         batches=batches,
         step=jax.jit(step, donate_argnums=0),
-        validate=_validator(forward, method, params, validation, mesh) if validation is not None else None,
+        validate=_validator(objective, method, params, validation, mesh) if validation is not None else None,
         put=_putter(mesh, batches.batch_size, config.accumulate),
     )
 
@@ -120,18 +128,13 @@ def prepare(
 def _state(
     workdir: Path,
     method: ParamTransform,
-    tx: optax.GradientTransformation,
+    start: Callable[[Any], steps.State],
     params: Any,
-    seed: int,
     base: dict[str, str],
     mesh: Mesh,
     rules: Rules,
 ) -> steps.State:
     """The newest good checkpoint, or where there is none the start; placed on the mesh."""
-
-    def start(params: Any) -> steps.State:
-        return steps.new_state(method, tx, params, jax.random.key(seed))
-
     shapes = jax.eval_shape(start, params)
     adapted = jax.eval_shape(method.apply, params, shapes.delta)
     places = shardings(shapes, mesh, rules, adapted)
@@ -174,8 +177,7 @@ def train(job: Job) -> Result:
                 state = meter.write(done, state)
             if job.validate and (epoch_ends or _due(done, config.eval_every)):
                 with meter.paused(state):
-                    log.write(done, validation_loss=(loss := job.validate(state.delta)))
-                    bar.write(f"step {done}: validation loss {loss:.4f}")
+                    _validate(job, log, bar, done, state.delta)
             if stop or epoch_ends or _due(done, config.save_every):
                 with meter.paused(state):
                     _save(job, manager, done, state)
@@ -183,6 +185,17 @@ def train(job: Job) -> Result:
                 break
     plot_loss(job.workdir)
     return Result(state.delta, done, done == job.total)
+
+
+def _validate(job: Job, log: Log, bar: tqdm, done: int, delta: Delta) -> None:
+    """Logs validation's loss and metrics, and keeps the delta in adapter/ where it is the best so far."""
+    assert job.validate is not None
+    found = job.validate(delta)
+    name = job.config.get("best")
+    if name and found[name] > log.highest(name):
+        checkpoints.save_adapter(job.workdir / "adapter", job.method, delta, job.base)
+    log.write(done, **found)
+    bar.write(f"step {done}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items()))
 
 
 def _due(done: int, every: int | None) -> bool:
@@ -238,36 +251,43 @@ def validation_loss(
     mesh: Mesh | None = None,
     rules: Rules = EVERYWHERE,
 ) -> float:
-    """The loss of parameters that do not train (a frozen base): see `Job.validate`."""
+    """The loss of a language model whose parameters do not train (a frozen base): see `Job.validate`."""
     mesh = make_mesh({}) if mesh is None else mesh
     params = jax.device_put(params, shardings(params, mesh, rules))
-    return _validator(steps.language_model(model), None, params, validation, mesh)(Delta())
+    return _validator(language_model(model), None, params, validation, mesh)(Delta())["validation_loss"]
 
 
 def _validator(
-    forward: steps.Forward,
+    objective: Objective,
     method: ParamTransform | None,
     params: Any,
     validation: Schedule,
     mesh: Mesh,
-) -> Callable[[Delta], float]:
-    """`delta -> nats per label` over all of validation: every label weighs the same, without
-    smoothing or dropout."""
-    validate = jax.jit(steps.make_validation(forward, method))
+) -> Callable[[Delta], dict[str, float]]:
+    """`delta -> {"validation_loss": nats per label, ...}` and the objective's metrics, over all of validation: every
+    label weighs the same, without smoothing or dropout."""
+    validate = jax.jit(steps.make_validation(objective, method))
     sharding = batch_sharding(mesh)
 
-    def loss(delta: Delta) -> float:
+    def measure(delta: Delta) -> dict[str, float]:
         sums = jax.device_put(np.zeros(2, np.float32), NamedSharding(mesh, P()))
+        outputs, labels = [], []
         for batch in validation(0):
-            sums = validate(sums, delta, params, jax.device_put(batch, sharding))
+            sums, output = validate(sums, delta, params, jax.device_put(batch, sharding))
+            outputs.append((output, batch["weights"] > 0))
+            labels.append(batch["labels"][batch["weights"] > 0])
         total, count = jax.device_get(sums).tolist()
         if not count:
             raise ValueError("the validation data have no labels")
         if not math.isfinite(total):
             raise ValueError("the validation loss is not finite")
-        return total / count
+        found = {"validation_loss": total / count}
+        if objective.metrics:
+            predicted = np.concatenate([output[real] for output, real in jax.device_get(outputs)])
+            found |= objective.metrics(predicted, np.concatenate(labels))
+        return found
 
-    return loss
+    return measure
 
 
 def _putter(mesh: Mesh, rows: int, micro: int) -> Callable[[Batch], dict[str, jax.Array]]:

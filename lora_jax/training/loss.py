@@ -1,4 +1,4 @@
-"""The loss of the paper's language models."""
+"""The losses of the paper's tasks."""
 
 import jax
 import jax.numpy as jnp
@@ -28,3 +28,10 @@ def cross_entropy(logits: Array, labels: Array, weights: Array, smoothing: float
         expected += smoothing * jnp.mean(logits, axis=-1)
     loss = jax.nn.logsumexp(logits, axis=-1) - expected
     return jnp.sum(loss * weights), jnp.sum(weights)
+
+
+def squared_error(outputs: Array, labels: Array, weights: Array) -> tuple[Array, Array]:
+    """Weighted sum of the squared errors, and the sum of the weights; all (...) float, computed in float32."""
+    error = outputs.astype(jnp.float32) - labels.astype(jnp.float32)
+    weights = weights.astype(jnp.float32)
+    return jnp.sum(error * error * weights), jnp.sum(weights)

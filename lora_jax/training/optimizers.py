@@ -1,6 +1,7 @@
 """The optimizer of a config: AdamW under a schedule, built through `freeze_base`."""
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,10 +16,13 @@ def schedule(config: Any, steps: int) -> optax.Schedule:
     """Learning rate: linear warm-up from 0, then "linear" or "cosine" down to a share, or "constant".
 
     Args:
-      config: has `learning_rate` (the peak), `warmup_steps`, `schedule`, `final_share`.
+      config: has `learning_rate` (the peak), `schedule`, `final_share`, and `warmup_steps` or, where that is None,
+        `warmup_share` of the steps (rounded up).
       steps: of the whole run; the rate reaches `final_share` of the peak there.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
+    if warmup is None:
+        warmup = math.ceil(steps * config.warmup_share)
     if warmup >= steps:
         logging.warning("warm-up takes %d steps and the run has %d: the peak rate is never reached", warmup, steps)
     rest = max(steps - warmup, 1)

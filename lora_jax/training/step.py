@@ -1,6 +1,6 @@
 """One training step, and one of validation: pure functions for `jax.jit`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,16 +9,13 @@ import optax
 from jax import Array
 
 from lora_jax.freezing import partition, rejoin
-from lora_jax.lifting import lift
-from lora_jax.training.loss import cross_entropy
+from lora_jax.training.objectives import Objective
 from lora_jax.transforms import Delta, ParamTransform
 
 # What a step adds up on the device since the metrics were last fetched, all at once: the loss and
 # the labels (sums), the tokens computed and the real ones (sums), the newest gradient norm and
 # learning rate, and the first step with a non-finite loss or gradient (0: none).
 METRICS = ("loss", "labels", "tokens", "real_tokens", "gradient_norm", "learning_rate", "bad_step")
-
-Forward = Callable[[Any, dict[str, Array]], Array]
 
 
 class State(NamedTuple):
@@ -39,10 +36,12 @@ class State(NamedTuple):
     metrics: Array
 
 
-def new_state(method: ParamTransform, tx: optax.GradientTransformation, params: Any, key: Array) -> State:
-    """The state before the first step."""
+def new_state(
+    method: ParamTransform, tx: optax.GradientTransformation, params: Any, key: Array, known: Mapping[str, Any] = {}
+) -> State:
+    """The state before the first step; `known` are entries of the delta that start where another run ended."""
     for_init, for_steps = jax.random.split(key)
-    delta = method.init(for_init, params)
+    delta = Delta({**method.init(for_init, params), **known})
     return State(
         step=jnp.zeros((), jnp.int32),
         delta=delta,
@@ -52,24 +51,11 @@ def new_state(method: ParamTransform, tx: optax.GradientTransformation, params: 
     )
 
 
-def language_model(model: Any) -> Forward:
-    """`(params, batch) -> logits (b, n, vocabulary)` of a batch's labelled positions; params plain or adapted."""
-    apply = lift(model.apply)
-
-    def forward(params: Any, batch: dict[str, Array]) -> Array:
-        packing = {name: batch[name] for name in ("positions", "segments") if name in batch}
-        variables = {"params": params}
-        return apply(variables, batch["tokens"], batch["mask"], labelled=batch["labelled"], **packing)
-
-    return forward
-
-
 def make_step(
-    forward: Forward,
+    objective: Objective,
     method: ParamTransform,
     tx: optax.GradientTransformation,
     rate: optax.Schedule,
-    smoothing: float = 0.0,
 ) -> Callable[[State, Any, dict[str, Array]], State]:
     """`step(state, params, batch) -> state`.
 
@@ -82,14 +68,13 @@ def make_step(
         trainable, fixed = partition(state.delta)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
-        def objective(trainable: Any, key: Array, micro: dict[str, Array]) -> tuple[Array, Array]:
+        def loss_of(trainable: Any, key: Array, micro: dict[str, Array]) -> tuple[Array, Array]:
             adapted = method.apply(params, rejoin(trainable, fixed), key=key)
-            logits = forward(adapted, micro)
-            return cross_entropy(logits, micro["labels"], micro["weights"], smoothing)
+            return objective.loss(objective.forward(adapted, micro, key), micro)
 
         def add(sums: Any, micro: dict[str, Array]) -> tuple[Any, None]:
             number, total = sums[0], sums[1:]
-            (loss, count), grads = jax.value_and_grad(objective, has_aux=True)(
+            (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(
                 trainable, jax.random.fold_in(key, number), micro
             )
             total = jax.tree.map(jnp.add, total, (loss, count, grads))
@@ -132,14 +117,15 @@ def _metrics(state: State, loss: Array, count: Array, batch: dict[str, Array], n
 
 
 def make_validation(
-    forward: Forward, method: ParamTransform | None
-) -> Callable[[Array, Delta, Any, dict[str, Array]], Array]:
-    """`validate(sums, delta, params, batch) -> sums`: (2,) float32, adds the batch's negative
-    log-likelihood (no smoothing, no dropout) and its labels. Without a method: of the base."""
+    objective: Objective, method: ParamTransform | None
+) -> Callable[[Array, Delta, Any, dict[str, Array]], tuple[Array, Array | None]]:
+    """`validate(sums, delta, params, batch) -> (sums, outputs)`: (2,) float32, to which the batch's loss (no smoothing,
+    no dropout) and count are added, and the outputs where the objective has metrics. Without a method: of the base."""
 
-    def validate(sums: Array, delta: Delta, params: Any, batch: dict[str, Array]) -> Array:
+    def validate(sums: Array, delta: Delta, params: Any, batch: dict[str, Array]) -> tuple[Array, Array | None]:
         adapted = params if method is None else method.apply(params, delta)
-        loss, count = cross_entropy(forward(adapted, batch), batch["labels"], batch["weights"])
-        return sums + jnp.stack([loss, count])
+        outputs = objective.forward(adapted, batch)
+        loss, count = objective.validation_loss(outputs, batch)
+        return sums + jnp.stack([loss, count]), outputs if objective.metrics else None
 
     return validate

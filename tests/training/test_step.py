@@ -17,8 +17,8 @@ def make(method: lj.ParamTransform, model: Any, params: Any, **changes: Any) -> 
     config = run_config(**{"optimizer.warmup_steps": 0} | changes)
     rate = training.schedule(config.optimizer, 10)
     tx = training.optimizer(config.optimizer, rate)
-    forward = training.language_model(model)
-    step = jax.jit(training.make_step(forward, method, tx, rate, config.label_smoothing))
+    objective = training.language_model(model, config.label_smoothing)
+    step = jax.jit(training.make_step(objective, method, tx, rate))
     fresh = jax.jit(lambda params: training.new_state(method, tx, params, jax.random.key(0)))
     return step, fresh(params)
 
@@ -75,7 +75,7 @@ def test_bfloat16_computes_and_float32_trains(spec: dict) -> None:
     np.testing.assert_allclose(loss / labels, np.log(VOCAB), rtol=2e-2)
     assert {leaf.dtype for leaf in jax.tree.leaves(new.delta)} == {jnp.dtype("float32")}
     assert {x.dtype.name for x in jax.tree.leaves(new.optimizer)} == {"float32", "int32"}
-    forward = training.language_model(model)
+    forward = training.language_model(model).forward
     batch = {n: jnp.array(x) for n, x in schedule(4, buckets=1)(0)[0].items()}
     assert "bf16[" in str(jax.make_jaxpr(forward)(params, batch))
 

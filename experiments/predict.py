@@ -1,0 +1,76 @@
+"""Predicts the labels of a split of GLUE with a trained run: scores them, or writes what GLUE's server takes.
+
+    python -m experiments.predict --workdir=runs/mrpc/seed_0
+    python -m experiments.predict --workdir=runs/mnli/seed_0 --split=valid_mismatched
+    python -m experiments.predict --workdir=runs/mrpc/seed_0 --split=test
+
+Takes the delta of the best epoch. Writes into the workdir predictions/SPLIT-PARAMS/: of a split with labels
+predictions.tsv (index, prediction, label) and predict.json (the metrics that it prints), of a test split the file for
+the server (MRPC.tsv, ...).
+"""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from datasets import Dataset
+from tqdm import tqdm
+
+from experiments import cli, reload, setups
+from lora_jax import checkpoints, training
+from lora_jax.data import glue
+from lora_jax.data.batches import in_order
+from lora_jax.metrics.glue import glue as metrics
+
+flags.DEFINE_string("split", "valid", "valid or test; of MNLI also valid_mismatched and test_mismatched.")
+flags.DEFINE_string("data", None, "The data, where they are no longer where the run's config says.")
+flags.declare_key_flag("workdir")
+flags.declare_key_flag("base")
+flags.declare_key_flag("params")
+flags.mark_flag_as_required("workdir")
+
+
+def main() -> None:
+    values = flags.FLAGS
+    loaded = reload.load()
+    name = loaded.config.data.name
+    glue.named(name)
+    examples = glue.load(name, values.data or loaded.config.data.path, values.split)
+    predicted = setups.predictions(name, outputs(loaded, examples))
+    folder = Path(values.workdir) / "predictions" / f"{values.split}-{values.params}"
+    if "label" not in examples.column_names:
+        file, text = glue.submission(name, values.split, examples, predicted)
+        checkpoints.write_atomically(folder / file, text.encode())
+        print(f"written: {folder / file}, {len(examples)} predictions")
+        return
+    rows = zip(examples["index"], predicted.tolist(), examples["label"], strict=True)
+    text = "".join("\t".join(map(str, row)) + "\n" for row in [("index", "prediction", "label"), *rows])
+    checkpoints.write_atomically(folder / "predictions.tsv", text.encode())
+    result = {
+        "command": shlex.join(["python", "-m", "experiments.predict", *sys.argv[1:]]),
+        "task": name,
+        "split": values.split,
+        "params": values.params,
+        "step": loaded.step,
+        "examples": len(examples),
+        **metrics(name, predicted, np.asarray(examples["label"])),
+    }
+    content = json.dumps(result, indent=2) + "\n"
+    checkpoints.write_atomically(folder / "predict.json", content.encode())
+    print(content, end="")
+
+
+def outputs(loaded: reload.Loaded, examples: Dataset) -> np.ndarray:
+    """The model's outputs (N, labels), in the order of the examples."""
+    epoch = setups.texts(loaded.config, loaded, examples)(0)
+    forward = jax.jit(training.classifier(loaded.model).forward)
+    found = [forward(loaded.params, batch) for batch in tqdm(epoch, unit="batch", desc="predict")]
+    return in_order(epoch, jax.device_get(found))
+
+
+if __name__ == "__main__":
+    cli.run(main)

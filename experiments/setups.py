@@ -1,0 +1,97 @@
+"""What a config trains: its base, its batches, its objective, and what starts warm."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from datasets import Dataset
+from ml_collections import ConfigDict
+
+import lora_jax as lj
+from experiments import bases
+from lora_jax import checkpoints, training
+from lora_jax.data import batches, glue, pairs, tasks
+from lora_jax.data.batches import Schedule
+from lora_jax.metrics.glue import glue as glue_metrics
+
+
+class Setup(NamedTuple):
+    """All that a run needs besides its method."""
+
+    base: bases.Base
+    batches: dict[str, Schedule]  # "train" and "valid"
+    objective: training.Objective
+
+
+def load(config: ConfigDict) -> Setup:
+    """The setup of a config: a task of generation or one of GLUE.
+
+    Raises:
+      FileNotFoundError: no base or no data where the config says.
+    """
+    return _classification(config) if config.data.name in glue.TASKS else _generation(config)
+
+
+def _generation(config: ConfigDict) -> Setup:
+    task = tasks.named(config.data.name)
+    data = {split: task.load(config.data.path, split) for split in ("train", "valid")}
+    base = bases.load(config)
+    model = base.model
+    schedules = {}
+    for split, examples in data.items():
+        encoded = pairs.encode(
+            examples,
+            base.tokenizer,
+            eos=model.config.eos_token_id,
+            length=min(config.data.length, model.config.n_positions),
+            long=config.data.long,
+        )
+        schedules[split] = batches.bucketed(encoded, config.data.batch_size, config.seed, buckets=config.data.buckets)
+    return Setup(base, schedules, training.language_model(model, config.label_smoothing))
+
+
+def _classification(config: ConfigDict) -> Setup:
+    data = {split: glue.load(config.data.name, config.data.path, split) for split in ("train", "valid")}
+    base = bases.load(config)
+    schedules = {split: texts(config, base, examples) for split, examples in data.items()}
+    return Setup(base, schedules, training.classifier(base.model, metrics_of(config.data.name)))
+
+
+def texts(config: ConfigDict, base: Any, examples: Dataset) -> Schedule:
+    """Batches of examples of GLUE, for what has a model and a tokenizer."""
+    task = glue.TASKS[config.data.name]
+    length = min(config.data.length, base.model.config.max_length)
+    encoded = glue.encode(examples, base.tokenizer, length=length, labels=task.outputs)
+    return batches.classified(encoded, config.data.batch_size, config.seed, buckets=config.data.buckets)
+
+
+def metrics_of(name: str) -> Any:
+    """GLUE's metrics of a task, of a model's outputs (n, labels) and the labels."""
+    return lambda outputs, labels: glue_metrics(name, predictions(name, outputs), labels)
+
+
+def predictions(name: str, outputs: np.ndarray) -> np.ndarray:
+    """What a model's outputs (n, labels) say: the class, or the number."""
+    return outputs.argmax(-1) if glue.TASKS[name].labels else outputs[:, 0]
+
+
+def warm_start(config: ConfigDict, method: lj.ParamTransform, base: bases.Base) -> dict[str, Any]:
+    """The entries of the adapter that the config starts from, those which fit; says which do not.
+
+    Raises:
+      ValueError: another base's adapter, or nothing of it fits.
+    """
+    if not config.get("warm_start"):
+        return {}
+    path = Path(config.warm_start)
+    _, delta, info = checkpoints.load_adapter(path / "adapter" if (path / "adapter").is_dir() else path)
+    checkpoints.check_base(info["base"], base.identity, path)
+    wanted = jax.eval_shape(method.init, jax.random.key(0), base.params)
+    shapes = {name: jax.tree.map(np.shape, factors) for name, factors in delta.items()}
+    fitting = {n: delta[n] for n, factors in wanted.items() if shapes.get(n) == jax.tree.map(np.shape, factors)}
+    if not fitting:
+        raise ValueError(f"{path}: nothing of this adapter fits the method of the config")
+    left = sorted(set(delta) - set(fitting))
+    print(f"starts from {path}: {len(fitting)} entries" + (f"; these do not fit: {', '.join(left)}" if left else ""))
+    return fitting

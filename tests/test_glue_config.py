@@ -1,0 +1,94 @@
+"""configs/glue.py: the rows of Table 9 and what they train."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lora_jax as lj
+from configs import glue
+from experiments import train
+from lora_jax.models.encoder import SIZES, Encoder, dataclasses
+
+# Table 9 by columns, in the paper's order of tasks.
+ORDER = ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb")
+TABLE = {
+    "base": {
+        "batch": (16, 16, 16, 32, 32, 16, 32, 16),
+        "epochs": (30, 60, 30, 80, 25, 25, 80, 40),
+        "rate": (5e-4, 5e-4, 4e-4, 4e-4, 4e-4, 5e-4, 5e-4, 4e-4),
+        "length": (512,) * 8,
+        "alpha": 8,
+    },
+    "large": {
+        "batch": (4, 4, 4, 4, 4, 4, 8, 8),
+        "epochs": (10, 10, 20, 20, 10, 20, 20, 30),
+        "rate": (3e-4, 4e-4, 3e-4, 2e-4, 2e-4, 3e-4, 4e-4, 2e-4),
+        "length": (128, 128, 512, 128, 512, 512, 512, 512),
+        "alpha": 16,
+    },
+    "large_restricted": {
+        "batch": (4,) * 8,
+        "epochs": (10, 10, 20, 20, 10, 20, 20, 10),
+        "rate": (3e-4, 4e-4, 3e-4, 2e-4, 2e-4, 3e-4, 4e-4, 2e-4),
+        "length": (128,) * 8,
+        "alpha": 16,
+    },
+}
+
+
+@pytest.mark.parametrize("row", TABLE)
+@pytest.mark.parametrize("number", range(8), ids=ORDER)
+def test_the_rows_of_table_9(row: str, number: int) -> None:
+    config, expected = glue.get_config(f"{row},{ORDER[number]}"), TABLE[row]
+    assert config.data.batch_size == expected["batch"][number]
+    assert config.epochs == expected["epochs"][number]
+    assert config.optimizer.learning_rate == pytest.approx(expected["rate"][number])
+    assert config.data.length == expected["length"][number]
+    assert (config.lora.rank, config.lora.alpha) == (8, expected["alpha"])
+    assert (config.optimizer.warmup_steps, config.optimizer.warmup_share) == (None, 0.06)
+    assert len(config.seeds) == 5
+    assert config.best == {"cola": "matthews", "stsb": "pearson"}.get(ORDER[number], "accuracy")
+
+
+def trained(name: str, size: str, **labels: Any) -> dict[str, int]:
+    """Trained parameters by what trains them: the classifier's, and all others'."""
+    head = {"head": "classification", "labels": 3} | labels
+    model = Encoder(dataclasses.replace(SIZES[size], **head))
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    rows = lj.check(lj.from_spec(train.spec(glue.get_config(name))), params).rows
+    classifier = sum(row.trained for row in rows if row.path.startswith("classifier/"))
+    return {"classifier": classifier, "rest": sum(row.trained for row in rows) - classifier}
+
+
+def test_what_trains_is_counted_as_in_table_2() -> None:
+    """The paper does not count the classifier; the file that the authors published for MNLI has 887,811 numbers."""
+    lora = trained("base,mnli", "roberta-base")
+    assert lora == {"rest": 294_912, "classifier": 592_899} and sum(lora.values()) == 887_811
+    assert trained("large,mnli", "roberta-large")["rest"] == 786_432
+    assert trained("large_restricted,mrpc", "roberta-large")["rest"] == 786_432
+    assert trained("base,mnli,bitfit", "roberta-base") == {"rest": 102_144, "classifier": 592_899}
+    assert trained("base,mnli,classifier", "roberta-base")["rest"] == 0
+    assert trained("base,mnli,full", "roberta-base")["rest"] == 124_055_040
+    assert trained("base,stsb", "roberta-base", head="regression", labels=1)["rest"] == 294_912
+
+
+def test_weight_decay_leaves_out_biases_and_norms() -> None:
+    config = glue.get_config("base,mrpc,full")
+    assert (config.optimizer.weight_decay, config.optimizer.clip_norm, config.optimizer.eps) == (0.1, 1.0, 1e-8)
+    globs = tuple(config.optimizer.decay)
+    for path, decays in [
+        ("h_0/attn/query/kernel", True),
+        ("embeddings/word/embedding", True),
+        ("classifier/out/kernel", True),
+        ("h_0/attn/query/bias", False),
+        ("h_0/ln_1/scale", False),
+    ]:
+        assert any(lj.selection.matches(glob, path) for glob in globs) == decays, path
+
+
+def test_no_such_name() -> None:
+    for name in ("base", "base,wnli", "huge,mrpc", "base,mrpc,adapter", "base,mrpc,lora,lora"):
+        with pytest.raises(ValueError, match=r"no config '.*': give one of base, large, large_restricted, a comma"):
+            glue.get_config(name)

@@ -1,0 +1,174 @@
+"""Runs of GLUE from the command line: seeds, the best epoch, resuming, warm starts, predictions."""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from glue_inputs import CONFIG, make_inputs
+from training_cli import ROOT, environment
+
+import lora_jax as lj
+from lora_jax import checkpoints, training
+from lora_jax.interop import hf
+from lora_jax.models.encoder import Encoder
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("glue")
+    make_inputs(folder)
+    return folder
+
+
+def run(folder: Path, module: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", f"experiments.{module}", *arguments],
+        cwd=ROOT,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def train(folder: Path, workdir: Path, name: str, *flags: str) -> subprocess.CompletedProcess:
+    return run(
+        folder,
+        "train",
+        f"--config=configs/glue.py:base,{name}",
+        f"--workdir={workdir}",
+        f"--config.base={folder}/base",
+        f"--config.data.path={folder}/glue",
+        "--config.data.batch_size=8",
+        "--config.data.buckets=1",
+        "--config.lora.rank=2",
+        "--config.optimizer.learning_rate=0.02",
+        "--config.log_every=2",
+        *flags,
+    )
+
+
+@pytest.fixture(scope="module")
+def seeds(inputs: Path) -> Path:
+    """A run of two seeds, to its end."""
+    workdir = inputs / "runs" / "cola"
+    done = train(inputs, workdir, "cola", "--config.epochs=4", "--config.seeds=3,5")
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def test_each_seed_has_its_run_and_the_summary_their_medians(seeds: Path) -> None:
+    found = {}
+    for seed in (3, 5):
+        entries = training.read_metrics(seeds / f"seed_{seed}")
+        found[seed] = max(e["matthews"] for e in entries if "matthews" in e)
+        own = json.loads((seeds / f"seed_{seed}" / "summary.json").read_text())
+        assert (own["matthews"], own["seed"]) == (found[seed], seed)
+    summary = json.loads((seeds / "summary.json").read_text())
+    values = sorted(found.values())
+    assert summary["seed"] == [3, 5]
+    assert summary["matthews"] == {"score": sum(values) / 2, "low": values[0], "high": values[1]}
+    assert summary["validation_loss"]["low"] <= summary["validation_loss"]["high"]
+    assert values[0] > 0.3, "a task that any word decides"
+    tables = [checkpoints.load_adapter(seeds / f"seed_{seed}" / "adapter")[1] for seed in (3, 5)]
+    different = jax.tree.map(lambda a, b: not np.array_equal(a, b), *tables)
+    assert all(jax.tree.leaves(different))
+
+
+def test_the_adapter_is_that_of_the_best_epoch(seeds: Path, inputs: Path) -> None:
+    """Predicting with it gives the best epoch's metric, whatever later epochs gave."""
+    workdir = seeds / "seed_3"
+    done = run(inputs, "predict", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((workdir / "predictions" / "valid-adapted" / "predict.json").read_text())
+    validated = [e for e in training.read_metrics(workdir) if "matthews" in e]
+    best = max(validated, key=lambda e: e["matthews"])
+    assert result["matthews"] == pytest.approx(best["matthews"], abs=1e-6)
+    assert (result["step"], result["examples"]) == (best["step"], 24)
+    lines = (workdir / "predictions" / "valid-adapted" / "predictions.tsv").read_text().splitlines()
+    assert lines[0].split("\t") == ["index", "prediction", "label"] and len(lines) == 25
+
+
+def test_a_test_split_is_written_for_the_server(seeds: Path, inputs: Path) -> None:
+    done = run(inputs, "predict", f"--workdir={seeds}/seed_3", "--split=test", "--params=merged")
+    assert done.returncode == 0, done.stderr
+    lines = (seeds / "seed_3" / "predictions" / "test-merged" / "CoLA.tsv").read_text().splitlines()
+    assert lines[0] == "index\tprediction" and [line.split("\t")[0] for line in lines[1:]] == list("01234")
+    assert len({line.split("\t")[1] for line in lines[1:]}) == 1  # the same text
+
+
+def test_a_launch_goes_on_where_it_stopped(seeds: Path, inputs: Path, tmp_path: Path) -> None:
+    """One seed is done and the other stands at its second epoch: the same figures, bit for bit."""
+    workdir = tmp_path / "cola"
+    shutil.copytree(seeds, workdir)
+    (workdir / "summary.json").unlink()
+    second = workdir / "seed_5"
+    (second / "summary.json").unlink()
+    steps = sorted(int(path.name) for path in (second / "checkpoints").iterdir() if path.name.isdecimal())
+    shutil.rmtree(second / "checkpoints" / str(steps[-1]))
+    done = train(inputs, workdir, "cola", "--config.epochs=4", "--config.seeds=3,5")
+    assert done.returncode == 0, done.stderr
+    again, first = (json.loads((folder / "summary.json").read_text()) for folder in (workdir, seeds))
+    assert again["matthews"] == first["matthews"] and again["validation_loss"] == first["validation_loss"]
+
+
+def test_a_seed_alone_is_the_same_run(seeds: Path, inputs: Path, tmp_path: Path) -> None:
+    done = train(inputs, tmp_path / "one", "cola", "--config.epochs=4", "--config.seeds=()", "--config.seed=5")
+    assert done.returncode == 0, done.stderr
+    one, two = (
+        (folder / "adapter" / "adapter.safetensors").read_bytes() for folder in (tmp_path / "one", seeds / "seed_5")
+    )
+    assert one == two
+
+
+def test_a_warm_start_takes_what_fits(seeds: Path, inputs: Path, tmp_path: Path) -> None:
+    """MNLI's classifier has three labels, CoLA's two: the low-rank factors go over, the head starts anew."""
+    flags = ("--config.steps=1", "--config.seeds=()", "--config.optimizer.learning_rate=0.0")
+    start = f"--config.warm_start={seeds}/seed_3"
+    done = train(inputs, tmp_path / "mnli", "mnli", *flags, start)
+    assert done.returncode == 0, done.stderr
+    assert "these do not fit: classifier/bias, classifier/kernel" in done.stdout
+    delta = checkpoints.load(tmp_path / "mnli").delta
+    known = checkpoints.load_adapter(seeds / "seed_3" / "adapter")[1]
+    lora = [path for path in delta if path.startswith("h_")]
+    assert len(lora) == 4
+    for path in lora:
+        assert np.array_equal(delta[path]["a"], known[path]["a"]) and np.array_equal(delta[path]["b"], known[path]["b"])
+    other = tmp_path / "base"
+    model, params, tokenizer = hf.load(inputs / "base")
+    hf.save(other, model, jax.tree.map(lambda x: x + 1, params), tokenizer)
+    failed = train(inputs, tmp_path / "other", "mnli", *flags, start, f"--config.base={other}")
+    assert failed.returncode == 1 and "has other weights of the same shapes" in failed.stderr
+
+
+def test_what_cannot_be_is_said(seeds: Path, inputs: Path, tmp_path: Path) -> None:
+    for arguments, said in [
+        (("predict", f"--workdir={seeds}"), "holds runs of several seeds: name one"),
+        (("predict", f"--workdir={seeds}/seed_3", "--split=dev"), "split 'dev'"),
+        (("predict", f"--workdir={tmp_path}"), "is .* the workdir of a run"),
+    ]:
+        failed = run(inputs, *arguments)
+        assert failed.returncode == 1
+        assert re.search(said, failed.stderr), failed.stderr
+
+
+def test_dropout_of_the_model_acts_in_training_alone() -> None:
+    model = Encoder(dataclasses.replace(CONFIG, head="classification", labels=2, dropout=0.5))
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    method = lj.lora(lj.select("**/attn/query/kernel"), rank=1)
+    adapted = method.apply(params, method.init(jax.random.key(1), params))
+    tokens = jnp.ones((3, 5), jnp.int32)
+    batch: dict[str, Any] = {"tokens": tokens, "mask": tokens > 0, "token_types": tokens * 0}
+    forward = training.classifier(model).forward
+    one, two = (forward(adapted, batch, jax.random.key(seed)) for seed in (0, 1))
+    assert np.abs(one - two).max() > 1e-3
+    np.testing.assert_array_equal(forward(adapted, batch), forward(adapted, batch, None))

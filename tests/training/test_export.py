@@ -1,0 +1,145 @@
+"""Runs given away and taken in: the merged model, PEFT's adapter and ours compute what the run computes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from training_cli import make_inputs
+
+import lora_jax as lj
+from configs import e2e
+from experiments import bases, export, train
+from lora_jax import checkpoints, training
+from lora_jax.interop import hf
+from lora_jax.models.gpt2 import to_loop
+
+FORMS = ("merged", "peft", "native")
+
+
+def config_of(folder: Path, name: str = "small", **changes: Any) -> ConfigDict:
+    config = e2e.get_config(name)
+    config.base, config.data.path = str(folder / "base"), str(folder / "data")
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def make_run(folder: Path, config: ConfigDict, workdir: Path) -> lj.Delta:
+    """A workdir at step 3, whose delta is random and nowhere zero."""
+    base = bases.load(config)
+    method = lj.from_spec(train.spec(config))
+    random = np.random.default_rng(0)
+    delta = jax.tree.map(
+        lambda x: x + jnp.asarray(random.normal(0, 0.1, x.shape), jnp.float32),
+        method.init(jax.random.key(0), base.params),
+    )
+    training.claim(workdir, config)
+    state = training.State(jnp.array(3), delta, (), jnp.zeros(2, jnp.uint32), jnp.zeros(7))
+    with checkpoints.manager(workdir) as manager:
+        checkpoints.save(manager, 3, state, spec=method.spec, base=base.identity)
+    return delta
+
+
+def logits(config: ConfigDict, method: lj.ParamTransform | None, delta: Any, params: Any = None) -> np.ndarray:
+    """Of the base, adapted, on some tokens."""
+    base = bases.load(config)
+    params = base.params if params is None else params
+    adapted = params if method is None else method.apply(params, delta)
+    tokens = np.random.default_rng(1).integers(0, 272, (2, 9), dtype=np.int32)
+    return np.asarray(lj.lift(base.model.apply)({"params": adapted}, tokens))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("export")
+    make_inputs(made)
+    return made
+
+
+CASES: dict[str, Callable[[Path], ConfigDict]] = {
+    "q and v": lambda folder: config_of(folder, **{"lora.rank": 2}),
+    "scanned": lambda folder: config_of(folder, **{"lora.rank": 2, "model.scan_layers": True}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_form_goes_out_and_comes_back(case: str, folder: Path, tmp_path: Path) -> None:
+    """1e-5 of the largest logit: sums in another order; the native form has the same bits."""
+    config = CASES[case](folder)
+    delta = make_run(folder, config, tmp_path / "run")
+    method = lj.from_spec(train.spec(config))
+    expected = logits(config, method, delta)
+    assert np.abs(expected - logits(config, None, None)).max() > 1e-3
+    for form in FORMS:
+        export.give_away(tmp_path / "run", form, tmp_path / form)
+        loop = config_of(folder)
+        export.take_in(tmp_path / form, loop if form != "native" else config, tmp_path / f"from_{form}")
+        run = checkpoints.load(tmp_path / f"from_{form}")
+        got = logits(loop if form != "native" else config, run.method, run.delta)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max(), err_msg=form)
+        assert run.step == 0
+    _, params, tokenizer = hf.load(tmp_path / "merged")
+    assert tokenizer is not None
+    merged = lj.merge(method.apply(bases.load(config).params, delta))
+    for ours, theirs in zip(jax.tree.leaves(to_loop(merged)), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_torch_computes_the_same_from_both(folder: Path, tmp_path: Path) -> None:
+    """The merged model in transformers, and the adapter on the base in PEFT; 1e-4, as everywhere between the two."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    config = config_of(folder, **{"lora.rank": 2})
+    delta = make_run(folder, config, tmp_path / "run")
+    expected = logits(config, lj.from_spec(train.spec(config)), delta)
+    tokens = torch.tensor(np.random.default_rng(1).integers(0, 272, (2, 9)))
+    for form in ("merged", "peft"):
+        export.give_away(tmp_path / "run", form, tmp_path / form)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
+    for model in (merged, peft.PeftModel.from_pretrained(base, str(tmp_path / "peft"))):
+        with torch.no_grad():
+            got = model.eval()(tokens).logits.numpy()
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_training_goes_on_from_what_was_taken_in(folder: Path, tmp_path: Path) -> None:
+    config = config_of(folder, **{"lora.rank": 2, "steps": 2, "data.batch_size": 4, "data.buckets": 1})
+    config.optimizer.warmup_steps = 0
+    delta = make_run(folder, config, tmp_path / "run")
+    export.give_away(tmp_path / "run", "native", tmp_path / "native")
+    export.take_in(tmp_path / "native", config, tmp_path / "new")
+    train.train(config, tmp_path / "new")
+    after = checkpoints.load(tmp_path / "new")
+    assert after.step == 2
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), after.delta, delta)
+    assert 0 < max(jax.tree.leaves(moved)) < 1e-3  # two steps of a rate of 2e-4
+
+
+def test_what_cannot_be_is_said(folder: Path, tmp_path: Path) -> None:
+    config = config_of(folder, **{"lora.rank": 2})
+    make_run(folder, config, tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty holds no adapter\.safetensors"):
+        export.take_in(tmp_path / "empty", config, tmp_path / "new")
+    export.give_away(tmp_path / "run", "native", tmp_path / "native")
+    with pytest.raises(ValueError, match="holds a run already"):
+        export.take_in(tmp_path / "native", config, tmp_path / "run")
+    make_inputs(tmp_path / "other", seed=1)
+    other = config_of(tmp_path / "other")
+    with pytest.raises(ValueError, match="has other weights of the same shapes"):
+        export.take_in(tmp_path / "native", other, tmp_path / "new")
+    with pytest.raises(ValueError, match="has other weights of the same shapes"):
+        export.give_away(tmp_path / "run", "merged", tmp_path / "x", base=str(tmp_path / "other" / "base"))
+    fields = json.loads((folder / "base" / "config.json").read_text())
+    small = tmp_path / "small"
+    model, params, tokenizer = hf.load(folder / "base")
+    hf.save(small, model, params, tokenizer)
+    (small / "config.json").write_text(json.dumps(fields | {"n_layer": 1}))
+    with pytest.raises(ValueError, match="is not part of the model"):
+        export.take_in(small, config, tmp_path / "new")

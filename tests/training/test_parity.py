@@ -1,0 +1,40 @@
+"""experiments.parity on tiny models: training here and with PEFT gives the same losses and factors."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import glue_inputs
+import pytest
+import training_cli
+
+pytest.importorskip("torch")
+pytest.importorskip("peft")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_losses_and_factors_agree_with_peft(kind: str, tmp_path: Path) -> None:
+    """1e-4 of the losses and 1e-3 of the factors, as for the real models; float32 sums in another order."""
+    if kind == "gpt2":
+        training_cli.make_inputs(tmp_path)
+        flags = ["--config=configs/e2e.py:small", f"--config.data.path={tmp_path}/data"]
+        flags += ["--config.optimizer.warmup_steps=2"]
+    else:
+        glue_inputs.make_inputs(tmp_path)
+        flags = ["--config=configs/glue.py:base,cola", f"--config.data.path={tmp_path}/glue"]
+    flags += ["--steps=8", "--config.data.batch_size=4", "--config.data.buckets=1", f"--config.base={tmp_path}/base"]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "experiments.parity", f"--out={tmp_path}/parity.json", *flags],
+        cwd=training_cli.ROOT,
+        env=training_cli.environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "parity.json").read_text())["rows"]
+    assert row["loss_difference"] < 1e-4 and row["factor_difference"] < 1e-3
+    losses = row["losses"]["ours"]
+    assert len(losses) == row["steps_compared"] == 8 and len(set(losses)) == 8
+    assert row["timed_steps"] == 7 and row["ratio_median"] > 0
