@@ -8,7 +8,8 @@ VENV ?= .venv
 JAX ?= jax
 # A line of its own, pinned: `make test TORCH=` does without, and skips the comparisons with torch, peft and loralib.
 TORCH ?= torch==2.13.0
-PYTEST_ARGS ?=
+# Two processes, each test file in one of them.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
