@@ -46,7 +46,7 @@ def test_merging_rounds_once(dtype, size, record_property):
     assert np.all(error <= 0.5 * spacing(exact, dtype) * 1.0001 + in_float32)
     rounded = np.asarray(jnp.asarray(exact.astype(np.float32)).astype(dtype), np.float64)
     differing = np.mean(rounded != np.asarray(merged, np.float64))
-    record_property("entries that differ from the float64 sum rounded once", differing)
+    record_property("entries that differ from the float64 sum rounded once", float(differing))
     print(f"{np.dtype(dtype)}: {differing:.4%} of the entries differ from the float64 sum rounded once")
     if dtype != jnp.float32:
         assert differing < 0.005
