@@ -39,7 +39,7 @@ def hold(further: dict[str, Path]) -> None:
       ValueError: an adapter belongs to another base.
     """
     workdir = Path(flags.FLAGS.workdir)
-    config = reload.config_of(workdir)
+    config = reload.config_of(workdir, classifies=False)
     base = bases.load(config, flags.FLAGS.base)
     places = {"run": workdir, **further}
     adapters = {name: load(path, base) for name, path in places.items() if config.method != "none" or path != workdir}

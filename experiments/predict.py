@@ -36,9 +36,8 @@ flags.mark_flag_as_required("workdir")
 
 def main() -> None:
     values = flags.FLAGS
-    loaded = reload.load()
+    loaded = reload.load(classifies=True)
     name = loaded.config.data.name
-    glue.named(name)
     examples = glue.load(name, values.data or loaded.config.data.path, values.split)
     predicted = setups.predictions(name, outputs(loaded, examples))
     folder = Path(values.workdir) / "predictions" / f"{values.split}-{values.params}"

@@ -13,6 +13,7 @@ from tqdm import tqdm
 import lora_jax as lj
 from experiments import bases
 from lora_jax import checkpoints, training
+from lora_jax.data import glue
 from lora_jax.data.pairs import prompts
 from lora_jax.generation import completions, end_tokens
 
@@ -49,15 +50,15 @@ class Loaded(NamedTuple):
     base: dict[str, str]  # the base's identity
 
 
-def load() -> Loaded:
-    """The run of the flags' workdir.
+def load(*, classifies: bool = False) -> Loaded:
+    """The run of the flags' workdir, which generates texts or `classifies` them (GLUE).
 
     Raises:
       FileNotFoundError: no run there, or no base where its config or --base says.
-      ValueError: the base is another than the run's.
+      ValueError: the base is another than the run's, or it is a run of the other kind.
     """
     workdir, which = Path(flags.FLAGS.workdir), flags.FLAGS.params
-    config = config_of(workdir)
+    config = config_of(workdir, classifies=classifies)
     if which != "base" and config.method == "none":
         raise ValueError(f"{workdir} trained nothing (method none): there is --params=base only")
     model, params, tokenizer, identity = bases.load(config, flags.FLAGS.base)
@@ -84,12 +85,16 @@ def trained(workdir: Path, config: ConfigDict) -> tuple[lj.ParamTransform, lj.De
     return method, delta, best["step"], info["base"]
 
 
-def config_of(workdir: Path) -> ConfigDict:
-    """The config of the run there."""
+def config_of(workdir: Path, *, classifies: bool | None = None) -> ConfigDict:
+    """The config of the run there, which generates texts or classifies them, if that is asked."""
     file = workdir / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: is {workdir} the workdir of a run?")
-    return ConfigDict(json.loads(file.read_text()))
+    config = ConfigDict(json.loads(file.read_text()))
+    if classifies is not None and classifies != (config.data.name in glue.TASKS):
+        others = "experiments.evaluate and experiments.generate" if classifies else "experiments.predict"
+        raise ValueError(f"{workdir} is a run of {config.data.name}: give it to {others}")
+    return config
 
 
 def decoding(config: ConfigDict) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 
 import lora_jax as lj
 from configs import dart, e2e, nlg, webnlg
-from experiments import train
+from experiments import setups, train
 from lora_jax.data import text
 from lora_jax.interop import hf
 from lora_jax.models import gpt2
@@ -121,7 +121,7 @@ def test_training_takes_the_task_of_the_config(base: Path, tmp_path: Path) -> No
     def rows(module: Any, name: str) -> tuple[int, int]:
         config = module.get_config("small")
         config.base, config.data.path, config.data.name = str(base), str(tmp_path), name
-        schedules = train.load(config)[3]
+        schedules = setups.load(config).batches
         return tuple(sum(map(len, schedules[split].buckets)) for split in ("train", "valid"))
 
     assert rows(webnlg, "webnlg") == (9, 3)

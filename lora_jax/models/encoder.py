@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax.models import activations, masks
+from lora_jax.models import activations, masks, shapes
 from lora_jax.models.layouts import to_loop, to_scanned
 
 __all__ = ["AXES", "SIZES", "Encoder", "EncoderConfig", "sites", "to_loop", "to_scanned"]
@@ -258,12 +258,4 @@ def _dropped(module: nn.Module, x: Array) -> Array:
 
 def sites(config: EncoderConfig) -> dict[str, tuple[int, tuple[int, ...], str]]:
     """The activations that the model names: `{name: (occurrences, shape, dtype)}`, as `gpt2.sites` gives them."""
-    ids, features = ((), "int32"), ((config.hidden,), config.dtype)
-    return {
-        "tokens": (1, *ids),
-        "positions": (1, *ids),
-        "embeddings": (1, *features),
-        "attention_out": (config.layers, *features),
-        "mlp_out": (config.layers, *features),
-        "block_out": (config.layers, *features),
-    }
+    return shapes.of_sites(config.layers, config.hidden, config.dtype)

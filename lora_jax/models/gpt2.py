@@ -15,7 +15,7 @@ from flax import linen as nn
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax.models import activations, masks
+from lora_jax.models import activations, masks, shapes
 from lora_jax.models.layouts import to_loop, to_scanned
 
 __all__ = ["AXES", "GPT2", "SIZES", "GPT2Config", "init_cache", "sites", "to_loop", "to_scanned"]
@@ -281,12 +281,4 @@ def sites(config: GPT2Config) -> dict[str, tuple[int, tuple[int, ...], str]]:
 
     The shape is without batch and length; occurrences are in the order of the layers.
     """
-    ids, features = ((), "int32"), ((config.n_embd,), config.dtype)
-    return {
-        "tokens": (1, *ids),
-        "positions": (1, *ids),
-        "embeddings": (1, *features),
-        "attention_out": (config.n_layer, *features),
-        "mlp_out": (config.n_layer, *features),
-        "block_out": (config.n_layer, *features),
-    }
+    return shapes.of_sites(config.n_layer, config.n_embd, config.dtype)

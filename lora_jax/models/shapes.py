@@ -1,4 +1,4 @@
-"""The shapes of a model's parameters, without making them."""
+"""The shapes of a model's parameters and of its named activations, without making them."""
 
 from typing import Any
 
@@ -12,3 +12,16 @@ def of_params(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """`{path: shape}` of the parameters of a model of tokens."""
     params: Any = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
     return {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
+
+
+def of_sites(layers: int, width: int, dtype: str) -> dict[str, tuple[int, tuple[int, ...], str]]:
+    """`{name: (occurrences, shape, dtype)}` of the activations that our models name, without batch and length."""
+    ids, features = ((), "int32"), ((width,), dtype)
+    return {
+        "tokens": (1, *ids),
+        "positions": (1, *ids),
+        "embeddings": (1, *features),
+        "attention_out": (layers, *features),
+        "mlp_out": (layers, *features),
+        "block_out": (layers, *features),
+    }

@@ -155,6 +155,7 @@ def test_what_cannot_be_is_said(seeds: Path, inputs: Path, tmp_path: Path) -> No
         (("predict", f"--workdir={seeds}"), "holds runs of several seeds: name one"),
         (("predict", f"--workdir={seeds}/seed_3", "--split=dev"), "split 'dev'"),
         (("predict", f"--workdir={tmp_path}"), "is .* the workdir of a run"),
+        (("evaluate", f"--workdir={seeds}/seed_3"), "is a run of cola: give it to experiments.predict"),
     ]:
         failed = run(inputs, *arguments)
         assert failed.returncode == 1
