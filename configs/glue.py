@@ -158,7 +158,7 @@ def _common() -> ConfigDict:
     optimizer.b2 = 0.999
     optimizer.eps = 1e-8
     optimizer.weight_decay = 0.1
-    optimizer.decay = ("**/{kernel,embedding}",)
+    optimizer.decay = ("**/{kernel,embedding}", "@shared/**")
     optimizer.clip_norm = 1.0
 
     config.model = model = ConfigDict()

@@ -66,6 +66,9 @@ def give_away(workdir: Path, form: str, out: Path, base: str | None = None) -> N
 
 def take_in(source: Path, config: ConfigDict, workdir: Path) -> None:
     """A workdir at step 0, with the delta of the folder."""
+    if config.get("seeds"):
+        config = config.copy_and_resolve_references()
+        config.seeds = ()  # one delta is one run
     base = bases.load(config)
     method, delta = found(source, base)
     training.claim(workdir, config)

@@ -35,6 +35,7 @@ from lora_jax.interop import hf, peft
 from lora_jax.training import METRICS
 
 flags.DEFINE_integer("steps", 50, "Steps of both.", lower_bound=1)
+flags.declare_key_flag("config")
 flags.DEFINE_string("label", None, "What the row of --out is called; otherwise by base and data.")
 flags.DEFINE_string("out", None, "A JSON file that gets a row with the figures (docs/results/parity.json).")
 
