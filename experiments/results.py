@@ -117,7 +117,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     parts = ["| " + " | ".join(line) + " |" for line in lines]
     commands = [row[kind] for row in rows for kind in ("command", "evaluation") if row.get(kind)]
     if commands:
-        parts += ["", f"Seed {rows[0]['seed']}, {rows[0]['device']}:", "", "```sh", *commands, "```"]
+        seeds = " or ".join(dict.fromkeys(str(row["seed"]).strip("[]") for row in rows if "seed" in row))
+        parts += ["", f"Seed {seeds}, {rows[0]['device']}:", "", "```sh", *commands, "```"]
     return "\n".join(parts) + "\n"
 
 
