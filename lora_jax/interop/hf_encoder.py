@@ -75,7 +75,9 @@ def from_hf(
     if unused := sorted(name for name in tensors.keys() - names.keys() if _UNUSED.match(name)):
         logging.info("%s: not used here: %s", source, ", ".join(unused))
         tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
-    new = {name for name in names.keys() - tensors.keys() if config.head and name.startswith(("classifier", "pooler"))}
+    new = {name for name in names.keys() - tensors.keys() if head and name.startswith(("classifier", "pooler"))}
+    if any(name.startswith("classifier") for name in tensors):  # half a head is a damaged one
+        new = {name for name in new if name.startswith("pooler")}
     expected = shapes.of_params(Encoder(config))
     check_shapes(
         {name: tensor.shape for name, tensor in tensors.items()},

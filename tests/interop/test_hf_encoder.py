@@ -204,6 +204,7 @@ def test_conformance_23_configs_that_change_the_function(fields: dict, said: str
 
 
 TENSORS = [
+    (lambda t: {n: x for n, x in t.items() if n != "classifier.dense.weight"}, "classifier.dense.weight is missing"),
     (lambda t: {n: x for n, x in t.items() if "layer.1.output.dense.bias" not in n}, "output.dense.bias is missing"),
     (lambda t: t | {"roberta.extra": np.ones(2, np.float32)}, "extra is not part of the model"),
     (lambda t: t | {"classifier.weight": np.ones((2, 12), np.float32)}, "classifier.weight is not part"),
