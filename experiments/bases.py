@@ -1,13 +1,14 @@
 """The base of a config: what train, evaluate and generate begin with."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from lora_jax import checkpoints
+from lora_jax import Delta, ParamTransform, checkpoints
 from lora_jax.data import glue
 from lora_jax.interop import hf
 from lora_jax.models.layouts import to_scanned
@@ -45,6 +46,17 @@ def load(config: ConfigDict, source: str | None = None) -> Base:
     if model.config.scan_layers:
         params = to_scanned(params)
     return Base(model, params, tokenizer, identity)
+
+
+def adapter(path: Path, base: Base) -> tuple[ParamTransform, Delta]:
+    """Method and delta of an adapter's file or folder.
+
+    Raises:
+      FileNotFoundError: there is none. ValueError: it is damaged, or another base's.
+    """
+    method, delta, info = checkpoints.load_adapter(path)
+    checkpoints.check_base(info["base"], base.identity, path)
+    return method, delta
 
 
 def _head(config: ConfigDict) -> dict[str, Any]:

@@ -86,9 +86,7 @@ def load(path: Path, base: bases.Base) -> Adapter:
         run = checkpoints.load(path)
         checkpoints.check_base(checkpoints.base_of(path), base.identity, path)
         return Adapter(run.method, run.delta)
-    method, delta, info = checkpoints.load_adapter(path)
-    checkpoints.check_base(info["base"], base.identity, path)
-    return Adapter(method, delta)
+    return Adapter(*bases.adapter(path, base))
 
 
 def ask(question: str) -> str | None:

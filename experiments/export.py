@@ -75,12 +75,8 @@ def take_in(source: Path, config: ConfigDict, workdir: Path) -> None:
     if checkpoints.latest_step(workdir) is not None:
         raise ValueError(f"{workdir} holds a run already: give a new --workdir")
     method.apply(lj.without_tuned(base.params, delta), delta)  # an error where it does not fit
-    state = training.new_state(
-        lj.ParamTransform(lambda key, params: delta, method.apply, method.spec),
-        training.optimizer(config.optimizer, lambda step: 0.0),
-        base.params,
-        jax.random.key(config.seed),
-    )
+    tx = training.optimizer(config.optimizer, lambda step: 0.0)
+    state = training.new_state(method, tx, base.params, jax.random.key(config.seed), delta)
     with checkpoints.manager(workdir) as manager:
         checkpoints.save(manager, 0, state, spec=method.spec, base=base.identity)
     file = checkpoints.save_adapter(workdir / "adapter", method, delta, base.identity)
@@ -94,9 +90,7 @@ def found(source: Path, base: bases.Base) -> tuple[lj.ParamTransform, lj.Delta]:
       ValueError: it is of none, or of another base.
     """
     if (source / "adapter.safetensors").is_file() or source.suffix == ".safetensors":
-        method, delta, info = checkpoints.load_adapter(source)
-        checkpoints.check_base(info["base"], base.identity, source)
-        return method, delta
+        return bases.adapter(source, base)
     if (source / "adapter_config.json").is_file():
         return peft.load(source, base.params)
     if not (source / "config.json").is_file():

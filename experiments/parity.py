@@ -49,11 +49,12 @@ def main() -> None:
     batches = setup.batches["train"](0)[: flags.FLAGS.steps]
     method = lj.from_spec(train.spec(config))
     rate = training.schedule(config.optimizer, config.epochs * len(setup.batches["train"]))
-    state = new_state(config, method, rate, setup)
+    tx = training.optimizer(config.optimizer, rate)
+    state = training.new_state(method, tx, setup.base.params, jax.random.key(config.seed))
     with tempfile.TemporaryDirectory() as folder:
         hf.save(f"{folder}/base", setup.base.model, setup.base.params)
         peft.save(f"{folder}/adapter", method, state.delta, params=setup.base.params)
-        ours, our_delta = our_step(config, method, rate, setup, state)
+        ours, our_delta = our_step(training.make_step(setup.objective, method, tx, rate), setup.base.params, state)
         theirs, save = torch_step(config, Path(folder), rate)
         losses, seconds = by_turns({"ours": ours, "peft": theirs}, batches)
         save(f"{folder}/trained")
@@ -72,18 +73,12 @@ def without_dropout(config: ConfigDict) -> dict[str, Any]:
     return changes | {"lora.select": fused}
 
 
-def new_state(config: ConfigDict, method: lj.ParamTransform, rate: Any, setup: setups.Setup) -> training.State:
-    tx = training.optimizer(config.optimizer, rate)
-    return training.new_state(method, tx, setup.base.params, jax.random.key(config.seed))
-
-
 def our_step(
-    config: ConfigDict, method: lj.ParamTransform, rate: Any, setup: setups.Setup, state: training.State
+    train_step: Callable[..., training.State], params: Any, state: training.State
 ) -> tuple[Callable[[Batch], float], Callable[[], lj.Delta]]:
     """`step(batch) -> loss`, and what gives the delta."""
-    tx = training.optimizer(config.optimizer, rate)
-    one = jax.jit(training.make_step(setup.objective, method, tx, rate), donate_argnums=0)
-    params = lj.without_tuned(setup.base.params, state.delta)
+    one = jax.jit(train_step, donate_argnums=0)
+    params = lj.without_tuned(params, state.delta)
 
     def step(batch: Batch) -> float:
         nonlocal state

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 import lora_jax as lj
 from experiments import bases
-from lora_jax import checkpoints, training
+from lora_jax import training
 from lora_jax.data import batches, glue, pairs, tasks
 from lora_jax.data.batches import Schedule
 from lora_jax.metrics.glue import glue as glue_metrics
@@ -85,8 +85,7 @@ def warm_start(config: ConfigDict, method: lj.ParamTransform, base: bases.Base) 
     if not config.get("warm_start"):
         return {}
     path = Path(config.warm_start)
-    _, delta, info = checkpoints.load_adapter(path / "adapter" if (path / "adapter").is_dir() else path)
-    checkpoints.check_base(info["base"], base.identity, path)
+    _, delta = bases.adapter(path / "adapter" if (path / "adapter").is_dir() else path, base)
     wanted = jax.eval_shape(method.init, jax.random.key(0), base.params)
     shapes = {name: jax.tree.map(np.shape, factors) for name, factors in delta.items()}
     fitting = {n: delta[n] for n, factors in wanted.items() if shapes.get(n) == jax.tree.map(np.shape, factors)}

@@ -102,6 +102,13 @@ def _read(path: Path, ignored: re.Pattern) -> dict[str, np.ndarray]:
     return {name: tensor.astype(np.float32, copy=False) for name, tensor in tensors.items()}
 
 
+def check_fields(fields: Mapping[str, Any], only: Mapping[str, Any], source: str) -> None:
+    """A ValueError where a field of config.json has another value than the one that is supported."""
+    for name, value in only.items():
+        if fields.get(name, value) != value:
+            raise ValueError(f"{source}: config.json has {name}={fields[name]!r}; only {value!r} is supported")
+
+
 def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], source: str) -> None:
     """A ValueError that names every missing, extra or misshapen tensor, if there is one."""
     wrong = [f"{name} is missing" for name in expected if name not in found]

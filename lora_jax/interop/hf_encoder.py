@@ -11,7 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from lora_jax.interop.folders import check_shapes
+from lora_jax.interop.folders import check_fields, check_shapes
 from lora_jax.models import shapes
 from lora_jax.models.encoder import FAMILIES, HEADS, Encoder, EncoderConfig, to_loop
 
@@ -120,9 +120,7 @@ def to_hf(model: Encoder, params: Any) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def _config(fields: dict, source: str) -> EncoderConfig:
-    for name, value in _FIXED.items():
-        if fields.get(name, value) != value:
-            raise ValueError(f"{source}: config.json has {name}={fields[name]!r}; only {value!r} is supported")
+    check_fields(fields, _FIXED, source)
     family = fields["model_type"]
     defaults = FAMILIES.index(family)
     known = {ours: fields.get(theirs, default[defaults]) for ours, (theirs, *default) in _FIELDS.items()}

@@ -11,7 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from lora_jax.interop.folders import check_shapes
+from lora_jax.interop.folders import check_fields, check_shapes
 from lora_jax.models import shapes
 from lora_jax.models.gpt2 import GPT2, GPT2Config, to_loop
 
@@ -123,9 +123,7 @@ def to_hf(model: GPT2, params: Any) -> tuple[dict, dict[str, np.ndarray]]:
 
 def _config(fields: dict, source: str) -> GPT2Config:
     fields = {_ALIASES.get(name, name): value for name, value in fields.items()}
-    for name, value in _FIXED.items():
-        if fields.get(name, value) != value:
-            raise ValueError(f"{source}: config.json has {name}={fields[name]!r}; only {value!r} is supported")
+    check_fields(fields, _FIXED, source)
     if not isinstance(fields.get("eos_token_id", 0), int):
         raise ValueError(f"{source}: config.json has eos_token_id={fields['eos_token_id']!r}; give it one id")
     known = {_OUR_NAMES.get(name, name): fields[name] for name in _FIELDS if name in fields}
