@@ -1,6 +1,7 @@
 """What the entry points share: flags, and errors that a user can act on as one message."""
 
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -28,6 +29,11 @@ def run(main: Callable[[], None]) -> None:
             _end(str(error))
 
     app.run(guarded, flags_parser=_parse)
+
+
+def command(name: str) -> str:
+    """The command line of this process, of the entry point of that name, for what is made again with it."""
+    return shlex.join(["python", "-m", f"experiments.{name}", *sys.argv[1:]])
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -10,8 +10,6 @@ goes on where it was stopped. experiments.compare compares two runs.
 
 import json
 import math
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -69,7 +67,7 @@ def main() -> None:
     loss, skipped = validation_loss(loaded, data)
     scores = scoring.scores(rows, task, values.missing)
     result = {
-        "command": shlex.join(["python", "-m", "experiments.evaluate", *sys.argv[1:]]),
+        "command": cli.command("evaluate"),
         "split": values.split,
         "params": values.params,
         "step": loaded.step,

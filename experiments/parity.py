@@ -14,9 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -179,7 +177,7 @@ def report(config: ConfigDict, losses: dict, seconds: dict, factors: float) -> N
     pairs = list(zip(losses["ours"], losses["peft"], strict=True))
     figures = {
         "label": flags.FLAGS.label or f"{config.base}, {config.data.name}",
-        "command": shlex.join(["python", "-m", "experiments.parity", *sys.argv[1:]]),
+        "command": cli.command("parity"),
         "seed": config.seed,
         "steps_compared": len(pairs),
         "loss_difference": max(abs(a - b) / abs(b) for a, b in pairs),

@@ -10,8 +10,6 @@ the server (MRPC.tsv, ...).
 """
 
 import json
-import shlex
-import sys
 from pathlib import Path
 
 import jax
@@ -50,7 +48,7 @@ def main() -> None:
     text = "".join("\t".join(map(str, row)) + "\n" for row in [("index", "prediction", "label"), *rows])
     checkpoints.write_atomically(folder / "predictions.tsv", text.encode())
     result = {
-        "command": shlex.join(["python", "-m", "experiments.predict", *sys.argv[1:]]),
+        "command": cli.command("predict"),
         "task": name,
         "split": values.split,
         "params": values.params,

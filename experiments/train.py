@@ -12,9 +12,7 @@ Ctrl-C, SIGTERM (saves first), SIGKILL or a crash.
 """
 
 import json
-import shlex
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +70,7 @@ def train_seeds(config: ConfigDict, workdir: Path) -> None:
         summaries.append(json.loads((folder / "summary.json").read_text()))
     scores = {name: [summary[name] for summary in summaries] for name in summaries[0]["validation"]}
     spreads = {name: {"score": statistics.median(x), "low": min(x), "high": max(x)} for name, x in scores.items()}
-    write_summary(workdir, summaries[0] | spreads | {"seed": list(config.seeds)})
+    write_summary(workdir, summaries[0] | spreads | {"seed": list(config.seeds), "command": cli.command("train")})
 
 
 def ready(config: ConfigDict, workdir: Path) -> tuple[training.Job, lj.Report]:
@@ -137,7 +135,7 @@ def summarize(config: ConfigDict, workdir: Path, **numbers: int) -> None:
     found = max(validated, key=lambda e: e[best]) if best else validated[-1]
     found = {name: value for name, value in found.items() if name != "step"}
     summary = {
-        "command": shlex.join(["python", "-m", "experiments.train", *sys.argv[1:]]),
+        "command": cli.command("train"),
         "method": config.method,
         "base": config.base,
         "seed": config.seed,
