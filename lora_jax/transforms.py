@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from lora_jax.arrays import Adapted, is_adapted, map_adapted
-from lora_jax.selection import Absent, Selection, flatten
+from lora_jax.selection import CLASS, Absent, Selection, flatten
 
 
 class Delta(dict):
@@ -60,6 +60,24 @@ def need_factors(path: str, factors: dict[str, Any], shapes: dict[str, tuple[int
     have = {name: tuple(factor.shape) for name, factor in factors.items()}
     if have != shapes:
         raise ValueError(f"{path}: the delta's factors are {have}, but the base and the method need {shapes}")
+
+
+def sizes(leaf: Any, axes: str, layers: tuple[int, ...] | None = None) -> dict[str, tuple[int, ...]]:
+    """The sizes of a leaf's stacked, input and output axes: `{"s": .., "i": .., "o": ..}`; of a stack, `layers` only.
+
+    >>> import numpy as np
+    >>> sizes(np.zeros((12, 4, 3)), "sio", layers=(10, 11))
+    {'s': (2,), 'i': (4,), 'o': (3,)}
+    """
+    found = {c: tuple(n for n, x in zip(leaf.shape, axes, strict=True) if CLASS[x] == c) for c in "sio"}
+    return found | {"s": (len(layers), *found["s"][1:])} if layers and found["s"] else found
+
+
+def all_layers(factor: Array, layers: tuple[int, ...] | None, stacked: tuple[int, ...], fill: float = 0.0) -> Array:
+    """A factor of some layers of a stack, with `fill` for the others, which it leaves as they are."""
+    if not (layers and stacked):
+        return factor
+    return jnp.full((stacked[0], *factor.shape[1:]), fill, factor.dtype).at[jnp.array(layers)].set(factor)
 
 
 def stable_hash(name: str) -> int:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from lora_jax.arrays import Label, LowRank
-from lora_jax.selection import CLASS, Absent, Selection, look_up, matches
-from lora_jax.transforms import Delta, ParamTransform, need_factors, per_leaf, register
+from lora_jax.selection import Absent, Selection, look_up, matches
+from lora_jax.transforms import Delta, ParamTransform, all_layers, need_factors, per_leaf, register, sizes
 
 _SCALE_RULES = {"alpha/r": lambda alpha, r: alpha / r, "alpha/sqrt(r)": lambda alpha, r: alpha / math.sqrt(r)}
 _A_INITS = ("kaiming_uniform", "gaussian")
@@ -65,27 +65,23 @@ def lora(
 
     def init(key: Array, path: str, leaf: Any, axes: str) -> dict[str, Array]:
         shapes = _shapes(path, leaf, axes, look_up(rank, path, "rank"))
-        fan_in = math.prod(n for n, letter in zip(leaf.shape, axes, strict=True) if CLASS[letter] == "i")
         factors = {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
         if "v" in axes:
             factors["b"] = jax.random.normal(key, shapes["b"], dtype)
         elif a_init == "gaussian":
             factors["a"] = 0.02 * jax.random.normal(key, shapes["a"], dtype)
         else:
-            bound = 1 / math.sqrt(fan_in)
+            bound = 1 / math.sqrt(math.prod(sizes(leaf, axes)["i"]))
             factors["a"] = jax.random.uniform(key, shapes["a"], dtype, -bound, bound)
         return factors
 
     def adapt(key: Array | None, path: str, leaf: Any, axes: str, factors: dict[str, Array], strength: Any) -> LowRank:
         r = look_up(rank, path, "rank")
-        stacked = tuple(n for n, letter in zip(leaf.shape, axes, strict=True) if letter == "s")
+        stacked = sizes(leaf, axes)["s"]
         whose_alpha = r if alpha is None else look_up(alpha, path, "alpha")
         scale = jnp.asarray(strength * _SCALE_RULES[scale_rule](whose_alpha, r), jnp.float32)
-        layers = selection.layers if stacked and selection.layers else None
-        shapes = _shapes(path, leaf, axes, r, layers)
-        need_factors(path, factors, shapes)
-        if layers:
-            factors = {name: _all_layers(factors[name], layers, stacked[0]) for name in shapes}
+        need_factors(path, factors, _shapes(path, leaf, axes, r))
+        factors = {name: all_layers(factor, selection.layers, stacked) for name, factor in factors.items()}
         if key is not None and dropout and stacked:
             key = jax.random.split(key, stacked)
         return LowRank(
@@ -99,18 +95,14 @@ def lora(
             path=Label(path),
         )
 
-    def _shapes(
-        path: str, leaf: Any, axes: str, r: int, layers: tuple[int, ...] | None = selection.layers
-    ) -> dict[str, tuple[int, ...]]:
-        sizes = {c: tuple(n for n, x in zip(leaf.shape, axes, strict=True) if CLASS[x] == c) for c in "sio"}
-        if layers and sizes["s"]:
-            sizes["s"] = (len(layers), *sizes["s"][1:])
-        if isinstance(leaf, Absent) or not sizes["i"] or not sizes["o"]:
+    def _shapes(path: str, leaf: Any, axes: str, r: int) -> dict[str, tuple[int, ...]]:
+        size = sizes(leaf, axes, selection.layers)
+        if isinstance(leaf, Absent) or not size["i"] or not size["o"]:
             raise ValueError(f"{path} with axes {axes!r}: LoRA needs a weight with input and output axes")
-        most = min(math.prod(sizes["i"]), math.prod(sizes["o"]))
+        most = min(math.prod(size["i"]), math.prod(size["o"]))
         if not isinstance(r, int) or not 1 <= r <= (most if strict else r):
             raise ValueError(f"{path}: rank={r!r} must be a whole number from 1 to min(in, out) = {most}")
-        return {"a": (*sizes["s"], *sizes["i"], r), "b": (*sizes["s"], r, *sizes["o"])}
+        return {"a": (*size["s"], *size["i"], r), "b": (*size["s"], r, *size["o"])}
 
     spec = {"method": "lora", **selection.spec(), "rank": rank, "alpha": alpha, "dropout": dropout}
     spec |= {"a_init": a_init, "scale_rule": scale_rule, "dtype": dtype.name}
@@ -145,11 +137,6 @@ def _with_owners(alone: ParamTransform, owner: Callable[[str], str]) -> ParamTra
         return alone.apply(params, whole, key=key, strength=strength)
 
     return ParamTransform(init, apply, alone.spec)
-
-
-def _all_layers(factor: Array, layers: tuple[int, ...], count: int) -> Array:
-    """Factors of some layers among zeros for the others, which they leave as they are."""
-    return jnp.zeros((count, *factor.shape[1:]), factor.dtype).at[jnp.array(layers)].set(factor)
 
 
 register("lora", lora)
