@@ -31,7 +31,8 @@ Really trained are 294,912 numbers (LoRA, base), 786,432 (LoRA, large) and 102,1
 classifier. BitFit's figures for MRPC and QQP are probably F1.
 
 MRPC, RTE and STS-B start in the paper from the LoRA of MNLI (not in the restricted rows): give it with
---config.warm_start=WORKDIR. What fits is taken, which the classifier's last layer does not.
+--config.warm_start=WORKDIR. What fits is taken: the low-rank factors and the classifier's hidden layer, but not its
+last one, which has another number of labels. (The authors' scripts take the low-rank factors alone.)
 
 Where the authors' scripts differ from the paper (its values stand here):
 
@@ -144,7 +145,6 @@ def _common() -> ConfigDict:
 
     config.epochs = 30
     config.steps = config_dict.placeholder(int)  # ends (and decays to) there instead
-    config.label_smoothing = 0.0
     config.accumulate = 1  # micro-batches a batch is split into
     config.best = "accuracy"  # the delta with the highest of this validation metric is kept
 

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from lora_jax import Delta, ParamTransform, checkpoints
 from lora_jax.data import glue
 from lora_jax.interop import hf
+from lora_jax.models import encoder, gpt2
 from lora_jax.models.layouts import to_scanned
 
 PUBLIC = "huggingface.co/gpt2, gpt2-medium, gpt2-large, FacebookAI/roberta-base and FacebookAI/roberta-large"
@@ -23,15 +24,14 @@ class Base(NamedTuple):
     params: Any
     tokenizer: Tokenizer
     identity: dict[str, str]
+    new: tuple[str, ...] = ()  # globs of what the source lacks and every method has to train
 
 
 def load(config: ConfigDict, source: str | None = None) -> Base:
     """The base at `source`, or where the config says; for a task of GLUE with its head, new unless it is there.
 
-    A head is no part of the identity: it trains, and so is part of the delta.
-
     Raises:
-      FileNotFoundError: it or its tokenizer is not there.
+      FileNotFoundError: it or its tokenizer is not there. ValueError: a model of another kind than the config's task.
     """
     source = source or config.base
     try:
@@ -40,12 +40,31 @@ def load(config: ConfigDict, source: str | None = None) -> Base:
         raise FileNotFoundError(f"{error}. The paper's bases are public: {PUBLIC}") from error
     if tokenizer is None:
         raise FileNotFoundError(f"{source} has no tokenizer.json: put the base's own there")
-    body = {name: part for name, part in params.items() if name != "classifier"}
-    identity = checkpoints.identity(body, source)
+    if config.data.name not in glue.TASKS and not isinstance(model, gpt2.GPT2):
+        raise ValueError(
+            f"{source} is a {model.config.family}, but {config.data.name} needs a GPT-2, which writes texts"
+        )
+    known = identity(model, params, source)
     model = type(model)(dataclasses.replace(model.config, **config.model.to_dict()))
     if model.config.scan_layers:
         params = to_scanned(params)
-    return Base(model, params, tokenizer, identity)
+    return Base(model, params, tokenizer, known, ("pooler/**",) if _new_pooler(model, source) else ())
+
+
+def identity(model: Any, params: Any, source: str) -> dict[str, str]:
+    """`checkpoints.identity` of what stands below the heads: a head trains, and so is part of the delta; the same base
+    is the same with whatever head it was loaded, and without."""
+    above = {"classifier"}
+    if isinstance(model, encoder.Encoder) and (model.config.family == "roberta" or _new_pooler(model, source)):
+        above.add("pooler")  # that of RoBERTa has no part in classification
+    return checkpoints.identity({name: part for name, part in params.items() if name not in above}, source)
+
+
+def _new_pooler(model: Any, source: str) -> bool:
+    """Whether the pooler, which a BERT needs to classify, is not in the source."""
+    if not (isinstance(model, encoder.Encoder) and model.config.family == "bert" and model.config.head):
+        return False
+    return not hf.load(source)[0].config.pooler
 
 
 def adapter(path: Path, base: Base) -> tuple[ParamTransform, Delta]:

@@ -34,7 +34,7 @@ from lora_jax.generation.texts import batches_of
 from lora_jax.interop import hf
 
 flags.DEFINE_string("base", None, "A Hugging Face folder: both sides load it.")
-flags.DEFINE_string("data", None, "The folder of E2E.")
+flags.declare_key_flag("data")
 flags.DEFINE_integer("contexts", None, "Only so many contexts.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 32, "Contexts in a batch.", lower_bound=1)
 flags.DEFINE_integer("num_beams", 10, "Beams.")

@@ -10,6 +10,9 @@ from typing import NoReturn
 from absl import app, flags, logging
 
 flags.DEFINE_string("workdir", None, "Folder of the run: made, or gone on with if it holds one.")
+flags.DEFINE_string("out", None, "What to write: see above.")
+flags.DEFINE_string("data", None, "The data, where they are not where the run's config says.")
+flags.DEFINE_string("split", None, "Of the data: by default test of a task of generation, valid of one of GLUE.")
 
 
 def run(main: Callable[[], None]) -> None:

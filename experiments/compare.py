@@ -16,7 +16,7 @@ from lora_jax.data.tasks import named
 from lora_jax.metrics import paired
 
 flags.DEFINE_list("runs", None, "Two workdirs.")
-flags.DEFINE_string("split", "test", "Of which evaluation.")
+flags.declare_key_flag("split")
 flags.DEFINE_string("params", "adapted", "Of which evaluation.")
 flags.DEFINE_enum("missing", None, ["first", "empty"], "As for experiments.evaluate.")
 flags.mark_flag_as_required("runs")
@@ -26,7 +26,7 @@ def main() -> None:
     values = flags.FLAGS
     if len(values.runs) != 2:
         raise ValueError(f"--runs={','.join(values.runs)}: give two workdirs with a comma between")
-    folders = [Path(run) / "evaluation" / f"{values.split}-{values.params}" for run in values.runs]
+    folders = [Path(run) / "evaluation" / f"{values.split or 'test'}-{values.params}" for run in values.runs]
     first, second = (scoring.read(folder) for folder in folders)
     if [row["context"] for row in first] != [row["context"] for row in second]:
         raise ValueError(f"{folders[0]} and {folders[1]} are of other contexts")

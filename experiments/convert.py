@@ -19,13 +19,13 @@ import numpy as np
 from absl import flags
 
 import lora_jax as lj
-from experiments import cli, torch_files
+from experiments import bases, cli, torch_files
 from lora_jax import checkpoints
 from lora_jax.interop import hf, loralib
 from lora_jax.interop.tensor_files import read_file
 
 flags.DEFINE_string("checkpoint", None, "The torch file: a state dict, or {'model_state_dict': ...}.")
-flags.DEFINE_string("out", None, "The safetensors file to write.")
+flags.declare_key_flag("out")
 flags.DEFINE_string("adapter", None, "Writes an adapter too: its folder, or a file that ends in .safetensors.")
 flags.DEFINE_string("base", None, "For --adapter: the pretrained model, a Hugging Face folder or a name on the Hub.")
 flags.DEFINE_float("alpha", None, "For --adapter: the authors' lora_alpha (scale = alpha / r).")
@@ -52,11 +52,11 @@ def write_adapter(file: Path) -> Path:
     """Writes the adapter in a converted file, as the flags say."""
     values = flags.FLAGS
     tensors, _ = read_file(file, ignored=loralib.IGNORED)
-    _, params, _ = hf.load(values.base, **_wishes(tensors))
+    model, params, _ = hf.load(values.base, **_wishes(tensors))
     enabled = [text == "1" for text in values.enabled]
     method, delta = loralib.load(file, params, alpha=values.alpha, enabled=enabled, unmerged=values.unmerged)
     print(lj.check(method, params))
-    return checkpoints.save_adapter(values.adapter, method, delta, checkpoints.identity(params, values.base))
+    return checkpoints.save_adapter(values.adapter, method, delta, bases.identity(model, params, values.base))
 
 
 def _wishes(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def load(path: Path, base: bases.Base) -> Adapter:
     """The adapter of a workdir or a file, for that base."""
     if (path / "config.json").is_file():
         run = checkpoints.load(path)
-        checkpoints.check_base(checkpoints.base_of(path), base.identity, path)
+        checkpoints.check_base(checkpoints.meta_of(path)["base"], base.identity, path)
         return Adapter(run.method, run.delta)
     return Adapter(*bases.adapter(path, base))
 

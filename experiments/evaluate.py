@@ -25,8 +25,8 @@ from lora_jax.data.pairs import contexts, encode
 from lora_jax.data.tasks import named
 from lora_jax.metrics.scores import FILLED
 
-flags.DEFINE_enum("split", "test", ["train", "valid", "test"], "What to score.")
-flags.DEFINE_string("data", None, "The data, where they are no longer where the run's config says.")
+flags.declare_key_flag("split")
+flags.declare_key_flag("data")
 flags.DEFINE_integer("limit", None, "Only so many contexts, the first ones.", lower_bound=1)
 flags.DEFINE_enum(
     "missing",
@@ -42,14 +42,15 @@ flags.mark_flag_as_required("workdir")
 
 def main() -> None:
     values = flags.FLAGS
+    split = values.split or "test"
     loaded = reload.load()
     config = loaded.config.data
     task = named(config.name)
     if values.missing and task.style not in FILLED:
         raise ValueError(f"--missing={values.missing}: references of {config.name} are not filled, leave it out")
-    data = first_contexts(task.load(values.data or config.path, values.split), values.limit)
+    data = first_contexts(task.load(values.data or config.path, split), values.limit)
     groups = contexts(data)
-    part = f"{values.split}-{values.params}" + (f"-first{values.limit}" if values.limit else "")
+    part = f"{split}-{values.params}" + (f"-first{values.limit}" if values.limit else "")
     folder = Path(values.workdir) / "evaluation" / part
     kept = folder / "predictions.jsonl.part"
     resumed = kept.exists()
@@ -68,7 +69,7 @@ def main() -> None:
     scores = scoring.scores(rows, task, values.missing)
     result = {
         "command": cli.command("evaluate"),
-        "split": values.split,
+        "split": split,
         "params": values.params,
         "step": loaded.step,
         "decoding": reload.decoding(loaded.config),
@@ -101,7 +102,7 @@ def validation_loss(loaded: reload.Loaded, data: Any) -> tuple[float, int]:
     length = min(config.length, model.config.n_positions)
     encoded = encode(data, loaded.tokenizer, eos=model.config.eos_token_id, length=length, long=config.long)
     batches = bucketed(encoded, config.batch_size, buckets=config.buckets)
-    return training.validation_loss(model, loaded.params, batches), encoded.skipped
+    return training.validate(training.language_model(model), loaded.params, batches)["validation_loss"], encoded.skipped
 
 
 def show(result: dict[str, Any]) -> None:

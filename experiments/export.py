@@ -28,8 +28,8 @@ from lora_jax.interop import hf, peft
 from lora_jax.models.layouts import to_loop
 
 flags.DEFINE_enum("form", None, ["merged", "peft", "native"], "What to write.")
-flags.DEFINE_string("out", None, "The folder to write.")
 flags.DEFINE_string("source", None, "A folder to take in: its form is found.")
+flags.declare_key_flag("out")
 flags.declare_key_flag("workdir")
 flags.declare_key_flag("base")
 flags.declare_key_flag("config")
@@ -48,19 +48,19 @@ def main() -> None:
     give_away(workdir, values.form, Path(values.out), values.base)
 
 
-def give_away(workdir: Path, form: str, out: Path, base: str | None = None) -> None:
+def give_away(workdir: Path, form: str, out: Path, source: str | None = None) -> None:
     """Writes the delta of a run, or what it makes of the base."""
     config = reload.config_of(workdir)
     method, delta, step, trained_on = reload.trained(workdir, config)
     if form == "native":
         out = checkpoints.save_adapter(out, method, delta, trained_on)
     else:
-        model, params, tokenizer, identity = bases.load(config, base)
-        checkpoints.check_base(trained_on, identity, workdir)
+        base = bases.load(config, source)
+        checkpoints.check_base(trained_on, base.identity, workdir)
         if form == "merged":
-            hf.save(out, model, lj.merge(method.apply(params, delta)), tokenizer)
+            hf.save(out, base.model, lj.merge(method.apply(base.params, delta)), base.tokenizer)
         else:
-            peft.save(out, method, to_loop(delta), params=to_loop(params))
+            peft.save(out, method, to_loop(delta), params=to_loop(base.params))
     print(f"written: {out}, of step {step}")
 
 

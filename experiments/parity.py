@@ -4,10 +4,10 @@
     python -m experiments.parity --config=configs/glue.py:base,mrpc --config.base=BERT --config.data.path=GLUE
 
 Without dropout, and step by step by turns. PEFT adapts GPT-2's query, key and value as one matrix (c_attn), so here
-they share their A too. Prints and, with --out, writes: the largest relative difference of the losses; of the factors A
-and B after the last step, relative to the largest entry of each; and the ratio of the times (ours to PEFT's, without
-the steps that meet a shape for the first time). Needs torch and PEFT:
-pip install torch transformers peft.
+they share their A too. Prints, and with --out=FILE puts into a row of that JSON file (docs/results/parity.json): the
+largest relative difference of the losses; of the factors A and B after the last step, relative to the largest entry of
+each; and the ratio of the times (ours to PEFT's, without the steps that meet a shape for the first time). Needs torch
+and PEFT: pip install torch transformers peft.
 """
 
 import importlib.metadata
@@ -35,7 +35,7 @@ from lora_jax.training import METRICS
 flags.DEFINE_integer("steps", 50, "Steps of both.", lower_bound=1)
 flags.declare_key_flag("config")
 flags.DEFINE_string("label", None, "What the row of --out is called; otherwise by base and data.")
-flags.DEFINE_string("out", None, "A JSON file that gets a row with the figures (docs/results/parity.json).")
+flags.declare_key_flag("out")
 
 Batch = dict[str, np.ndarray]
 
@@ -115,7 +115,7 @@ def torch_step(config: ConfigDict, folder: Path, rate: Any) -> tuple[Callable[[B
         nonlocal done
         for group in tx.param_groups:
             group["lr"] = float(rate(done))
-        loss = torch_loss(model, batch, config.label_smoothing)
+        loss = torch_loss(model, batch, config.get("label_smoothing", 0.0))
         tx.zero_grad()
         loss.backward()
         if options.clip_norm is not None:

@@ -24,8 +24,8 @@ from lora_jax.data import glue
 from lora_jax.data.batches import in_order
 from lora_jax.metrics.glue import glue as metrics
 
-flags.DEFINE_string("split", "valid", "valid or test; of MNLI also valid_mismatched and test_mismatched.")
-flags.DEFINE_string("data", None, "The data, where they are no longer where the run's config says.")
+flags.declare_key_flag("split")
+flags.declare_key_flag("data")
 flags.declare_key_flag("workdir")
 flags.declare_key_flag("base")
 flags.declare_key_flag("params")
@@ -34,13 +34,14 @@ flags.mark_flag_as_required("workdir")
 
 def main() -> None:
     values = flags.FLAGS
+    split = values.split or "valid"  # of MNLI also valid_mismatched and test_mismatched
     loaded = reload.load(classifies=True)
     name = loaded.config.data.name
-    examples = glue.load(name, values.data or loaded.config.data.path, values.split)
+    examples = glue.load(name, values.data or loaded.config.data.path, split)
     predicted = setups.predictions(name, outputs(loaded, examples))
-    folder = Path(values.workdir) / "predictions" / f"{values.split}-{values.params}"
+    folder = Path(values.workdir) / "predictions" / f"{split}-{values.params}"
     if "label" not in examples.column_names:
-        file, text = glue.submission(name, values.split, examples, predicted)
+        file, text = glue.submission(name, split, examples, predicted)
         checkpoints.write_atomically(folder / file, text.encode())
         print(f"written: {folder / file}, {len(examples)} predictions")
         return
@@ -50,7 +51,7 @@ def main() -> None:
     result = {
         "command": cli.command("predict"),
         "task": name,
-        "split": values.split,
+        "split": split,
         "params": values.params,
         "step": loaded.step,
         "examples": len(examples),

@@ -230,7 +230,7 @@ def score(
     style: Style,
 ) -> Row:
     """Loss and BLEU on the validation restaurants."""
-    loss = training.validation_loss(model, params, style.valid)
+    loss = training.validate(training.language_model(model), params, style.valid)["validation_loss"]
     prompts = pairs.prompts(list(style.references), tokenizer, eos=EOS)
     texts = complete(model, params, tokenizer, prompts, max_new_tokens=64, eos=EOS)
     return Row(name, trained, bytes, loss, bleu(texts, list(style.references.values())), texts)

@@ -61,14 +61,14 @@ def load(*, classifies: bool = False) -> Loaded:
     config = config_of(workdir, classifies=classifies)
     if which != "base" and config.method == "none":
         raise ValueError(f"{workdir} trained nothing (method none): there is --params=base only")
-    model, params, tokenizer, identity = bases.load(config, flags.FLAGS.base)
+    base = bases.load(config, flags.FLAGS.base)
     if which == "base":
-        return Loaded(config, model, params, tokenizer, 0, identity)
+        return Loaded(config, base.model, base.params, base.tokenizer, 0, base.identity)
     method, delta, step, trained_on = trained(workdir, config)
-    checkpoints.check_base(trained_on, identity, workdir)
-    adapted = method.apply(lj.without_tuned(params, delta), delta)
+    checkpoints.check_base(trained_on, base.identity, workdir)
+    adapted = method.apply(lj.without_tuned(base.params, delta), delta)
     params = lj.merge(adapted) if which == "merged" else adapted
-    return Loaded(config, model, params, tokenizer, step, identity)
+    return Loaded(config, base.model, params, base.tokenizer, step, base.identity)
 
 
 def trained(workdir: Path, config: ConfigDict) -> tuple[lj.ParamTransform, lj.Delta, int, dict[str, str]]:
@@ -78,7 +78,9 @@ def trained(workdir: Path, config: ConfigDict) -> tuple[lj.ParamTransform, lj.De
         raise ValueError(f"{workdir} holds runs of several seeds: name one, --workdir={workdir / 'seed_0'}")
     if not config.get("best"):
         run = checkpoints.load(workdir)
-        return run.method, run.delta, run.step, checkpoints.base_of(workdir)
+        return run.method, run.delta, run.step, checkpoints.meta_of(workdir)["base"]
+    if not (workdir / "adapter").is_dir():
+        raise FileNotFoundError(f"{workdir} has no best epoch yet: it was stopped before its first validation")
     method, delta, info = checkpoints.load_adapter(workdir / "adapter")
     validated = [e for e in training.read_metrics(workdir) if config.best in e]
     best = max(validated, key=lambda e: e[config.best], default={"step": 0})  # an imported one was never validated

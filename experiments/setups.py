@@ -14,6 +14,8 @@ from lora_jax import training
 from lora_jax.data import batches, glue, pairs, tasks
 from lora_jax.data.batches import Schedule
 from lora_jax.metrics.glue import glue as glue_metrics
+from lora_jax.selection import flatten
+from lora_jax.transforms import difference
 
 
 class Setup(NamedTuple):
@@ -80,17 +82,27 @@ def warm_start(config: ConfigDict, method: lj.ParamTransform, base: bases.Base) 
     """The entries of the adapter that the config starts from, those which fit; says which do not.
 
     Raises:
-      ValueError: another base's adapter, or nothing of it fits.
+      ValueError: another base's adapter, one that the config's method scales otherwise, or nothing of it fits.
     """
     if not config.get("warm_start"):
         return {}
     path = Path(config.warm_start)
-    _, delta = bases.adapter(path / "adapter" if (path / "adapter").is_dir() else path, base)
+    if (path / "config.json").is_file() and not (path / "adapter").is_dir():
+        seeds = sorted(str(folder) for folder in path.glob("seed_*"))
+        why = f"name one of its seeds: {', '.join(seeds)}" if seeds else "it was stopped before its adapter was written"
+        raise FileNotFoundError(f"warm_start={path} is a run without an adapter: {why}")
+    theirs, delta = bases.adapter(path / "adapter" if (path / "adapter").is_dir() else path, base)
     wanted = jax.eval_shape(method.init, jax.random.key(0), base.params)
     shapes = {name: jax.tree.map(np.shape, factors) for name, factors in delta.items()}
     fitting = {n: delta[n] for n, factors in wanted.items() if shapes.get(n) == jax.tree.map(np.shape, factors)}
     if not fitting:
         raise ValueError(f"{path}: nothing of this adapter fits the method of the config")
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), wanted)
+    flat, treedef = flatten(base.params)  # what they trained whole has perhaps another shape: a head
+    own = jax.tree.unflatten(treedef, [delta.get(path, {}).get("value", leaf) for path, leaf in flat])
+    ours = method.apply(base.params, lj.Delta(zeros | fitting))
+    if found := difference(theirs.apply(own, delta), ours, among=fitting):
+        raise ValueError(f"{path} is of another method than the config's: {found}")
     left = sorted(set(delta) - set(fitting))
     print(f"starts from {path}: {len(fitting)} entries" + (f"; these do not fit: {', '.join(left)}" if left else ""))
     return fitting

@@ -13,6 +13,7 @@ Ctrl-C, SIGTERM (saves first), SIGKILL or a crash.
 
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,6 @@ flags.declare_key_flag("workdir")
 
 def main() -> None:
     config, workdir = CONFIG.value, Path(flags.FLAGS.workdir)
-    training.claim(workdir, config)
-    if config.method == "none":
-        return evaluate_base(config, workdir)
     if config.get("seeds"):
         return train_seeds(config, workdir)
     train(config, workdir)
@@ -42,6 +40,10 @@ def main() -> None:
 
 def train(config: ConfigDict, workdir: Path) -> bool:
     """Trains one run to its end, or until it is stopped: then False."""
+    training.claim(workdir, config)
+    if config.method == "none":
+        evaluate_base(config, workdir)
+        return True
     job, report = ready(config, workdir)
     if job.start == job.total:
         print(f"{workdir} is trained already: all {job.total} steps are done")
@@ -60,11 +62,15 @@ def train(config: ConfigDict, workdir: Path) -> bool:
 
 def train_seeds(config: ConfigDict, workdir: Path) -> None:
     """A run for each of the config's seeds, in seed_0, seed_1, ...; their medians and ranges go into summary.json."""
-    summaries = []
+    runs, summaries = {}, []
     for seed in config.seeds:
-        own, folder = config.copy_and_resolve_references(), workdir / f"seed_{seed}"
+        runs[workdir / f"seed_{seed}"] = own = config.copy_and_resolve_references()
         own.seed, own.seeds = seed, ()
-        training.claim(folder, own)
+    for folder, own in runs.items():
+        if folder.is_dir():
+            training.claim(folder, own)  # before anything is written: another config is refused
+    training.claim(workdir, config)
+    for folder, own in runs.items():
         if not (folder / "summary.json").is_file() and not train(own, folder):
             return
         summaries.append(json.loads((folder / "summary.json").read_text()))
@@ -77,7 +83,7 @@ def ready(config: ConfigDict, workdir: Path) -> tuple[training.Job, lj.Report]:
     """The run, ready to train, and the table of what trains (printed)."""
     setup = setups.load(config)
     model, params = setup.base.model, setup.base.params
-    method = lj.from_spec(spec(config))
+    method = lj.from_spec(spec(config, setup.base.new))
     report = lj.check(method, params)
     print(report)
     mesh = sharding.make_mesh(config.mesh.to_dict())
@@ -98,29 +104,27 @@ def ready(config: ConfigDict, workdir: Path) -> tuple[training.Job, lj.Report]:
     return job, report
 
 
-def spec(config: ConfigDict) -> dict[str, Any]:
-    """The spec of the config's method, and of the head that trains besides."""
+def spec(config: ConfigDict, new: Sequence[str] = ()) -> dict[str, Any]:
+    """The spec of the config's method, and of what trains besides: the head, and what is `new` in the base."""
     if config.method not in config:
         raise ValueError(f"method is {config.method!r}, but the config has no options of that name")
     # By way of JSON: to_dict sorts keys, and of a mapping from globs the first match wins.
     options = {"method": config.method, **json.loads(config[config.method].to_json())}
+    besides = [*config.get("head", ()), *new]
     if config.method == "tune":
-        return options
+        return options | {"select": [*options["select"], *new]}
     options["axes"] = dict(encoder.AXES if config.data.name in glue.TASKS else gpt2.AXES)
-    if not config.get("head"):
-        return options
-    return {"method": "chain", "of": [options, {"method": "tune", "select": list(config.head)}]}
+    return {"method": "chain", "of": [options, {"method": "tune", "select": besides}]} if besides else options
 
 
 def evaluate_base(config: ConfigDict, workdir: Path) -> None:
-    """Method "none": the validation loss of the base."""
+    """Method "none": the validation loss, and the task's metrics, of the base."""
     setup = setups.load(config)
-    model, params = setup.base.model, setup.base.params
-    mesh = sharding.make_mesh(config.mesh.to_dict())
-    rules = sharding.rules_for(model, mesh)
-    loss = training.validation_loss(model, params, setup.batches["valid"], mesh=mesh, rules=rules)
+    params, mesh = setup.base.params, sharding.make_mesh(config.mesh.to_dict())
+    rules = sharding.rules_for(setup.base.model, mesh)
+    found = training.validate(setup.objective, params, setup.batches["valid"], mesh=mesh, rules=rules)
     with training.Log(workdir, step=-1) as log:
-        log.write(0, validation_loss=loss)
+        log.write(0, **found)
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
     summarize(config, workdir, trained=0, total=total, adapter_bytes=0, steps=0)
 

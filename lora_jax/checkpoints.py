@@ -189,10 +189,10 @@ def load(workdir: str | Path, *, step: int | None = None) -> Run:
     raise ValueError(f"{_folder(workdir)}: no checkpoint is readable{_of(step)}")
 
 
-def base_of(workdir: str | Path) -> dict[str, str]:
-    """The identity of the base that a run was trained on, for `check_base`."""
+def meta_of(workdir: str | Path) -> dict[str, Any]:
+    """What the newest good checkpoint says of itself: "step", "spec" of the transform, "base" for `check_base`, ..."""
     for _, meta in _good_steps(workdir):
-        return meta["base"]
+        return meta
     raise ValueError(f"{_folder(workdir)}: no checkpoint is readable")
 
 
@@ -342,7 +342,7 @@ def load_adapter(path: str | Path) -> tuple[ParamTransform, Delta, dict[str, Any
     """
     file = _adapter_file(path)
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist: save_adapter writes it")
+        raise FileNotFoundError(f"{file} does not exist: is {path} an adapter of save_adapter?")
     try:
         with safetensors.safe_open(file, framework="numpy") as opened:
             text = (opened.metadata() or {}).get("lora_jax")

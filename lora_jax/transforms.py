@@ -1,8 +1,9 @@
 """Adapting a model as a transform of its parameter tree: `init` makes a small Delta, `apply` puts it on the base."""
 
+import dataclasses
 import difflib
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -253,6 +254,23 @@ def unmerge(merged: Any, method: ParamTransform, delta: Delta) -> Any:
     """The base of merged params, within one rounding of max(|merged|, |delta|); a ValueError where a method cannot be
     undone (tuned leaves). Exact switching is `method.apply(base, other_delta)`."""
     return map_adapted(lambda w: w.remove(), method.apply(merged, delta))
+
+
+def difference(first: Any, second: Any, among: Container[str] | None = None) -> str:
+    """Where two adapted trees of one base compute different functions, in words; "" where they do not. What acts in
+    training alone (dropout) is not compared; `among` limits it to some paths."""
+    ones, others = ({p: w for p, w in flatten(tree, is_adapted)[0] if is_adapted(w)} for tree in (first, second))
+    for path in (path for path in [*ones, *others] if among is None or path in among):
+        one, other = ones.get(path), others.get(path)
+        if type(one) is not type(other):
+            return f"{path} is {one or 'not adapted'} in one, {other or 'not adapted'} in the other"
+        for field in dataclasses.fields(one):  # type: ignore[arg-type]
+            a, b = getattr(one, field.name), getattr(other, field.name)
+            if a is b or field.name in ("base", "key", "dropout"):
+                continue
+            if np.shape(a) != np.shape(b) or not (a == b if field.metadata else np.allclose(a, b, 1e-6, 0)):
+                return f"{path} has {field.name} {a} in one, {b} in the other"
+    return ""
 
 
 def without_tuned(params: Any, delta: Delta) -> Any:

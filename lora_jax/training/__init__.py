@@ -1,7 +1,7 @@
 """Training a delta: the paper's optimizer and loss, a resumable loop, what it writes."""
 
 from lora_jax.training.logging import TIMES, Log, plot_loss, read_metrics
-from lora_jax.training.loop import Job, Result, prepare, train, validation_loss
+from lora_jax.training.loop import Job, Result, prepare, train, validate
 from lora_jax.training.loss import cross_entropy, squared_error
 from lora_jax.training.objectives import Objective, classifier, language_model
 from lora_jax.training.optimizers import optimizer, schedule
@@ -29,5 +29,5 @@ __all__ = [
     "schedule",
     "squared_error",
     "train",
-    "validation_loss",
+    "validate",
 ]

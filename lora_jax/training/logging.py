@@ -65,7 +65,7 @@ class Log:
 
 
 def plot_loss(workdir: str | Path) -> None:
-    """Draws loss.png from metrics.jsonl: training loss (smoothed labels) and validation loss."""
+    """Draws loss.png from metrics.jsonl: training loss and validation loss."""
     from matplotlib.figure import Figure  # slow to import
 
     entries = read_metrics(workdir)
@@ -75,7 +75,7 @@ def plot_loss(workdir: str | Path) -> None:
         points = [(e["step"], e[name]) for e in entries if name in e]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "))
-    axes.set(xlabel="step", ylabel="nats per token")
+    axes.set(xlabel="step", ylabel="loss per label")
     if axes.lines:
         axes.legend()
     axes.grid(alpha=0.3)

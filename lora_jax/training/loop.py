@@ -27,7 +27,7 @@ from lora_jax.training.meter import Meter, check, fetch
 from lora_jax.training.objectives import Objective, language_model
 from lora_jax.training.optimizers import optimizer, schedule
 from lora_jax.training.workdir import claim
-from lora_jax.transforms import Delta, ParamTransform, without_tuned
+from lora_jax.transforms import Delta, ParamTransform, difference, from_spec, without_tuned
 
 EVERYWHERE: Rules = {"**": P()}
 
@@ -77,7 +77,7 @@ def prepare(
     Drop the params afterwards: the job has all that it needs, each tuned leaf once.
 
     Args:
-      config: a ConfigDict with `seed`, `epochs`, `steps`, `label_smoothing`, `accumulate`,
+      config: a ConfigDict with `seed`, `epochs`, `steps`, `label_smoothing` (without an objective), `accumulate`,
         `log_every`, `eval_every`, `save_every`, `keep` and `optimizer` (configs/e2e.py); where it
         has `best`, the delta with the highest validation metric of that name is kept in adapter/.
       workdir: created where it does not exist.
@@ -91,8 +91,8 @@ def prepare(
       mesh, rules: of `lora_jax.sharding`; one device without.
 
     Raises:
-      ValueError: the workdir holds another config's run or another base's, no checkpoint of it is
-        good, or the batch does not divide over micro-batches and devices.
+      ValueError: the workdir holds another config's run or another base's or method's, no checkpoint
+        of it is good, or the batch does not divide over micro-batches and devices.
     """
     workdir = Path(workdir).absolute()
     claim(workdir, config)
@@ -144,7 +144,11 @@ def _state(
     def placed(x: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
-    return checkpoints.restore(workdir, jax.tree.map(placed, shapes, places), base=base)
+    state = checkpoints.restore(workdir, jax.tree.map(placed, shapes, places), base=base)
+    stored = from_spec(checkpoints.meta_of(workdir)["spec"])
+    if found := difference(stored.apply(params, state.delta), method.apply(params, state.delta)):
+        raise ValueError(f"{workdir} holds the delta of another method than the config's: {found}")
+    return state
 
 
 def train(job: Job) -> Result:
@@ -192,6 +196,8 @@ def _validate(job: Job, log: Log, bar: tqdm, done: int, delta: Delta) -> None:
     assert job.validate is not None
     found = job.validate(delta)
     name = job.config.get("best")
+    if name and name not in found:
+        raise ValueError(f"best={name!r} is no metric of validation: it has {', '.join(found)}")
     if name and found[name] > log.highest(name):
         checkpoints.save_adapter(job.workdir / "adapter", job.method, delta, job.base)
     log.write(done, **found)
@@ -243,18 +249,18 @@ def _sigterm() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def validation_loss(
-    model: Any,
+def validate(
+    objective: Objective,
     params: Any,
     validation: Schedule,
     *,
     mesh: Mesh | None = None,
     rules: Rules = EVERYWHERE,
-) -> float:
-    """The loss of a language model whose parameters do not train (a frozen base): see `Job.validate`."""
+) -> dict[str, float]:
+    """Loss and metrics of parameters that do not train (a frozen base): see `Job.validate`."""
     mesh = make_mesh({}) if mesh is None else mesh
     params = jax.device_put(params, shardings(params, mesh, rules))
-    return _validator(language_model(model), None, params, validation, mesh)(Delta())["validation_loss"]
+    return _validator(objective, None, params, validation, mesh)(Delta())
 
 
 def _validator(

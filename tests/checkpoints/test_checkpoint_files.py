@@ -66,7 +66,7 @@ def test_restored_is_what_was_saved(written: Path) -> None:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(9))
     assert same(checkpoints.restore(written, shapes), state(3))
     assert checkpoints.latest_step(written) == 3
-    assert checkpoints.base_of(written) == BASE
+    assert checkpoints.meta_of(written)["base"] == BASE
 
 
 def test_load_needs_no_base(written: Path) -> None:

@@ -110,7 +110,7 @@ def test_evaluate(run: Made) -> None:
     data = e2e.load(run.workdir.parent, "test").select(range(3))
     encoded = e2e.encode(data, run.tokenizer, eos=0, length=100)
     schedule = batches.bucketed(encoded, 4, buckets=1)
-    expected = training.validation_loss(run.model, lj.merge(run.adapted), schedule)
+    expected = training.validate(training.language_model(run.model), lj.merge(run.adapted), schedule)["validation_loss"]
     np.testing.assert_allclose(result["loss"], expected, rtol=1e-5)
     assert f"{scores['bleu']['score']:.4f}" in done.stdout and f"{result['loss']:.4f}" in done.stdout
 
@@ -145,7 +145,7 @@ def test_a_killed_run_goes_on_at_the_next_batch(run: Made, tmp_path: Path) -> No
 
     settings = {"max_new_tokens": 20, "num_beams": 1, "length_penalty": 0.9, "no_repeat_ngram_size": 0}
     settings |= {"beam_rule": "lora_paper", "seed": 0, "batch_size": 1, "params": "adapted", "step": 7}
-    settings |= {"workdir": str(run.workdir.resolve()), "base": checkpoints.base_of(run.workdir)}
+    settings |= {"workdir": str(run.workdir.resolve()), "base": checkpoints.meta_of(run.workdir)["base"]}
     left = [settings | {"contexts": contexts}, [1, "left by the killed run \x85 \u2028 here"]]
     part = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in left) + '[2, "cut o'
     (tmp_path / "texts.jsonl.part").write_text(part)
@@ -222,7 +222,7 @@ def test_benchmark_beams(run: Made, tmp_path: Path) -> None:
 
 def test_dialogue(run: Made, tmp_path: Path) -> None:
     """Adapters and strengths change between the turns; bad lines get help, and the dialogue goes on."""
-    identity = checkpoints.base_of(run.workdir)
+    identity = checkpoints.meta_of(run.workdir)["base"]
     loaded = checkpoints.load(run.workdir)
     other = jax.tree.map(lambda x: 20 * x, loaded.delta)
     checkpoints.save_adapter(tmp_path / "other.safetensors", loaded.method, other, identity)

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
+from experiments import bases
 from lora_jax import checkpoints
 from lora_jax.interop import hf, loralib
 from lora_jax.models import gpt2
@@ -362,7 +363,7 @@ def test_the_command(tmp_path):
     assert "left out: step" in done.stdout and "classifier/out/kernel" in done.stdout
     model, params, _ = hf.load(folder, head="classification", labels=3)
     method, delta, info = checkpoints.load_adapter(tmp_path / "adapter")
-    checkpoints.check_base(info["base"], checkpoints.identity(params, folder), "adapter")
+    checkpoints.check_base(info["base"], bases.identity(model, params, folder), "adapter")
     assert_same(model, params, method, delta, their_model)
 
     refused = run(*flags, f"--adapter={tmp_path}/adapter")

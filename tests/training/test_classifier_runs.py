@@ -150,6 +150,79 @@ def test_a_warm_start_takes_what_fits(seeds: Path, inputs: Path, tmp_path: Path)
     assert failed.returncode == 1 and "has other weights of the same shapes" in failed.stderr
 
 
+def test_a_warm_start_is_the_same_function_or_refused(seeds: Path, inputs: Path, tmp_path: Path) -> None:
+    flags = ("--config.steps=1", "--config.seeds=()", f"--config.warm_start={seeds}/seed_3")
+    failed = train(inputs, tmp_path / "mnli", "mnli", *flags, "--config.lora.alpha=9")
+    assert failed.returncode == 1 and re.search(r"h_0/attn/query/kernel has scale 4.0 in one, 4.5 in", failed.stderr)
+    failed = train(inputs, tmp_path / "mnli", "mnli", *flags[:2], f"--config.warm_start={seeds}")
+    assert failed.returncode == 1 and "is a run without an adapter: name one of its seeds" in failed.stderr
+
+
+def test_other_seeds_may_come_but_no_other_config(seeds: Path, inputs: Path) -> None:
+    before = (seeds / "config.json").read_bytes()
+    failed = train(inputs, seeds, "cola", "--config.epochs=4", "--config.seeds=5,3", "--config.lora.alpha=1")
+    assert failed.returncode == 1 and "lora.alpha is 8.0 there and 1.0 here" in failed.stderr
+    assert (seeds / "config.json").read_bytes() == before
+
+
+def test_the_base_alone_is_measured(inputs: Path, tmp_path: Path) -> None:
+    done = train(inputs, tmp_path / "none", "cola", "--config.method=none", "--config.seeds=()")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "none" / "summary.json").read_text())
+    assert summary["trained"] == 0 and -1 <= summary["matthews"] <= 1 and summary["validation_loss"] > 0
+
+
+def test_a_new_pooler_trains_with_the_head_and_goes_to_peft(inputs: Path, tmp_path: Path) -> None:
+    """A BERT without a pooler classifies by a new one: PEFT's form has it, or PEFT would make another."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    model, params, tokenizer = hf.load(inputs / "base")
+    bare = Encoder(dataclasses.replace(model.config, pooler=False))
+    hf.save(tmp_path / "bare", bare, {name: part for name, part in params.items() if name != "pooler"}, tokenizer)
+    flags = ("--config.steps=2", "--config.seeds=()", f"--config.base={tmp_path}/bare", "--config.best=validation_loss")
+    done = train(inputs, tmp_path / "run", "cola", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "pooler/kernel" in done.stdout
+    for form in ("peft", "merged"):
+        done = run(inputs, "export", f"--workdir={tmp_path}/run", f"--form={form}", f"--out={tmp_path}/{form}")
+        assert done.returncode == 0, done.stderr
+    tokens = np.random.default_rng(0).integers(4, 12, (3, 6))
+    merged, ours, _ = hf.load(tmp_path / "merged")
+    want = merged.apply({"params": ours}, jnp.asarray(tokens, jnp.int32))
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "bare")
+    with torch.no_grad():
+        got = peft.PeftModel.from_pretrained(base, str(tmp_path / "peft")).eval()(torch.from_numpy(tokens)).logits
+    np.testing.assert_allclose(got.numpy(), want, rtol=0, atol=1e-4 * np.abs(want).max())
+
+
+def test_a_converted_adapter_is_one_of_the_same_base(inputs: Path, tmp_path: Path) -> None:
+    """A checkpoint of loralib with a classifier: converted, it starts a run and is taken into a workdir."""
+    torch = pytest.importorskip("torch")
+    config = dataclasses.replace(CONFIG, family="roberta", pad_id=1, pooler=True, token_types=1)
+    params = jax.jit(Encoder(config).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    hf.save(tmp_path / "roberta", Encoder(config), params, hf.load(inputs / "base")[2])
+    random, d = np.random.default_rng(0), config.hidden
+    tensors = {f"classifier.{part}.weight": random.normal(0, 1, (n, d)) for part, n in (("dense", d), ("out_proj", 2))}
+    tensors |= {f"classifier.{part}.bias": random.normal(0, 1, n) for part, n in (("dense", d), ("out_proj", 2))}
+    for i in range(config.layers):
+        for name in ("query", "value"):
+            prefix = f"roberta.encoder.layer.{i}.attention.self.{name}.lora_"
+            tensors |= {f"{prefix}A": random.normal(0, 1, (2, d)), f"{prefix}B": random.normal(0, 1, (d, 2))}
+    torch.save({name: torch.tensor(x, dtype=torch.float32) for name, x in tensors.items()}, tmp_path / "model.pt")
+    paths = (f"--checkpoint={tmp_path}/model.pt", f"--out={tmp_path}/x.safetensors", f"--adapter={tmp_path}/adapter")
+    done = run(inputs, "convert", *paths, f"--base={tmp_path}/roberta", "--alpha=8")
+    assert done.returncode == 0, done.stderr
+    flags = ("--config.steps=1", "--config.seeds=()", f"--config.base={tmp_path}/roberta")
+    done = train(inputs, tmp_path / "warm", "mnli", *flags, f"--config.warm_start={tmp_path}/adapter")
+    assert done.returncode == 0, done.stderr
+    assert "starts from" in done.stdout and "classifier/out/kernel" in done.stdout
+    config_flags = ["--config=configs/glue.py:base,cola", f"--config.data.path={inputs}/glue", *flags]
+    done = run(inputs, "export", f"--source={tmp_path}/adapter", f"--workdir={tmp_path}/taken", *config_flags)
+    assert done.returncode == 0, done.stderr
+    done = run(inputs, "predict", f"--workdir={tmp_path}/taken")
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_cannot_be_is_said(seeds: Path, inputs: Path, tmp_path: Path) -> None:
     for arguments, said in [
         (("predict", f"--workdir={seeds}"), "holds runs of several seeds: name one"),

@@ -135,7 +135,7 @@ def test_what_cannot_be_is_said(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has other weights of the same shapes"):
         export.take_in(tmp_path / "native", other, tmp_path / "new")
     with pytest.raises(ValueError, match="has other weights of the same shapes"):
-        export.give_away(tmp_path / "run", "merged", tmp_path / "x", base=str(tmp_path / "other" / "base"))
+        export.give_away(tmp_path / "run", "merged", tmp_path / "x", source=str(tmp_path / "other" / "base"))
     fields = json.loads((folder / "base" / "config.json").read_text())
     small = tmp_path / "small"
     model, params, tokenizer = hf.load(folder / "base")
@@ -143,3 +143,25 @@ def test_what_cannot_be_is_said(folder: Path, tmp_path: Path) -> None:
     (small / "config.json").write_text(json.dumps(fields | {"n_layer": 1}))
     with pytest.raises(ValueError, match="is not part of the model"):
         export.take_in(small, config, tmp_path / "new")
+
+
+def test_training_goes_on_only_under_the_same_function(folder: Path, tmp_path: Path) -> None:
+    """Shapes agree, but alpha, or the rule for it, would rescale the delta. Other globs for the same leaves may be."""
+    config = config_of(folder, **{"lora.rank": 2, "steps": 1, "data.batch_size": 4, "data.buckets": 1})
+    make_run(folder, config, tmp_path / "run")
+    export.give_away(tmp_path / "run", "peft", tmp_path / "peft")
+    fused = {"lora.select": ("**/attn/{query,key,value}/kernel",), "lora.rank": 4, "lora.alpha": 64.0}
+    for case, changes, said in [
+        ("same", {}, None),
+        ("alpha", {"lora.alpha": 63.0}, r"h_0/attn/key/kernel has scale 16.0 in one, 15.75 in the other"),
+        ("rule", {"lora.scale_rule": "alpha/sqrt(r)"}, r"has scale 16.0 in one, 32.0 in the other"),
+    ]:
+        other = config_of(folder, **{"steps": 1, "data.batch_size": 4, "data.buckets": 1, **fused, **changes})
+        with other.unlocked():
+            other.lora.shared = fused["lora.select"]
+        export.take_in(tmp_path / "peft", other, tmp_path / case)
+        if said is None:
+            assert train.train(other, tmp_path / case)
+            continue
+        with pytest.raises(ValueError, match=said):
+            train.train(other, tmp_path / case)
