@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from lora_jax.interop import hf_encoder, hf_gpt2
 from lora_jax.interop.folders import INDEX, WEIGHTS, inside, read_json, read_tensors
 
-# By config.json's `model_type`. A family is a module with MODEL, IGNORED, `from_hf` and `to_hf`.
+# By config.json's `model_type`. A family is a module with MODEL, IGNORED, `config_of`, `from_hf` and `to_hf`.
 FAMILIES: dict[str, ModuleType] = {"gpt2": hf_gpt2, "roberta": hf_encoder, "bert": hf_encoder}
 
 
@@ -50,14 +50,20 @@ def load(
         that changes the function and is not supported; a missing head that is not asked for.
     """
     folder = _folder(folder_or_hub_id)
-    fields = read_json(folder / "config.json")
-    kind = fields.get("model_type")
-    if kind not in FAMILIES:
-        raise ValueError(f"{folder}: model_type {kind!r} is none of {', '.join(FAMILIES)}")
-    family = FAMILIES[kind]
+    family, fields = _described(folder)
     tensors = read_tensors(folder, family.IGNORED)
     model, params = family.from_hf(fields, tensors, str(folder), head=head, labels=labels, tie=tie, key=key)
     return model, params, _tokenizer(folder, model.config.vocab_size)
+
+
+def without_weights(folder: str | os.PathLike) -> nn.Module:
+    """The model that a folder's config.json describes, an encoder without pooler and head; no weights are read.
+
+    Raises:
+      FileNotFoundError, ValueError: of config.json, as `load`.
+    """
+    family, fields = _described(Path(folder))
+    return family.MODEL(family.config_of(fields, str(folder)))
 
 
 def save(folder: str | os.PathLike, model: nn.Module, params: Any, tokenizer: Tokenizer | None = None) -> None:
@@ -85,6 +91,15 @@ def save(folder: str | os.PathLike, model: nn.Module, params: Any, tokenizer: To
         shutil.copymode(complete / "config.json", complete / WEIGHTS)  # safetensors lets the owner read only
         for file in complete.iterdir():
             os.replace(file, folder / file.name)
+
+
+def _described(folder: Path) -> tuple[ModuleType, dict[str, Any]]:
+    """The family that config.json names, and its fields."""
+    fields = read_json(folder / "config.json")
+    kind = fields.get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(f"{folder}: model_type {kind!r} is none of {', '.join(FAMILIES)}")
+    return FAMILIES[kind], fields
 
 
 def _folder(source: str | os.PathLike) -> Path:

@@ -68,7 +68,7 @@ def from_hf(
     """The model and its float32 parameters; the arguments are those of `hf.load`."""
     if tie is not None or head not in HEADS:
         raise ValueError(f"{source}: an encoder has one of the heads {HEADS} and nothing to tie, not {head=}, {tie=}")
-    config = _config(fields, source)
+    config = config_of(fields, source)
     tensors = _bare_names(tensors, config.family, source)
     config = _with_head(config, tensors, fields, head, labels, source)
     names = _names(config)
@@ -119,7 +119,8 @@ def to_hf(model: Encoder, params: Any) -> tuple[dict, dict[str, np.ndarray]]:
     return fields, tensors
 
 
-def _config(fields: dict, source: str) -> EncoderConfig:
+def config_of(fields: dict, source: str) -> EncoderConfig:
+    """The model's shape by the fields of config.json."""
     check_fields(fields, _FIXED, source)
     family = fields["model_type"]
     defaults = FAMILIES.index(family)

@@ -74,7 +74,7 @@ def from_hf(
     """The model and its float32 parameters; the arguments are those of `hf.load`."""
     if head not in (None, "lm") or labels is not None:
         raise ValueError(f"{source}: GPT-2 has the head 'lm' only, not head={head!r}, labels={labels}")
-    config = _config(fields, source)
+    config = config_of(fields, source)
     tied = config.tie if tie is None else tie
     tensors = _bare_names(tensors, source)
     _check(tensors, config, source)
@@ -121,7 +121,8 @@ def to_hf(model: GPT2, params: Any) -> tuple[dict, dict[str, np.ndarray]]:
     return fields, tensors
 
 
-def _config(fields: dict, source: str) -> GPT2Config:
+def config_of(fields: dict, source: str) -> GPT2Config:
+    """The model's shape by the fields of config.json."""
     fields = {_ALIASES.get(name, name): value for name, value in fields.items()}
     check_fields(fields, _FIXED, source)
     if not isinstance(fields.get("eos_token_id", 0), int):

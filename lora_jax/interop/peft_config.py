@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_jax.interop import peft_patterns
 from lora_jax.interop.folders import inside, read_json
 
 CONFIG = "adapter_config.json"
@@ -24,6 +25,9 @@ TASK_HEADS = {
 }
 _INITS = ("gaussian", "eva", "orthogonal", "mica")  # these leave the base as it is
 _CHANGES_BASE = re.compile(r"(pissa|olora|loftq|corda|lora_ga)", re.IGNORECASE)
+_LONGEST_PATTERN = 10_000
+# Of `peft_patterns.steps`: some 0.1 s and 1 s for a name of 200 characters; the longest that there are have 50.
+_MOST_STEPS, _MOST_STEPS_TOGETHER = 100_000_000, 1_000_000_000
 
 
 class _Field(NamedTuple):
@@ -208,24 +212,36 @@ def pattern_of(field: str, said: str) -> str:
 
 
 def _check_patterns(fields: Mapping[str, Any], source: str) -> None:
-    """The strings that PEFT gives to `re`: each must compile, and none may run for ever."""
+    """The strings that PEFT gives to `re`: each must compile, and none may run for ever, nor all together."""
     named = {name: [fields[name]] for name in ("target_modules", "exclude_modules") if _is_str(fields[name])}
     named |= {name: list(fields[name] or []) for name in ("rank_pattern", "alpha_pattern", "modules_to_save")}
     layers = fields["layers_pattern"]
     named["layers_pattern"] = [layers] if _is_str(layers) else list(layers or [])
+    together = 0
     for name, patterns in named.items():
         for said in patterns:
-            bare = re.sub(r"\\.|\[[^\]]*\]", "x", said)
-            if len(said) > 1000 or re.search(r"\)[*+{]", bare) or len(re.findall(r"[*+{]", bare)) > 8:
-                raise ValueError(
-                    f"{source}: {name} has the pattern {said[:80]!r}: longer than 1000 characters, or with a "
-                    "repeated group or more than 8 repeats, it could run for ever; name the modules instead"
-                )
-            try:
-                with warnings.catch_warnings(action="error"):
-                    re.compile(pattern_of(name, said))
-            except (re.error, OverflowError, RecursionError, Warning) as error:
-                raise ValueError(f"{source}: {name} has {said!r}, no regular expression there ({error})") from error
+            together += _steps(name, said, source)
+            if together > _MOST_STEPS_TOGETHER:
+                raise ValueError(f"{source}: its patterns up to {name}'s {said[:80]!r} could run for ever, together")
+
+
+def _steps(field: str, said: str, source: str) -> int:
+    """The most steps that a field's string takes with one name of a module."""
+    try:
+        if len(said) > _LONGEST_PATTERN:
+            raise ValueError(f"it has {len(said)} characters, more than {_LONGEST_PATTERN}")
+        with warnings.catch_warnings(action="error"):
+            re.compile(pattern_of(field, said))
+        if (steps := peft_patterns.steps(pattern_of(field, said))) > _MOST_STEPS:
+            raise ValueError(f"more than {_MOST_STEPS:,} steps for one name")
+        return steps
+    except (re.error, OverflowError, RecursionError, Warning) as error:
+        raise ValueError(f"{source}: {field} has {said[:80]!r}, no regular expression there ({error})") from error
+    except ValueError as error:
+        raise ValueError(
+            f"{source}: {field} has the pattern {said[:80]!r}, which could run for ever ({error}): name the modules "
+            "instead"
+        ) from error
 
 
 def written(fields: Mapping[str, Any]) -> bytes:

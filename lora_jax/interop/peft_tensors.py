@@ -67,8 +67,8 @@ def planned(meant: Meant, fields: Mapping[str, Any], model: Model, source: str) 
 
 
 def _check_tie(meant: Meant, model: Model, source: str) -> None:
-    """PEFT adapts a tied embedding's look-up alone, or its head; here both are one leaf."""
-    if model.tied:
+    """PEFT adapts a tied embedding's look-up alone, or its head; here both are one leaf. Without a head all is well."""
+    if model.tied and model.output:
         for name in (*meant.adapted, *(m.name for saved in meant.saved for m in model.below(saved))):
             if name in (model.embedding, model.output):
                 use = "look-up" if name == model.embedding else "head"

@@ -14,7 +14,7 @@ from lora_jax.transforms import ParamTransform, need_factors, per_leaf, register
 
 @adapted_array
 class Rows(Adapted):
-    """An embedding `(v, o)` with `rows` `(n, o)` in the place of the base's rows `indices`."""
+    """An embedding `(v, o)` with `rows` `(n, o)`, float32, in the place of the base's rows `indices`."""
 
     base: Array
     rows: Array
@@ -28,15 +28,21 @@ class Rows(Adapted):
     def ready(self) -> Adapted:
         # As a product of low rank, what is right for LoRA is right here: look-ups, and a head that is the embedding.
         base = lax.stop_gradient(self.base)
-        change = self.rows - base[jnp.array(self.indices)].astype(self.rows.dtype)
+        change = _wide(self.rows, base) - _wide(base[jnp.array(self.indices)], base)
         chosen = jax.nn.one_hot(jnp.array(self.indices), self.shape[0], axis=0, dtype=change.dtype)
         return LowRank(base=self.base, a=chosen, b=change, scale=jnp.float32(1), core=self.core, path=self.path)
+
+
+def _wide(x: Array, base: Any) -> Array:
+    """In the dtype that trains, which holds every number of the base: float32, or float64 for a base of it."""
+    return x.astype(jnp.float64 if base.dtype == jnp.float64 else jnp.float32)
 
 
 def rows(selection: Selection, *, indices: Sequence[int]) -> ParamTransform:
     """The rows `indices` of the selected embeddings train, and replace the base's; the others stay.
 
-    A head that is the embedding (tied) follows. `merge` puts the rows in exactly; `lift` adds their difference.
+    They train in float32 whatever the base's dtype. A head that is the embedding (tied) follows. `merge` puts the rows
+    in, rounded once to the base's dtype; `lift` adds their difference from the base's, rounded to it too.
 
     Args:
       selection: embeddings, with axes "vo".
@@ -62,14 +68,15 @@ def rows(selection: Selection, *, indices: Sequence[int]) -> ParamTransform:
 
     def init(key: Array, path: str, leaf: Any, axes: str) -> dict[str, Array]:
         shape(path, leaf, axes)
-        return {"rows": jnp.asarray(leaf)[jnp.array(chosen)]}
+        return {"rows": _wide(jnp.asarray(leaf)[jnp.array(chosen)], leaf)}
 
     def adapt(key: Array | None, path: str, leaf: Any, axes: str, factors: dict[str, Array], strength: Any) -> Rows:
         need_factors(path, factors, {"rows": shape(path, leaf, axes)})
         new = factors["rows"]
         if not (isinstance(strength, float | int) and strength == 1):
+            old, new = _wide(leaf[jnp.array(chosen)], leaf), _wide(new, leaf)
             s = jnp.asarray(strength, new.dtype)
-            new = (1 - s) * leaf[jnp.array(chosen)].astype(new.dtype) + s * new
+            new = (1 - s) * old + s * new
         return Rows(base=leaf, rows=new, indices=chosen, path=Label(path))
 
     return per_leaf({"method": "rows", **selection.spec(), "indices": list(chosen)}, selection.__call__, init, adapt)

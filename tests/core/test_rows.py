@@ -24,7 +24,7 @@ lifted = lj.lift(lambda params: MODEL.apply({"params": params}, IDS), on_dense="
 def replaced(params, delta):
     """The table with the rows put in, by numpy."""
     table = np.array(params["wte"]["embedding"])
-    table[[4, 10, 7]] = delta["wte/embedding"]["rows"]
+    table[[4, 10, 7]] = np.asarray(delta["wte/embedding"]["rows"]).astype(table.dtype)
     return {**params, "wte": {"embedding": jnp.asarray(table)}}
 
 
@@ -92,12 +92,51 @@ def test_a_table_that_holds_rows_is_no_tuned_leaf():
     assert (labelled.base, labelled.rows) == ("frozen", "trainable")
 
 
-def test_a_low_precision_table_takes_float32_rows():
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
-    delta = filled(METHOD.init(KEY, PARAMS))
+LOW = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
+
+
+def test_rows_of_a_bfloat16_table_are_float32_and_begin_as_the_base():
+    delta = METHOD.init(KEY, LOW)
+    same(delta["wte/embedding"]["rows"], LOW["wte"]["embedding"][jnp.array([4, 10, 7])].astype(jnp.float32))
+    want = MODEL.apply({"params": LOW}, IDS)
+    assert want.dtype == jnp.bfloat16
+    for adapted in (METHOD.apply(LOW, delta), METHOD.apply(LOW, delta, strength=0.3)):
+        same(lj.merge(adapted), LOW)
+    same(lifted(METHOD.apply(LOW, delta)), want)
+    same(jax.jit(lifted)(METHOD.apply(LOW, delta)), jax.jit(MODEL.apply)({"params": LOW}, IDS))
+
+
+def test_rows_of_a_bfloat16_table_gather_steps_below_its_spacing():
+    """110 steps of a hundredth of the spacing move the table; in bfloat16 each would round to nothing."""
+    delta = METHOD.init(KEY, LOW)
+    start = delta["wte/embedding"]["rows"]
+    tx = lj.freeze_base(optax.sgd(1.0))
+    state = tx.init(delta)
+    step = 0.01 * 2.0 ** (jnp.floor(jnp.log2(jnp.abs(start))) - 7)
+    for _ in range(110):
+        updates, state = tx.update(lj.Delta({"wte/embedding": {"rows": -step}}), state, delta)
+        delta = optax.apply_updates(delta, updates)
     assert delta["wte/embedding"]["rows"].dtype == jnp.float32
-    merged = lj.merge(METHOD.apply(params, delta))["wte"]["embedding"]
-    same(merged[4], delta["wte/embedding"]["rows"][0].astype(jnp.bfloat16))
+    close(delta["wte/embedding"]["rows"], start + 110 * step)
+    merged = lj.merge(METHOD.apply(LOW, delta))["wte"]["embedding"]
+    same(merged, replaced(LOW, delta)["wte"]["embedding"])
+    assert np.all(np.asarray(merged != LOW["wte"]["embedding"])[[4, 10, 7]])
+
+
+def test_look_up_in_a_bfloat16_table_is_within_a_rounding_of_the_merged():
+    look = lj.lift(lambda params: params["wte"]["embedding"][jnp.asarray([4, 7, 0, 10])], on_dense="error")
+    delta = filled(METHOD.init(KEY, LOW))
+    got, want = (np.asarray(x, np.float64) for x in (look(METHOD.apply(LOW, delta)), look(replaced(LOW, delta))))
+    base = np.asarray(look(LOW), np.float64)
+    # the difference is rounded, the sum, and the merged row: half a spacing (2**-8 of a number) each
+    allowed = 2.0**-8 * (np.abs(want - base) + np.abs(got) + np.abs(want))
+    assert np.all(np.abs(got - want) <= 1.01 * allowed) and np.any(np.abs(want - base) > 0.1)
+
+
+def test_rows_of_low_precision_do_not_round_a_wider_base():
+    delta = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), filled(METHOD.init(KEY, PARAMS)))
+    same(lj.merge(METHOD.apply(PARAMS, delta, strength=0.0)), PARAMS)
+    close(lifted(METHOD.apply(PARAMS, delta)), MODEL.apply({"params": replaced(PARAMS, delta)}, IDS))
 
 
 def test_its_spec_is_json():
