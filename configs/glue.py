@@ -13,6 +13,13 @@ The name is a row of Table 9, a task, and perhaps what trains (LoRA on query and
     base,mrpc,full                    full fine-tuning
     base,mrpc,bitfit                  all biases
     base,mrpc,classifier              the classifier alone
+    large_restricted,mrpc,adapter_p   Pfeiffer et al.'s adapters of 0.8 M, adapter_p_big of 3 M
+    large_restricted,mrpc,adapter_h   Houlsby et al.'s of 0.8 M, adapter_h_big of 6 M
+    base,mrpc,adapter_d               AdapterDrop's of 0.3 M, adapter_d_big of 0.9 M (the paper does not print their
+                                      bottlenecks): --config.adapter.layers=3,4,5,6,7,8,9,10,11 drops the first three
+
+and every other name in configs/methods.py: compacter prefix_embedding prefix_layer lora_pe lora_pl lora_bitfit rslora
+lora_plus dora pissa vera ia3 lokr.
 
 In each the classifier trains too; the paper does not count it. Any other encoder is --config.base=FOLDER.
 
@@ -51,6 +58,8 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from configs import methods
+from configs.methods import METHODS
 from lora_jax.metrics.glue import MAIN
 
 TASKS = ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb")
@@ -85,15 +94,27 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 _TUNED = {"data.batch_size": 16, "epochs": 10}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "lora": {},
-    "full": {"method": "tune", "optimizer.learning_rate": 2e-5, **_TUNED},
-    "bitfit": {
-        "method": "tune",
-        "tune.select": ("**/bias", "classifier/**"),
-        "optimizer.learning_rate": 1e-3,
-        **_TUNED,
+# The restricted rows of Table 9 with adapters; 3 and 6 M with 64 in the bottleneck.
+_RATE = (0.3 * _K, 3 * _K, 3 * _K, 3 * _K, 3 * _K, 3 * _K, 3 * _K, 3 * _K)
+_P = {"data.batch_size": 32, "optimizer.learning_rate": 3 * _K}
+_H = {"data.batch_size": 32, "epochs": (10, 5, 10, 10, 5, 20, 20, 10)}
+_PFEIFFER, _HOULSBY = METHODS["adapter_p"] | _P, METHODS["adapter_h"] | _H
+VARIANTS: dict[str, dict[str, Any]] = METHODS | {
+    "adapter_p": _PFEIFFER | {"adapter.rank": 16, "epochs": (5, 20, 20, 20, 10, 20, 20, 20)},
+    "adapter_p_big": _PFEIFFER
+    | {
+        "adapter.rank": 64,
+        "epochs": (10, 20, 20, 20, 10, 20, 20, 20),
+        "optimizer.learning_rate": (0.3 * _K, 0.3 * _K, *_RATE[2:]),
     },
+    "adapter_h": _HOULSBY | {"adapter.rank": 8, "optimizer.learning_rate": 3 * _K},
+    "adapter_h_big": _HOULSBY | {"adapter.rank": 64, "optimizer.learning_rate": _RATE},
+    "lora_pe": METHODS["lora_pe"] | {"prefix_embedding.infix": 0},  # no completion follows
+    "lora_pl": METHODS["lora_pl"] | {"prefix_layer.infix": 0},
+    "adapter_d": METHODS["adapter_p"] | {"adapter.rank": 16},
+    "adapter_d_big": METHODS["adapter_p"] | {"adapter.rank": 48},
+    "full": {"method": "tune", "optimizer.learning_rate": 2e-5, **_TUNED},
+    "bitfit": METHODS["bitfit"] | {"optimizer.learning_rate": 1e-3, **_TUNED},
     "classifier": {"method": "tune", "tune.select": ("classifier/**",), "optimizer.learning_rate": 1e-3, **_TUNED},
 }
 
@@ -109,10 +130,14 @@ def get_config(name: str = "base,mrpc") -> ConfigDict:
     config = _common()
     config.data.name, config.best = task, MAIN[task]
     number = TASKS.index(task)
-    own = {key: value[number] if isinstance(value, tuple) else value for key, value in ROWS[row].items()}
-    config.update_from_flattened_dict(own)
-    config.update_from_flattened_dict(VARIANTS[variant])
+    for changes in (ROWS[row], VARIANTS[variant]):
+        own = {key: value[number] if _by_task(value) else value for key, value in changes.items()}
+        config.update_from_flattened_dict(own)
     return config
+
+
+def _by_task(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == len(TASKS) and not isinstance(value[0], str)
 
 
 def _common() -> ConfigDict:
@@ -121,19 +146,9 @@ def _common() -> ConfigDict:
     config.seeds = (0, 1, 2, 3, 4)  # a run each; () is one run, of `seed`
     config.base = ""  # a folder, or a name on the Hugging Face Hub
 
-    config.method = "lora"  # or "tune"; its options are below, by its name
-    config.lora = lora = ConfigDict()
-    lora.select = ("**/attn/{query,value}/kernel",)
-    lora.exclude = ()
-    lora.rank = 8
-    lora.alpha = 8.0
-    lora.dropout = 0.0
-    lora.a_init = "kaiming_uniform"
-    lora.scale_rule = "alpha/r"
-    config.tune = tune = ConfigDict()
-    tune.select = ("**",)
-    tune.exclude = ()
-    config.head = ("classifier/**",)  # trains besides what LoRA adapts
+    config.method = "lora"  # or another of configs/methods.py, with its options by its name, or "none"
+    config.update(methods.options(rank=8, alpha=8.0))
+    config.head = ("classifier/**",)  # trains besides
     config.warm_start = config_dict.placeholder(str)  # a workdir or an adapter that the delta starts from
 
     config.data = data = ConfigDict()
@@ -158,8 +173,9 @@ def _common() -> ConfigDict:
     optimizer.b2 = 0.999
     optimizer.eps = 1e-8
     optimizer.weight_decay = 0.1
-    optimizer.decay = ("**/{kernel,embedding}", "@shared/**")
+    optimizer.decay = ("**/{kernel,embedding}", "@shared/**", "@*/*/{down,up}")
     optimizer.clip_norm = 1.0
+    optimizer.b_ratio = 1.0  # LoRA+: the rate of B over that of A
 
     config.model = model = ConfigDict()
     model.dropout = 0.1

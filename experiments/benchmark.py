@@ -3,8 +3,9 @@
     python -m experiments.benchmark --config=configs/e2e.py:small --workdir=runs/benchmark \\
       --config.base=FOLDER --config.data.path=FOLDER --out=docs/results/speed.json
 
-Every method takes the same batches, one after the other in every round, so that what else the machine does meets all
-alike; the figures are medians over the rounds. Compilation is not counted.
+LoRA on query and value, LoRA on all matrices, full fine-tuning, and the config's method where that is another. Every
+method takes the same batches, one after the other in every round, so that what else the machine does meets all alike;
+the figures are medians over the rounds. Compilation is not counted.
 """
 
 import json
@@ -25,21 +26,23 @@ from lora_jax import checkpoints, training
 METHODS = {"lora": "LoRA r=4, q and v", "lora_all": "LoRA r=4, all matrices", "full": "full fine-tuning"}
 flags.DEFINE_integer("rounds", 15, "Rounds; each takes --steps steps of every method.")
 flags.DEFINE_integer("steps", 10, "Steps of a method in a round.")
-flags.DEFINE_string("out", None, "A JSON file for the figures.")
+flags.declare_key_flag("out")
 
 
 def main() -> None:
-    rounds, steps = flags.FLAGS.rounds, flags.FLAGS.steps
+    rounds, steps, config = flags.FLAGS.rounds, flags.FLAGS.steps, train.CONFIG.value
     with tempfile.TemporaryDirectory() as folder:
-        jobs = {name: job(train.CONFIG.value, name, Path(folder) / name) for name in METHODS}
+        jobs = {name: job(config, name, Path(folder) / name) for name in METHODS}
+        if config.method not in ("lora", "tune"):
+            jobs[config.method] = train.ready(config, Path(folder) / "own")[0]
         seconds, tokens = measure(jobs, rounds, steps)
-    how = {"rounds": rounds, "steps": steps, "base": train.CONFIG.value.base, "jax": jax.__version__}
+    how = {"rounds": rounds, "steps": steps, "base": config.base, "jax": jax.__version__}
     how["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores"
     rows = []
-    for name, label in METHODS.items():
+    for name in jobs:
         relative = statistics.median(full / own for own, full in zip(seconds[name], seconds["full"], strict=True))
         speed = round(tokens / statistics.median(seconds[name]))
-        rows.append({"label": label, "tokens_per_second": speed, "relative_speed": relative} | how)
+        rows.append({"label": METHODS.get(name, name), "tokens_per_second": speed, "relative_speed": relative} | how)
     content = json.dumps({"rows": rows}, indent=2) + "\n"
     if flags.FLAGS.out:
         checkpoints.write_atomically(flags.FLAGS.out, content.encode())

@@ -39,7 +39,7 @@ flags.DEFINE_integer("contexts", None, "Only so many contexts.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 32, "Contexts in a batch.", lower_bound=1)
 flags.DEFINE_integer("num_beams", 10, "Beams.")
 flags.DEFINE_integer("max_new_tokens", 64, "The most tokens of a text.")
-flags.DEFINE_string("out", None, "A JSON file for the figures.")
+flags.declare_key_flag("out")
 flags.mark_flags_as_required(["base", "data"])
 
 

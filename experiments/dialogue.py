@@ -13,6 +13,7 @@ import numpy as np
 from absl import flags
 
 from experiments import bases, reload
+from experiments.methods import placeholders
 from lora_jax import Delta, ParamTransform, checkpoints
 from lora_jax.data.pairs import prompts
 from lora_jax.generation import complete, end_tokens
@@ -73,7 +74,7 @@ def answer(base: bases.Base, adapter: Adapter, strength: float, context: str, op
     ends = end_tokens(base.tokenizer, eos)
     params = adapter.method.apply(base.params, adapter.delta, strength=np.float32(strength))
     try:
-        asked = prompts([context], base.tokenizer, eos=eos)
+        asked = prompts([context], base.tokenizer, eos=eos, **placeholders(adapter.method.spec, base.model))
         (text,) = complete(base.model, params, base.tokenizer, asked, eos=ends, progress=False, **options)
     except ValueError as error:  # too long, for example: the dialogue goes on
         text = f"({error})"
@@ -83,6 +84,7 @@ def answer(base: bases.Base, adapter: Adapter, strength: float, context: str, op
 def load(path: Path, base: bases.Base) -> Adapter:
     """The adapter of a workdir or a file, for that base."""
     if (path / "config.json").is_file():
+        reload.config_of(path)  # which knows a method of one's own
         run = checkpoints.load(path)
         checkpoints.check_base(checkpoints.meta_of(path)["base"], base.identity, path)
         return Adapter(run.method, run.delta)

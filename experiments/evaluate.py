@@ -18,7 +18,7 @@ import jax
 from absl import flags
 from datasets import Dataset
 
-from experiments import cli, reload, scoring
+from experiments import cli, methods, reload, scoring
 from lora_jax import checkpoints, training
 from lora_jax.data.batches import bucketed
 from lora_jax.data.pairs import contexts, encode
@@ -100,7 +100,9 @@ def validation_loss(loaded: reload.Loaded, data: Any) -> tuple[float, int]:
     """Nats per label of the pairs, as in training, and how many were too long to count."""
     config, model = loaded.config.data, loaded.model
     length = min(config.length, model.config.n_positions)
-    encoded = encode(data, loaded.tokenizer, eos=model.config.eos_token_id, length=length, long=config.long)
+    inserted = methods.placeholders(loaded.spec, model)
+    eos = model.config.eos_token_id
+    encoded = encode(data, loaded.tokenizer, eos=eos, length=length, long=config.long, **inserted)
     batches = bucketed(encoded, config.batch_size, buckets=config.buckets)
     return training.validate(training.language_model(model), loaded.params, batches)["validation_loss"], encoded.skipped
 

@@ -20,7 +20,7 @@ from lora_jax.data.files import read_text
 
 flags.DEFINE_multi_string("context", [], "A context; may be given several times.")
 flags.DEFINE_string("file", None, "A text file with one context a line (.gz too).")
-flags.DEFINE_string("out", None, "Where to write JSON lines, instead of printing.")
+flags.declare_key_flag("out")
 flags.DEFINE_bool("interactive", False, "Asks for contexts.")
 flags.DEFINE_multi_string("adapter", [], "NAME:PATH, a further adapter for --interactive: a workdir or a file.")
 flags.adopt_module_key_flags(reload)

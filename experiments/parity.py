@@ -45,7 +45,7 @@ def main() -> None:
     config.update_from_flattened_dict(without_dropout(config))
     setup = setups.load(config)
     batches = setup.batches["train"](0)[: flags.FLAGS.steps]
-    method = lj.from_spec(train.spec(config))
+    method = lj.from_spec(setup.spec)
     rate = training.schedule(config.optimizer, config.epochs * len(setup.batches["train"]))
     tx = training.optimizer(config.optimizer, rate)
     state = training.new_state(method, tx, setup.base.params, jax.random.key(config.seed))

@@ -64,7 +64,7 @@ def main() -> None:
 
 def outputs(loaded: reload.Loaded, examples: Dataset) -> np.ndarray:
     """The model's outputs (N, labels), in the order of the examples."""
-    epoch = setups.texts(loaded.config, loaded, examples)(0)
+    epoch = setups.texts(loaded.config, loaded, examples, loaded.spec)(0)
     forward = jax.jit(training.classifier(loaded.model).forward)
     found = [forward(loaded.params, batch) for batch in tqdm(epoch, unit="batch", desc="predict")]
     return in_order(epoch, jax.device_get(found))

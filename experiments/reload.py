@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import lora_jax as lj
-from experiments import bases
+from experiments import bases, methods
 from lora_jax import checkpoints, training
 from lora_jax.data import glue
 from lora_jax.data.pairs import prompts
@@ -48,6 +48,7 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer
     step: int  # of the checkpoint; 0 for the base
     base: dict[str, str]  # the base's identity
+    spec: dict[str, Any]  # of the run's method; {} for the base alone
 
 
 def load(*, classifies: bool = False) -> Loaded:
@@ -63,12 +64,12 @@ def load(*, classifies: bool = False) -> Loaded:
         raise ValueError(f"{workdir} trained nothing (method none): there is --params=base only")
     base = bases.load(config, flags.FLAGS.base)
     if which == "base":
-        return Loaded(config, base.model, base.params, base.tokenizer, 0, base.identity)
+        return Loaded(config, base.model, base.params, base.tokenizer, 0, base.identity, {})
     method, delta, step, trained_on = trained(workdir, config)
     checkpoints.check_base(trained_on, base.identity, workdir)
     adapted = method.apply(lj.without_tuned(base.params, delta), delta)
     params = lj.merge(adapted) if which == "merged" else adapted
-    return Loaded(config, base.model, params, base.tokenizer, step, base.identity)
+    return Loaded(config, base.model, params, base.tokenizer, step, base.identity, method.spec)
 
 
 def trained(workdir: Path, config: ConfigDict) -> tuple[lj.ParamTransform, lj.Delta, int, dict[str, str]]:
@@ -93,6 +94,7 @@ def config_of(workdir: Path, *, classifies: bool | None = None) -> ConfigDict:
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: is {workdir} the workdir of a run?")
     config = ConfigDict(json.loads(file.read_text()))
+    methods.know(config)
     if classifies is not None and classifies != (config.data.name in glue.TASKS):
         others = "experiments.evaluate and experiments.generate" if classifies else "experiments.predict"
         raise ValueError(f"{workdir} is a run of {config.data.name}: give it to {others}")
@@ -131,7 +133,7 @@ def complete_contexts(loaded: Loaded, contexts: list[str], kept: Path | None = N
         loaded.model,
         loaded.params,
         loaded.tokenizer,
-        prompts(contexts, loaded.tokenizer, eos=eos),
+        prompts(contexts, loaded.tokenizer, eos=eos, **methods.placeholders(loaded.spec, loaded.model)),
         eos=end_tokens(loaded.tokenizer, eos),
         batch_size=flags.FLAGS.batch_size,
         done=texts.copy(),

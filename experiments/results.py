@@ -4,8 +4,8 @@
     python -m experiments.results --name=e2e --run="frozen base:runs/frozen" --run="LoRA:runs/lora"
 
 The second form first collects runs into docs/results/NAME.json, a row for each LABEL:WORKDIR, from
-what experiments.train and experiments.evaluate left there; rows of other labels stay. The README
-says where a table goes:
+what experiments.train and experiments.evaluate left there; rows of other labels stay. Other
+experiments write such a file themselves, with --out. The README says where a table goes:
 
     <!-- results: e2e -->
     <!-- end -->
@@ -27,7 +27,11 @@ flags.DEFINE_string("readme", "README.md", "The file whose tables are written.")
 flags.DEFINE_string("folder", "docs/results", "Where the figures are.")
 
 COLUMNS = {
+    "table": ("table", "{}"),
+    "config": ("config", "`{}`"),
     "trained": ("trained parameters", "{:,}"),
+    "printed": ("the paper's figure", "{}"),
+    "verdict": ("", "{}"),
     "adapter_bytes": ("adapter, bytes", "{:,}"),
     "validation_loss": ("validation loss", "{:.4f}"),
     "accuracy": ("accuracy", "{:.3f}"),
@@ -54,6 +58,7 @@ COLUMNS = {
     "ratio_total": ("our time over PEFT's", "{:.2f}"),
     "ratio_median": ("median of the steps", "{:.2f}"),
 }
+WORDS = {"config", "verdict"}  # stand on the left
 
 
 def main() -> None:
@@ -110,7 +115,10 @@ def fill(text: str, folder: Path) -> str:
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows as Markdown, with the commands below."""
     shown = {name: form for name, form in COLUMNS.items() if any(name in row for row in rows)}
-    lines = [["", *(title for title, _ in shown.values())], ["---", *("---:" for _ in shown)]]
+    lines = [
+        ["", *(title for title, _ in shown.values())],
+        ["---", *("---" if name in WORDS else "---:" for name in shown)],
+    ]
     for row in rows:
         cells = (cell(row.get(name), form) for name, (_, form) in shown.items())
         lines.append([row["label"], *cells])

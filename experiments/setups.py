@@ -9,19 +9,19 @@ from datasets import Dataset
 from ml_collections import ConfigDict
 
 import lora_jax as lj
-from experiments import bases
+from experiments import bases, methods
 from lora_jax import training
 from lora_jax.data import batches, glue, pairs, tasks
 from lora_jax.data.batches import Schedule
 from lora_jax.metrics.glue import glue as glue_metrics
 from lora_jax.selection import flatten
-from lora_jax.transforms import difference
 
 
 class Setup(NamedTuple):
     """All that a run needs besides its method."""
 
     base: bases.Base
+    spec: dict[str, Any]  # of what trains; {} of method "none"
     batches: dict[str, Schedule]  # "train" and "valid"
     objective: training.Objective
 
@@ -38,7 +38,7 @@ def load(config: ConfigDict) -> Setup:
 def _generation(config: ConfigDict) -> Setup:
     task = tasks.named(config.data.name)
     data = {split: task.load(config.data.path, split) for split in ("train", "valid")}
-    base = bases.load(config)
+    base, spec = _base(config)
     model = base.model
     schedules = {}
     for split, examples in data.items():
@@ -48,23 +48,33 @@ def _generation(config: ConfigDict) -> Setup:
             eos=model.config.eos_token_id,
             length=min(config.data.length, model.config.n_positions),
             long=config.data.long,
+            **methods.placeholders(spec, model),
         )
         schedules[split] = batches.bucketed(encoded, config.data.batch_size, config.seed, buckets=config.data.buckets)
-    return Setup(base, schedules, training.language_model(model, config.label_smoothing))
+    return Setup(base, spec, schedules, training.language_model(model, config.label_smoothing))
 
 
 def _classification(config: ConfigDict) -> Setup:
     data = {split: glue.load(config.data.name, config.data.path, split) for split in ("train", "valid")}
+    base, spec = _base(config)
+    schedules = {split: texts(config, base, examples, spec) for split, examples in data.items()}
+    return Setup(base, spec, schedules, training.classifier(base.model, metrics_of(config.data.name)))
+
+
+def _base(config: ConfigDict) -> tuple[bases.Base, dict[str, Any]]:
     base = bases.load(config)
-    schedules = {split: texts(config, base, examples) for split, examples in data.items()}
-    return Setup(base, schedules, training.classifier(base.model, metrics_of(config.data.name)))
+    return base, {} if config.method == "none" else methods.spec(config, base.model, base.new)
 
 
-def texts(config: ConfigDict, base: Any, examples: Dataset) -> Schedule:
-    """Batches of examples of GLUE, for what has a model and a tokenizer."""
+def texts(config: ConfigDict, base: Any, examples: Dataset, spec: dict[str, Any]) -> Schedule:
+    """Batches of examples of GLUE, for what has a model and a tokenizer, and a method of that spec."""
     task = glue.TASKS[config.data.name]
     length = min(config.data.length, base.model.config.max_length)
-    encoded = glue.encode(examples, base.tokenizer, length=length, labels=task.outputs)
+    inserted = methods.placeholders(spec, base.model)
+    if inserted["after"]:
+        raise ValueError(f"infix={len(inserted['after'])}: a text to classify has a prefix alone")
+    before = inserted["before"]
+    encoded = glue.encode(examples, base.tokenizer, length=length, labels=task.outputs, before=before)
     return batches.classified(encoded, config.data.batch_size, config.seed, buckets=config.data.buckets)
 
 
@@ -101,7 +111,7 @@ def warm_start(config: ConfigDict, method: lj.ParamTransform, base: bases.Base) 
     flat, treedef = flatten(base.params)  # what they trained whole has perhaps another shape: a head
     own = jax.tree.unflatten(treedef, [delta.get(path, {}).get("value", leaf) for path, leaf in flat])
     ours = method.apply(base.params, lj.Delta(zeros | fitting))
-    if found := difference(theirs.apply(own, delta), ours, among=fitting):
+    if found := training.difference(theirs.apply(own, delta), ours, among=fitting):
         raise ValueError(f"{path} is of another method than the config's: {found}")
     left = sorted(set(delta) - set(fitting))
     print(f"starts from {path}: {len(fitting)} entries" + (f"; these do not fit: {', '.join(left)}" if left else ""))

@@ -13,7 +13,6 @@ Ctrl-C, SIGTERM (saves first), SIGKILL or a crash.
 
 import json
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ from ml_collections import ConfigDict, config_flags
 import lora_jax as lj
 from experiments import cli, setups
 from lora_jax import checkpoints, sharding, training
-from lora_jax.data import glue
-from lora_jax.models import encoder, gpt2
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py or FILE.py:NAME; see above.")
 flags.declare_key_flag("workdir")
@@ -83,7 +80,7 @@ def ready(config: ConfigDict, workdir: Path) -> tuple[training.Job, lj.Report]:
     """The run, ready to train, and the table of what trains (printed)."""
     setup = setups.load(config)
     model, params = setup.base.model, setup.base.params
-    method = lj.from_spec(spec(config, setup.base.new))
+    method = lj.from_spec(setup.spec)
     report = lj.check(method, params)
     print(report)
     mesh = sharding.make_mesh(config.mesh.to_dict())
@@ -102,19 +99,6 @@ def ready(config: ConfigDict, workdir: Path) -> tuple[training.Job, lj.Report]:
         rules=sharding.rules_for(model, mesh),
     )
     return job, report
-
-
-def spec(config: ConfigDict, new: Sequence[str] = ()) -> dict[str, Any]:
-    """The spec of the config's method, and of what trains besides: the head, and what is `new` in the base."""
-    if config.method not in config:
-        raise ValueError(f"method is {config.method!r}, but the config has no options of that name")
-    # By way of JSON: to_dict sorts keys, and of a mapping from globs the first match wins.
-    options = {"method": config.method, **json.loads(config[config.method].to_json())}
-    besides = [*config.get("head", ()), *new]
-    if config.method == "tune":
-        return options | {"select": [*options["select"], *new]}
-    options["axes"] = dict(encoder.AXES if config.data.name in glue.TASKS else gpt2.AXES)
-    return {"method": "chain", "of": [options, {"method": "tune", "select": besides}]} if besides else options
 
 
 def evaluate_base(config: ConfigDict, workdir: Path) -> None:

@@ -1,14 +1,23 @@
 """Adapting a large model as a transform of its parameter tree: LoRA and its relatives, in JAX."""
 
-from lora_jax import controlflow, products  # noqa: F401  (their rules register themselves)
+from lora_jax import arithmetic, controlflow, products  # noqa: F401  (their rules register themselves)
 from lora_jax.arrays import Adapted, LowRank, Tuned
 from lora_jax.freezing import freeze_base, labels, partition, rejoin
 from lora_jax.lifting import DenseWeight, lift
+from lora_jax.methods.adapter import adapter
+from lora_jax.methods.compacter import compacter
+from lora_jax.methods.dora import dora
+from lora_jax.methods.ia3 import ia3
+from lora_jax.methods.lokr import lokr
 from lora_jax.methods.lora import lora
+from lora_jax.methods.pissa import pissa
+from lora_jax.methods.prefix import prefix_embedding, prefix_layer
 from lora_jax.methods.rows import rows
 from lora_jax.methods.shift import shift
 from lora_jax.methods.tune import tune
+from lora_jax.methods.vera import vera
 from lora_jax.selection import Absent, Selection, select
+from lora_jax.taps import Tapped, sites
 from lora_jax.transforms import (
     Delta,
     ParamTransform,
@@ -32,23 +41,35 @@ __all__ = [
     "ParamTransform",
     "Report",
     "Selection",
+    "Tapped",
     "Tuned",
+    "adapter",
+    "arithmetic",
     "chain",
     "check",
+    "compacter",
+    "dora",
     "freeze_base",
     "from_spec",
+    "ia3",
     "labels",
     "lift",
+    "lokr",
     "lora",
     "merge",
     "partition",
+    "pissa",
+    "prefix_embedding",
+    "prefix_layer",
     "register",
     "rejoin",
     "rows",
     "select",
     "shift",
+    "sites",
     "stable_hash",
     "tune",
     "unmerge",
+    "vera",
     "without_tuned",
 ]

@@ -6,6 +6,7 @@ axis of its own. Slicing, transposing, scanning, vmapping and sharding follow fr
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, Self, TypeVar, dataclass_transform
 
@@ -58,12 +59,17 @@ class Op(Protocol):
     def then(self, z: Array, b: Array) -> Array:
         """The plain product of z's last axis with b `(r, o..)`, ending in `o..`."""
 
+    def scale_input(self, x: Array, w: Array, scale: Array) -> Array:
+        """x times w with its input axes scaled by `(i..)`: x is, instead; of ids their rows, of a window w."""
+
 
 class Adapted:
     """The protocol of adapted arrays. A method's kind defines layout, materialize, remove and product."""
 
     layout: ClassVar[dict[str, str]] = {}
     frozen: ClassVar[tuple[str, ...]] = ("base", "key", "scale")  # fields that do not train
+    exact: ClassVar[tuple[str, ...]] = ()  # factors that keep their dtype where the base is cast to another
+    whole: ClassVar[bool] = False  # the factors are of whole sides: where an input or output axis is cut, it is dense
     base: Any
     core: str
     path: str
@@ -141,6 +147,18 @@ def factor_axes(layout: str, axes: str) -> list[int | str]:
     ]
 
 
+def sides(w: Adapted) -> tuple[int, ...]:
+    """How many entries a weight has along its window, its other input axes and its output axes."""
+    return tuple(math.prod(n for n, x in zip(w.shape, w.axes, strict=True) if x in side) for side in ("k", "iv", "o"))
+
+
+def scaled(y: Array, scale: Array) -> Array:
+    """y with its last axes scaled by an array that broadcasts to them, rounded once to y's dtype."""
+    wide = widened(y.dtype)
+    spread = lax.expand_dims(scale.astype(wide), range(y.ndim - scale.ndim))
+    return (y.astype(wide) * spread).astype(y.dtype)
+
+
 def subscripts(layout: str, axes: str) -> str:
     """The einsum subscripts of a factor: base axis j is the j-th capital letter, own axes keep theirs.
 
@@ -148,6 +166,11 @@ def subscripts(layout: str, axes: str) -> str:
     'ABr'
     """
     return "".join(chr(65 + a) if isinstance(a, int) else a for a in factor_axes(layout, axes))
+
+
+def widened(dtype: Any) -> Any:
+    """The dtype of sums: float32, or wider where the base's is."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 @adapted_array
@@ -167,12 +190,23 @@ class LowRank(Adapted):
 
     def product(self, x: Array, op: Op) -> Array:
         y = op(x, lax.stop_gradient(self.base))
-        z = op.thin(self._dropped(x) if op.draws else x, self.a)
-        return y + op.then(z * lax.stop_gradient(self.scale).astype(z.dtype), self.b).astype(y.dtype)
+        return y + self.branch(self.dropped(x, op), op).astype(y.dtype)
+
+    def branch(self, x: Array, op: Op) -> Array:
+        """scale * x A B."""
+        z = op.thin(x, self.a)
+        return op.then(z * lax.stop_gradient(self.scale).astype(z.dtype), self.b)
+
+    def dropped(self, x: Array, op: Op) -> Array:
+        """The branch's input: x after dropout; x itself for ids, and where there is none."""
+        if self.key is None or self.dropout == 0.0 or not op.draws:
+            return x
+        keep = jax.random.bernoulli(self.key, 1.0 - self.dropout, x.shape)
+        return jnp.where(keep, x / (1.0 - self.dropout), jnp.zeros_like(x))
 
     def delta(self) -> Array:
         """scale * A B in the base's axes, float32 (or wider)."""
-        wide = jnp.float64 if self.dtype == jnp.float64 else jnp.float32
+        wide = widened(self.dtype)
         names = [subscripts(self.layout[name], self.axes) for name in ("a", "b")]
         scaled = jnp.einsum(
             f"{names[0]},{subscripts('s', self.axes)}->{names[0]}",
@@ -188,17 +222,11 @@ class LowRank(Adapted):
     def remove(self) -> Array:
         return _rounded_sum(self.base, -self.delta(), self.dtype)
 
-    def transposed(self) -> "LowRank":
+    def transposed(self) -> Self:
         stacked = self.scale.ndim
         flipped = self.core.translate(str.maketrans("ivko", "oooi"))
         a, b = jnp.moveaxis(self.b, stacked, -1), jnp.moveaxis(self.a, -1, stacked)
         return self.replace(a=a, b=b, core=flipped)
-
-    def _dropped(self, x: Array) -> Array:
-        if self.key is None or self.dropout == 0.0:
-            return x
-        keep = jax.random.bernoulli(self.key, 1.0 - self.dropout, x.shape)
-        return jnp.where(keep, x / (1.0 - self.dropout), jnp.zeros_like(x))
 
 
 def _rounded_sum(base: Array, delta: Array, dtype: Any) -> Array:

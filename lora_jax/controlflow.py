@@ -15,6 +15,11 @@ from lora_jax.arrays import Adapted, factor_axes, is_adapted
 from lora_jax.lifting import Report, evaluate, rule
 
 
+def _apart(report: Report) -> Report:
+    """The same report for a body whose named values are not to be seen outside."""
+    return report.below(report.sites.copy())
+
+
 def _dense(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any]:
     """Values without adapted arrays, each reported."""
     return [report.dense(eqn, value) if is_adapted(value) else value for value in values]
@@ -31,9 +36,11 @@ def _checkpoint(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> lis
     p = eqn.params
 
     def body(*args: Any) -> list[Any]:
-        return evaluate(p["jaxpr"], (), args, report)
+        return evaluate(p["jaxpr"], (), args, _apart(report))
 
-    return jax.checkpoint(body, prevent_cse=p["prevent_cse"], policy=p["policy"])(*values)
+    outputs = jax.checkpoint(body, prevent_cse=p["prevent_cse"], policy=p["policy"])(*values)
+    report.sites.met.update(report.sites.within(eqn))
+    return outputs
 
 
 @rule("scan")
@@ -50,14 +57,16 @@ def _scan(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any]
     kept = _unchanged(init, body.invars[n : n + carries], body.outvars)
     moving = _dense(eqn, [x for k, x in enumerate(init) if k not in kept], report)
 
-    def step(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
+    def step(carry: list[Any], inputs: tuple[list[Any], list[Any]]) -> tuple[list[Any], list[Any]]:
+        x, taps = inputs
         args = [*consts, *_rejoined(kept, carry), *x]
-        outputs = evaluate(body, closed.consts, args, report)
+        outputs = evaluate(body, closed.consts, args, report.below(report.sites.step(taps)))
         carry = [out for k, out in enumerate(outputs[:carries]) if k not in kept]
         return _dense(eqn, carry, report), _dense(eqn, outputs[carries:], report)
 
     options = {name: p[name] for name in ("reverse", "unroll", "_split_transpose") if name in p}
-    carry, ys = lax.scan(step, moving, xs, length=p["length"], **options)
+    taps = report.sites.stacked(report.sites.within(eqn), p["length"], p["reverse"])
+    carry, ys = lax.scan(step, moving, (xs, taps), length=p["length"], **options)
     return [*_rejoined(kept, carry), *ys]
 
 
@@ -73,6 +82,7 @@ def _while(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any
     test_consts, consts, init = values[:m], values[m : m + n], values[m + n :]
     kept = _unchanged(init, body.jaxpr.invars[n:], body.jaxpr.outvars)
     moving = _dense(eqn, [x for k, x in enumerate(init) if k not in kept], report)
+    report = _apart(report)
 
     def goes_on(carry: Any) -> Any:
         return evaluate(test.jaxpr, test.consts, [*test_consts, *_rejoined(kept, carry)], report)[0]
@@ -96,6 +106,8 @@ def _rejoined(kept: dict[int, Any], moving: Sequence[Any]) -> list[Any]:
 
 @rule("cond")
 def _cond(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any]:
+    report = _apart(report)
+
     def branch(closed: jex.ClosedJaxpr) -> Any:
         return lambda *args: _dense(eqn, evaluate(closed.jaxpr, closed.consts, args, report), report)
 
@@ -104,7 +116,7 @@ def _cond(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any]
 
 @rule("shard_map")
 def _shard_map(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> Sequence[Any]:
-    p = eqn.params
+    p, report = eqn.params, _apart(report)
 
     def body(*args: Any) -> tuple[Any, ...]:
         return tuple(_dense(eqn, evaluate(p["jaxpr"], (), args, report), report))

@@ -7,6 +7,7 @@ import jax
 import optax
 
 from lora_jax.arrays import Adapted
+from lora_jax.taps import Tap
 from lora_jax.transforms import Delta
 
 
@@ -19,16 +20,16 @@ def labels(tree: Any) -> Any:
     def whole(node: Any, label: str) -> Any:
         return jax.tree.map(lambda _: label, node)
 
+    def of_factors(factors: Any) -> Any:
+        if isinstance(factors, dict):
+            return {name: whole(leaf, _factor_label(name)) for name, leaf in factors.items()}
+        return whole(factors, "trainable")
+
     def label(node: Any) -> Any:
         if isinstance(node, Delta):
-            return Delta(
-                {
-                    path: {name: whole(leaf, _factor_label(name)) for name, leaf in factors.items()}
-                    if isinstance(factors, dict)
-                    else whole(factors, "trainable")
-                    for path, factors in node.items()
-                }
-            )
+            return Delta({path: of_factors(factors) for path, factors in node.items()})
+        if isinstance(node, Tap):
+            return dataclasses.replace(node, factors=of_factors(node.factors), strength=whole(node.strength, "frozen"))
         if isinstance(node, Adapted):
             fields = [field for field in dataclasses.fields(node) if not field.metadata.get("static")]  # type: ignore[arg-type]
             said = {f.name: "frozen" if f.name in node.frozen else _factor_label(f.name) for f in fields}
@@ -70,4 +71,4 @@ def _factor_label(name: str) -> str:
 
 
 def _is_node(node: Any) -> bool:
-    return isinstance(node, Delta | Adapted)
+    return isinstance(node, Delta | Adapted | Tap)

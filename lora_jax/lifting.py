@@ -18,8 +18,10 @@ import jax.extend.core as jex
 from jax import Array
 
 from lora_jax.arrays import Adapted, Tuned, is_adapted
+from lora_jax.taps import Sites, untapped
 
 RULES: dict[str, Callable] = {}  # primitive name -> rule(equation, values, report) -> outputs, or None for "dense"
+TAPPED = ("scan", "checkpoint", "remat", "remat2")  # primitives whose rules know taps, besides jit's
 
 
 class DenseWeight(UserWarning):
@@ -37,7 +39,7 @@ def rule(*names: str) -> Callable:
 
 
 def lift(fn: Callable, on_dense: Literal["warn", "error", "allow"] = "warn") -> Callable:
-    """The same function, now also accepting adapted arrays anywhere in its arguments.
+    """The same function, now also accepting adapted arrays, and tapped params, anywhere in its arguments.
 
     It returns what `fn` of the merged weights would, computes nothing dense, and composes with jit, grad, vmap,
     scan and checkpoint: write `jax.jit(lift(f))`. Without adapted arguments it is `fn`.
@@ -61,11 +63,12 @@ def lift(fn: Callable, on_dense: Literal["warn", "error", "allow"] = "warn") -> 
 
     @functools.wraps(fn)
     def lifted(*args: Any, **kwargs: Any) -> Any:
+        (args, kwargs), taps = untapped((args, kwargs))
         leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_adapted)
         leaves = [leaf.ready() if is_adapted(leaf) else leaf for leaf in leaves]
         leaves = [leaf.value if isinstance(leaf, Tuned) else leaf for leaf in leaves]
         adapted = {i: leaf for i, leaf in enumerate(leaves) if is_adapted(leaf)}
-        if not adapted:
+        if not adapted and not taps:
             args, kwargs = jax.tree.unflatten(treedef, leaves)
             return fn(*args, **kwargs)
 
@@ -74,7 +77,7 @@ def lift(fn: Callable, on_dense: Literal["warn", "error", "allow"] = "warn") -> 
             args, kwargs = jax.tree.unflatten(treedef, [replaced.get(i, leaf) for i, leaf in enumerate(leaves)])
             return fn(*args, **kwargs)
 
-        report = Report(on_dense, seen)
+        report = Report(on_dense, seen, Sites([(tap, *tap.whole()) for tap in taps]))
         closed, shapes = jax.make_jaxpr(of_bases, return_shape=True)(*(w.base for w in adapted.values()))
         outputs = evaluate(closed.jaxpr, closed.consts, list(adapted.values()), report)
         untouched = set(map(id, adapted.values()))
@@ -112,7 +115,13 @@ def evaluate(jaxpr: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Any], repor
 
     for now, eqn in enumerate(jaxpr.eqns):
         met = [v for v in eqn.invars if not isinstance(v, jex.Literal) and is_adapted(env.get(v))]
-        if met:
+        if report.sites and eqn.primitive.name == "name" and not met:
+            flush(now)
+            named = eqn.primitive.bind(read(eqn.invars[0]), **eqn.params)
+            env[eqn.outvars[0]] = report.sites.at(eqn.params["name"], named)
+            continue
+        inside = report.sites and _has_sites(eqn, report.sites)
+        if met or inside:
             flush(now)
             found = RULES.get(eqn.primitive.name, _no_rule)(eqn, [read(v) for v in eqn.invars], report)
             if found is not None:
@@ -127,6 +136,15 @@ def evaluate(jaxpr: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Any], repor
 
 def _no_rule(*_: Any) -> None:
     return None
+
+
+def _has_sites(eqn: jex.JaxprEqn, sites: Sites) -> bool:
+    """Whether an equation's jaxprs are to be evaluated for the activations named in them."""
+    inlined = RULES.get(eqn.primitive.name) is RULES["jit"]
+    found = sites.within(eqn, seen=inlined)
+    if found and not inlined and eqn.primitive.name not in TAPPED:
+        raise ValueError(f"the site {min(found)!r} is inside a {eqn.primitive.name!r}, where no tap can be")
+    return bool(found)
 
 
 def _plainly(jaxpr: jex.Jaxpr, eqns: list[jex.JaxprEqn], outs: list, read: Callable) -> list[Any]:
@@ -150,6 +168,7 @@ class Report:
 
     on_dense: str
     seen: set[str]
+    sites: Sites
     straight: set[str] = dataclasses.field(default_factory=set)
     turned: dict[str, str] = dataclasses.field(default_factory=dict)
     place: str | None = None  # of the user's call of the library function that is evaluated
@@ -159,6 +178,10 @@ class Report:
         if self.place or not jaxpr.debug_info.func_src_info.split(" at ")[-1].startswith(_library_roots()):
             return self
         return dataclasses.replace(self, place=_user_line(eqn))
+
+    def below(self, sites: Sites) -> "Report":
+        """The same report for a body with sites of its own."""
+        return dataclasses.replace(self, sites=sites)
 
     def dense(self, eqn: jex.JaxprEqn | None, w: Adapted, known: Array | None = None) -> Array:
         """The dense array; reported where it is more than a vector."""
@@ -176,6 +199,7 @@ class Report:
             self.turned.setdefault(str(w.path), self.place or _user_line(eqn))
 
     def finish(self) -> None:
+        self.sites.finish()
         for path in self.turned.keys() - self.straight:
             self._say(
                 self.turned[path],

@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax import structure
-from lora_jax.arrays import Adapted, is_adapted
+from lora_jax.arrays import Adapted, is_adapted, scaled, sides
 from lora_jax.lifting import Report, rule
 from lora_jax.selection import CLASS
 
@@ -40,6 +40,9 @@ class Dot:
 
     def then(self, z: Array, b: Array) -> Array:
         return self._dot(z.astype(self.dtype), b.astype(self.dtype), 1, self.out_sharding)
+
+    def scale_input(self, x: Array, w: Array, scale: Array) -> Array:
+        return self(scaled(x, scale), w)
 
     def _dot(self, x: Array, w: Array, count: int, sharding: NamedSharding | None) -> Array:
         free = x.ndim - count
@@ -78,6 +81,9 @@ class LookUp:
     def then(self, z: Array, b: Array) -> Array:
         return jnp.tensordot(z, b.astype(z.dtype), 1)
 
+    def scale_input(self, x: Array, w: Array, scale: Array) -> Array:
+        return scaled(self(x, w), lax.expand_dims(self(x, scale), range(x.ndim, x.ndim + w.ndim - 1)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Convolution:
@@ -104,6 +110,9 @@ class Convolution:
         y = jnp.einsum("...gr,rgo->...go", z, by_group, precision=dict(self.how)["precision"])
         return y.reshape(*y.shape[:-2], b.shape[-1])
 
+    def scale_input(self, x: Array, w: Array, scale: Array) -> Array:
+        return self(x, scaled(w, scale[..., None]))
+
 
 @rule("dot_general")
 def _dot(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any] | None:
@@ -117,6 +126,8 @@ def _dot(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any] 
     if towards is None or any(w.axes[axis] != "s" for axis in wb):
         return None
     report.contracts(eqn, w, turned=towards is not w)
+    if w.whole:
+        wc, xc = zip(*sorted(zip(wc, xc, strict=True)), strict=True)
     stacked, outputs = _axes_of(w, "s", without=wb), _free_axes(towards, wc)
     x_free = [axis for axis in range(x.ndim) if axis not in (*xb, *xc)]
     have = [*(("b", n) for n in range(len(wb))), *(("w", axis) for axis in stacked)]
@@ -191,6 +202,8 @@ def _convolution(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> li
     classes = [CLASS[letter] for letter in w.axes] if is_adapted(w) else []
     if is_adapted(x) or p["batch_group_count"] != 1 or classes != ["o" if j == out else "i" for j in range(w.ndim)]:
         return None
+    if w.whole and not _keeps_order(w, (*window, in_, out)):
+        return None
     how = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision", "preferred_element_type")
     op = Convolution(p["feature_group_count"], tuple((name, p[name]) for name in how))
     batch, feature, *spatial = numbers.lhs_spec
@@ -198,6 +211,11 @@ def _convolution(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> li
     batch, feature, *spatial = numbers.out_spec
     have = [batch, *spatial, feature]
     return [_transpose(y, [have.index(axis) for axis in range(y.ndim)])]
+
+
+def _keeps_order(w: Adapted, order: Sequence[int]) -> bool:
+    """Whether the window, the other inputs and the outputs each keep the order of their axes."""
+    return all(sorted(same) == same for side in ("k", "iv", "o") if (same := [a for a in order if w.axes[a] in side]))
 
 
 def _towards(w: Adapted, contracted: Sequence[int]) -> Adapted | None:
@@ -278,8 +296,12 @@ def _structural(name: str, change: Callable[..., Any]) -> None:
     def apply(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any] | None:
         if not is_adapted(values[0]) or any(map(is_adapted, values[1:])):
             return None
+        w = values[0]
+        if w.whole and name == "transpose" and not _keeps_order(w, eqn.params["permutation"]):
+            return None
         found = change(*values, **eqn.params)
-        return found if found is None or isinstance(found, list) else [found]
+        found = found if found is None or isinstance(found, list) else [found]
+        return None if found and w.whole and any(sides(piece) != sides(w) for piece in found) else found
 
 
 _structural("transpose", lambda w, permutation: structure.transpose(w, permutation))

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from lora_jax.arrays import factor_axes, is_adapted
 from lora_jax.models.encoder import Encoder
 from lora_jax.selection import flatten, look_up, path_of
+from lora_jax.taps import untapped
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -128,7 +129,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules, adapted: Any = None) -> Any:
 
 def _specs(tree: Any, rules: Rules) -> Iterator[tuple[str, P]]:
     """(path, spec) of every parameter; of an adapted one also those of base and factors."""
-    for path, leaf in flatten(tree, is_leaf=is_adapted)[0]:
+    for path, leaf in flatten(untapped(tree)[0], is_leaf=is_adapted)[0]:
         spec = look_up(rules, path, "sharding rules") if leaf.ndim else P()
         yield path, spec
         if not is_adapted(leaf):

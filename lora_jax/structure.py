@@ -30,8 +30,8 @@ def each(w: Adapted, change: Callable[[Array], Any]) -> Adapted:
 
 
 def cast(w: Adapted, dtype: Any) -> Adapted:
-    """Base and low-rank factors in another float dtype; scales keep theirs (they are applied in the product's)."""
-    kept = {name: getattr(w, name) for name in w.layout if set(w.layout[name]) == {"s"}}
+    """Base and factors in another float dtype; scales, and what is `exact`, keep theirs: the product applies them."""
+    kept = {name: getattr(w, name) for name in w.layout if set(w.layout[name]) == {"s"} or name in w.exact}
     return each(w, lambda array: array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array).replace(
         **kept
     )

@@ -1,9 +1,8 @@
 """Adapting a model as a transform of its parameter tree: `init` makes a small Delta, `apply` puts it on the base."""
 
-import dataclasses
 import difflib
 import zlib
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ from jax import Array
 
 from lora_jax.arrays import Adapted, is_adapted, map_adapted
 from lora_jax.selection import CLASS, Absent, Selection, flatten
+from lora_jax.taps import Tap, Tapped, untapped
 
 
 class Delta(dict):
@@ -141,9 +141,67 @@ def per_leaf(
     return ParamTransform(init_all, apply, spec)
 
 
+def per_site(
+    spec: dict[str, Any],
+    sites: Mapping[str, int],
+    init: Callable[[Array, str, int], dict[str, Array]],
+    fn: Callable,
+    layers: Sequence[int] | None = None,
+) -> ParamTransform:
+    """A transform that changes the named activations, whatever the params (Houlsby's adapters, prefixes).
+
+    Args:
+      spec: the transform as JSON; its method's name and a site make the key `@site/method` of the delta.
+      sites: how often each occurs.
+      init: `(key, site, n) -> {factor: array}`, stacked over n occurrences.
+      fn: of `Tap`, for every site.
+      layers: the occurrences that are changed; None: all.
+    """
+    chosen = None if layers is None else tuple(layers)
+    if chosen is not None:
+        for site, count in sites.items():
+            if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= n < count for n in chosen):
+                raise ValueError(f"layers={list(chosen)}: name some of the {count} of the site {site!r}, each once")
+    names = {f"@{site}/{spec['method']}": site for site in sites}
+
+    def init_all(key: Array, params: Any) -> Delta:
+        _need_params(params, "init")
+        counts = {site: count if chosen is None else len(chosen) for site, count in sites.items()}
+        keys = {name: jax.random.fold_in(typed_key(key), stable_hash(name)) for name in names}
+        return Delta({name: init(keys[name], site, counts[site]) for name, site in names.items()})
+
+    def apply(params: Any, delta: Delta, *, key: Array | None = None, strength: Any = 1.0) -> Any:
+        _need_params(params, "apply")
+        _need_delta(delta)
+        shapes = jax.eval_shape(init_all, jax.random.key(0), {})
+        if wrong := set(shapes) ^ set(delta):
+            raise ValueError(f"the delta is not this method's: it lacks, or has besides, {sorted(wrong)[:3]}")
+        for name, factors in shapes.items():
+            need_factors(name, delta[name], jax.tree.map(lambda x: x.shape, factors))
+        whole = isinstance(strength, float | int) and strength == 1
+        return Tapped(
+            params,
+            tuple(
+                Tap(
+                    factors=delta[name],
+                    strength=None if whole else jnp.asarray(strength, jnp.float32),
+                    site=site,
+                    fn=fn,
+                    count=sites[site],
+                    layers=chosen,
+                )
+                for name, site in names.items()
+            ),
+        )
+
+    return ParamTransform(init_all, apply, spec)
+
+
 def _need_params(params: Any, what: str) -> None:
     if isinstance(params, Delta):
         raise TypeError(f"{what} takes the base's params here, got a Delta")
+    if isinstance(params, Tapped):
+        raise TypeError(f"{what} takes params here, got tapped ones: put transforms together with chain")
 
 
 def _need_delta(delta: Any) -> None:
@@ -202,7 +260,7 @@ def _shapes(method: ParamTransform, params: Any) -> tuple[Delta, dict[str, Adapt
 
     def both(key: Array, arrays: dict[int, Any]) -> tuple[Delta, dict[str, Adapted]]:
         delta = method.init(key, rebuilt(arrays))
-        adapted, _ = flatten(method.apply(rebuilt(arrays), delta), is_adapted)
+        adapted, _ = flatten(untapped(method.apply(rebuilt(arrays), delta))[0], is_adapted)
         return delta, {path: leaf for path, leaf in adapted if is_adapted(leaf)}
 
     return jax.eval_shape(both, jax.random.key(0), arrays)
@@ -229,13 +287,15 @@ def chain(*methods: ParamTransform) -> ParamTransform:
     def apply(params: Any, delta: Delta, *, key: Array | None = None, strength: Any = 1.0) -> Any:
         _need_delta(delta)
         base, rest = params, Delta(delta)
+        taps: list[Tap] = []
         for method in methods:
             wanted = _shapes(method, base)[0]
             part = Delta({path: rest.pop(path) for path in wanted if path in rest})
-            params = method.apply(params, part, key=key, strength=strength)
+            params, own = untapped(method.apply(params, part, key=key, strength=strength))
+            taps += own
         if rest:
             raise ValueError(f"the delta is not this method's: it has besides {sorted(rest)[:3]}")
-        return params
+        return Tapped(params, tuple(taps)) if taps else params
 
     return ParamTransform(init, apply, {"method": "chain", "of": [method.spec for method in methods]})
 
@@ -247,30 +307,23 @@ def merge(adapted: Any) -> Any:
     """Plain params: every adapted array dense, summed in float32 and rounded once to the base's dtype."""
     if isinstance(adapted, Delta):
         raise TypeError("merge takes adapted params (method.apply(params, delta)), got a Delta")
-    return map_adapted(lambda w: w.materialize(), adapted)
+    return map_adapted(lambda w: w.materialize(), _weights_alone(adapted))
+
+
+def _weights_alone(adapted: Any) -> Any:
+    params, taps = untapped(adapted)
+    if taps:
+        sites = ", ".join(sorted({tap.site for tap in taps}))
+        raise ValueError(
+            f"what changes activations ({sites}) has no weight to go into: keep it beside the base, and lift"
+        )
+    return params
 
 
 def unmerge(merged: Any, method: ParamTransform, delta: Delta) -> Any:
     """The base of merged params, within one rounding of max(|merged|, |delta|); a ValueError where a method cannot be
     undone (tuned leaves). Exact switching is `method.apply(base, other_delta)`."""
-    return map_adapted(lambda w: w.remove(), method.apply(merged, delta))
-
-
-def difference(first: Any, second: Any, among: Container[str] | None = None) -> str:
-    """Where two adapted trees of one base compute different functions, in words; "" where they do not. What acts in
-    training alone (dropout) is not compared; `among` limits it to some paths."""
-    ones, others = ({p: w for p, w in flatten(tree, is_adapted)[0] if is_adapted(w)} for tree in (first, second))
-    for path in (path for path in [*ones, *others] if among is None or path in among):
-        one, other = ones.get(path), others.get(path)
-        if type(one) is not type(other):
-            return f"{path} is {one or 'not adapted'} in one, {other or 'not adapted'} in the other"
-        for field in dataclasses.fields(one):  # type: ignore[arg-type]
-            a, b = getattr(one, field.name), getattr(other, field.name)
-            if a is b or field.name in ("base", "key", "dropout"):
-                continue
-            if np.shape(a) != np.shape(b) or not (a == b if field.metadata else np.allclose(a, b, 1e-6, 0)):
-                return f"{path} has {field.name} {a} in one, {b} in the other"
-    return ""
+    return map_adapted(lambda w: w.remove(), _weights_alone(method.apply(merged, delta)))
 
 
 def without_tuned(params: Any, delta: Delta) -> Any:

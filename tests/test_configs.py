@@ -10,7 +10,7 @@ import pytest
 
 import lora_jax as lj
 from configs import dart, e2e, nlg, webnlg
-from experiments import setups, train
+from experiments import methods, setups
 from lora_jax.data import text
 from lora_jax.interop import hf
 from lora_jax.models import gpt2
@@ -23,11 +23,12 @@ def shapes(size: str) -> Any:
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
+MODELS = {size: gpt2.GPT2(gpt2.SIZES[size]) for size in nlg.SIZES}
 PARAMS = {size: shapes(size) for size in nlg.SIZES}
 
 
 def trained(config: Any, size: str) -> int:
-    return lj.check(lj.from_spec(train.spec(config)), PARAMS[size]).trained
+    return lj.check(lj.from_spec(methods.spec(config, MODELS[size])), PARAMS[size]).trained
 
 
 @pytest.mark.parametrize("task", CONFIGS)
@@ -50,7 +51,7 @@ def test_the_rows_of_tables_3_13_and_14(task: str, name: str, size: str, numbers
 
 
 def test_the_top_two_layers_are_the_last() -> None:
-    report = lj.check(lj.from_spec(train.spec(e2e.get_config("medium,top2"))), PARAMS["medium"])
+    report = lj.check(lj.from_spec(methods.spec(e2e.get_config("medium,top2"), MODELS["medium"])), PARAMS["medium"])
     assert {row.path.split("/")[0] for row in report.rows} == {"h_22", "h_23"}
     assert trained(e2e.get_config("small,top2"), "small") == 2 * (12 * 768**2 + 13 * 768)
 

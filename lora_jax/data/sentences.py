@@ -4,6 +4,7 @@ The data are `datasets.Dataset`s with the columns `first`, for pairs `second`, a
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import datasets
@@ -42,7 +43,9 @@ class Texts:
         return np.diff(self.offsets)
 
 
-def encode(examples: datasets.Dataset, tokenizer: Tokenizer, *, length: int, labels: int) -> Texts:
+def encode(
+    examples: datasets.Dataset, tokenizer: Tokenizer, *, length: int, labels: int, before: Sequence[int] = ()
+) -> Texts:
     """Tokens of every example, as Hugging Face's GLUE scripts make them: the special tokens of the tokenizer's
     post-processor, and what is too long cut token by token at the end of the longer sentence.
 
@@ -51,6 +54,8 @@ def encode(examples: datasets.Dataset, tokenizer: Tokenizer, *, length: int, lab
       tokenizer: stays as it is; padding and truncation that its file switches on do not act.
       length: the most tokens of an example, special ones included (128 or 512 in the paper's Table 9).
       labels: how many there are, the outputs of the model; 1 for a regression.
+      before: ids of a prefix (`methods.prefix`), which stand behind the first special token (the head reads that one)
+        and count for the length.
 
     Raises:
       ValueError: the tokenizer adds no special tokens, the length holds nothing else, or a label is not one of 0 to
@@ -60,13 +65,14 @@ def encode(examples: datasets.Dataset, tokenizer: Tokenizer, *, length: int, lab
     pairs = "second" in examples.column_names
     if pairs:
         inputs = list(zip(inputs, examples["second"], strict=True))
-    tokenizer = _truncating(tokenizer, length, pairs)
+    tokenizer = _truncating(tokenizer, length - len(before), pairs)
     tokens, token_types, sizes, truncated = [], [], [], 0
     for start in range(0, len(inputs), _AT_ONCE):
         encodings = tokenizer.encode_batch_fast(inputs[start : start + _AT_ONCE])
-        tokens.append(np.array([i for encoding in encodings for i in encoding.ids], np.int32))
-        token_types.append(np.array([i for encoding in encodings for i in encoding.type_ids], np.int32))
-        sizes += [len(encoding) for encoding in encodings]
+        tokens.append(np.array([i for e in encodings for i in (*e.ids[:1], *before, *e.ids[1:])], np.int32))
+        zeros = [0] * len(before)
+        token_types.append(np.array([i for e in encodings for i in (*zeros, *e.type_ids)], np.int32))
+        sizes += [len(encoding) + len(before) for encoding in encodings]
         truncated += sum(bool(encoding.overflowing) for encoding in encodings)
     if truncated:
         log.warning("cut %d of %d examples to %d tokens", truncated, len(inputs), length)

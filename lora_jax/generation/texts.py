@@ -70,8 +70,8 @@ def completions(
     for number, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= room:
             raise ValueError(
-                f"prompt {number} (counted from 0) has {len(prompt)} tokens: with max_new_tokens="
-                f"{max_new_tokens} the model has room for 1 to {room}"
+                f"prompt {number} (counted from 0) has {len(prompt)} tokens, {max(len(prompt) - room, 0)} too many: "
+                f"with max_new_tokens={max_new_tokens} the model has room for 1 to {room}"
             )
     key = options.pop("key", None)
     for rows, tokens, mask in batches_of(prompts, batch_size, room):

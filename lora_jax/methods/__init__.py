@@ -1,5 +1,5 @@
 """One method, one file; each registers itself."""
 
-from lora_jax.methods import lora, rows, shift, tune
+from lora_jax.methods import adapter, compacter, dora, ia3, lokr, lora, pissa, prefix, rows, shift, tune, vera
 
-__all__ = ["lora", "rows", "shift", "tune"]
+__all__ = ["adapter", "compacter", "dora", "ia3", "lokr", "lora", "pissa", "prefix", "rows", "shift", "tune", "vera"]

@@ -1,5 +1,6 @@
 """LoRA: a low-rank product beside the frozen weight (Hu et al. 2021, section 4.1)."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -50,65 +51,116 @@ def lora(
     Delta: 1 paths, 340 numbers
       kernel: a float32(100, 2), b float32(2, 70)
     """
-    if a_init not in _A_INITS:
-        raise ValueError(f"a_init={a_init!r}: choose one of {_A_INITS}")
-    if scale_rule not in _SCALE_RULES:
-        raise ValueError(f"scale_rule={scale_rule!r}: choose one of {tuple(_SCALE_RULES)}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout={dropout}: a probability from 0 to below 1")
-    dtype, shared = jnp.dtype(dtype), (shared,) if isinstance(shared, str) else tuple(shared)
-
-    def owner(path: str) -> str:
-        """The key of the delta that holds the A of a path."""
-        in_module = any(matches(glob, path) for glob in shared)
-        return f"{_SHARED}{'/'.join(path.split('/')[:-2])}" if in_module else path
-
-    def init(key: Array, path: str, leaf: Any, axes: str) -> dict[str, Array]:
-        shapes = _shapes(path, leaf, axes, look_up(rank, path, "rank"))
-        factors = {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
-        if "v" in axes:
-            factors["b"] = jax.random.normal(key, shapes["b"], dtype)
-        elif a_init == "gaussian":
-            factors["a"] = 0.02 * jax.random.normal(key, shapes["a"], dtype)
-        else:
-            bound = 1 / math.sqrt(math.prod(sizes(leaf, axes)["i"]))
-            factors["a"] = jax.random.uniform(key, shapes["a"], dtype, -bound, bound)
-        return factors
+    low = Options(
+        selection=selection,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        a_init=a_init,
+        scale_rule=scale_rule,
+        dtype=dtype,
+        shared=shared,
+        strict=strict,
+    )
 
     def adapt(key: Array | None, path: str, leaf: Any, axes: str, factors: dict[str, Array], strength: Any) -> LowRank:
-        r = look_up(rank, path, "rank")
-        stacked = sizes(leaf, axes)["s"]
-        whose_alpha = r if alpha is None else look_up(alpha, path, "alpha")
-        scale = jnp.asarray(strength * _SCALE_RULES[scale_rule](whose_alpha, r), jnp.float32)
-        need_factors(path, factors, _shapes(path, leaf, axes, r))
-        factors = {name: all_layers(factor, selection.layers, stacked) for name, factor in factors.items()}
-        if key is not None and dropout and stacked:
-            key = jax.random.split(key, stacked)
-        return LowRank(
-            base=leaf,
-            a=factors["a"],
-            b=factors["b"],
-            scale=jnp.broadcast_to(scale, stacked),
-            key=key if dropout else None,
-            core=axes.lstrip("s"),
-            dropout=dropout,
-            path=Label(path),
+        need_factors(path, factors, low.shapes(path, leaf, axes))
+        return LowRank(**low.fields(key, path, leaf, axes, factors, strength))
+
+    return low.transform("lora", low.init, adapt)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of `lora`, which its relatives share, and what they mean for one leaf."""
+
+    selection: Selection
+    rank: int | Mapping[str, int]
+    alpha: Any = None
+    dropout: float = 0.0
+    a_init: str = "kaiming_uniform"
+    scale_rule: str = "alpha/r"
+    dtype: Any = jnp.float32
+    shared: Iterable[str] = ()
+    strict: bool = True
+
+    def __post_init__(self) -> None:
+        if self.a_init not in _A_INITS:
+            raise ValueError(f"a_init={self.a_init!r}: choose one of {_A_INITS}")
+        if self.scale_rule not in _SCALE_RULES:
+            raise ValueError(f"scale_rule={self.scale_rule!r}: choose one of {tuple(_SCALE_RULES)}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout={self.dropout}: a probability from 0 to below 1")
+        object.__setattr__(self, "shared", (self.shared,) if isinstance(self.shared, str) else tuple(self.shared))
+
+    def spec(self) -> dict[str, Any]:
+        """The options as JSON."""
+        spec = {**self.selection.spec(), "rank": self.rank, "alpha": self.alpha, "dropout": self.dropout}
+        spec |= {"a_init": self.a_init, "scale_rule": self.scale_rule, "dtype": jnp.dtype(self.dtype).name}
+        return (
+            spec | ({"shared": list(self.shared)} if self.shared else {}) | ({} if self.strict else {"strict": False})
         )
 
-    def _shapes(path: str, leaf: Any, axes: str, r: int) -> dict[str, tuple[int, ...]]:
-        size = sizes(leaf, axes, selection.layers)
+    def shapes(self, path: str, leaf: Any, axes: str) -> dict[str, tuple[int, ...]]:
+        """Those of A and B; a ValueError for a leaf that has none, or a rank that cannot be."""
+        r, size = look_up(self.rank, path, "rank"), sizes(leaf, axes, self.selection.layers)
         if isinstance(leaf, Absent) or not size["i"] or not size["o"]:
             raise ValueError(f"{path} with axes {axes!r}: LoRA needs a weight with input and output axes")
         most = min(math.prod(size["i"]), math.prod(size["o"]))
-        if not isinstance(r, int) or not 1 <= r <= (most if strict else r):
+        if not isinstance(r, int) or not 1 <= r <= (most if self.strict else r):
             raise ValueError(f"{path}: rank={r!r} must be a whole number from 1 to min(in, out) = {most}")
         return {"a": (*size["s"], *size["i"], r), "b": (*size["s"], r, *size["o"])}
 
-    spec = {"method": "lora", **selection.spec(), "rank": rank, "alpha": alpha, "dropout": dropout}
-    spec |= {"a_init": a_init, "scale_rule": scale_rule, "dtype": dtype.name}
-    spec |= ({"shared": list(shared)} if shared else {}) | ({} if strict else {"strict": False})
-    alone = per_leaf(spec, selection.__call__, init, adapt, draws_as=owner)
-    return _with_owners(alone, owner) if shared else alone
+    def scale(self, path: str) -> Any:
+        """alpha / rank, by the rule."""
+        r = look_up(self.rank, path, "rank")
+        return _SCALE_RULES[self.scale_rule](r if self.alpha is None else look_up(self.alpha, path, "alpha"), r)
+
+    def init(self, key: Array, path: str, leaf: Any, axes: str) -> dict[str, Array]:
+        """LoRA's first A and B."""
+        shapes = self.shapes(path, leaf, axes)
+        factors = {name: jnp.zeros(shape, self.dtype) for name, shape in shapes.items()}
+        if "v" in axes:
+            factors["b"] = jax.random.normal(key, shapes["b"], self.dtype)
+        elif self.a_init == "gaussian":
+            factors["a"] = 0.02 * jax.random.normal(key, shapes["a"], self.dtype)
+        else:
+            bound = 1 / math.sqrt(math.prod(sizes(leaf, axes)["i"]))
+            factors["a"] = jax.random.uniform(key, shapes["a"], self.dtype, -bound, bound)
+        return factors
+
+    def fields(
+        self, key: Array | None, path: str, leaf: Any, axes: str, factors: dict[str, Array], strength: Any
+    ) -> dict[str, Any]:
+        """The fields of a `LowRank`, with all the factors that are given, over all layers."""
+        stacked = sizes(leaf, axes)["s"]
+        scale = jnp.asarray(strength * self.scale(path), jnp.float32)
+        if key is not None and self.dropout and stacked:
+            key = jax.random.split(key, stacked)
+        return {name: all_layers(factor, self.selection.layers, stacked) for name, factor in factors.items()} | {
+            "base": leaf,
+            "scale": jnp.broadcast_to(scale, stacked),
+            "key": key if self.dropout else None,
+            "core": axes.lstrip("s"),
+            "dropout": self.dropout,
+            "path": Label(path),
+        }
+
+    def chosen(self, array: Array, axes: str) -> Array:
+        """The selected layers of an array whose first axes are the stacked ones; the array itself where all are."""
+        return array[jnp.array(self.selection.layers)] if self.selection.layers and "s" in axes else array
+
+    def transform(self, method: str, init: Callable, adapt: Callable) -> ParamTransform:
+        """The transform that meets every selected leaf with `init` and `adapt`, one A standing for what is shared."""
+
+        def owner(path: str) -> str:
+            """The key of the delta that holds the A of a path."""
+            in_module = any(matches(glob, path) for glob in self.shared)
+            return f"{_SHARED}{'/'.join(path.split('/')[:-2])}" if in_module else path
+
+        spec = {"method": method, **self.spec()}
+        alone = per_leaf(spec, self.selection.__call__, init, adapt, draws_as=owner)
+        return _with_owners(alone, owner) if self.shared else alone
 
 
 def _with_owners(alone: ParamTransform, owner: Callable[[str], str]) -> ParamTransform:

@@ -66,6 +66,8 @@ SIZES = {
     "medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
     "large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
     "xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25),
+    # 175B of Brown et al. 2020: its parameters; half of its layers attend sparsely, here all densely
+    "gpt3": GPT2Config(n_positions=2048, n_embd=12288, n_layer=96, n_head=96),
 }
 
 

@@ -6,7 +6,7 @@ from lora_jax.training.loss import cross_entropy, squared_error
 from lora_jax.training.objectives import Objective, classifier, language_model
 from lora_jax.training.optimizers import optimizer, schedule
 from lora_jax.training.step import METRICS, State, make_step, new_state
-from lora_jax.training.workdir import claim
+from lora_jax.training.workdir import claim, difference
 
 __all__ = [
     "METRICS",
@@ -19,6 +19,7 @@ __all__ = [
     "claim",
     "classifier",
     "cross_entropy",
+    "difference",
     "language_model",
     "make_step",
     "new_state",

@@ -26,8 +26,8 @@ from lora_jax.training.logging import Log, plot_loss
 from lora_jax.training.meter import Meter, check, fetch
 from lora_jax.training.objectives import Objective, language_model
 from lora_jax.training.optimizers import optimizer, schedule
-from lora_jax.training.workdir import claim
-from lora_jax.transforms import Delta, ParamTransform, difference, from_spec, without_tuned
+from lora_jax.training.workdir import claim, difference
+from lora_jax.transforms import Delta, ParamTransform, from_spec, without_tuned
 
 EVERYWHERE: Rules = {"**": P()}
 

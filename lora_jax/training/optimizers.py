@@ -43,8 +43,9 @@ def optimizer(config: Any, rate: optax.Schedule) -> optax.GradientTransformation
     """AdamW with decoupled weight decay, clipped where asked; no state for the base.
 
     Args:
-      config: has `b1`, `b2`, `eps`, `weight_decay`, `decay` (globs of the paths that decay; the
-        authors decay every trained array) and `clip_norm` (None: no clipping).
+      config: has `b1`, `b2`, `eps`, `weight_decay`, `decay` (globs of the delta's `path` or `path/factor` that decay;
+        the authors decay every trained array), `clip_norm` (None: no clipping), and perhaps `b_ratio`: how many times
+        the rate, and with it the decay, LoRA's B has (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
       rate: the schedule.
     """
     globs = tuple(config.decay)
@@ -53,11 +54,21 @@ def optimizer(config: Any, rate: optax.Schedule) -> optax.GradientTransformation
         return jax.tree_util.tree_map_with_path(lambda keys, _: _any(globs, keys), delta)
 
     adamw = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decays)
-    if config.clip_norm is None:
-        return freeze_base(adamw)
-    return freeze_base(optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw))
+    parts = [adamw] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm), adamw]
+    if (ratio := config.get("b_ratio", 1.0)) != 1:
+        parts.append(optax.partition({"b": optax.scale(ratio), "other": optax.identity()}, _factor_labels))
+    return freeze_base(optax.chain(*parts))
+
+
+def _factor_labels(delta: Any) -> Any:
+    """ "b" for LoRA's B, "other" for the rest."""
+
+    def label(keys: tuple, _: Any) -> str:
+        return "b" if jax.tree_util.keystr(keys[-1:], simple=True) == "b" else "other"
+
+    return jax.tree_util.tree_map_with_path(label, delta)
 
 
 def _any(globs: Sequence[str], keys: tuple) -> bool:
-    path = jax.tree_util.keystr(keys[:1], simple=True)  # a delta's first key is the leaf's path
-    return any(matches(glob, path) for glob in globs)
+    names = [jax.tree_util.keystr(keys[:n], simple=True, separator="/") for n in (1, 2)]  # the leaf's path, and factor
+    return any(matches(glob, name) for glob in globs for name in names)

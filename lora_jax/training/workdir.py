@@ -1,10 +1,17 @@
-"""The config of a workdir: a run goes on under the config it began with, or not at all."""
+"""The config of a workdir: a run goes on under the config, and the function, it began with, or not at all."""
 
+import dataclasses
 import json
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from lora_jax.arrays import is_adapted
 from lora_jax.checkpoints import latest_step, write_atomically
+from lora_jax.selection import flatten
+from lora_jax.taps import untapped
 from lora_jax.training.logging import read_metrics
 
 # What may change when a run goes on. How the base is called may; its identity is compared.
@@ -36,6 +43,26 @@ def claim(workdir: str | Path, config: Any) -> None:
                 "Give another --workdir, or the config it began with"
             )
     write_atomically(path, (json.dumps(new, indent=2) + "\n").encode())
+
+
+def difference(first: Any, second: Any, among: Container[str] | None = None) -> str:
+    """Where two adapted trees of one base compute different functions, in words; "" where they do not. What acts in
+    training alone (dropout) is not compared; `among` limits it to some paths."""
+    (first, taps), (second, other_taps) = untapped(first), untapped(second)
+    if (kinds := [(tap.site, tap.fn, tap.layers) for tap in taps]) != [(t.site, t.fn, t.layers) for t in other_taps]:
+        return f"there are {kinds} in one, {[(t.site, t.fn, t.layers) for t in other_taps]} in the other"
+    ones, others = ({p: w for p, w in flatten(tree, is_adapted)[0] if is_adapted(w)} for tree in (first, second))
+    for path in (path for path in [*ones, *others] if among is None or path in among):
+        one, other = ones.get(path), others.get(path)
+        if type(one) is not type(other):
+            return f"{path} is {one or 'not adapted'} in one, {other or 'not adapted'} in the other"
+        for field in dataclasses.fields(one):  # type: ignore[arg-type]
+            a, b = getattr(one, field.name), getattr(other, field.name)
+            if a is b or field.name in ("base", "key", "dropout"):
+                continue
+            if np.shape(a) != np.shape(b) or not (a == b if field.metadata else np.allclose(a, b, 1e-6, 0)):
+                return f"{path} has {field.name} {a} in one, {b} in the other"
+    return ""
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -33,7 +33,12 @@ METHODS = {
     "bitfit": lj.tune(lj.select("**/bias")),
     "chain": lj.chain(lj.lora(lj.select("**/up/kernel"), rank=2), lj.tune(lj.select("**/bias"))),
     "lora, shared": lj.lora(KERNELS, rank=2, dropout=0.1, shared="**/up/kernel"),
+    "dora": lj.dora(KERNELS, rank=2, alpha=3, dropout=0.1),
+    "pissa": lj.pissa(KERNELS, rank=2, alpha=3),
     "shift": shift(lj.select("**/bias"), scale={"**/up/*": 2.0, "**": -0.5}),
+    "ia3": lj.ia3(KERNELS, feedforward="**/down/*"),
+    "vera": lj.vera(KERNELS, rank=5),
+    "lokr": lj.lokr(KERNELS, rank=1, alpha=3, decompose_both=True),
 }
 over_methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 lifted = lj.lift(lambda params, x: MODEL.apply({"params": params}, x), on_dense="error")

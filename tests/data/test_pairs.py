@@ -58,9 +58,9 @@ def test_examples_longer_than_the_context(tokenizer: Tokenizer, caplog: pytest.L
     assert f"skipped 1 of 3 examples longer than {longest} tokens" in caplog.text
     expected = pairs.encode(data.select([0, 2]), tokenizer, eos=0, length=99)
     np.testing.assert_array_equal(encoded.tokens, expected.tokens)
-    with pytest.raises(ValueError, match=r"example 1 .* has \d+ tokens, 1 of 3 .* context of"):
+    with pytest.raises(ValueError, match=r"example 1 .* has \d+ tokens, \d+ more than the context of \d+, as have 1 of 3"):
         pairs.encode(data, tokenizer, eos=0, length=int(longest), long="error")
-    with pytest.raises(ValueError, match="3 of 3 examples have more than the context of 2"):
+    with pytest.raises(ValueError, match="5 more than the context of 2, as have 3 of 3 examples"):
         pairs.encode(data, tokenizer, eos=0, length=2)
     with pytest.raises(ValueError, match="long='cut'"):
         pairs.encode(data, tokenizer, eos=0, length=2, long="cut")
@@ -69,3 +69,18 @@ def test_examples_longer_than_the_context(tokenizer: Tokenizer, caplog: pytest.L
 def test_no_such_eos(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match=r"eos=50256 is no token of the tokenizer, which has 280"):
         pairs.encode(dataset(("a", "b")), tokenizer, eos=50256, length=10)
+
+
+def test_a_prefix_and_an_infix_stand_around_the_context(tokenizer: Tokenizer) -> None:
+    data, inserted = dataset(("name : X", "X ."), ("area : X", "Y .")), {"before": range(300, 303), "after": [303]}
+    plain, encoded = (pairs.encode(data, tokenizer, eos=0, length=99, **how) for how in ({}, inserted))
+    for n in range(2):
+        own, whole = (each.tokens[each.offsets[n] : each.offsets[n + 1]].tolist() for each in (plain, encoded))
+        start = plain.starts[n]
+        assert whole == [300, 301, 302, *own[:start], 303, *own[start:]]
+        assert encoded.starts[n] == start + 4
+    np.testing.assert_array_equal(encoded.labels, plain.labels)
+    prompt = pairs.prompts(data["context"], tokenizer, eos=0, **inserted)[0]
+    assert prompt == encoded.tokens[: encoded.starts[0]].tolist()
+    with pytest.raises(ValueError, match=r"tokens, 4 of them the method's own, 3 more than the context of"):
+        pairs.encode(data, tokenizer, eos=0, length=int(max(plain.lengths)), long="error", **inserted)

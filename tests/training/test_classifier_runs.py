@@ -17,6 +17,8 @@ from glue_inputs import CONFIG, make_inputs
 from training_cli import ROOT, environment
 
 import lora_jax as lj
+from configs import e2e
+from experiments import bases
 from lora_jax import checkpoints, training
 from lora_jax.interop import hf
 from lora_jax.models.encoder import Encoder
@@ -233,6 +235,13 @@ def test_what_cannot_be_is_said(seeds: Path, inputs: Path, tmp_path: Path) -> No
         failed = run(inputs, *arguments)
         assert failed.returncode == 1
         assert re.search(said, failed.stderr), failed.stderr
+
+
+def test_a_task_of_texts_needs_a_gpt2(inputs: Path) -> None:
+    config = e2e.get_config("small")
+    config.base = str(inputs / "base")
+    with pytest.raises(ValueError, match="is a bert, but e2e needs a GPT-2"):
+        bases.load(config)
 
 
 def test_dropout_of_the_model_acts_in_training_alone() -> None:

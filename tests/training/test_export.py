@@ -14,7 +14,7 @@ from training_cli import make_inputs
 
 import lora_jax as lj
 from configs import e2e
-from experiments import bases, export, train
+from experiments import bases, export, methods, train
 from lora_jax import checkpoints, training
 from lora_jax.interop import hf
 from lora_jax.models.gpt2 import to_loop
@@ -32,7 +32,7 @@ def config_of(folder: Path, name: str = "small", **changes: Any) -> ConfigDict:
 def make_run(folder: Path, config: ConfigDict, workdir: Path) -> lj.Delta:
     """A workdir at step 3, whose delta is random and nowhere zero."""
     base = bases.load(config)
-    method = lj.from_spec(train.spec(config))
+    method = lj.from_spec(methods.spec(config, base.model))
     random = np.random.default_rng(0)
     delta = jax.tree.map(
         lambda x: x + jnp.asarray(random.normal(0, 0.1, x.shape), jnp.float32),
@@ -72,7 +72,7 @@ def test_every_form_goes_out_and_comes_back(case: str, folder: Path, tmp_path: P
     """1e-5 of the largest logit: sums in another order; the native form has the same bits."""
     config = CASES[case](folder)
     delta = make_run(folder, config, tmp_path / "run")
-    method = lj.from_spec(train.spec(config))
+    method = lj.from_spec(methods.spec(config, bases.load(config).model))
     expected = logits(config, method, delta)
     assert np.abs(expected - logits(config, None, None)).max() > 1e-3
     for form in FORMS:
@@ -96,7 +96,7 @@ def test_torch_computes_the_same_from_both(folder: Path, tmp_path: Path) -> None
     peft = pytest.importorskip("peft")
     config = config_of(folder, **{"lora.rank": 2})
     delta = make_run(folder, config, tmp_path / "run")
-    expected = logits(config, lj.from_spec(train.spec(config)), delta)
+    expected = logits(config, lj.from_spec(methods.spec(config, bases.load(config).model)), delta)
     tokens = torch.tensor(np.random.default_rng(1).integers(0, 272, (2, 9)))
     for form in ("merged", "peft"):
         export.give_away(tmp_path / "run", form, tmp_path / form)

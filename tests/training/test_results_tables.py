@@ -32,6 +32,17 @@ def test_tables_are_filled(tmp_path: Path) -> None:
     assert fill(filled, tmp_path) == filled
 
 
+def test_words_stand_on_the_left(tmp_path: Path) -> None:
+    same = {"label": "M, LoRA", "table": 3, "config": "configs/e2e.py:medium", "trained": 393_216}
+    rows = [same | {"printed": "0.35M", "verdict": "nominal"}, {"label": "XXL, FT", "table": 2, "printed": "1500.0M"}]
+    (tmp_path / "count.json").write_text(json.dumps({"rows": rows}))
+    header, sides, *filled = fill("<!-- results: count -->\n<!-- end -->", tmp_path).splitlines()[1:-1]
+    assert header == "|  | table | config | trained parameters | the paper's figure |  |"
+    assert sides == "| --- | ---: | --- | ---: | ---: | --- |"
+    assert filled[0] == "| M, LoRA | 3 | `configs/e2e.py:medium` | 393,216 | 0.35M | nominal |"
+    assert filled[1] == "| XXL, FT | 2 | - | - | 1500.0M | - |"
+
+
 def test_missing_files_are_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no\.json does not exist, but a table"):
         fill("<!-- results: no -->\n<!-- end -->", tmp_path)

@@ -1,0 +1,88 @@
+"""From a config's `method` and its options to a transform."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from lora_jax.methods.prefix import inserted
+from lora_jax.models import encoder, gpt2
+
+
+def spec(config: ConfigDict, model: Any, new: Sequence[str] = ()) -> dict[str, Any]:
+    """The spec of the config's method on one of our models, and of what trains besides: the config's head, and what is
+    `new` in the base.
+
+    Raises:
+      ValueError: the config has no such method. FileNotFoundError: its file is not there.
+    """
+    parts = [_part(name, config, model) for name in config.method.split("+")]
+    besides = [*config.get("head", ()), *new]
+    if tuned := [part for part in parts if part["method"] == "tune"]:
+        tuned[0]["select"] = list(dict.fromkeys([*tuned[0]["select"], *besides]))
+    elif besides:
+        parts.append({"method": "tune", "select": besides})
+    return parts[0] if len(parts) == 1 else {"method": "chain", "of": parts}
+
+
+def _part(name: str, config: ConfigDict, model: Any) -> dict[str, Any]:
+    """The spec of one method."""
+    if ".py:" in name:
+        return own(name)(model).spec
+    if name not in config:
+        raise ValueError(f"method is {config.method!r}, but the config has no options for {name!r}")
+    # By way of JSON: to_dict sorts keys, and of a mapping from globs the first match wins.
+    options = {"method": name, **json.loads(config[name].to_json())}
+    family = gpt2 if isinstance(model, gpt2.GPT2) else encoder
+    if "sites" in options:
+        known = family.sites(model.config)
+        if missing := sorted(set(options["sites"]) - set(known)):
+            raise ValueError(f"{name}.sites: the model names {sorted(known)}, not {missing[0]!r}")
+        options["sites"] = {site: [known[site][0], known[site][1][-1]] for site in options["sites"]}
+    elif name != "tune":
+        options["axes"] = dict(family.AXES)
+    if name == "prefix_layer":
+        options["vocabulary"] = model.config.vocab_size
+    if "layers" in options:
+        options["layers"] = options["layers"] or None
+    return options
+
+
+def own(name: str) -> Any:
+    """The function of "file.py:function"; its file, run once, registers its methods, as reloading needs too."""
+    file, _, function = name.rpartition(":")
+    made: Any = getattr(_module(Path(file)), function, None)
+    if not callable(made):
+        raise ValueError(f"method is {name!r}, but {file} has no function {function!r}")
+    return made
+
+
+def know(config: ConfigDict) -> None:
+    """Makes the methods of one's own that a config names known to `from_spec`."""
+    for name in config.method.split("+"):
+        if ".py:" in name:
+            own(name)
+
+
+def _module(file: Path) -> ModuleType:
+    name = f"method_of_{file.stem}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: method=FILE.py:FUNCTION names a file of one's own")
+    found: Any = importlib.util.spec_from_file_location(name, file)
+    module = sys.modules[name] = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def placeholders(spec: dict[str, Any], model: Any) -> dict[str, Sequence[int]]:
+    """The ids, behind the vocabulary, that the data insert for a method: {"before": prefix, "after": infix}."""
+    prefix, infix = inserted(spec)
+    first = model.config.vocab_size
+    return {"before": range(first, first + prefix), "after": range(first + prefix, first + prefix + infix)}

@@ -1,0 +1,238 @@
+"""Every method of the paper, and its descendants, on one base, one budget of parameters and one budget of steps.
+
+    python -m experiments.study --task=e2e --workdir=runs/study --base=GPT2 --data=E2E \\
+      --out=docs/results/study_e2e.json
+    python -m experiments.study --task=mrpc --workdir=runs/study --base=BERT --data=GLUE \\
+      --out=docs/results/study_mrpc.json
+
+The paper's Figure 2 in the small: quality against trained parameters. Of each method one of three learning rates is
+chosen by the validation loss after 100 steps, and a run of 300 steps made with it; LoRA, full fine-tuning, BitFit and
+AdapterH with three seeds. E2E: batches of 8 of 8,000 training pairs, BLEU of greedy texts for the first 200 contexts of
+the test set. MRPC: batches of 8, the accuracy on the development set after the last step. A method's size is the one
+that brings it nearest to LoRA's parameters on query and value (r = 4 for E2E, 8 for MRPC); full fine-tuning, FT-Top2,
+BitFit and IA3 have none to choose, and prefixes at most 96 (E2E) and 32 tokens (MRPC). The same command goes on where
+it was stopped; --out gets the table's rows and, beside it, a plot.
+"""
+
+import bisect
+import json
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+import lora_jax as lj
+from configs import e2e, glue
+from experiments import bases, cli, methods, train
+from lora_jax import checkpoints
+from lora_jax.data import pairs, tasks
+from lora_jax.generation import complete, end_tokens
+from lora_jax.metrics import bleu
+
+flags.DEFINE_enum("task", "e2e", ["e2e", "mrpc"], "What is learnt.")
+flags.DEFINE_string("base", None, "A folder: a GPT-2 for E2E, a RoBERTa or BERT for MRPC.")
+flags.DEFINE_list("methods", [], "Only these.")
+flags.DEFINE_integer("steps", 300, "Of a run.", lower_bound=1)
+flags.DEFINE_integer("search_steps", 100, "Of the runs that choose the rate.", lower_bound=1)
+flags.declare_key_flag("workdir")
+flags.declare_key_flag("data")
+flags.declare_key_flag("out")
+flags.mark_flags_as_required(["workdir", "base", "data"])
+
+PAIRS, VALIDATED, CONTEXTS = 8_000, 500, 200
+SEEDS = dict.fromkeys(("lora", "full", "bitfit", "adapter_h"), (0, 1, 2))
+_SLOW = (1e-4, 3e-4, 1e-3)  # for the base's own weights
+_FAST = (1e-3, 5e-3, 2e-2)  # for vectors
+RATES = {"full": _SLOW, "top2": _SLOW, "lora_bitfit": (5e-4, 2e-3, 5e-3)}
+RATES |= dict.fromkeys(("bitfit", "classifier", "vera", "ia3", "prefix_embedding", "prefix_layer"), _FAST)
+OTHERS = (5e-4, 2e-3, 8e-3)
+# The method that is compared, the config's name of it, what else differs, and the option that sets its size.
+METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "lora": ("lora", {}, ""),
+    "lora_all": ("lora_all", {}, "lora.rank"),
+    "full": ("full", {}, ""),
+    "top2": ("top2", {}, ""),
+    "classifier": ("classifier", {}, ""),
+    "bitfit": ("bitfit", {}, ""),
+    "prefix_embedding": ("prefix_embedding", {}, "prefix_embedding.prefix"),
+    "prefix_layer": ("prefix_layer", {}, "prefix_layer.prefix"),
+    "adapter_h": ("adapter_h", {}, "adapter.rank"),
+    "adapter_l": ("adapter_l", {}, "adapter.rank"),
+    "adapter_p": ("adapter_p", {}, "adapter.rank"),
+    "adapter_d": ("adapter_p", {"adapter.layers": (2, 3, 4, 5)}, "adapter.rank"),
+    "compacter": ("compacter", {}, "compacter.rank"),
+    "lora_pe": ("lora_pe", {"lora.rank": 2, "lora.alpha": 2.0}, ""),
+    "lora_pl": ("lora_pl", {"lora.rank": 2, "lora.alpha": 2.0, "prefix_layer.prefix": 4}, ""),
+    "lora_bitfit": ("lora_bitfit", {"lora.rank": 1, "lora.alpha": 1.0}, ""),
+    "rslora": ("rslora", {}, ""),
+    "lora_plus": ("lora_plus", {}, ""),
+    "dora": ("dora", {}, "dora.rank"),
+    "pissa": ("pissa", {}, ""),
+    "vera": ("vera", {}, "vera.rank"),
+    "ia3": ("ia3", {}, ""),
+    "lokr": ("lokr", {}, "lokr.rank"),
+}
+ONLY = {"top2": "e2e", "classifier": "mrpc"}
+SIZES = (*range(1, 16), *range(16, 64, 4), *range(64, 160, 16), *range(192, 2049, 64))
+RANK = {"e2e": 4, "mrpc": 8}
+MOST = {"e2e": 96, "mrpc": 32}  # tokens of a prefix: they cost time as any
+
+
+def main() -> None:
+    values = flags.FLAGS
+    known = [name for name in METHODS if ONLY.get(name, values.task) == values.task]
+    if unknown := sorted(set(values.methods) - set(known)):
+        raise ValueError(f"--methods={unknown[0]}: it is one of {', '.join(known)}")
+    workdir = Path(values.workdir) / values.task
+    if values.task == "e2e" and not (workdir / "data").is_dir():
+        few(workdir / "data")
+    rows = [row(name, workdir) for name in values.methods or known]
+    out = Path(values.out or workdir / "study.json")
+    checkpoints.write_atomically(out, (json.dumps({"rows": rows}, indent=2) + "\n").encode())
+    plot(rows, out.with_suffix(".png"))
+    print(f"written: {out}")
+
+
+def few(folder: Path) -> None:
+    """The pairs of E2E that are used, in its own form."""
+    counts = {"train": PAIRS, "valid": VALIDATED, "test": None}
+    for split, count in counts.items():
+        data = tasks.named("e2e").load(flags.FLAGS.data, split)[:count]
+        lines = (f"{context}||{text}\n" for context, text in zip(data["context"], data["completion"], strict=True))
+        checkpoints.write_atomically(folder / f"{split}.txt", "".join(lines).encode())
+
+
+def row(name: str, workdir: Path) -> dict[str, Any]:
+    """A method's row of the table."""
+    config, size = sized(name, workdir)
+    rates = RATES.get(name, OTHERS)
+    steps = {"steps": flags.FLAGS.search_steps}
+    folder = workdir / name
+    tried = [run(config, folder / f"rate_{rate:g}", steps | {"optimizer.learning_rate": rate}) for rate in rates]
+    losses = [summary["validation_loss"] for summary in tried]
+    rate = rates[losses.index(min(losses))]
+    seeds = SEEDS.get(name, (0,))
+    changes = {"steps": flags.FLAGS.steps, "optimizer.learning_rate": rate}
+    found = [run(config, folder / f"seed_{seed}", changes | {"seed": seed}) for seed in seeds]
+    quality = "bleu" if flags.FLAGS.task == "e2e" else "accuracy"
+    return {
+        "label": name,
+        "size": size,
+        "trained": found[0]["method_trained"],
+        "rate": rate,
+        **{key: spread([each[key] for each in found]) for key in ("validation_loss", quality)},
+        "seed": list(seeds),
+        "device": f"{found[0]['device']}, {os.cpu_count()} CPU cores",
+        "jax": jax.__version__,
+    }
+
+
+def config_of(name: str, workdir: Path) -> ConfigDict:
+    """The config of a method, but for its size, steps and rate."""
+    values = flags.FLAGS
+    variant, changes, _ = METHODS[name]
+    config = e2e.get_config(f"small,{variant}") if values.task == "e2e" else glue.get_config(f"base,mrpc,{variant}")
+    for kind in ("lora", "dora", "pissa"):
+        config[kind].rank = RANK[values.task]
+        config[kind].alpha = float(RANK[values.task])
+    config.update_from_flattened_dict(changes)
+    config.base, config.seed = values.base, 0
+    config.data.path = str(workdir / "data") if values.task == "e2e" else values.data
+    config.data.batch_size, config.data.buckets = 8, 2
+    config.optimizer.warmup_steps = 20
+    config.log_every = 20
+    if values.task == "mrpc":
+        config.seeds, config.best, config.data.length = (), "", 128
+    return config
+
+
+def sized(name: str, workdir: Path) -> tuple[ConfigDict, int | None]:
+    """The config of a method, of the size that brings it nearest to LoRA's parameters, and that size."""
+    config, option = config_of(name, workdir), METHODS[name][2]
+    if not option:
+        return config, None
+    base = bases.load(config)
+    wanted = trained(config_of("lora", workdir), base)
+
+    def count(size: int) -> int:
+        config.update_from_flattened_dict({option: size})
+        return trained(config, base)
+
+    multiple = config.compacter.n if name == "compacter" else 1
+    most = MOST[flags.FLAGS.task] if name.startswith("prefix") else SIZES[-1]
+    sizes = [size for size in SIZES if size % multiple == 0 and size <= most]
+    at = bisect.bisect_left(sizes, wanted, key=count)
+    size = min(sizes[max(at - 1, 0) : at + 1], key=lambda size: abs(count(size) - wanted))
+    config.update_from_flattened_dict({option: size})
+    return config, size
+
+
+def trained(config: ConfigDict, base: bases.Base) -> int:
+    """How many parameters train, a head apart."""
+    report = lj.check(lj.from_spec(methods.spec(config, base.model, base.new)), base.params)
+    return sum(each.trained for each in report.rows if not each.path.startswith("classifier/"))
+
+
+def run(config: ConfigDict, folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a run, made where it is not there yet."""
+    file = folder / "study.json"
+    if file.is_file():
+        return json.loads(file.read_text())
+    own = config.copy_and_resolve_references()
+    own.update_from_flattened_dict(changes)
+    if not train.train(own, folder):
+        raise ValueError(f"{folder} was stopped: the same command goes on")
+    base = bases.load(own)
+    found = json.loads((folder / "summary.json").read_text()) | {"method_trained": trained(own, base)}
+    if flags.FLAGS.task == "e2e" and "seed" in folder.name:
+        found["bleu"] = texts_score(own, folder, base)
+    checkpoints.write_atomically(file, (json.dumps(found, indent=2) + "\n").encode())
+    return found
+
+
+def texts_score(config: ConfigDict, folder: Path, base: bases.Base) -> float:
+    """BLEU of greedy texts for the first contexts of the test set."""
+    method, delta = bases.adapter(folder / "adapter", base)
+    groups = pairs.contexts(tasks.named("e2e").load(config.data.path, "test"))
+    asked, references = list(groups)[:CONTEXTS], list(groups.values())[:CONTEXTS]
+    eos = base.model.config.eos_token_id
+    inserted = methods.placeholders(method.spec, base.model)
+    texts = complete(
+        base.model,
+        method.apply(lj.without_tuned(base.params, delta), delta),
+        base.tokenizer,
+        pairs.prompts(asked, base.tokenizer, eos=eos, **inserted),
+        max_new_tokens=64,
+        eos=end_tokens(base.tokenizer, eos),
+        batch_size=50,
+    )
+    return bleu(texts, [[pairs.clean(text) for text in own] for own in references])
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"score": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Quality against trained parameters, as the paper's Figure 2."""
+    from matplotlib.figure import Figure
+
+    quality = "bleu" if flags.FLAGS.task == "e2e" else "accuracy"
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    for each in rows:
+        score = each[quality]
+        below, above = score["score"] - score["low"], score["high"] - score["score"]
+        axes.errorbar(each["trained"], score["score"], yerr=[[below], [above]], fmt="o", capsize=3)
+        axes.annotate(each["label"], (each["trained"], score["score"]), xytext=(5, 4), textcoords="offset points")
+    axes.set(xscale="log", xlabel="trained parameters (a head apart)", ylabel={"bleu": "BLEU"}.get(quality, quality))
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,107 @@
+"""Adapters: small networks behind a layer's parts (Houlsby et al. 2019; Hu et al. 2021, section 5.1)."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lora_jax.transforms import ParamTransform, per_site, register
+
+ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu, "tanh": jnp.tanh}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bottleneck:
+    """x + up(act(down(x))), of x's LayerNorm where `norm`."""
+
+    activation: str
+    norm: bool
+
+    def __call__(self, factors: dict[str, Array], x: Array, seen: Mapping[str, Array]) -> Array:
+        h = x
+        if self.norm:
+            h = jax.nn.standardize(x.astype(jnp.float32), epsilon=1e-5)
+            h = (h * _like(h, factors["scale"]) + _like(h, factors["shift"])).astype(x.dtype)
+        h = ACTIVATIONS[self.activation](_dense(h, factors["down"], factors["down_bias"]))
+        return x + _dense(h, factors["up"], factors["up_bias"])
+
+
+def _dense(x: Array, kernel: Array, bias: Array) -> Array:
+    """x times the kernel and the bias, in x's dtype."""
+    y = x @ kernel.astype(x.dtype)
+    return y + _like(y, bias.astype(x.dtype))
+
+
+def _like(x: Array, last: Array) -> Array:
+    """A number a feature for every place of x."""
+    return jnp.broadcast_to(last, x.shape)
+
+
+def adapter(
+    sites: Mapping[str, Sequence[Any]],
+    *,
+    rank: int,
+    activation: str = "gelu",
+    norm: bool = False,
+    layers: Sequence[int] | None = None,
+    dtype: Any = jnp.float32,
+) -> ParamTransform:
+    """`x + up(act(down(x)))` for every x of the sites, with down `(d, r)`, up `(r, d)` zero at first, and biases.
+
+    The paper's kinds, of GPT-2's sites `s = gpt2.sites(config)`, each site named before the residual sum:
+
+    - AdapterH (Houlsby et al. 2019): `{"attention_out": s["attention_out"], "mlp_out": s["mlp_out"]}`
+    - AdapterL (Lin et al. 2020): `{"mlp_out": s["mlp_out"]}`, `norm=True`, `activation="relu"`
+    - AdapterP (Pfeiffer et al. 2021): `{"mlp_out": s["mlp_out"]}`, `activation="relu"`
+    - AdapterD (AdapterDrop, Rücklé et al. 2021): as Houlsby's or Pfeiffer's, with `layers` without the first ones
+
+    Each adds 2 d r + r + d parameters an occurrence, and 2 d with its LayerNorm. They cannot be merged.
+
+    Args:
+      sites: `{name: (occurrences, width)}`, or with a shape that ends in the width, as `sites` of our models and
+        `lora_jax.sites` give them.
+      rank: the width of the bottleneck.
+      activation: "gelu", "relu", "silu" (swish) or "tanh".
+      norm: whether a trained LayerNorm goes before.
+      layers: the occurrences that are adapted; None: all.
+      dtype: of the factors; they compute in x's.
+
+    >>> import jax, lora_jax as lj
+    >>> lj.adapter({"mlp_out": (2, 16)}, rank=3).init(jax.random.key(0), {})
+    Delta: 1 paths, 230 numbers
+      @mlp_out/adapter: down float32(2, 16, 3), down_bias float32(2, 3), up float32(2, 3, 16), up_bias float32(2, 16)
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r}: choose one of {sorted(ACTIVATIONS)}")
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank={rank!r}: a whole number from 1")
+    counts, widths = occurrences(sites)
+    dtype = jnp.dtype(dtype)
+
+    def init(key: Array, site: str, n: int) -> dict[str, Array]:
+        d = widths[site]
+        factors = {
+            "down": 0.02 * jax.random.normal(key, (n, d, rank), dtype),
+            "down_bias": jnp.zeros((n, rank), dtype),
+            "up": jnp.zeros((n, rank, d), dtype),
+            "up_bias": jnp.zeros((n, d), dtype),
+        }
+        return factors | ({"scale": jnp.ones((n, d), dtype), "shift": jnp.zeros((n, d), dtype)} if norm else {})
+
+    spec = {"method": "adapter", "sites": {name: [counts[name], widths[name]] for name in counts}, "rank": rank}
+    spec |= {"activation": activation, "norm": norm, "layers": None if layers is None else list(layers)}
+    return per_site(spec | {"dtype": dtype.name}, counts, init, Bottleneck(activation, norm), layers)
+
+
+def occurrences(sites: Mapping[str, Sequence[Any]]) -> tuple[dict[str, int], dict[str, int]]:
+    """How often each site occurs, and its width."""
+    if not sites:
+        raise ValueError("name a site at least: {'mlp_out': (occurrences, width)}")
+    widths = {name: what if isinstance(what, int) else what[-1] for name, (_, what, *_) in sites.items()}
+    return {name: count for name, (count, *_) in sites.items()}, widths
+
+
+register("adapter", adapter)

@@ -1,0 +1,98 @@
+"""Compacter: adapters whose matrices are sums of Kronecker products (Karimi Mahabadi et al. 2021, arXiv 2106.04647)."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lora_jax.methods.adapter import ACTIVATIONS, Bottleneck, occurrences
+from lora_jax.transforms import Delta, ParamTransform, per_site, register
+
+RULE = "@shared/compacter"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kronecker:
+    """A bottleneck whose down and up are `sum_i kron(rule_i, left_i right_i)`."""
+
+    bottleneck: Bottleneck
+
+    def __call__(self, factors: dict[str, Array], x: Array, seen: Mapping[str, Array]) -> Array:
+        whole = {name: factors[name] for name in ("down_bias", "up_bias")}
+        for name in ("down", "up"):
+            thin = jnp.einsum("nir,nro->nio", factors[f"{name}_left"], factors[f"{name}_right"])
+            w = jnp.einsum("nab,nio->aibo", factors["rule"], thin)
+            whole[name] = w.reshape(w.shape[0] * w.shape[1], -1)
+        return self.bottleneck(whole, x, seen)
+
+
+def compacter(
+    sites: Mapping[str, Sequence[Any]],
+    *,
+    rank: int,
+    n: int = 4,
+    activation: str = "gelu",
+    layers: Sequence[int] | None = None,
+    dtype: Any = jnp.float32,
+) -> ParamTransform:
+    """Houlsby's adapter with down and up of `sum_i kron(rule_i, s_i t_i)`, i from 1 to n: rule_i `(n, n)` is shared by
+    all (`@shared/compacter`), s_i t_i of rank one is each's own (section 3 of the paper). Up is zero at first.
+
+    Each occurrence has 2 (d + r) + r + d parameters, and all together n^3.
+
+    Args: as of `adapter`; `n` divides the rank and the width of every site.
+
+    >>> import lora_jax as lj
+    >>> lj.check(lj.compacter({"mlp_out": (2, 16)}, rank=8, n=4), {}).trained
+    208
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r}: choose one of {sorted(ACTIVATIONS)}")
+    counts, widths = occurrences(sites)
+    for name, size in {**widths, "rank": rank}.items():
+        if not (isinstance(n, int) and n > 0) or size % n or size < 1:
+            raise ValueError(
+                f"n={n!r} must be a whole number that divides rank={rank} and the width of each site: {name} {size}"
+            )
+    dtype = jnp.dtype(dtype)
+
+    def init(key: Array, site: str, count: int) -> dict[str, Array]:
+        keys, d = jax.random.split(key, 4), widths[site]
+        shapes = {"down_left": (d, 1), "down_right": (1, rank), "up_left": (rank, 1), "up_right": (1, d)}
+        factors = {
+            name: jax.random.normal(k, (count, n, max(a // n, 1), max(b // n, 1)), dtype) * (2 / (a + b)) ** 0.5
+            for k, (name, (a, b)) in zip(keys, shapes.items(), strict=True)
+        }
+        factors["up_right"] = jnp.zeros_like(factors["up_right"])
+        return factors | {"down_bias": jnp.zeros((count, rank), dtype), "up_bias": jnp.zeros((count, d), dtype)}
+
+    spec = {"method": "compacter", "sites": {name: [counts[name], widths[name]] for name in counts}, "rank": rank}
+    spec |= {"n": n, "activation": activation, "layers": None if layers is None else list(layers)}
+    alone = per_site(spec | {"dtype": dtype.name}, counts, init, Kronecker(Bottleneck(activation, norm=False)), layers)
+
+    def init_all(key: Array, params: Any) -> Delta:
+        rule = jax.random.normal(jax.random.fold_in(key, 0), (n, n, n), dtype) / n**0.5
+        return Delta({**alone.init(key, params), RULE: {"rule": rule}})
+
+    def apply(params: Any, delta: Delta, *, key: Array | None = None, strength: Any = 1.0) -> Any:
+        if not isinstance(delta, Delta) or RULE not in delta:
+            return alone.apply(params, delta, key=key, strength=strength)  # which says what is wrong
+        own = Delta({name: factors for name, factors in delta.items() if name != RULE})
+        tapped = alone.apply(params, own, key=key, strength=strength)
+        rule = delta[RULE]["rule"]
+
+        def with_rule(tap: Any) -> Any:
+            occurring = tap.count if tap.layers is None else len(tap.layers)
+            return dataclasses.replace(
+                tap, factors={**tap.factors, "rule": jnp.broadcast_to(rule, (occurring, n, n, n))}
+            )
+
+        return dataclasses.replace(tapped, taps=tuple(map(with_rule, tapped.taps)))
+
+    return ParamTransform(init_all, apply, alone.spec)
+
+
+register("compacter", compacter)

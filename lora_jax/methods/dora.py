@@ -1,0 +1,167 @@
+"""DoRA: magnitude and direction of a weight train apart, the direction as in LoRA (Liu et al., arXiv 2402.09353)."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from lora_jax.arrays import Adapted, Label, LowRank, Op, adapted_array, static, subscripts, widened
+from lora_jax.methods.lora import Options
+from lora_jax.selection import Selection
+from lora_jax.transforms import ParamTransform, need_factors, register
+
+
+@adapted_array
+class Dora(Adapted):
+    """m V / ||V|| with V = base + scale * A B; m and the norm have one number an output unit."""
+
+    layout: ClassVar = LowRank.layout | {"m": "so", "fixed_norm": "so", "strength": "s"}
+    frozen: ClassVar = (*Adapted.frozen, "strength")
+
+    base: Array
+    a: Array
+    b: Array
+    m: Array
+    fixed_norm: Array
+    scale: Array
+    strength: Array
+    key: Array | None = None
+    core: str = static()
+    dropout: float = static(default=0.0)
+    path: str = static(default=Label())
+
+    def ready(self) -> "Scaled":
+        rise = self._rise()
+        gain = _einsum("so,s->so", self.axes, 1 + rise, self.strength.astype(rise.dtype))
+        return Scaled(
+            base=self.base,
+            a=self.a,
+            b=_einsum("sro,so->sro", self.axes, self.b.astype(rise.dtype), gain),
+            outputs=_einsum("so,s->so", self.axes, rise, self.strength.astype(rise.dtype)),
+            scale=self.scale,
+            key=self.key,
+            core=self.core,
+            dropout=self.dropout,
+            path=self.path,
+        )
+
+    def materialize(self) -> Array:
+        return self.ready().materialize()
+
+    def _rise(self) -> Array:
+        """m / ||V|| - 1, as a sum of differences that begin as zeros; ||V|| is a constant for the gradient."""
+        wide = widened(self.dtype)
+        w, a, b, scale = (lax.stop_gradient(x.astype(wide)) for x in (self.base, self.a, self.b, self.scale))
+        b = _einsum("sro,s->sro", self.axes, b, scale)
+        gram = _einsum("sir,siq->srq", self.axes, a, a)
+        twice = 2 * _einsum("W,sir->sro", self.axes, w, a) + _einsum("srq,sqo->sro", self.axes, gram, b)
+        grown = _einsum("sro,sro->so", self.axes, twice, b)  # <2 W + A B, A B> = ||V||^2 - ||W||^2, nothing dense
+        squares = _einsum("W->so", self.axes, w * w)
+        norm, after = jnp.sqrt(squares), jnp.sqrt(jnp.maximum(squares + grown, 0))
+        safe = jnp.where(after > 0, after, 1)  # a unit without weights keeps its gain of 1
+        moved = self.m.astype(wide) - lax.stop_gradient(self.fixed_norm).astype(wide) - grown / (norm + safe)
+        return jnp.where(after > 0, moved / safe, 0)
+
+
+@adapted_array
+class Scaled(LowRank):
+    """(1 + rise) * base + scale * A B: what DoRA is in a product. The gain is in A or B; `rise`, gain - 1, is that of
+    the output axes or, seen from the other side (a tied head), of the input axes."""
+
+    layout: ClassVar = LowRank.layout | {"outputs": "so", "inputs": "si"}
+    exact: ClassVar = ("outputs", "inputs")
+
+    outputs: Array | None = None
+    inputs: Array | None = None
+
+    def product(self, x: Array, op: Op) -> Array:
+        base, dropped = lax.stop_gradient(self.base), self.dropped(x, op)
+        y = op(x, base)
+        wide = widened(y.dtype)
+        change = self.branch(dropped, op).astype(wide)
+        if self.outputs is not None:
+            again = y if dropped is x else op(dropped, base)
+            change += jnp.broadcast_to(self.outputs.astype(wide), y.shape) * again.astype(wide)
+        if self.inputs is not None:
+            change += op.scale_input(dropped, base, self.inputs).astype(wide)
+        return y + change.astype(y.dtype)
+
+    def delta(self) -> Array:
+        change = super().delta()
+        for layout, rise in (("so", self.outputs), ("si", self.inputs)):
+            if rise is not None:
+                change += _einsum(f"{layout},W->W", self.axes, rise, self.base.astype(change.dtype))
+        return change
+
+    def remove(self) -> Array:
+        return Adapted.remove(self)
+
+    def transposed(self) -> "Scaled":
+        return super().transposed().replace(outputs=self.inputs, inputs=self.outputs)
+
+
+def _einsum(layouts: str, axes: str, *arrays: Array) -> Array:
+    """`einsum` of factors named by their layouts, and of W, which has the base's own axes."""
+    whole = "".join(chr(65 + axis) for axis in range(len(axes)))
+    inputs, output = layouts.split("->")
+    names = [whole if layout == "W" else subscripts(layout, axes) for layout in (*inputs.split(","), output)]
+    return jnp.einsum(f"{','.join(names[:-1])}->{names[-1]}", *arrays, precision="highest")
+
+
+def dora(
+    selection: Selection,
+    *,
+    rank: int | Mapping[str, int],
+    alpha: Any = None,
+    dropout: float = 0.0,
+    a_init: str = "kaiming_uniform",
+    scale_rule: str = "alpha/r",
+    dtype: Any = jnp.float32,
+    shared: Iterable[str] = (),
+    strict: bool = True,
+) -> ParamTransform:
+    """`m V / ||V||` with `V = W + scale * A B`: A and B as in LoRA, m `(s.., o..)` the norm of W at first.
+
+    The norm is over a weight's input axes (one number an output unit; of an embedding, over the vocabulary, one a
+    feature), and a constant for the gradient (the paper's section 4.3). Dropout is on the input of all that changes:
+    `x W + (m/||V|| - 1) drop(x) W + m/||V|| scale drop(x) A B`, as in PEFT. A step takes one more product of W, with A,
+    for the norm. Merging cannot be undone.
+
+    Args:
+      selection: the weights; each needs named input and output axes.
+      rank: as in `lora`, and so alpha, dropout, a_init, scale_rule, shared and strict.
+      dtype: of A and B; m and the frozen `fixed_norm`, the norm of W, are float32.
+
+    >>> import jax.numpy as jnp, lora_jax as lj
+    >>> lj.check(lj.dora(lj.select("kernel"), rank=2), {"kernel": jnp.ones((100, 70))}).trained
+    410
+    """
+    low = Options(
+        selection=selection,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        a_init=a_init,
+        scale_rule=scale_rule,
+        dtype=dtype,
+        shared=shared,
+        strict=strict,
+    )
+
+    def init(key: Array, path: str, leaf: Any, axes: str) -> dict[str, Array]:
+        factors, wide = low.init(key, path, leaf, axes), jnp.asarray(leaf).astype(jnp.float32)
+        norm = low.chosen(jnp.sqrt(_einsum("W->so", axes, wide * wide)), axes)
+        return factors | {"m": norm, "fixed_norm": jnp.array(norm, copy=True)}
+
+    def adapt(key: Array | None, path: str, leaf: Any, axes: str, factors: dict[str, Array], strength: Any) -> Dora:
+        shapes = low.shapes(path, leaf, axes)
+        units = (*shapes["b"][: axes.count("s")], *shapes["b"][axes.count("s") + 1 :])
+        need_factors(path, factors, shapes | {"m": units, "fixed_norm": units})
+        fields = low.fields(key, path, leaf, axes, factors, 1.0)
+        return Dora(**fields, strength=jnp.broadcast_to(jnp.asarray(strength, jnp.float32), fields["scale"].shape))
+
+    return low.transform("dora", init, adapt)
+
+
+register("dora", dora)

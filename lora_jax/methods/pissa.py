@@ -1,0 +1,108 @@
+"""PiSSA: LoRA that begins as the weight's principal part (Meng et al. 2024, arXiv 2404.02948)."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from lora_jax.arrays import Adapted, Label, LowRank, adapted_array, static, widened
+from lora_jax.methods.lora import Options
+from lora_jax.selection import CLASS, Selection
+from lora_jax.transforms import ParamTransform, need_factors, per_leaf, register, sizes
+
+
+@adapted_array
+class Pissa(Adapted):
+    """base + scale * (A B - A0 B0), with A0 and B0 the frozen `fixed_a` and `fixed_b`."""
+
+    layout: ClassVar = {"a": "sir", "b": "sro", "fixed_a": "sir", "fixed_b": "sro", "scale": "s"}
+
+    base: Array
+    a: Array
+    b: Array
+    fixed_a: Array
+    fixed_b: Array
+    scale: Array
+    core: str = static()
+    path: str = static(default=Label())
+
+    def ready(self) -> LowRank:
+        # A B - A0 B0 = (A - A0) B + A0 (B - B0): exactly zero at first, and no small difference of large products
+        a0, b0 = lax.stop_gradient(self.fixed_a), lax.stop_gradient(self.fixed_b)
+        a = jnp.concatenate([self.a - a0, a0], -1)
+        b = jnp.concatenate([self.b, self.b - b0], self.scale.ndim)
+        return LowRank(base=self.base, a=a, b=b, scale=self.scale, core=self.core, path=self.path)
+
+    def materialize(self) -> Array:
+        return self.ready().materialize()
+
+    def remove(self) -> Array:
+        return self.ready().remove()
+
+
+def pissa(
+    selection: Selection,
+    *,
+    rank: int | Mapping[str, int],
+    alpha: Any = None,
+    scale_rule: str = "alpha/r",
+    dtype: Any = jnp.float32,
+) -> ParamTransform:
+    """`W - scale * A0 B0 + scale * A B`, with A and B starting as A0 and B0: the first `rank` singular triples of W.
+
+    With `W = U S V` (inputs times outputs), `A0 = U sqrt(S / scale)` and `B0 = sqrt(S / scale) V`, each cut to the
+    rank (the paper's section 3); of each triple, the entry of U that is largest in size is positive. W itself is not
+    rewritten: A0 and B0 stay in the delta, frozen, as `fixed_a` and `fixed_b`, so that the change is exactly zero at
+    first, can be undone, and is a LoRA of twice the rank. There is no dropout: it would drop from the principal part.
+
+    Args:
+      selection: the weights; each needs named input and output axes. Their values are needed: `init` decomposes them.
+      rank: 1 to min(in, out), or a mapping glob -> rank (first match wins; no match is an error).
+      alpha: scale = alpha / rank, above zero; a number or a mapping; the rank where None.
+      scale_rule: "alpha/r" or "alpha/sqrt(r)".
+      dtype: of the factors.
+
+    >>> import jax.numpy as jnp, lora_jax as lj
+    >>> lj.check(lj.pissa(lj.select("kernel"), rank=2), {"kernel": jnp.ones((100, 70))}).trained
+    340
+    """
+    low = Options(selection=selection, rank=rank, alpha=alpha, scale_rule=scale_rule, dtype=dtype)
+
+    def init(key: Array, path: str, leaf: Any, axes: str) -> dict[str, Array]:
+        shapes, scale = low.shapes(path, leaf, axes), low.scale(path)
+        if isinstance(scale, int | float) and scale <= 0:
+            raise ValueError(f"{path}: PiSSA divides singular values by scale = {scale}; choose an alpha above 0")
+        first = _principal(low.chosen(_matrix(leaf, axes), axes), shapes["a"][-1], scale)
+        factors = {name: x.reshape(shapes[name]).astype(dtype) for name, x in zip("ab", first, strict=True)}
+        return factors | {f"fixed_{name}": jnp.array(x, copy=True) for name, x in factors.items()}
+
+    def adapt(key: Array | None, path: str, leaf: Any, axes: str, factors: dict[str, Array], strength: Any) -> Pissa:
+        shapes = low.shapes(path, leaf, axes)
+        need_factors(path, factors, shapes | {f"fixed_{name}": shape for name, shape in shapes.items()})
+        fields = low.fields(key, path, leaf, axes, factors, strength)
+        return Pissa(**{name: value for name, value in fields.items() if name not in ("key", "dropout")})
+
+    spec = {"method": "pissa", **selection.spec(), "rank": rank, "alpha": alpha}
+    return per_leaf(spec | {"scale_rule": scale_rule, "dtype": jnp.dtype(dtype).name}, selection.__call__, init, adapt)
+
+
+def _matrix(leaf: Any, axes: str) -> Array:
+    """The leaf as `(s.., in, out)`."""
+    order = [j for kind in "sio" for j, letter in enumerate(axes) if CLASS[letter] == kind]
+    size = sizes(leaf, axes)
+    wide = jnp.asarray(leaf).astype(widened(leaf.dtype))
+    return wide.transpose(order).reshape(*size["s"], math.prod(size["i"]), math.prod(size["o"]))
+
+
+def _principal(w: Array, rank: int, scale: Any) -> tuple[Array, Array]:
+    """A `(s.., in, r)` and B `(s.., r, out)`, with scale * A B the best approximation of w of that rank."""
+    u, values, v = jnp.linalg.svd(w, full_matrices=False)
+    u, v = u[..., :rank], v[..., :rank, :]
+    largest = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), -2)[..., None, :], -2)
+    root = jnp.sqrt(values[..., None, :rank] / jnp.asarray(scale, w.dtype)) * jnp.where(largest < 0, -1, 1)
+    return u * root, root.swapaxes(-1, -2) * v
+
+
+register("pissa", pissa)

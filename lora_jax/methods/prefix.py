@@ -1,0 +1,178 @@
+"""Prefixes: trained vectors at extra tokens (Li & Liang 2021; Hu et al. 2021, section 5.1 and Appendix E).
+
+The extra tokens have the ids behind the vocabulary: `prefix` of them before the context and `infix` between context and
+completion, which the data layer inserts. They take positions and context length as any token.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from lora_jax.arrays import Adapted, Label, Op, adapted_array, static
+from lora_jax.methods.adapter import occurrences
+from lora_jax.selection import Absent, Selection
+from lora_jax.taps import Tap
+from lora_jax.transforms import ParamTransform, need_factors, per_leaf, per_site, register
+
+
+@adapted_array
+class Extended(Adapted):
+    """An embedding `(v, o)` whose look-up knows ids from v on: `rows` `(n, o)`. As an output head it is the base."""
+
+    layout: ClassVar = {"rows": "no"}
+
+    base: Array
+    rows: Array
+    core: str = static(default="vo")
+    path: str = static(default=Label())
+
+    def product(self, x: Array, op: Op) -> Array:
+        base = lax.stop_gradient(self.base)
+        if op.draws:
+            return op(x, base)
+        v = base.shape[0]
+        known = op(jnp.minimum(x, v - 1), base)
+        # an id beyond them gives NaN, as in the model's own look-up
+        rows = jnp.take(self.rows.astype(known.dtype), jnp.maximum(x - v, 0), axis=0, mode="fill")
+        return jnp.where((x >= v)[..., None], rows, known)
+
+    def materialize(self) -> Array:
+        raise ValueError(
+            f"{self.path}: the rows of a prefix are none of the vocabulary's: keep them beside the base, and lift"
+        )
+
+    def transposed(self) -> "Head":
+        return Head(base=self.base, path=self.path)
+
+
+@adapted_array
+class Head(Adapted):
+    """An embedding as output head, which predicts no token of a prefix."""
+
+    base: Array
+    core: str = static(default="oi")
+    path: str = static(default=Label())
+
+    def product(self, x: Array, op: Op) -> Array:
+        return op(x, lax.stop_gradient(self.base))
+
+    def materialize(self) -> Array:
+        return self.base
+
+
+def prefix_embedding(selection: Selection, *, prefix: int, infix: int = 0) -> ParamTransform:
+    """Trained embeddings of prefix and infix tokens: d (l_p + l_i) parameters (PreEmbed). They start as rows of the
+    vocabulary, drawn at random. It cannot be merged.
+
+    Args:
+      selection: the token embedding, with axes "vo".
+      prefix, infix: how many tokens stand before the context, and between it and the completion.
+
+    >>> import jax.numpy as jnp, lora_jax as lj
+    >>> method = lj.prefix_embedding(lj.select("embedding"), prefix=3, infix=1)
+    >>> lj.check(method, {"embedding": jnp.ones((9, 4))}).trained
+    16
+    """
+    count = _count(prefix, infix)
+
+    def shape(path: str, leaf: Any, axes: str) -> tuple[int, int]:
+        if isinstance(leaf, Absent) or axes != "vo":
+            raise ValueError(f"{path} with axes {axes!r}: a prefix extends an embedding with axes 'vo'")
+        return count, leaf.shape[1]
+
+    def init(key: Array, path: str, leaf: Any, axes: str) -> dict[str, Array]:
+        shape(path, leaf, axes)
+        drawn = jax.random.randint(key, (count,), 0, leaf.shape[0])
+        return {"rows": jnp.asarray(leaf)[drawn].astype(jnp.float32)}
+
+    def adapt(key: Array | None, path: str, leaf: Any, axes: str, factors: dict[str, Array], strength: Any) -> Extended:
+        need_factors(path, factors, {"rows": shape(path, leaf, axes)})
+        rows = factors["rows"]
+        if not (isinstance(strength, float | int) and strength == 1):
+            s = jnp.asarray(strength, rows.dtype)
+            rows = (1 - s) * leaf[-1].astype(rows.dtype) + s * rows
+        return Extended(base=leaf, rows=rows, path=Label(path))
+
+    spec = {"method": "prefix_embedding", **selection.spec(), "prefix": prefix, "infix": infix}
+    return per_leaf(spec, selection.__call__, init, adapt)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """The trained vectors in place of the activations at the ids from `vocabulary` on."""
+
+    vocabulary: int
+
+    def __call__(self, factors: dict[str, Array], x: Array, seen: Mapping[str, Array]) -> Array:
+        which, values = seen["tokens"] - self.vocabulary, factors["values"].astype(x.dtype)
+        picked = jnp.take(values, jnp.maximum(which, 0), axis=0, mode="fill")  # NaN for an id beyond them
+        return jnp.where((which >= 0)[..., None], picked, x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """The ids from `vocabulary` on as its last one, for a look-up that knows no more."""
+
+    vocabulary: int
+
+    def __call__(self, factors: Any, x: Array, seen: Mapping[str, Array]) -> Array:
+        return jnp.minimum(x, self.vocabulary - 1)
+
+
+def prefix_layer(sites: Mapping[str, Sequence[Any]], *, vocabulary: int, prefix: int, infix: int = 0) -> ParamTransform:
+    """Trained vectors in place of every layer's output at the prefix and infix tokens: L d (l_p + l_i) parameters
+    (PreLayer). They start from N(0, 0.02^2); the embedding below them is that of the vocabulary's last token. It cannot
+    be merged.
+
+    Args:
+      sites: `{"block_out": (layers, width)}`, as of `adapter`. The model names its `tokens` too.
+      vocabulary: how many ids the model knows: the tokens' ids begin there.
+      prefix, infix: how many tokens stand before the context, and between it and the completion.
+
+    >>> import lora_jax as lj
+    >>> lj.check(lj.prefix_layer({"block_out": (2, 16)}, vocabulary=50, prefix=3, infix=1), {}).trained
+    128
+    """
+    count = _count(prefix, infix)
+    counts, widths = occurrences(sites)
+
+    def init(key: Array, site: str, n: int) -> dict[str, Array]:
+        return {"values": 0.02 * jax.random.normal(key, (n, count, widths[site]))}
+
+    spec: dict[str, Any] = {"method": "prefix_layer", "sites": {name: [counts[name], widths[name]] for name in counts}}
+    spec |= {"vocabulary": vocabulary, "prefix": prefix, "infix": infix}
+    alone = per_site(spec, counts, init, Placed(vocabulary))
+
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        tapped = alone.apply(*args, **kwargs)
+        known = Tap(factors={}, site="tokens", fn=Known(vocabulary), count=1)
+        return dataclasses.replace(tapped, taps=(known, *tapped.taps))
+
+    return alone._replace(apply=apply)
+
+
+def inserted(spec: Mapping[str, Any]) -> tuple[int, int]:
+    """How many prefix and infix tokens the data need for a method: (0, 0) for most.
+
+    >>> inserted({"method": "chain", "of": [{"method": "tune"}, {"method": "prefix_layer", "prefix": 3, "infix": 1}]})
+    (3, 1)
+    """
+    found = {inserted(part) for part in spec.get("of", ())} | {(spec.get("prefix", 0), spec.get("infix", 0))}
+    found.discard((0, 0))
+    if len(found) > 1:
+        raise ValueError(f"the transforms of a chain need other numbers of prefix and infix tokens: {sorted(found)}")
+    return found.pop() if found else (0, 0)
+
+
+def _count(prefix: int, infix: int) -> int:
+    if not all(isinstance(n, int) and n >= 0 for n in (prefix, infix)) or prefix + infix < 1:
+        raise ValueError(f"prefix={prefix!r}, infix={infix!r}: whole numbers, together at least one token")
+    return prefix + infix
+
+
+register("prefix_embedding", prefix_embedding)
+register("prefix_layer", prefix_layer)

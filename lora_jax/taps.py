@@ -1,0 +1,222 @@
+"""Taps: functions at the activations that a model names, and the tree that carries them.
+
+A model names an activation with `jax.ad_checkpoint.checkpoint_name(x, "mlp_out")`; the name is a site, each time it is
+met an occurrence, one a layer. `lift` sees the names, whatever the model is: a loop, scanned, rematerialized.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+from jax import Array
+
+Site = tuple[int, tuple[int, ...], str]  # occurrences, shape, dtype
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tap:
+    """`fn(factors, x, seen) -> x` in place of every activation of one site.
+
+    Attributes:
+      factors: a pytree, stacked over the occurrences in their order, or over `layers` of them.
+      strength: 0 leaves the activation, 1 (and None) is what `fn` says; in between a mean.
+      fn: keeps x's shape and dtype; `seen` are the named values met before, as the model had them (`seen["tokens"]`).
+        A frozen dataclass rather than a closure, so that equal taps compile once.
+      count: how often the site occurs.
+      layers: the occurrences that are tapped; None: all.
+    """
+
+    factors: Any
+    strength: Any = None
+    site: str = dataclasses.field(metadata={"static": True})
+    fn: Callable[[Any, Array, Mapping[str, Array]], Array] = dataclasses.field(metadata={"static": True})
+    count: int = dataclasses.field(metadata={"static": True})
+    layers: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def whole(self) -> tuple[Any, list[bool]]:
+        """The factors of all occurrences, and which of them are tapped."""
+        if self.layers is None:
+            return self.factors, [True] * self.count
+        rows = jnp.array(self.layers)
+        spread = lambda x: jnp.zeros((self.count, *x.shape[1:]), x.dtype).at[rows].set(x)  # noqa: E731
+        return jax.tree.map(spread, self.factors), [n in self.layers for n in range(self.count)]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tapped:
+    """Params, plain or adapted, and the taps that a lifted function meets with them."""
+
+    params: Any
+    taps: tuple[Tap, ...]
+
+    def _unlifted(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("these params are tapped: wrap the function with lora_jax.lift")
+
+    __getitem__ = __iter__ = __contains__ = __call__ = keys = items = values = _unlifted
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"tapped params have no {name}: wrap the function with lora_jax.lift")
+
+
+def is_tapped(node: Any) -> bool:
+    return isinstance(node, Tapped)
+
+
+def untapped(tree: Any) -> tuple[Any, tuple[Tap, ...]]:
+    """The tree with params in the place of tapped ones, and all their taps."""
+    taps: list[Tap] = []
+
+    def params(node: Any) -> Any:
+        if not is_tapped(node):
+            return node
+        taps.extend(node.taps)
+        return node.params
+
+    return jax.tree.map(params, tree, is_leaf=is_tapped), tuple(taps)
+
+
+@dataclasses.dataclass
+class Sites:
+    """Where a lifted call stands among the named activations: in the whole function, or in the body of a scan.
+
+    Attributes:
+      taps: (tap, factors of the occurrences here, which of these are tapped: bools or a traced vector).
+      met: the occurrences so far, by site.
+      seen: the named values so far.
+    """
+
+    taps: list[tuple[Tap, Any, Any]]
+    met: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    seen: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.taps)
+
+    def within(self, eqn: jex.JaxprEqn, seen: bool = False) -> dict[str, int]:
+        """How often each tapped site, or each that can be `seen`, occurs in an equation's own jaxprs."""
+        tapped = {tap.site for tap, *_ in self.taps}
+        if not tapped:
+            return {}
+        return {name: count for name, (count, *_) in _in_params(eqn).items() if seen or name in tapped}
+
+    def copy(self) -> "Sites":
+        """For a body: what it sees and counts stays in it."""
+        return Sites(self.taps, self.met.copy(), dict(self.seen))
+
+    def at(self, name: str, x: Any) -> Any:
+        """What stands for the named activation."""
+        self.seen[name], n = x, self.met[name]
+        self.met[name] += 1
+        for tap, factors, tapped in self.taps:
+            if tap.site != name:
+                continue
+            if n >= len(tapped):
+                raise ValueError(f"the site {name!r} occurs more often than the {tap.count} times that its tap is for")
+            if tapped[n] is False:
+                continue
+            y = _changed(tap, jax.tree.map(lambda leaf: leaf[n], factors), x, self.seen)
+            x = y if tapped[n] is True else jnp.where(tapped[n], y, x)
+        return x
+
+    def stacked(self, counts: Mapping[str, int], length: int, reverse: bool) -> list[tuple[Any, Array]]:
+        """Factors, and which are tapped, of so many occurrences in all steps of a scan, by step; counts them."""
+
+        def steps(leaf: Array, name: str) -> Array:
+            n = counts.get(name, 0)
+            own = leaf[self.met[name] : self.met[name] + n]
+            if len(own) < n:
+                raise ValueError(f"the site {name!r} occurs more often than the {len(leaf)} times that its tap is for")
+            by_step = own.reshape(length, n // length, *leaf.shape[1:])
+            return by_step[::-1] if reverse else by_step  # the last step comes first
+
+        found = [
+            (jax.tree.map(lambda x: steps(x, tap.site), factors), steps(jnp.array(tapped), tap.site))  # noqa: B023
+            for tap, factors, tapped in self.taps
+        ]
+        self.met.update(counts)
+        return found
+
+    def step(self, own: Iterable[tuple[Any, Array]]) -> "Sites":
+        """The sites of a scan's body, with its part of `stacked`."""
+        taps = [(tap, *each) for (tap, *_), each in zip(self.taps, own, strict=True)]
+        return Sites(taps, seen=dict(self.seen))
+
+    def finish(self) -> None:
+        for tap, *_ in self.taps:
+            if self.met[tap.site] != tap.count:
+                had = f"its tap is for {tap.count} of them"
+                raise ValueError(f"the function has {self.met[tap.site]} activations named {tap.site!r}, but {had}")
+
+
+class _Seen(dict):
+    """The named values that a tap sees; asking for another is an error that names both."""
+
+    def __init__(self, values: Mapping[str, Any], site: str):
+        super().__init__(values)
+        self.site = site
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"the tap at {self.site!r} needs the activation {name!r}, which is not named before it")
+
+
+def _changed(tap: Tap, factors: Any, x: Array, seen: Mapping[str, Any]) -> Array:
+    y = tap.fn(factors, x, _Seen(seen, tap.site))
+    if (y.shape, y.dtype) != (x.shape, x.dtype):
+        raise ValueError(f"the tap at {tap.site!r} made {y.dtype}{y.shape} of {x.dtype}{x.shape}")
+    if tap.strength is None:
+        return y
+    s = jnp.asarray(tap.strength).astype(x.dtype)
+    return (1 - s) * x + s * y
+
+
+def sites(fn: Callable, *args: Any, **kwargs: Any) -> dict[str, Site]:
+    """The activations that a function names: `{name: (occurrences, shape, dtype)}`, found by tracing (shapes suffice).
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jax.ad_checkpoint import checkpoint_name
+    >>> sites(lambda x: checkpoint_name(checkpoint_name(x, "in") * 2, "out"), jnp.ones(3))
+    {'in': (1, (3,), 'float32'), 'out': (1, (3,), 'float32')}
+    """
+    arrays, treedef = jax.tree.flatten((args, kwargs))
+
+    def of_arrays(*arrays: Any) -> Any:
+        args, kwargs = jax.tree.unflatten(treedef, arrays)
+        return fn(*args, **kwargs)
+
+    return _in_jaxpr(jax.make_jaxpr(of_arrays)(*arrays).jaxpr)
+
+
+def _in_jaxpr(jaxpr: jex.Jaxpr) -> dict[str, Site]:
+    def own(eqn: jex.JaxprEqn) -> dict[str, Site]:
+        if eqn.primitive.name != "name":
+            return _in_params(eqn)
+        named: Any = eqn.outvars[0].aval
+        return {eqn.params["name"]: (1, named.shape, named.dtype.name)}
+
+    return _added(map(own, jaxpr.eqns))
+
+
+def _in_params(eqn: jex.JaxprEqn) -> dict[str, Site]:
+    """The sites in an equation's jaxprs, those of a scan for each of its steps."""
+    inner = [leaf for leaf in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr) if _is_jaxpr(leaf)]
+    once = _added(_in_jaxpr(getattr(each, "jaxpr", each)) for each in inner)
+    times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+    return {name: (count * times, shape, dtype) for name, (count, shape, dtype) in once.items()}
+
+
+def _added(parts: Iterable[dict[str, Site]]) -> dict[str, Site]:
+    whole: dict[str, Site] = {}
+    for part in parts:
+        for name, (count, shape, dtype) in part.items():
+            whole[name] = (count + whole.get(name, (0,))[0], shape, dtype)
+    return whole
+
+
+def _is_jaxpr(node: Any) -> bool:
+    return isinstance(node, jex.Jaxpr | jex.ClosedJaxpr)

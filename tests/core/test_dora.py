@@ -1,0 +1,332 @@
+"""DoRA against dense arithmetic over every layout (against PEFT: test_dora_pissa_peft)."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from core_models import Stack, Tied, stacked, started
+from core_reference import axes_at, close, dense_delta, filled, leaves, normal, replaced, same, weighted
+from flops import equations
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+import lora_jax as lj
+from lora_jax.selection import CLASS
+
+KEY = jax.random.key(0)
+X = normal(3, 8, seed=5)
+
+
+def norms(w, axes):
+    """The norm over the input axes, in the order of `so`, by hand."""
+    inputs = tuple(j for j, letter in enumerate(axes) if CLASS[letter] == "i")
+    kept = [letter for letter in axes if CLASS[letter] != "i"]
+    order = sorted(range(len(kept)), key=lambda j: kept[j] != "s")
+    return jnp.sqrt(jnp.sum(w * w, inputs)).transpose(order)
+
+
+def as_units(m, w, axes):
+    """What has the layout `so`, in the axes of the base with ones for the input axes."""
+    order = sorted((j for j, letter in enumerate(axes) if CLASS[letter] != "i"), key=lambda j: axes[j] != "s")
+    rank = np.argsort(order)
+    shape = [1 if CLASS[letter] == "i" else n for letter, n in zip(axes, w.shape, strict=True)]
+    return m.transpose(rank).reshape(shape)
+
+
+def densely(params, delta, axes=None, *, scale):
+    """params with m V / ||V||, the norm without a gradient."""
+    flat = leaves(params)
+
+    def whole(path, f):
+        letters = axes_at(path, axes)
+        v = flat[path] + dense_delta(f["a"], f["b"], letters, scale)
+        return v * as_units(f["m"], v, letters) / as_units(lax.stop_gradient(norms(v, letters)), v, letters)
+
+    return replaced(params, {path: whole(path, factors) for path, factors in delta.items()})
+
+
+def trained(delta, seed=1, size=0.3):
+    """The delta after some training: factors that are not zero, m not far from the norm."""
+    new = filled(delta, seed, size)
+    return lj.Delta(
+        {
+            path: {**new[path], "m": f["fixed_norm"] * (1 + new[path]["m"]), "fixed_norm": f["fixed_norm"]}
+            for path, f in delta.items()
+        }
+    )
+
+
+SHAPES = {
+    "io": (8, 6),
+    "oi": (6, 8),
+    "vo": (9, 5),
+    "ioo": (8, 3, 4),
+    "oio": (3, 8, 4),
+    "iio": (3, 4, 6),
+    "sio": (3, 8, 6),
+    "kkio": (3, 2, 4, 5),
+    "soi": (3, 5, 8),
+    "iso": (8, 3, 5),
+    "osi": (5, 3, 8),
+    "ssio": (2, 3, 6, 5),
+}
+
+
+def test_every_layout_begins_as_the_base_bit_for_bit_and_merges_as_the_dense_formula():
+    params = {axes: normal(*shape) for axes, shape in SHAPES.items()}
+    axes = {name: name for name in SHAPES}
+    method = lj.dora(lj.select("*", axes=axes), rank=2, alpha=3)
+    delta = jax.jit(method.init)(KEY, params)
+    for name, factors in delta.items():
+        same(factors["m"], factors["fixed_norm"])
+        close(factors["m"], norms(params[name], name), 1e-6)
+
+    def both(delta):
+        return lj.merge(method.apply(params, delta)), densely(params, delta, axes, scale=1.5)
+
+    same(jax.jit(both)(delta)[0], params)
+    merged, want = jax.jit(both)(trained(delta))
+    for name in SHAPES:
+        close(merged[name], want[name], 2e-6)
+
+
+@pytest.mark.parametrize("axes", ["io", "vo"])
+def test_the_beginning_is_the_base_bit_for_bit_op_by_op(axes):
+    params = {"w": normal(*SHAPES[axes])}
+    method = lj.dora(lj.select("w", axes=axes), rank=2, alpha=3)
+    same(lj.merge(method.apply(params, method.init(KEY, params))), params)
+
+
+CASES = {
+    # name: (function, params, axes)
+    "product": (lambda p, x: x @ p["w"], (8, 12), "io"),
+    "oi": (lambda p, x: x @ p["w"].T, (12, 8), "oi"),
+    "heads": (lambda p, x: jnp.einsum("bi,ihd->bhd", x, p["w"]), (8, 3, 4), "ioo"),
+    "from heads": (lambda p, x: jnp.einsum("bhd,hdo->bo", x.reshape(3, 2, 4), p["w"]), (2, 4, 5), "iio"),
+    "reshaped to heads": (lambda p, x: jnp.einsum("bi,ihd->bhd", x, p["w"].reshape(8, 3, 4)), (8, 12), "io"),
+    "slice of outputs": (lambda p, x: x @ p["w"][:, 2:7], (8, 12), "io"),
+    "slice of inputs": (lambda p, x: x[:, :5] @ p["w"][3:], (8, 12), "io"),  # the norm is that of the whole
+    "split": (lambda p, x: [x @ part for part in jnp.split(p["w"], 3, axis=1)], (8, 12), "io"),
+    "scan, remat": (
+        lambda p, x: lax.scan(jax.checkpoint(lambda c, w: ((c @ w) ** 2, 0)), x, p["w"])[0],
+        (3, 8, 8),
+        "sio",
+    ),
+    "experts": (lambda p, x: jnp.einsum("sio,bsi->bso", p["w"], normal(2, 3, 8)), (3, 8, 5), "sio"),
+    "a layer by a traced index": (lambda p, x: x @ p["w"][jnp.argmax(x[0]) % 3], (3, 8, 5), "sio"),
+    "rows": (lambda p, x: p["w"][jnp.array([[3, 0], [7, 7]])], (8, 5), "vo"),
+    "convolution": (
+        lambda p, x: lax.conv_general_dilated(
+            normal(2, 6, 7, 4), p["w"], (1, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ),
+        (3, 2, 4, 6),
+        "kkio",
+    ),
+    "grouped convolution": (
+        lambda p, x: lax.conv_general_dilated(
+            normal(2, 6, 8), p["w"], (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"), feature_group_count=2
+        ),
+        (3, 4, 6),
+        "kio",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_products_and_gradients_are_those_of_the_dense_formula(name):
+    """Gradients of a, b and m with the norm detached; nothing dense is formed."""
+    fn, shape, axes = CASES[name]
+    params = {"w": normal(*shape)}
+    method = lj.dora(lj.select("w", axes=axes), rank=2, alpha=3)
+    delta = trained(method.init(KEY, params))
+    lifted = lj.lift(fn, on_dense="error")
+
+    def both(delta):
+        def got(delta):
+            out = lifted(method.apply(params, delta), X)
+            return weighted(out), out
+
+        def want(delta):
+            out = fn(densely(params, delta, {"w": axes}, scale=1.5), X)
+            return weighted(out), out
+
+        return [jax.value_and_grad(f, has_aux=True)(delta) for f in (got, want)]
+
+    ((_, out), grads), ((_, dense), dense_grads) = jax.jit(both)(delta)
+    close(out, dense)
+    close(grads, dense_grads, 3e-5)
+    assert not np.any(grads["w"]["fixed_norm"]) and all(np.any(grads["w"][name]) for name in ("a", "b", "m"))
+    same(jax.jit(lifted)(method.apply(params, method.init(KEY, params)), X), jax.jit(fn)(params, X))
+
+
+def test_nothing_of_the_size_of_the_weight_is_made_beside_it():
+    """The norm comes from the factors: besides the base itself and its squares, no (in, out) array, no dense A B."""
+    params = {"w": normal(40, 30)}
+    method = lj.dora(lj.select("w"), rank=2)
+    delta = trained(method.init(KEY, params))
+    run = lj.lift(lambda p, x: x @ p["w"], on_dense="error")
+    jaxpr = jax.make_jaxpr(lambda d: run(method.apply(params, d), normal(3, 40)))(delta).jaxpr
+    big = [e.primitive.name for e in equations(jaxpr) if any(v.aval.shape == (40, 30) for v in e.outvars)]
+    assert set(big) <= {"mul", "stop_gradient", "convert_element_type"} and big.count("mul") <= 1, big
+
+
+def test_a_unit_without_weights_begins_as_it_is_and_learns():
+    """||V|| is 0 there: m / ||V|| has no value, and no step may give NaN."""
+    params = {"w": normal(8, 6).at[:, 2].set(0.0)}
+    method = lj.dora(lj.select("w"), rank=2)
+    delta = method.init(KEY, params)
+    run = lj.lift(lambda p, x: x @ p["w"], on_dense="error")
+
+    def loss(delta):
+        return jnp.mean((run(method.apply(params, delta), X) - 1.0) ** 2)
+
+    same(run(method.apply(params, delta), X), X @ params["w"])
+    tx = lj.freeze_base(optax.sgd(0.1))
+    state, first = tx.init(delta), loss(delta)
+    for _ in range(3):
+        updates, state = tx.update(jax.grad(loss)(delta), state, delta)
+        delta = optax.apply_updates(delta, updates)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(delta)) and loss(delta) < first
+
+
+def test_strength_goes_from_the_base_to_the_adapter():
+    params = {"w": normal(8, 6), "stack": normal(2, 8, 6)}
+    method = lj.dora(lj.select("**", axes={"stack": "sio", "w": "io"}), rank=2)
+    delta = trained(method.init(KEY, params))
+    at = jax.jit(lambda s: lj.merge(method.apply(params, delta, strength=s)))
+    same(at(jnp.float32(0)), params)
+    whole = lj.merge(method.apply(params, delta))
+    close(at(jnp.float32(1)), whole, 1e-6)
+    close(at(jnp.float32(0.25)), jax.tree.map(lambda w, v: w + 0.25 * (v - w), params, whole), 1e-6)
+
+
+def test_layers_of_a_stack_leave_the_others():
+    model, params = Stack(layers=3, scan=True), stacked(started(Stack(layers=3), X), 3)
+    kernels = {path: "sio" for path in leaves(params) if "kernel" in path}
+    method = lj.dora(lj.select("**/kernel", axes=kernels, layers=[0, 2]), rank=2)
+    delta = trained(method.init(KEY, params))
+    assert jax.tree.map(jnp.shape, delta["h/up/kernel"]) == {
+        "a": (2, 8, 2),
+        "b": (2, 2, 16),
+        "m": (2, 16),
+        "fixed_norm": (2, 16),
+    }
+    adapted = method.apply(params, delta)
+    merged = jax.jit(lj.merge)(adapted)
+    for name in ("up", "down"):
+        same(merged["h"][name]["kernel"][1], params["h"][name]["kernel"][1])
+        assert np.all(merged["h"][name]["kernel"][0] != params["h"][name]["kernel"][0])
+    got = jax.jit(lj.lift(model.apply, on_dense="error"))({"params": adapted}, X)
+    close(got, model.apply({"params": merged}, X))
+    one = lj.dora(lj.select("w"), rank=2)
+    alone = lj.Delta({"w": {name: leaf[1] for name, leaf in delta["h/up/kernel"].items()}})
+    close(lj.merge(one.apply({"w": params["h"]["up"]["kernel"][2]}, alone))["w"], merged["h"]["up"]["kernel"][2], 1e-6)
+
+
+def test_what_trains_and_how_much():
+    params = {"w": normal(8, 6), "b": normal(6)}
+    method = lj.dora(lj.select("w"), rank=2, dropout=0.5)
+    delta = method.init(KEY, params)
+    assert dict(lj.labels(delta)["w"]) == {
+        "a": "trainable",
+        "b": "trainable",
+        "m": "trainable",
+        "fixed_norm": "frozen",
+    }
+    adapted = method.apply(params, delta, key=KEY)
+    said = lj.labels(adapted)["w"]
+    assert (said.a, said.b, said.m) == ("trainable",) * 3
+    assert (said.base, said.fixed_norm, said.scale, said.strength, said.key) == ("frozen",) * 5
+    assert lj.check(method, params).trained == 8 * 2 + 2 * 6 + 6
+    with pytest.raises(ValueError, match="w: Dora cannot be unmerged; keep the base"):
+        lj.unmerge(lj.merge(adapted), method, delta)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_low_precision_base_begins_as_it_is_and_merges_with_one_rounding(dtype):
+    params = {"w": normal(64, 48).astype(dtype)}
+    method = lj.dora(lj.select("w"), rank=2, alpha=3)
+    delta = method.init(KEY, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(delta)} == {jnp.dtype("float32")}
+    run = jax.jit(lj.lift(lambda p, x: x @ p["w"], on_dense="error"))
+    x = normal(3, 64).astype(dtype)
+    same(run(method.apply(params, delta), x), x @ params["w"])
+    same(lj.merge(method.apply(params, delta)), params)
+    delta = trained(delta)
+    wide = jax.tree.map(lambda w: w.astype(jnp.float32), params)
+    want = densely(wide, delta, scale=1.5)["w"].astype(dtype)
+    got = lj.merge(method.apply(params, delta))["w"]
+    assert got.dtype == dtype
+    assert np.mean(np.asarray(got != want)) < 0.005  # float32 sums in another order move few roundings
+
+
+def test_the_gain_keeps_its_precision_in_a_low_precision_product():
+    """Weights cast to bfloat16, sums in float32: the ratio to the base is the float32 gain, not one of 8 bits."""
+    params = {"w": normal(64, 48)}
+    method = lj.dora(lj.select("w"), rank=2)
+    delta = method.init(KEY, params)
+    gain = 1 + 0.3 * normal(48, seed=3)
+    delta["w"]["m"] = delta["w"]["m"] * gain
+    x = normal(3, 64).astype(jnp.bfloat16)
+
+    def product(p, x):
+        return lax.dot(x, p["w"].astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+
+    out, base = lj.lift(product, on_dense="error")(method.apply(params, delta), x), product(params, x)
+    close(out, base * gain[None], 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_look_up_and_tied_head_follow(dtype):
+    """The gain of a feature scales the head's input."""
+    ids = jnp.asarray([[1, 4, 10], [4, 4, 0]], jnp.int32)
+    model = Tied()
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), started(model, ids))
+    method = lj.dora(lj.select("wte/embedding"), rank=2)
+    first = method.init(KEY, params)
+    delta = trained(first)
+
+    def run(delta):
+        return lj.lift(model.apply, on_dense="error")({"params": method.apply(params, delta)}, ids)
+
+    def dense(delta):
+        wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+        return model.apply({"params": densely(wide, delta, scale=1.0)}, ids)
+
+    # op by op: at the tests' level of optimization the bits of a compiled tanh depend on what it is fused with
+    same(run(first), model.apply({"params": params}, ids))
+    close(run(delta).astype(jnp.float32), dense(delta), 1e-5 if dtype == jnp.float32 else 0.02)
+    if dtype == jnp.float32:
+        got, want = (jax.jit(jax.grad(lambda d, f=f: weighted(f(d))))(delta) for f in (run, dense))
+        close(got, want, 3e-5)
+
+
+def test_a_sharded_base_gives_the_same():
+    """8 devices: the norm sums over a sharded axis; the beginning is the base's product bit for bit there too."""
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    params = {"w": normal(32, 16)}
+    method = lj.dora(lj.select("w"), rank=2)
+    first = method.init(KEY, params)
+    delta, x = trained(first), normal(3, 32)
+    placed = jax.device_put(params, NamedSharding(mesh, PartitionSpec("fsdp", "tensor")))
+    run = jax.jit(lambda p, d: lj.lift(lambda p, x: x @ p["w"], on_dense="error")(method.apply(p, d), x))
+    close(run(placed, delta), run(params, delta))
+    same(run(placed, first), jax.jit(lambda p: x @ p["w"])(placed))
+
+
+def test_its_spec_is_json_and_what_cannot_be_is_said():
+    params = {"w": normal(8, 6)}
+    method = lj.dora(lj.select("w"), rank=2, alpha=3, dropout=0.1, a_init="gaussian", scale_rule="alpha/sqrt(r)")
+    again = lj.from_spec(json.loads(json.dumps(method.spec)))
+    same(again.init(KEY, params), method.init(KEY, params))
+    low = lj.lora(lj.select("w"), rank=2, a_init="gaussian").init(KEY, params)
+    same({name: method.init(KEY, params)["w"][name] for name in "ab"}, dict(low["w"]))  # LoRA's own draws
+    with pytest.raises(ValueError, match="w: rank=7"):
+        lj.dora(lj.select("w"), rank=7).init(KEY, params)
+    with pytest.raises(ValueError, match=r"w: the delta's factors .*'m': \(5,\).* need .*'m': \(6,\)"):
+        method.apply(params, lj.Delta({"w": {**method.init(KEY, params)["w"], "m": jnp.ones(5)}}))
+    with pytest.raises(ValueError, match="a_init='pissa'"):
+        lj.dora(lj.select("w"), rank=2, a_init="pissa")

@@ -1,0 +1,260 @@
+"""VeRA: against PEFT and dense weights, on every product and layout; what trains, what is frozen, what is refused."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from core_methods import SHAPES, as_dense, as_peft, network, randomized, tree
+from core_models import Stack, Tied, stacked, started
+from core_reference import close, dense_delta, filled, normal, replaced, same
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from test_lift_structure import CASES, X
+
+import lora_jax as lj
+from lora_jax.checkpoints import load_adapter, save_adapter
+from lora_jax.models.layouts import to_scanned
+
+KEY = jax.random.key(0)
+SHARED = "@shared/vera"
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("sizes", SHAPES)
+def test_peft(kind, sizes):
+    peft = pytest.importorskip("peft")
+    module = network(kind, sizes)
+    params = tree(module)
+    method = lj.vera(lj.select("*/weight", axes="io" if kind == "conv1d" else "oi"), rank=4)
+    config = peft.VeraConfig(r=4, target_modules=["l0", "l1", "l2"], fan_in_fan_out=kind == "conv1d")
+    model = peft.get_peft_model(module, config)
+    projections = {"fixed_a": model.base_model.vera_A["default"], "fixed_b": model.base_model.vera_B["default"]}
+    start = jax.jit(method.init)(KEY, params)
+    for n in range(3):
+        same(
+            start[f"l{n}/weight"]["d"],
+            jnp.asarray(model.base_model.model[2 * n].vera_lambda_d["default"].detach().numpy()),
+        )
+    trained = randomized(model)
+    names = {
+        f"base_model.model.l{n}.vera_lambda_{factor}.default": (f"l{n}/weight", factor)
+        for n in range(3)
+        for factor in "bd"
+    }
+    delta = {SHARED: {name: jnp.asarray(tensor.numpy()) for name, tensor in projections.items()}}
+    for name, (path, factor) in names.items():
+        delta.setdefault(path, {})[factor] = jnp.asarray(trained[name].detach().numpy())
+    delta = lj.Delta(delta)
+    assert jax.tree.map(jnp.shape, start) == jax.tree.map(jnp.shape, delta)
+    for name, tensor in start[SHARED].items():  # uniform, within the same bound
+        bound = math.sqrt(6 / tensor.shape[1])
+        assert 0.5 * bound < float(jnp.max(jnp.abs(tensor))) <= bound and float(projections[name].abs().max()) <= bound
+    as_peft(kind, params, model, trained, method, delta, names)
+
+
+def summed(axes):
+    """A reference: w + A diag(d) B diag(b), from PEFT's (out, in) matrices, layer by layer."""
+
+    def dense(params, delta):
+        w, own, shared = params["w"], delta["w"], delta[SHARED]
+        size = {c: [n for n, x in zip(w.shape, axes, strict=True) if x in c] for c in ("s", "ivk", "o")}
+        inner, outer = math.prod(size["ivk"]), math.prod(size["o"])
+        d, b = own["d"].reshape(-1, own["d"].shape[-1]), own["b"].reshape(-1, outer)
+        down = jnp.stack([(row[:, None] * shared["fixed_a"][:, :inner]).T for row in d])
+        up = jnp.stack([(row[:, None] * shared["fixed_b"][:outer]).T for row in b])
+        down, up = down.reshape(*size["s"], *size["ivk"], -1), up.reshape(*size["s"], up.shape[1], *size["o"])
+        return {"w": w + dense_delta(down, up, axes, 1.0)}
+
+    return dense
+
+
+W, IDS = normal(8, 12, seed=1), jnp.asarray([[0, 7, 3], [5, 2, 7]], jnp.int32)
+LAYOUTS = {
+    # name: (function, params, axes)
+    "oi": (lambda p, x: x @ p["w"].T, {"w": W.T}, "oi"),
+    "tied": (lambda p, x: jnp.tanh(p["w"][IDS]) @ p["w"].T, {"w": W}, "vo"),
+    "stack": (lambda p, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0], {"w": normal(3, 8, 8)}, "sio"),
+    "stack on another axis": (lambda p, x: jnp.einsum("bi,iso->sbo", x, p["w"][:, 1:]), {"w": normal(8, 3, 5)}, "iso"),
+    "convolution": (
+        lambda p, x: lax.conv_general_dilated(
+            normal(2, 6, 5, 4), p["w"], (1, 2), "SAME", None, None, ("NHWC", "HWIO", "NHWC")
+        ),
+        {"w": normal(3, 2, 4, 6)},
+        "kkio",
+    ),
+} | {
+    name: CASES[name] for name in ("split in three", "reshape of outputs to heads", "w[i] traced", "einsum from heads")
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(name):
+    fn, params, axes = LAYOUTS[name]
+    method = lj.vera(lj.select("w", axes={"w": axes}), rank=3)
+    as_dense(fn, params, method, summed(axes), X)
+
+
+def test_some_layers_of_a_scanned_model():
+    """The others stay as they are, and the loop gives the same."""
+    loop, scanned = Stack(layers=3), Stack(layers=3, scan=True, remat=True)
+    params = started(loop, X)
+    stack = stacked(params, 3)
+    one = lj.vera(lj.select("**/kernel", layers=(0, 2)), rank=5)
+    some = lj.vera(lj.select("**/kernel", layers=(0, 2), axes={"h/**": "sio"}), rank=5)
+    delta = filled(one.init(KEY, params))
+    other = to_scanned(lj.Delta({path.replace("h_2/", "h_1/"): factors for path, factors in delta.items()}))
+    assert jax.tree.map(jnp.shape, some.init(KEY, stack)) == jax.tree.map(jnp.shape, other)
+    merged = lj.merge(some.apply(stack, other))
+    close(merged, stacked(lj.merge(one.apply(params, delta)), 3), 1e-6)
+    same(jax.tree.map(lambda leaf: leaf[1], merged["h"]), params["h_1"])
+    got = jax.jit(lambda d: lj.lift(scanned.apply, on_dense="error")({"params": some.apply(stack, d)}, X))(other)
+    close(got, scanned.apply({"params": merged}, X))
+
+
+def test_an_adapted_stack_is_sliced_like_any_other():
+    """Layer by layer, by the user's own scan: the frozen matrices go with every layer."""
+    params = {"w": normal(3, 8, 8)}
+    method = lj.vera(lj.select("w", axes="sio"), rank=3)
+    delta = filled(method.init(KEY, params))
+    one = lj.lift(lambda w, x: jnp.tanh(x @ w), on_dense="error")
+    got, _ = lax.scan(lambda x, w: (one(w, x), None), X, method.apply(params, delta)["w"])
+    want = X
+    for w in summed("sio")(params, delta)["w"]:
+        want = jnp.tanh(want @ w)
+    close(got, want)
+
+
+LAYERS = {"small": {"kernel": normal(3, 2), "bias": normal(2)}, "large": {"kernel": normal(5, 4, seed=1)}}
+METHOD = lj.vera(lj.select("*/kernel"), rank=6)
+
+
+def test_counts_and_what_trains():
+    report = lj.check(METHOD, jax.eval_shape(lambda: LAYERS))
+    assert {row.path: row.trained for row in report.rows} == {"small/kernel": 2 + 6, "large/kernel": 4 + 6, SHARED: 0}
+    assert report.trained == 18 and report.total == 6 + 2 + 20
+    delta = METHOD.init(KEY, LAYERS)
+    assert jax.tree.map(jnp.shape, delta[SHARED]) == {"fixed_a": (6, 5), "fixed_b": (4, 6)}
+    assert lj.labels(delta)[SHARED] == {"fixed_a": "frozen", "fixed_b": "frozen"}
+    assert lj.labels(delta)["small/kernel"] == {"b": "trainable", "d": "trainable"}
+    w = lj.labels(METHOD.apply(LAYERS, delta))["small"]["kernel"]
+    assert (w.base, w.scale, w.fixed_a, w.fixed_b, w.b, w.d) == ("frozen",) * 4 + ("trainable",) * 2
+
+
+def test_training_moves_the_vectors_alone():
+    delta = filled(METHOD.init(KEY, LAYERS))
+
+    def loss(params, delta):
+        fn = lj.lift(lambda p: normal(4, 3) @ p["small"]["kernel"], on_dense="error")
+        return jnp.sum(fn(METHOD.apply(params, delta)) ** 2)
+
+    of_base, grads = jax.jit(jax.grad(loss, (0, 1)))(LAYERS, delta)
+    assert not any(
+        np.any(leaf) for leaf in jax.tree.leaves((of_base["small"]["kernel"], grads[SHARED], grads["large/kernel"]))
+    )
+    tx = lj.freeze_base(optax.adam(0.1))
+    state = tx.init(delta)
+    kept = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
+    assert kept == 2 * 18  # two moments of what trains, none of the rest
+    updates, _ = tx.update(grads, state, delta)
+    same(optax.apply_updates(delta, updates)[SHARED], delta[SHARED])
+    assert np.all(updates["small/kernel"]["b"]) and np.all(updates["small/kernel"]["d"])
+
+
+def test_it_begins_as_the_base_and_keeps_its_matrices_in_a_file(tmp_path):
+    delta = METHOD.init(KEY, LAYERS)
+    assert not np.any(delta["small/kernel"]["b"]) and np.all(delta["small/kernel"]["d"] == np.float32(0.1))
+    same(lj.merge(METHOD.apply(LAYERS, delta)), LAYERS)
+    other = lj.vera(lj.select("*/kernel"), rank=6, d_initial=1.0)
+    assert np.all(other.init(KEY, LAYERS)["large/kernel"]["d"] == 1)
+    delta = filled(delta)
+    save_adapter(tmp_path, METHOD, delta, {"source": "-", "shapes": "-", "content": "-"})
+    method, again, _ = load_adapter(tmp_path)
+    same(again, delta)
+    same(lj.merge(method.apply(LAYERS, again)), lj.merge(METHOD.apply(LAYERS, delta)))
+    close(lj.unmerge(lj.merge(METHOD.apply(LAYERS, delta)), METHOD, delta), LAYERS, 1e-6)
+
+
+def test_strength_scales_the_change():
+    delta = filled(METHOD.init(KEY, LAYERS))
+    run = jax.jit(lambda s: lj.merge(METHOD.apply(LAYERS, delta, strength=s)))
+    same(run(jnp.float32(0)), LAYERS)
+    close(run(jnp.float32(1)), lj.merge(METHOD.apply(LAYERS, delta)), 1e-7)
+    whole, half = (run(jnp.float32(s))["large"]["kernel"] - LAYERS["large"]["kernel"] for s in (1, 0.5))
+    close(half, 0.5 * whole)
+
+
+def test_bfloat16():
+    """A base and a model of low precision; the merged weights are rounded once."""
+    delta = filled(METHOD.init(KEY, LAYERS), size=0.2)
+    low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), LAYERS)
+    exact = lj.merge(METHOD.apply(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), low), delta))
+    merged = lj.merge(METHOD.apply(low, delta))
+    same(merged["large"]["kernel"], exact["large"]["kernel"].astype(jnp.bfloat16))
+    x = normal(4, 5)
+    want = x @ exact["large"]["kernel"]
+    for params in (low, LAYERS):
+        fn = lj.lift(lambda p: x.astype(jnp.bfloat16) @ p["large"]["kernel"].astype(jnp.bfloat16), on_dense="error")
+        got = fn(METHOD.apply(params, delta))
+        assert got.dtype == jnp.bfloat16
+        close(got.astype(jnp.float32), want, 2e-2)  # 8 bits of mantissa, in x, factors and result
+
+
+def test_tied_embedding():
+    model, ids = Tied(), jnp.asarray([[1, 4, 10], [4, 4, 0]], jnp.int32)
+    params = started(model, ids)
+    method = lj.vera(lj.select("wte/embedding", "mix/kernel"), rank=3)
+    delta = filled(method.init(KEY, params))
+    merged = lj.merge(method.apply(params, delta))
+    alone = lj.Delta({"w": delta["wte/embedding"], SHARED: delta[SHARED]})
+    want = summed("vo")({"w": params["wte"]["embedding"]}, alone)["w"]
+    close(merged["wte"]["embedding"], want)
+    fn = lambda p: model.apply({"params": p}, ids)  # noqa: E731
+    got = jax.jit(lambda d: lj.lift(fn, on_dense="error")(method.apply(params, d)))(delta)
+    close(got, fn(replaced(merged, {"wte/embedding": want})))
+
+
+def test_shard_map():
+    mesh = jax.make_mesh((2, 4), ("b", "t"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    params = {"up": {"w": W}, "down": {"w": normal(12, 8, seed=2)}}
+    method = lj.vera(lj.select("*/w"), rank=3)
+    delta = filled(method.init(KEY, params))
+    merged = lj.merge(method.apply(params, delta))
+    specs = {"up": {"w": P(None, "t")}, "down": {"w": P("t", None)}}
+    body = lambda p, x: lax.psum(jnp.tanh(x @ p["up"]["w"]) @ p["down"]["w"], "t")  # noqa: E731
+    fn = jax.shard_map(body, mesh=mesh, in_specs=(specs, P("b")), out_specs=P("b"))
+    got = jax.jit(lambda d: lj.lift(fn, on_dense="error")(method.apply(params, d), normal(4, 8)))(delta)
+    close(got, jnp.tanh(normal(4, 8) @ merged["up"]["w"]) @ merged["down"]["w"])
+
+
+def test_what_cannot_be_is_said():
+    for rank in (0, 1.0, True):
+        with pytest.raises(ValueError, match=f"rank={rank} must be a whole number from 1"):
+            lj.vera(lj.select("*/kernel"), rank=rank)
+    with pytest.raises(ValueError, match="small/bias with axes 'o': VeRA needs a weight with input and output axes"):
+        lj.check(lj.vera(lj.select("small/*"), rank=2), LAYERS)
+    two = lj.chain(lj.vera(lj.select("small/kernel"), rank=2), lj.vera(lj.select("large/kernel"), rank=2))
+    with pytest.raises(ValueError, match="@shared/vera is the target of two transforms of the chain"):
+        two.init(KEY, LAYERS)
+    delta = METHOD.init(KEY, LAYERS)
+    without = lj.Delta({path: factors for path, factors in delta.items() if path != SHARED})
+    with pytest.raises(ValueError, match=r"@shared/vera: the delta's factors are {}, but .* need {'fixed_a': \(6, 5\)"):
+        METHOD.apply(LAYERS, without)
+    swapped = lj.Delta(delta | {"small/kernel": delta["large/kernel"]})
+    with pytest.raises(ValueError, match=r"small/kernel: the delta's factors are {'b': \(4,\)"):
+        METHOD.apply(LAYERS, swapped)
+    with pytest.raises(TypeError, match="takes a Delta"):
+        METHOD.apply(LAYERS, dict(delta))
+    with pytest.raises(TypeError, match="takes the base's params"):
+        METHOD.apply(delta, delta)
+
+
+def test_a_chain_with_another_method():
+    both = lj.chain(lj.vera(lj.select("large/kernel"), rank=2), lj.tune(lj.select("small/bias")))
+    delta = filled(both.init(KEY, LAYERS))
+    assert sorted(delta) == [SHARED, "large/kernel", "small/bias"] and lj.check(both, LAYERS).trained == 4 + 2 + 2
+    again = lj.from_spec(json.loads(json.dumps(both.spec)))
+    same(lj.merge(again.apply(LAYERS, delta)), lj.merge(both.apply(LAYERS, delta)))

@@ -1,0 +1,126 @@
+"""Every method of the configs from launch to text: trained, stopped and gone on with, reloaded, asked for texts."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import glue_inputs
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from training_cli import make_inputs
+
+import lora_jax as lj
+from configs import e2e, glue
+from configs.methods import METHODS
+from experiments import bases, methods, train
+from lora_jax import checkpoints, training
+from lora_jax.data.pairs import prompts
+from lora_jax.generation import generate
+
+SMALL: dict[str, Any] = {
+    "lora.rank": 2,
+    "dora.rank": 2,
+    "pissa.rank": 2,
+    "lokr.rank": 2,
+    "vera.rank": 8,
+    "adapter.rank": 3,
+    "compacter.rank": 8,
+    "prefix_embedding.prefix": 3,
+    "prefix_layer.prefix": 3,
+    "steps": 4,
+    "save_every": 2,
+    "log_every": 2,
+    "data.buckets": 1,
+}
+# One for each kind of transform; the others differ in options alone.
+FIRST = (
+    "adapter_l",
+    "compacter",
+    "lora_pe",
+    "lora_pl",
+    "lora_bitfit",
+    "lora_plus",
+    "dora",
+    "pissa",
+    "vera",
+    "ia3",
+    "lokr",
+)
+ALL = [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in METHODS]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("methods")
+    make_inputs(made)
+    glue_inputs.make_inputs(made / "glue")
+    return made
+
+
+def config_of(folder: Path, name: str) -> ConfigDict:
+    config = e2e.get_config(f"small,{name}")
+    config.base, config.data.path = str(folder / "base"), str(folder / "data")
+    config.update_from_flattened_dict(SMALL | {"data.batch_size": 4, "optimizer.warmup_steps": 1})
+    config.optimizer.learning_rate = 0.01
+    return config
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_run_of_each_method(name: str, folder: Path, tmp_path: Path) -> None:
+    config, workdir = config_of(folder, name), tmp_path / "run"
+    assert train.train(config, workdir)
+    straight = checkpoints.load(workdir)
+    losses = [e["loss"] for e in training.read_metrics(workdir) if "loss" in e]
+    assert straight.step == 4 and losses[1] < losses[0]
+    # stopped after step 2 and gone on with: the same bits
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    assert train.train(config, workdir)
+    again = checkpoints.load(workdir)
+    jax.tree.map(np.testing.assert_array_equal, again.delta, straight.delta)
+
+    base = bases.load(config)
+    method, delta, info = checkpoints.load_adapter(workdir / "adapter")
+    assert info["base"] == base.identity
+    start = jax.jit(method.init)(jax.random.split(jax.random.key(config.seed))[0], base.params)
+    for path, factors in start.items():
+        for factor in factors:
+            if factor.startswith("fixed_"):
+                np.testing.assert_array_equal(delta[path][factor], factors[factor])
+    check_texts(base, method, delta)
+
+
+def check_texts(base: bases.Base, method: lj.ParamTransform, delta: lj.Delta) -> None:
+    """Greedy texts with a cache, of prompts of unequal length, are what a whole forward without it says."""
+    inserted = methods.placeholders(method.spec, base.model)
+    asked = prompts(["name : Alba", "name : Blue Spice | area : riverside"], base.tokenizer, eos=0, **inserted)
+    longest = max(map(len, asked))
+    tokens = np.array([[0] * (longest - len(prompt)) + prompt for prompt in asked], np.int32)
+    mask = np.array([[False] * (longest - len(prompt)) + [True] * len(prompt) for prompt in asked])
+    adapted = method.apply(lj.without_tuned(base.params, delta), delta)
+    new = np.asarray(generate(base.model, adapted, tokens, mask, max_new_tokens=4, eos=271))
+    whole, real = np.concatenate([tokens, new], 1), np.concatenate([mask, np.ones((2, 4), bool)], 1)
+    logits = jax.jit(lj.lift(base.model.apply))({"params": adapted}, whole, real)
+    np.testing.assert_array_equal(np.asarray(logits).argmax(-1)[:, longest - 1 : -1], new)
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_p", "compacter", "prefix_embedding", "lora_pl", "dora", "ia3", "lora_bitfit"]
+)
+def test_a_classifier_of_each_kind(name: str, folder: Path, tmp_path: Path) -> None:
+    config = glue.get_config(f"base,cola,{name}")
+    config.base, config.data.path = str(folder / "glue" / "base"), str(folder / "glue" / "glue")
+    config.update_from_flattened_dict(SMALL | {"seeds": (), "steps": 6, "data.batch_size": 8})
+    config.optimizer.learning_rate = 0.02
+    assert train.train(config, tmp_path)
+    method, delta, _ = checkpoints.load_adapter(tmp_path / "adapter")
+    base = bases.load(config)
+    tokens = jnp.array([[2, 5, 6, 7, 3], [2, 9, 10, 11, 3]], jnp.int32)
+    plain = base.model.apply({"params": base.params}, tokens)
+    start = method.init(jax.random.key(0), base.params)
+    apply = lj.lift(base.model.apply)
+    if "prefix" not in method.spec["method"]:
+        np.testing.assert_array_equal(apply({"params": method.apply(base.params, start)}, tokens), plain)
+    assert np.abs(apply({"params": method.apply(base.params, delta)}, tokens) - plain).max() > 1e-3
