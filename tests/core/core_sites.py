@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from core_reference import close, digest, filled, normal, same, weighted
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name as named
@@ -94,22 +94,19 @@ def invariants(method: lj.ParamTransform, tokens: jax.Array = TOKENS) -> None:
 
     # every example with its own delta, scanned and rematerialized, is as one at a time in a loop
     one = jax.jit(gradient("loop"))
-    got = jax.jit(jax.vmap(gradient("scan of remat")))(
-        jax.tree.map(lambda *leaf: jnp.stack(leaf), *each), tokens[:, None]
-    )
+    together = jax.tree.map(lambda *leaf: np.stack(leaf), *each)
+    got = jax.jit(jax.vmap(gradient("scan of remat")))(together, tokens[:, None])
     want = [one(delta, tokens[n : n + 1]) for n, delta in enumerate(each)]
-    close(got, jax.tree.map(lambda *leaf: jnp.stack(leaf), *want), 2e-5)
+    close(got, jax.tree.map(lambda *leaf: np.stack(leaf), *want), 2e-5)
 
     # what trains is the delta, all of it, and the base stays
-    tx, delta = lj.freeze_base(optax.adam(0.05)), fresh
-    state, losses = tx.init(delta), []
-    for _ in range(8):
+    delta, losses = fresh, []
+    for _ in range(4):
         (loss, _), grads = one(delta, tokens[:1])
-        updates, state = tx.update(grads, state, delta)
-        delta = optax.apply_updates(delta, updates)
+        delta = jax.tree.map(lambda x, g: np.asarray(x) - np.float32(0.1) * np.asarray(g), delta, grads)
         losses.append(float(loss))
     assert losses[-1] < losses[0]
-    assert all(bool(jnp.any(a != b)) for a, b in zip(jax.tree.leaves(delta), jax.tree.leaves(fresh), strict=True))
+    assert all(np.any(a != np.asarray(b)) for a, b in zip(*map(jax.tree.leaves, (delta, fresh)), strict=True))
     assert digest(PARAMS) == before
 
     # and a spec as JSON is the method

@@ -92,6 +92,23 @@ def test_a_run_of_each_method(name: str, folder: Path, tmp_path: Path) -> None:
     check_texts(base, method, delta)
 
 
+MESHED = [pytest.param(name, marks=() if name in ("dora", "lora_pl", "ia3") else pytest.mark.slow) for name in FIRST]
+
+
+@pytest.mark.parametrize("name", MESHED)
+def test_the_same_on_eight_devices(name: str, folder: Path, tmp_path: Path) -> None:
+    """1e-4 of the largest entry after four steps of Adam at a rate of 0.01: sums in another order."""
+    deltas = []
+    for sizes in ((1, 1, 1), (2, 2, 2)):
+        config = config_of(folder, name)
+        config.mesh.data, config.mesh.fsdp, config.mesh.tensor = sizes
+        config.lora.dropout = config.dora.dropout = 0.0
+        assert train.train(config, tmp_path / str(sizes[0]))
+        deltas.append(checkpoints.load(tmp_path / str(sizes[0])).delta)
+    for one, other in zip(*map(jax.tree.leaves, deltas), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * max(np.abs(other).max(), 1e-2))
+
+
 def check_texts(base: bases.Base, method: lj.ParamTransform, delta: lj.Delta) -> None:
     """Greedy texts with a cache, of prompts of unequal length, are what a whole forward without it says."""
     inserted = methods.placeholders(method.spec, base.model)

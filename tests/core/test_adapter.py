@@ -1,0 +1,415 @@
+"""Adapters: against modules of torch hooked into transformers' models; identity, precision, counts, generation."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from core_reference import close, filled, same
+from core_sites import LAYERS, PARAMS, TOKENS, WIDTH, invariants, tower
+from flops import equations
+
+import lora_jax as lj
+from lora_jax.models import encoder, gpt2
+
+KEY = jax.random.key(0)
+GPT2 = gpt2.GPT2Config(vocab_size=20, n_positions=16, n_embd=8, n_layer=2, n_head=2, eos_token_id=0)
+SITES = gpt2.sites(GPT2)
+BOTH = {name: SITES[name] for name in ("attention_out", "mlp_out")}
+LAST = {"mlp_out": SITES["mlp_out"]}
+KINDS = {
+    "H": {"sites": BOTH, "rank": 3},
+    "L": {"sites": LAST, "rank": 3, "norm": True, "activation": "relu"},
+    "P": {"sites": LAST, "rank": 5, "activation": "relu"},
+    "D": {"sites": BOTH, "rank": 2, "activation": "tanh", "layers": [1]},
+}
+IDS = np.array([[7, 7, 3, 4, 5, 6, 2], [8, 9, 10, 11, 12, 13, 14]], np.int32)
+MASK = np.array([[0, 0, 1, 1, 1, 1, 1], [1] * 7], bool)
+
+
+def tower_sites(*names):
+    return dict.fromkeys(names, (LAYERS, WIDTH))
+
+
+ON_THE_TOWER = {
+    "H": lj.adapter(tower_sites("block_out", "mlp_out"), rank=2),
+    "L": lj.adapter(tower_sites("mlp_out"), rank=3, norm=True, activation="tanh"),
+    "D": lj.adapter(tower_sites("mlp_out", "block_out"), rank=2, layers=[1, 3]),
+    "compacter": lj.compacter(tower_sites("block_out", "mlp_out"), rank=4, n=2),
+    "compacter, some layers": lj.compacter(tower_sites("mlp_out"), rank=2, n=2, layers=[2, 0], activation="tanh"),
+    "LoRA + H + tune": lj.chain(
+        lj.lora(lj.select("w", axes="sio"), rank=2),
+        lj.adapter(tower_sites("mlp_out"), rank=2),
+        lj.tune(lj.select("wte")),
+    ),
+}
+
+
+def some(names, slow):
+    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in names]
+
+
+@pytest.mark.parametrize("name", some(ON_THE_TOWER, slow=["D", "compacter, some layers"]))
+def test_what_is_always_true(name):
+    invariants(ON_THE_TOWER[name])
+
+
+def apart(params: Any) -> Any:
+    """Parameters that differ from zero and one, so that none is without effect."""
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(4)
+    return jax.tree.unflatten(tree, [x + jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype) for x in leaves])
+
+
+@functools.cache
+def gpt2_params() -> Any:
+    return apart(jax.jit(gpt2.GPT2(GPT2).init)(KEY, IDS)["params"])
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return functools.cache(lambda family: pair(family, tmp_path_factory.mktemp(family)))
+
+
+def pair(family, folder):
+    """A random model of transformers, where its sites are, and the same loaded here."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from lora_jax.interop import hf
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "type_vocab_size": 1}
+    sizes |= {"intermediate_size": 12, "max_position_embeddings": 16, "num_labels": 3}
+    if family == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=20, n_positions=16, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+        )
+        theirs = transformers.GPT2LMHeadModel(config).eval()
+        places = [{"attention_out": block.attn, "mlp_out": block.mlp} for block in theirs.transformer.h]
+    else:
+        kind = {"bert": "Bert", "roberta": "Roberta"}[family]
+        config = getattr(transformers, f"{kind}Config")(**sizes)
+        theirs = getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
+        blocks = getattr(theirs, family).encoder.layer
+        # before the residual sum, which their LayerNorm takes in
+        places = [{"attention_out": b.attention.output.dense, "mlp_out": b.output.dense} for b in blocks]
+    with torch.no_grad():
+        for tensor in theirs.parameters():
+            tensor.add_(0.2 * torch.randn_like(tensor))
+    theirs.save_pretrained(folder)
+    model, params, _ = hf.load(folder)
+    return theirs, places, model, params
+
+
+def module(torch: Any, factors: dict[str, np.ndarray], activation: str) -> Any:
+    """An adapter as a function of torch, and its tensors by our names."""
+    own = {name: torch.tensor(np.asarray(x), requires_grad=True) for name, x in factors.items()}
+    act = {"gelu": lambda x: torch.nn.functional.gelu(x, approximate="tanh"), "relu": torch.relu, "tanh": torch.tanh}
+
+    def run(x):
+        h = x
+        if "scale" in own:
+            h = torch.nn.functional.layer_norm(x, x.shape[-1:], own["scale"], own["shift"], 1e-5)
+        return x + act[activation](h @ own["down"] + own["down_bias"]) @ own["up"] + own["up_bias"]
+
+    return run, own
+
+
+def hooked(torch: Any, places: list, delta: lj.Delta, activation: str, layers: list[int]) -> tuple[list, dict]:
+    """Hooks that put the delta's adapters there, and all tensors: `{(key, layer): {factor: tensor}}`."""
+    hooks, tensors = [], {}
+    for key, stacked in delta.items():
+        site = key.removeprefix("@").split("/")[0]
+        for n, at in enumerate(layers):
+            run, own = module(torch, jax.tree.map(lambda x: x[n], stacked), activation)  # noqa: B023
+
+            def hook(_, __, out, run=run):
+                return (run(out[0]), *out[1:]) if isinstance(out, tuple) else run(out)
+
+            hooks.append(places[at][site].register_forward_hook(hook))
+            tensors[key, n] = own
+    return hooks, tensors
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        ("gpt2", "H"),
+        ("gpt2", "L"),
+        ("gpt2", "D"),
+        ("bert", "H"),
+        ("roberta", "P"),
+        pytest.param("bert", "P", marks=pytest.mark.slow),
+        pytest.param("roberta", "H", marks=pytest.mark.slow),
+    ],
+)
+def test_as_modules_of_torch_in_transformers(pairs, family, kind):
+    """Output within 1e-5 of the largest entry, the gradient of every factor within 1e-4 of its largest."""
+    torch = pytest.importorskip("torch")
+    theirs, places, model, params = pairs(family)
+    causal, options = family == "gpt2", KINDS[kind]
+    method = lj.adapter(**options)
+    if not causal:
+        method = lj.chain(method, lj.tune(lj.select("classifier/**")))
+    delta = filled(method.init(KEY, params), size=0.4)
+    delta = lj.Delta({path: delta[path] if path[0] == "@" else {"value": dig(params, path)} for path in delta})
+    adapters = lj.Delta({path: factors for path, factors in delta.items() if path[0] == "@"})
+    mask = MASK if causal else MASK[:, ::-1]
+
+    @jax.jit
+    def ours(delta):
+        def loss(delta):
+            base = lj.without_tuned(params, delta)
+            out = lj.lift(model.apply, on_dense="error")({"params": method.apply(base, delta)}, IDS, mask)
+            out = jnp.where(mask[..., None], out, 0.0) if causal else out
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.value_and_grad(loss, has_aux=True)(delta)
+
+    (_, out), grads = ours(delta)
+    theirs.zero_grad()
+    layers = options.get("layers", [0, 1])
+    hooks, tensors = hooked(torch, places, adapters, options.get("activation", "gelu"), layers)
+    real = torch.tensor(np.ascontiguousarray(mask))
+    positions = {"position_ids": (real.cumsum(1) - 1).clamp(min=0)} if causal else {}
+    logits = theirs(torch.tensor(IDS).long(), attention_mask=real.long(), **positions).logits
+    logits = torch.where(real[..., None], logits, 0.0) if causal else logits
+    logits.sin().sum().backward()
+    for hook in hooks:
+        hook.remove()
+    close(out, logits.detach().numpy())
+    for (key, n), own in tensors.items():
+        for name, tensor in own.items():
+            close(grads[key][name][n], tensor.grad.numpy(), 1e-4)
+    if not causal:
+        heads = [x for name, x in theirs.named_parameters() if name.startswith("classifier")]
+        want = sorted(float(x.grad.abs().sum()) for x in heads)
+        got = sorted(float(jnp.abs(grads[key]["value"]).sum()) for key in grads if key[0] != "@")
+        np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+def dig(params: Any, path: str) -> Any:
+    return functools.reduce(lambda node, name: node[name], path.split("/"), params)
+
+
+def fresh(kind: str, **changes: Any) -> lj.ParamTransform:
+    return lj.adapter(**(KINDS[kind] | changes))
+
+
+STARTS = {kind: fresh(kind) for kind in KINDS} | {"compacter": lj.compacter(BOTH, rank=4, n=2)}
+
+
+@pytest.mark.parametrize("name", some(STARTS, slow=["P"]))
+def test_it_begins_as_the_base_bit_for_bit(name):
+    """And strength 0 is the base with any factors, 1 the adapter."""
+    method, model, params = STARTS[name], gpt2.GPT2(GPT2), gpt2_params()
+    delta = method.init(KEY, params)
+
+    @jax.jit
+    def run(params, delta, strength):
+        return lj.lift(model.apply)({"params": method.apply(params, delta, strength=strength)}, IDS, MASK)
+
+    base = jax.jit(model.apply)({"params": params}, IDS, MASK)
+    whole = jax.jit(lambda p, d: lj.lift(model.apply)({"params": method.apply(p, d)}, IDS, MASK))
+    same(whole(params, delta), base)
+    same(run(params, delta, 1.0), base)
+    trained = filled(delta, size=0.5)
+    same(run(params, trained, 0.0), base)
+    same(run(params, trained, 1.0), whole(params, trained))
+    assert float(jnp.max(jnp.abs(whole(params, trained) - base))) > 0.1
+
+
+@pytest.mark.parametrize("family", some(["encoder", "gpt2"], slow=["gpt2"]))
+def test_it_begins_as_the_base_out_of_jit_too(family):
+    """The loop, since a scan is compiled. (Compiled, the last bits of an encoder may be others: its LayerNorms follow
+    the sums at once, and the compiler joins them.)"""
+    config: Any = encoder.EncoderConfig(vocab_size=20, max_positions=9, hidden=8, layers=2, heads=2)
+    model, module = (gpt2.GPT2(GPT2), gpt2) if family == "gpt2" else (encoder.Encoder(config), encoder)
+    sites = {name: module.sites(model.config)[name] for name in BOTH}
+    params = apart(jax.jit(model.init)(KEY, IDS[:1, :3])["params"])
+    method = lj.chain(lj.adapter(sites, rank=3, norm=True), lj.compacter(sites, rank=4, n=2))
+    adapted = method.apply(params, method.init(KEY, params))
+    same(lj.lift(model.apply)({"params": adapted}, IDS[:1, :3]), model.apply({"params": params}, IDS[:1, :3]))
+
+
+def test_layouts_of_a_model_have_one_delta():
+    method, params = fresh("D", layers=[0]), gpt2_params()
+    delta = filled(method.init(KEY, params), size=0.5)
+    scanned = dataclasses.replace(GPT2, scan_layers=True, remat=True)
+    run = lambda config, p: jax.jit(lj.lift(gpt2.GPT2(config).apply))({"params": method.apply(p, delta)}, IDS)  # noqa: E731
+    close(run(scanned, gpt2.to_scanned(params)), run(GPT2, params))
+
+
+def test_bfloat16_compute_with_float32_factors():
+    exact = GPT2
+    rough = dataclasses.replace(exact, dtype="bfloat16")
+    params = gpt2_params()
+    for method in (fresh("L"), lj.compacter(BOTH, rank=4, n=2)):
+        delta = filled(method.init(KEY, params), size=0.2)
+
+        def loss(delta, config, method=method):
+            out = lj.lift(gpt2.GPT2(config).apply)({"params": method.apply(params, delta)}, IDS)
+            return jnp.sum(jnp.sin(out)), out
+
+        run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+        with jax.numpy_dtype_promotion("standard"):  # the library's attention mixes them in its gradient
+            ((_, got), grads), ((_, want), want_grads) = run(delta, rough), run(delta, exact)
+        close(got, want, 4e-2)
+        close(grads, want_grads, 6e-2)
+        assert {x.dtype.name for x in jax.tree.leaves(grads)} == {"float32"}
+    method = fresh("L", norm=False)
+    delta = method.init(KEY, params)
+    forward = lambda d: lj.lift(gpt2.GPT2(rough).apply)({"params": method.apply(params, d)}, IDS)  # noqa: E731
+    dots = [e for e in equations(jax.make_jaxpr(forward)(delta).jaxpr) if e.primitive.name == "dot_general"]
+    assert {str(v.aval.dtype) for eqn in dots for v in eqn.invars} == {"bfloat16"}  # none runs in float32
+
+
+def test_factors_of_another_dtype():
+    method = fresh("P", dtype=jnp.bfloat16)
+    delta = method.init(KEY, {})
+    assert {x.dtype.name for x in jax.tree.leaves(delta)} == {"bfloat16"} and method.spec["dtype"] == "bfloat16"
+    out = jax.jit(lj.lift(gpt2.GPT2(GPT2).apply))({"params": method.apply(gpt2_params(), delta)}, IDS)
+    assert out.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("size", ["medium", pytest.param("large", marks=pytest.mark.slow)])
+def test_counted_by_the_papers_formula(size):
+    """n_adpt (2 d r + r + d) + 2 n_LN d, from shapes alone (Hu et al. 2021, section 5.1)."""
+    config = gpt2.SIZES[size]
+    d, layers = config.n_embd, config.n_layer
+    shapes = jax.eval_shape(gpt2.GPT2(config).init, KEY, jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
+    sites = gpt2.sites(config)
+    both = {name: sites[name] for name in BOTH}
+
+    def formula(n, r, norms=0):
+        return n * (2 * d * r + r + d) + 2 * norms * d
+
+    def trained(sites, **options):
+        return lj.check(lj.adapter(sites, **options), shapes).trained
+
+    assert trained(both, rank=64) == formula(2 * layers, 64)
+    assert trained({"mlp_out": both["mlp_out"]}, rank=16, norm=True) == formula(layers, 16, layers)
+    assert trained(both, rank=8, layers=range(3, layers)) == formula(2 * (layers - 3), 8)
+    report = lj.check(lj.compacter(both, rank=64, n=4), shapes)
+    assert report.trained == 2 * layers * (2 * (d + 64) + 64 + d) + 4**3
+    assert {row.path for row in report.rows} == {"@shared/compacter", *(f"@{site}/compacter" for site in both)}
+
+
+def test_generation_with_a_cache_equals_the_loop_without():
+    from lora_jax.generation import generate
+
+    config = dataclasses.replace(GPT2, n_positions=24)
+    model = gpt2.GPT2(config)
+    params = jax.jit(model.init)(KEY, IDS)["params"]
+    params = jax.tree.map(lambda x: 10 * x if x.ndim > 1 else x, params)
+    method = fresh("H")
+    adapted = method.apply(params, filled(method.init(KEY, params), size=1.0))
+    new = np.asarray(generate(model, adapted, IDS, MASK, max_new_tokens=6, eos=0))
+    forward = jax.jit(lj.lift(model.apply))
+    for row, (ids, real) in enumerate(zip(IDS, MASK, strict=True)):
+        text = list(ids[real])
+        prompt = len(text)
+        while len(text) < prompt + 6 and 0 not in text[prompt:]:
+            padded = np.zeros((1, 16), np.int32)  # one shape for all; padding on the right does not reach back
+            padded[0, : len(text)] = text
+            text.append(int(forward({"params": adapted}, padded)[0, len(text) - 1].argmax()))
+        assert new[row, : len(text) - prompt].tolist() == text[prompt:]
+
+
+@pytest.mark.parametrize("layers", [pytest.param(None, marks=pytest.mark.slow), [3, 1]])
+def test_compacter_is_an_adapter_of_kronecker_sums(layers):
+    """Against numpy's kron: output, and the gradient of every factor through the dense matrices' gradients."""
+    n, sites = 2, tower_sites("mlp_out")
+    method = lj.compacter(sites, rank=4, n=n, layers=layers)
+    dense = lj.adapter(sites, rank=4, layers=layers)
+    delta = filled(method.init(KEY, PARAMS), size=0.6)
+    own, rule = delta["@mlp_out/compacter"], np.asarray(delta["@shared/compacter"]["rule"], np.float64)
+    count = len(layers or range(LAYERS))
+    thin = {}
+    for name in ("down", "up"):
+        left, right = np.asarray(own[f"{name}_left"], np.float64), np.asarray(own[f"{name}_right"], np.float64)
+        thin[name] = np.array([[left[k, i] @ right[k, i] for i in range(n)] for k in range(count)])
+    whole = {
+        name: np.array([sum(np.kron(rule[i], thin[name][k, i]) for i in range(n)) for k in range(count)])
+        for name in thin
+    }
+    assert whole["down"].shape == (count, WIDTH, 4) and whole["up"].shape == (count, 4, WIDTH)
+    factors = {name: jnp.asarray(x, jnp.float32) for name, x in whole.items()}
+    factors |= {name: own[name] for name in ("down_bias", "up_bias")}
+
+    def loss(method, delta):
+        out = lj.lift(tower("scan"))(method.apply(PARAMS, delta), TOKENS)
+        return jnp.sum(jnp.sin(out)), out
+
+    run = jax.jit(jax.value_and_grad(loss, 1, has_aux=True), static_argnums=0)
+    (_, got), grads = run(Hashable(method), delta)
+    (_, want), dense_grads = run(Hashable(dense), lj.Delta({"@mlp_out/adapter": factors}))
+    close(got, want)
+
+    # d loss / d rule and so on: the dense gradient in blocks, contracted with the other factors
+    wanted: dict[str, Any] = {"rule": np.zeros_like(rule)}
+    for name in ("down", "up"):
+        g = np.asarray(dense_grads["@mlp_out/adapter"][name], np.float64)
+        _, i, o = g.shape
+        blocks = g.reshape(count, n, i // n, n, o // n)
+        wanted["rule"] += np.einsum("kaibo,knio->nab", blocks, thin[name])
+        of_thin = np.einsum("kaibo,nab->knio", blocks, rule)
+        left, right = np.asarray(own[f"{name}_left"]), np.asarray(own[f"{name}_right"])
+        wanted[f"{name}_left"] = np.einsum("knio,knro->knir", of_thin, right)
+        wanted[f"{name}_right"] = np.einsum("knio,knir->knro", of_thin, left)
+        wanted[f"{name}_bias"] = np.asarray(dense_grads["@mlp_out/adapter"][f"{name}_bias"])
+    found = grads["@mlp_out/compacter"] | grads["@shared/compacter"]
+    assert set(found) == set(wanted)
+    for name, want in wanted.items():
+        close(found[name], want.astype(np.float32), 2e-5)
+
+
+class Hashable:
+    """A method as a static argument of jit."""
+
+    def __init__(self, method):
+        self.apply = method.apply
+
+
+def test_equal_specs_compile_once():
+    run = jax.jit(lj.lift(tower("scan")))
+    for seed in range(2):
+        for make in (lambda: lj.adapter(tower_sites("mlp_out"), rank=2), lambda: ON_THE_TOWER["compacter"]):
+            method = make()
+            run(method.apply(PARAMS, method.init(jax.random.key(seed), PARAMS)), TOKENS)
+    assert run._cache_size() == 2
+
+
+def test_what_cannot_be_is_said():
+    with pytest.raises(ValueError, match="activation='swish': choose one of"):
+        lj.adapter(BOTH, rank=2, activation="swish")
+    with pytest.raises(ValueError, match="activation='swish': choose one of"):
+        lj.compacter(BOTH, rank=4, activation="swish")
+    for rank in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=f"rank={rank}: a whole number from 1"):
+            lj.adapter(BOTH, rank=rank)
+    with pytest.raises(ValueError, match="name a site at least"):
+        lj.adapter({}, rank=2)
+    for rank, n in ((3, 2), (4, 3), (0, 2), (4, 0)):
+        with pytest.raises(ValueError, match=f"n={n} must be a whole number that divides rank={rank}"):
+            lj.compacter(BOTH, rank=rank, n=n)
+    with pytest.raises(ValueError, match=r"layers=\[2\]: name some of the 2 of the site"):
+        fresh("D", layers=[2])
+    params, method = gpt2_params(), fresh("H")
+    delta = method.init(KEY, params)
+    compact = STARTS["compacter"].init(KEY, params)
+    for other, given in ((fresh("H", rank=4), delta), (fresh("L"), delta), (method, compact)):
+        with pytest.raises(ValueError, match="the delta"):
+            other.apply(params, given)
+    with pytest.raises(ValueError, match="the delta is not this method's"):
+        STARTS["compacter"].apply(params, delta)
+    with pytest.raises(ValueError, match="has no weight to go into"):
+        lj.merge(method.apply(params, delta))
+    with pytest.raises(ValueError, match=r"@attention_out/adapter is the target of two transforms"):
+        lj.chain(method, fresh("D")).init(KEY, params)
+    wide = lj.adapter({"mlp_out": (2, 9)}, rank=2)
+    with pytest.raises(TypeError, match="dot_general"):
+        lj.lift(gpt2.GPT2(GPT2).apply)({"params": wide.apply(params, wide.init(KEY, params))}, IDS)
