@@ -18,8 +18,8 @@ The name is a row of Table 9, a task, and perhaps what trains (LoRA on query and
     base,mrpc,adapter_d               AdapterDrop's of 0.3 M, adapter_d_big of 0.9 M (the paper does not print their
                                       bottlenecks): --config.adapter.layers=3,4,5,6,7,8,9,10,11 drops the first three
 
-and every other name in configs/methods.py: compacter prefix_embedding prefix_layer lora_pe lora_pl lora_bitfit rslora
-lora_plus dora pissa vera ia3 lokr.
+and every other name in configs/methods.py: lora_all adapter_l compacter prefix_embedding prefix_layer lora_pe lora_pl
+lora_bitfit rslora lora_plus dora pissa vera ia3 lokr.
 
 In each the classifier trains too; the paper does not count it. Any other encoder is --config.base=FOLDER.
 
@@ -173,7 +173,7 @@ def _common() -> ConfigDict:
     optimizer.b2 = 0.999
     optimizer.eps = 1e-8
     optimizer.weight_decay = 0.1
-    optimizer.decay = ("**/{kernel,embedding}", "@shared/**", "@*/*/{down,up}")
+    optimizer.decay = methods.MATRICES
     optimizer.clip_norm = 1.0
     optimizer.b_ratio = 1.0  # LoRA+: the rate of B over that of A
 

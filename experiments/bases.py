@@ -44,18 +44,23 @@ def load(config: ConfigDict, source: str | None = None) -> Base:
         raise ValueError(
             f"{source} is a {model.config.family}, but {config.data.name} needs a GPT-2, which writes texts"
         )
-    known = identity(model, params, source)
+    new = _new_pooler(model, source)
+    known = _identity(model, params, source, new)
     model = type(model)(dataclasses.replace(model.config, **config.model.to_dict()))
     if model.config.scan_layers:
         params = to_scanned(params)
-    return Base(model, params, tokenizer, known, ("pooler/**",) if _new_pooler(model, source) else ())
+    return Base(model, params, tokenizer, known, ("pooler/**",) if new else ())
 
 
 def identity(model: Any, params: Any, source: str) -> dict[str, str]:
     """`checkpoints.identity` of what stands below the heads: a head trains, and so is part of the delta; the same base
     is the same with whatever head it was loaded, and without."""
+    return _identity(model, params, source, _new_pooler(model, source))
+
+
+def _identity(model: Any, params: Any, source: str, new_pooler: bool) -> dict[str, str]:
     above = {"classifier"}
-    if isinstance(model, encoder.Encoder) and (model.config.family == "roberta" or _new_pooler(model, source)):
+    if isinstance(model, encoder.Encoder) and (model.config.family == "roberta" or new_pooler):
         above.add("pooler")  # that of RoBERTa has no part in classification
     return checkpoints.identity({name: part for name, part in params.items() if name not in above}, source)
 

@@ -1,6 +1,6 @@
 """Training speed of the methods of configs/e2e.py, on the same batches in turn.
 
-    python -m experiments.benchmark --config=configs/e2e.py:small --workdir=runs/benchmark \\
+    python -m experiments.benchmark --config=configs/e2e.py:small \\
       --config.base=FOLDER --config.data.path=FOLDER --out=docs/results/speed.json
 
 LoRA on query and value, LoRA on all matrices, full fine-tuning, and the config's method where that is another. Every
@@ -60,16 +60,17 @@ def measure(jobs: dict[str, training.Job], rounds: int, steps: int) -> tuple[dic
     """Seconds of each method in each round, and a round's real tokens; one round before them warms up."""
     states = {name: each.state for name, each in jobs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    batches = next(iter(jobs.values())).batches(0)[:steps]  # the same in every round: no shape is new after the first
+    # The same in every round, so that no shape is new after the first; a prefix is in its method's own.
+    batches = {name: each.batches(0)[:steps] for name, each in jobs.items()}
     for number in range(rounds + 1):
         for name, each in jobs.items():
             begin = time.perf_counter()
-            for batch in batches:
+            for batch in batches[name]:
                 states[name] = each.step(states[name], each.params, each.put(batch))
             jax.block_until_ready(states[name])
             if number:
                 seconds[name].append(time.perf_counter() - begin)
-    return seconds, sum(int(batch["mask"].sum()) for batch in batches)
+    return seconds, sum(int(batch["mask"].sum()) for batch in next(iter(batches.values())))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 import lora_jax as lj
-from experiments import bases, cli, reload, train
+from experiments import bases, cli, methods, reload, train
 from lora_jax import checkpoints, training
 from lora_jax.interop import hf, peft
 from lora_jax.models.layouts import to_loop
@@ -69,6 +69,7 @@ def take_in(source: Path, config: ConfigDict, workdir: Path) -> None:
     if config.get("seeds"):
         config = config.copy_and_resolve_references()
         config.seeds = ()  # one delta is one run
+    methods.know(config)
     base = bases.load(config)
     method, delta = found(source, base)
     training.claim(workdir, config)

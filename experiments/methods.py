@@ -43,7 +43,7 @@ def _part(name: str, config: ConfigDict, model: Any) -> dict[str, Any]:
         known = family.sites(model.config)
         if missing := sorted(set(options["sites"]) - set(known)):
             raise ValueError(f"{name}.sites: the model names {sorted(known)}, not {missing[0]!r}")
-        options["sites"] = {site: [known[site][0], known[site][1][-1]] for site in options["sites"]}
+        options["sites"] = {site: [known[site][0], (known[site][1] or (0,))[-1]] for site in options["sites"]}
     elif name != "tune":
         options["axes"] = dict(family.AXES)
     if name == "prefix_layer":
@@ -70,14 +70,18 @@ def know(config: ConfigDict) -> None:
 
 
 def _module(file: Path) -> ModuleType:
-    name = f"method_of_{file.stem}"
+    name = f"method_of_{file.resolve()}"
     if name in sys.modules:
         return sys.modules[name]
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: method=FILE.py:FUNCTION names a file of one's own")
     found: Any = importlib.util.spec_from_file_location(name, file)
     module = sys.modules[name] = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    try:
+        found.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 

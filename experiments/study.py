@@ -28,10 +28,12 @@ from ml_collections import ConfigDict
 import lora_jax as lj
 from configs import e2e, glue
 from experiments import bases, cli, methods, train
-from lora_jax import checkpoints
+from lora_jax import checkpoints, training
 from lora_jax.data import pairs, tasks
 from lora_jax.generation import complete, end_tokens
+from lora_jax.interop import hf
 from lora_jax.metrics import bleu
+from lora_jax.models import gpt2
 
 flags.DEFINE_enum("task", "e2e", ["e2e", "mrpc"], "What is learnt.")
 flags.DEFINE_string("base", None, "A folder: a GPT-2 for E2E, a RoBERTa or BERT for MRPC.")
@@ -63,7 +65,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "adapter_h": ("adapter_h", {}, "adapter.rank"),
     "adapter_l": ("adapter_l", {}, "adapter.rank"),
     "adapter_p": ("adapter_p", {}, "adapter.rank"),
-    "adapter_d": ("adapter_p", {"adapter.layers": (2, 3, 4, 5)}, "adapter.rank"),
+    "adapter_d": ("adapter_p", {}, "adapter.rank"),  # without the first third of the layers
     "compacter": ("compacter", {}, "compacter.rank"),
     "lora_pe": ("lora_pe", {"lora.rank": 2, "lora.alpha": 2.0}, ""),
     "lora_pl": ("lora_pl", {"lora.rank": 2, "lora.alpha": 2.0, "prefix_layer.prefix": 4}, ""),
@@ -88,7 +90,7 @@ def main() -> None:
     if unknown := sorted(set(values.methods) - set(known)):
         raise ValueError(f"--methods={unknown[0]}: it is one of {', '.join(known)}")
     workdir = Path(values.workdir) / values.task
-    if values.task == "e2e" and not (workdir / "data").is_dir():
+    if values.task == "e2e":
         few(workdir / "data")
     rows = [row(name, workdir) for name in values.methods or known]
     out = Path(values.out or workdir / "study.json")
@@ -139,6 +141,11 @@ def config_of(name: str, workdir: Path) -> ConfigDict:
     for kind in ("lora", "dora", "pissa"):
         config[kind].rank = RANK[values.task]
         config[kind].alpha = float(RANK[values.task])
+    layers = depth(values.base)
+    if name == "top2":
+        config.tune.select = (f"h_{{{layers - 2},{layers - 1}}}/**",)
+    if name == "adapter_d":
+        config.adapter.layers = tuple(range(layers // 3, layers))
     config.update_from_flattened_dict(changes)
     config.base, config.seed = values.base, 0
     config.data.path = str(workdir / "data") if values.task == "e2e" else values.data
@@ -160,6 +167,9 @@ def sized(name: str, workdir: Path) -> tuple[ConfigDict, int | None]:
 
     def count(size: int) -> int:
         config.update_from_flattened_dict({option: size})
+        kind = config[option.split(".")[0]]
+        if "alpha" in kind:
+            kind.alpha = float(size)  # a scale of 1, as LoRA's
         return trained(config, base)
 
     multiple = config.compacter.n if name == "compacter" else 1
@@ -167,8 +177,15 @@ def sized(name: str, workdir: Path) -> tuple[ConfigDict, int | None]:
     sizes = [size for size in SIZES if size % multiple == 0 and size <= most]
     at = bisect.bisect_left(sizes, wanted, key=count)
     size = min(sizes[max(at - 1, 0) : at + 1], key=lambda size: abs(count(size) - wanted))
-    config.update_from_flattened_dict({option: size})
+    size = sizes[bisect.bisect_left(sizes, count(size), key=count)]  # the smallest that comes to the same
+    count(size)
     return config, size
+
+
+def depth(base: str) -> int:
+    """The layers of a base."""
+    config = hf.without_weights(base).config
+    return config.n_layer if isinstance(config, gpt2.GPT2Config) else config.layers
 
 
 def trained(config: ConfigDict, base: bases.Base) -> int:
@@ -180,10 +197,11 @@ def trained(config: ConfigDict, base: bases.Base) -> int:
 def run(config: ConfigDict, folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
     """The summary of a run, made where it is not there yet."""
     file = folder / "study.json"
-    if file.is_file():
-        return json.loads(file.read_text())
     own = config.copy_and_resolve_references()
     own.update_from_flattened_dict(changes)
+    training.claim(folder, own)  # another config's results are refused
+    if file.is_file():
+        return json.loads(file.read_text())
     if not train.train(own, folder):
         raise ValueError(f"{folder} was stopped: the same command goes on")
     base = bases.load(own)

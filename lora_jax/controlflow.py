@@ -60,12 +60,13 @@ def _scan(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any]
     def step(carry: list[Any], inputs: tuple[list[Any], list[Any]]) -> tuple[list[Any], list[Any]]:
         x, taps = inputs
         args = [*consts, *_rejoined(kept, carry), *x]
-        outputs = evaluate(body, closed.consts, args, report.below(report.sites.step(taps)))
+        outputs = evaluate(body, closed.consts, args, report.below(report.sites.step(taps, counts, p["length"])))
         carry = [out for k, out in enumerate(outputs[:carries]) if k not in kept]
         return _dense(eqn, carry, report), _dense(eqn, outputs[carries:], report)
 
     options = {name: p[name] for name in ("reverse", "unroll", "_split_transpose") if name in p}
-    taps = report.sites.stacked(report.sites.within(eqn), p["length"], p["reverse"])
+    counts = report.sites.within(eqn)
+    taps = report.sites.stacked(counts, p["length"], p["reverse"])
     carry, ys = lax.scan(step, moving, (xs, taps), length=p["length"], **options)
     return [*_rejoined(kept, carry), *ys]
 

@@ -42,7 +42,8 @@ def lift(fn: Callable, on_dense: Literal["warn", "error", "allow"] = "warn") -> 
     """The same function, now also accepting adapted arrays, and tapped params, anywhere in its arguments.
 
     It returns what `fn` of the merged weights would, computes nothing dense, and composes with jit, grad, vmap,
-    scan and checkpoint: write `jax.jit(lift(f))`. Without adapted arguments it is `fn`.
+    scan and checkpoint: write `jax.jit(lift(f))`. Without adapted arguments it is `fn`. Taps act where `fn` names an
+    activation: differentiate the lifted function, since a derivative that `fn` takes itself does not know them.
 
     Args:
       fn: any function of pytrees; it is traced, so what it returns are arrays.

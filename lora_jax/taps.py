@@ -29,6 +29,7 @@ class Tap:
         A frozen dataclass rather than a closure, so that equal taps compile once.
       count: how often the site occurs.
       layers: the occurrences that are tapped; None: all.
+      name: under which the delta has the factors, `@site/method`.
     """
 
     factors: Any
@@ -37,14 +38,15 @@ class Tap:
     fn: Callable[[Any, Array, Mapping[str, Array]], Array] = dataclasses.field(metadata={"static": True})
     count: int = dataclasses.field(metadata={"static": True})
     layers: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+    name: str = dataclasses.field(default="", metadata={"static": True})
 
     def whole(self) -> tuple[Any, list[bool]]:
         """The factors of all occurrences, and which of them are tapped."""
         if self.layers is None:
             return self.factors, [True] * self.count
-        rows = jnp.array(self.layers)
-        spread = lambda x: jnp.zeros((self.count, *x.shape[1:]), x.dtype).at[rows].set(x)  # noqa: E731
-        return jax.tree.map(spread, self.factors), [n in self.layers for n in range(self.count)]
+        # the others get a tapped one's, rather than zeros, so that what is not taken of them is finite as well
+        rows = jnp.array([self.layers.index(n) if n in self.layers else 0 for n in range(self.count)])
+        return jax.tree.map(lambda x: x[rows], self.factors), [n in self.layers for n in range(self.count)]
 
 
 @jax.tree_util.register_dataclass
@@ -124,8 +126,9 @@ class Sites:
             x = y if tapped[n] is True else jnp.where(tapped[n], y, x)
         return x
 
-    def stacked(self, counts: Mapping[str, int], length: int, reverse: bool) -> list[tuple[Any, Array]]:
-        """Factors, and which are tapped, of so many occurrences in all steps of a scan, by step; counts them."""
+    def stacked(self, counts: Mapping[str, int], length: int, reverse: bool) -> list[tuple[Any, Array | None]]:
+        """Factors, and which are tapped (None: all), of so many occurrences in all steps of a scan, by step; counts
+        them."""
 
         def steps(leaf: Array, name: str) -> Array:
             n = counts.get(name, 0)
@@ -135,16 +138,20 @@ class Sites:
             by_step = own.reshape(length, n // length, *leaf.shape[1:])
             return by_step[::-1] if reverse else by_step  # the last step comes first
 
-        found = [
-            (jax.tree.map(lambda x: steps(x, tap.site), factors), steps(jnp.array(tapped), tap.site))  # noqa: B023
-            for tap, factors, tapped in self.taps
-        ]
+        found = []
+        for tap, factors, tapped in self.taps:
+            own = jax.tree.map(lambda x, name=tap.site: steps(x, name), factors)
+            which = steps(jnp.array(tapped), tap.site)  # also checks how many there are
+            found.append((own, None if tap.layers is None else which))
         self.met.update(counts)
         return found
 
-    def step(self, own: Iterable[tuple[Any, Array]]) -> "Sites":
+    def step(self, own: Iterable[tuple[Any, Array | None]], counts: Mapping[str, int], length: int) -> "Sites":
         """The sites of a scan's body, with its part of `stacked`."""
-        taps = [(tap, *each) for (tap, *_), each in zip(self.taps, own, strict=True)]
+        taps = []
+        for (tap, *_), (factors, tapped) in zip(self.taps, own, strict=True):
+            every = [True] * (counts.get(tap.site, 0) // length)
+            taps.append((tap, factors, every if tapped is None else tapped))
         return Sites(taps, seen=dict(self.seen))
 
     def finish(self) -> None:

@@ -189,6 +189,7 @@ def per_site(
                     fn=fn,
                     count=sites[site],
                     layers=chosen,
+                    name=name,
                 )
                 for name, site in names.items()
             ),

@@ -79,11 +79,18 @@ def test_weight_decay_leaves_out_biases_and_norms() -> None:
     assert (config.optimizer.weight_decay, config.optimizer.clip_norm, config.optimizer.eps) == (0.1, 1.0, 1e-8)
     globs = tuple(config.optimizer.decay)
     for path, decays in [
-        ("h_0/attn/query/kernel", True),
-        ("embeddings/word/embedding", True),
-        ("classifier/out/kernel", True),
-        ("h_0/attn/query/bias", False),
-        ("h_0/ln_1/scale", False),
+        ("h_0/attn/query/kernel/value", True),
+        ("h_0/attn/query/kernel/a", True),
+        ("h_0/attn/query/kernel/m", False),
+        ("embeddings/word/embedding/value", True),
+        ("classifier/out/kernel/value", True),
+        ("classifier/out/bias/value", False),
+        ("h_0/attn/query/bias/value", False),
+        ("h_0/ln_1/scale/value", False),
+        ("@shared/h_0/attn/a", True),
+        ("@shared/h_0/attn/key/l", False),
+        ("@mlp_out/adapter/up", True),
+        ("@mlp_out/adapter/up_bias", False),
     ]:
         assert any(lj.selection.matches(glob, path) for glob in globs) == decays, path
 

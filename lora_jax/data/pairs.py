@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 class Encoded:
     """N examples as tokens, end to end in one array.
 
-    An example's tokens are context, eos, completion, eos; the last one is a label only, so a model
+    An example's tokens are context, eos, completion, eos (with a prefix before and an infix after the first eos, if a
+    method has such); the last one is a label only, so a model
     reads `lengths` of them. Labelled are the completion and its eos, the first of them predicted
     from the separator.
 

@@ -65,7 +65,7 @@ def encode(
     pairs = "second" in examples.column_names
     if pairs:
         inputs = list(zip(inputs, examples["second"], strict=True))
-    tokenizer = _truncating(tokenizer, length - len(before), pairs)
+    tokenizer = _truncating(tokenizer, length, pairs, len(before))
     tokens, token_types, sizes, truncated = [], [], [], 0
     for start in range(0, len(inputs), _AT_ONCE):
         encodings = tokenizer.encode_batch_fast(inputs[start : start + _AT_ONCE])
@@ -85,8 +85,8 @@ def encode(
     )
 
 
-def _truncating(tokenizer: Tokenizer, length: int, pairs: bool) -> Tokenizer:
-    """A copy that cuts at `length` and does not pad."""
+def _truncating(tokenizer: Tokenizer, length: int, pairs: bool, inserted: int) -> Tokenizer:
+    """A copy that cuts at `length`, less what is inserted, and does not pad."""
     special = tokenizer.num_special_tokens_to_add(pairs)
     if not special:
         raise ValueError(
@@ -94,11 +94,12 @@ def _truncating(tokenizer: Tokenizer, length: int, pairs: bool) -> Tokenizer:
             "[CLS] or <s>: its tokenizer.json lacks the post-processor (of type RobertaProcessing, BertProcessing or "
             "TemplateProcessing)"
         )
-    if length <= special:  # the library would then not cut at all
-        raise ValueError(f"length={length}: must be more than the {special} special tokens")
+    if length <= special + inserted:  # the library would then not cut at all
+        own = f" and {inserted} of a prefix" if inserted else ""
+        raise ValueError(f"length={length}: must be more than the {special} special tokens{own}")
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     tokenizer.no_padding()
-    tokenizer.enable_truncation(length, strategy="longest_first")
+    tokenizer.enable_truncation(length - inserted, strategy="longest_first")
     return tokenizer
 
 

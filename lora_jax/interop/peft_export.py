@@ -1,25 +1,22 @@
-"""Our methods in PEFT's form: the config that means the same modules, and the delta with one A for each of them.
+"""Our methods in PEFT's form: the config that means the same modules, and the delta as its tensors are made of it."""
 
-GPT-2's query, key and value kernels are one layer there. Kernels with an A each become that layer with the A's side by
-side and a B with zeros between (rank the sum; the same function, though PEFT trains the zeros too).
-"""
-
-import collections
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from lora_jax.arrays import Adapted, LowRank, Tuned, is_adapted
+from lora_jax.arrays import Tuned, is_adapted
 from lora_jax.interop import peft_config
-from lora_jax.interop.peft_modules import Model, Module, model_of
+from lora_jax.interop.peft_families import FAMILIES
+from lora_jax.interop.peft_family import Leaves, shortest, targets
+from lora_jax.interop.peft_modules import Model, model_of
+from lora_jax.methods.prefix import Extended
 from lora_jax.methods.rows import Rows
 from lora_jax.methods.shift import Shift
 from lora_jax.selection import flatten
+from lora_jax.taps import untapped
 from lora_jax.transforms import Delta, ParamTransform
 
 HEADS = ("classifier", "score")
+_NATIVE = "lora_jax.checkpoints.save_adapter(path, method, delta, base_id) saves it"
 
 
 class Export(NamedTuple):
@@ -30,15 +27,6 @@ class Export(NamedTuple):
     delta: Delta
 
 
-class _Leaves(NamedTuple):
-    """The adapted leaves of a method, by kind and module; tuned paths as they are."""
-
-    lowrank: dict[str, dict[str, LowRank]]
-    shift: dict[str, dict[str, Shift]]
-    rows: dict[str, Rows]
-    tuned: dict[str, Tuned]
-
-
 def export(method: ParamTransform, delta: Delta, params: Any) -> Export:
     """A method of this library, and its delta, as an adapter of PEFT's.
 
@@ -46,26 +34,23 @@ def export(method: ParamTransform, delta: Delta, params: Any) -> Export:
       ValueError: what PEFT has no form for, by its name.
     """
     model = model_of(params, None, any(key.startswith("score/") for key in delta), "params")
-    leaves = _sorted(method.apply(params, delta), model)
-    if not leaves.lowrank:
-        raise ValueError("PEFT's LoRA has at least one adapted weight, and this method none: save the merged model")
-    rslora = {spec.get("scale_rule") for spec in _specs(method.spec) if spec["method"] == "lora"} == {"alpha/sqrt(r)"}
-    made, said, shifts = Delta(), {}, bool(leaves.shift)
-    for name, found in leaves.lowrank.items():
-        rank, scale = _lowrank(model.modules[name], found, delta, made)
-        said[name] = (rank, _alpha(scale, rank, rslora))
-        if shifts:
-            _shift(model.modules[name], leaves.shift.pop(name, {}), scale, model, made)
-    if leaves.shift:
-        raise ValueError(f"{_first(leaves.shift)} is shifted, but not adapted: PEFT's lora_bias is part of LoRA")
+    adapted, taps = untapped(method.apply(params, delta))
+    if taps:
+        raise ValueError(
+            f"{sorted(delta)[0]} changes activations: PEFT has no form for adapters, Compacter or prefixes like those "
+            f"here; {_NATIVE}"
+        )
+    leaves, made = _sorted(adapted, model), Delta()
+    kind = _kind(leaves, model)
+    config = _config(kind, leaves, FAMILIES[kind].export(leaves, method.spec, delta, model, made), model)
     for path, leaf in leaves.tuned.items():
         made[path] = {"value": leaf.value}
     for name, rows in leaves.rows.items():
         made[model.modules[name].path("weight")] = {"rows": rows.rows}
-    return Export(model, _config(leaves, said, rslora, shifts, model), made)
+    return Export(model, config, made)
 
 
-def _sorted(adapted: Any, model: Model) -> _Leaves:
+def _sorted(adapted: Any, model: Model) -> Leaves:
     where = {
         path: module
         for module in model.modules.values()
@@ -73,128 +58,86 @@ def _sorted(adapted: Any, model: Model) -> _Leaves:
         for which in ("weight", "bias")[: 1 + module.bias]
         for path in module.paths(which)
     }
-    leaves = _Leaves({}, {}, {}, {})
+    leaves = Leaves({}, {}, {}, {})
     for path, leaf in flatten(adapted, is_adapted)[0]:
         if not is_adapted(leaf):
             continue
         if path not in where:
             raise ValueError(f"{path} is adapted, but is no parameter of the Hugging Face model")
         module = where[path].name
-        if isinstance(leaf, LowRank):
-            leaves.lowrank.setdefault(module, {})[path] = leaf
-        elif isinstance(leaf, Shift):
+        if isinstance(leaf, Shift):
             leaves.shift.setdefault(module, {})[path] = leaf
         elif isinstance(leaf, Rows):
             leaves.rows[module] = leaf
         elif isinstance(leaf, Tuned):
             leaves.tuned[path] = leaf
         else:
-            raise ValueError(f"{path}: PEFT's LoRA has no form for {type(leaf).__name__}")
+            leaves.adapted.setdefault(module, {})[path] = leaf
     return leaves
 
 
-def _specs(spec: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    for part in spec["of"] if spec["method"] == "chain" else ():
-        yield from _specs(part)
-    yield spec
+def _kind(leaves: Leaves, model: Model) -> str:
+    """The peft_type that holds all that is adapted."""
+    kinds: dict[str, str] = {}
+    for found in leaves.adapted.values():
+        for path, leaf in found.items():
+            kind = next((name for name, family in FAMILIES.items() if type(leaf) in family.leaves), None)
+            if kind is None:
+                what = "a prefix's tokens" if isinstance(leaf, Extended) else type(leaf).__name__
+                raise ValueError(f"{path}: PEFT has no form for {what} like that here; {_NATIVE}")
+            kinds.setdefault(kind, path)
+    if not kinds:
+        raise ValueError("PEFT's LoRA has at least one adapted weight, and this method none: save the merged model")
+    if len(kinds) > 1:
+        said = " and ".join(f"{FAMILIES[kind].rules.name} ({path})" for kind, path in kinds.items())
+        raise ValueError(f"an adapter of PEFT's is of one kind, but this method is {said}; {_NATIVE}")
+    (kind,) = kinds
+    rules = FAMILIES[kind].rules
+    for name, found in leaves.adapted.items():
+        if (there := model.modules[name].kind) not in rules.kinds:
+            only = ", ".join(rules.kinds)
+            raise ValueError(f"{next(iter(found))} is {there}'s weight, but PEFT's {rules.name} goes with {only} only")
+    return kind
 
 
-def _first(found: Mapping[str, Mapping[str, Adapted]]) -> str:
-    return next(path for paths in found.values() for path in paths)
+def _check_beside(kind: str, leaves: Leaves, bias: str) -> None:
+    """A ValueError for what may train beside PEFT's LoRA, but not beside this kind."""
+    rules, fields = FAMILIES[kind].rules, FAMILIES[kind].schema.fields
+    beside = {
+        "lora_bias": ("shifts of biases", leaves.shift),
+        "trainable_token_indices": ("rows of embeddings", leaves.rows),
+        "bias": ("biases, but with their weights", bias != "none"),
+    }
+    for field, (what, there) in beside.items():
+        if there and field not in fields:
+            raise ValueError(f"PEFT trains no {what} beside {rules.name} (it has no field {field}), but beside LoRA")
 
 
-def _lowrank(module: Module, found: Mapping[str, LowRank], delta: Delta, made: Delta) -> tuple[int, np.float32]:
-    """Puts a module's factors into `made`; its rank and scale."""
-    paths = module.paths("weight")
-    scales = {path: np.float32(leaf.scale) for path, leaf in found.items()}
-    if len(paths) == 1:
-        made[paths[0]] = {"a": found[paths[0]].a, "b": found[paths[0]].b}
-        return found[paths[0]].a.shape[-1], scales[paths[0]]
-    owner = "@shared/" + "/".join(paths[0].split("/")[:-2])
-    of = {path: path if "a" in delta.get(path, {}) else owner for path in found}  # whose A a path has
-    blocks = {of[path]: np.asarray(leaf.a) for path, leaf in found.items()}
-    starts = dict(zip(blocks, np.cumsum([0, *(a.shape[-1] for a in blocks.values())]), strict=False))
-    rank = sum(a.shape[-1] for a in blocks.values())
-    folds = len(set(scales.values())) > 1
-    made[owner] = {"a": np.concatenate(list(blocks.values()), axis=-1)}
-    like = np.asarray(next(iter(found.values())).b)
-    for path in paths:
-        b = np.zeros((rank, like.shape[-1]), np.float32 if folds else like.dtype)
-        if path in found:
-            part = np.asarray(found[path].b)
-            start = starts[of[path]]
-            b[start : start + len(part)] = part.astype(b.dtype) * scales[path] if folds else part
-        made[path] = {"b": b}
-    return rank, np.float32(1) if folds else next(iter(scales.values()))
-
-
-def _shift(module: Module, found: Mapping[str, Shift], scale: np.float32, model: Model, made: Delta) -> None:
-    """Puts the shift of a module's bias into `made`, in units of its scale; none is zero."""
-    if not module.bias:
-        raise ValueError(f"{module.path('weight')} has no bias: PEFT's lora_bias shifts those of all adapted modules")
-    for path in module.paths("bias"):
-        shift = np.zeros(model.leaves[path].shape, np.float32)
-        if path in found:
-            own = np.float32(np.asarray(found[path].scale).flat[0])
-            if own != scale and scale == 0:
-                raise ValueError(f"{path} is shifted by a scale of {own}, but its kernel's is 0: PEFT has one for both")
-            shift = np.asarray(found[path].shift) if own == scale else np.asarray(found[path].shift) * (own / scale)
-        made[path] = {"shift": shift}
-
-
-def _alpha(scale: np.float32, rank: int, rslora: bool) -> float:
-    """The alpha with the fewest digits that gives this scale."""
-    by = math.sqrt(rank) if rslora else rank
-    for digits in range(1, 18):
-        alpha = float(f"{float(scale) * by:.{digits}g}")
-        if np.float32(alpha / by) == scale:
-            break
-    return int(alpha) if alpha.is_integer() else alpha
-
-
-def _config(
-    leaves: _Leaves, said: Mapping[str, tuple[int, float]], rslora: bool, lora_bias: bool, model: Model
-) -> dict[str, Any]:
-    rank = _most_common(rank for rank, _ in said.values())
-    alpha = _most_common(alpha for _, alpha in said.values())
-    saved, bias = _saved(leaves, model)
+def _config(kind: str, leaves: Leaves, said: Mapping[str, Any], model: Model) -> dict[str, Any]:
+    schema, saved, bias = FAMILIES[kind].schema, *_saved(kind, leaves, model)
+    _check_beside(kind, leaves, bias)
     head = [name for name in saved if name in HEADS]
-    others = _short(set(saved) - set(head), [name for name in model.modules if model.below(name)], str.endswith)
-    task = "SEQ_CLS" if head else "CAUSAL_LM" if model.output else None
-    return peft_config.new(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=_dropout(leaves),
-        use_rslora=rslora,
-        rank_pattern={name: r for name, (r, _) in said.items() if r != rank},
-        alpha_pattern={name: a for name, (_, a) in said.items() if a != alpha},
-        target_modules=_short(set(said), model.modules, lambda name, end: f".{name}".endswith(f".{end}")),
-        modules_to_save=(list(HEADS) if head else []) + others or None,
-        trainable_token_indices=_tokens(leaves, model),
-        bias=bias,
-        lora_bias=lora_bias,
-        task_type=task,
-        fan_in_fan_out=any(model.modules[name].kind == "Conv1D" for name in said),
-    )
+    others = shortest(set(saved) - set(head), [name for name in model.modules if model.below(name)], str.endswith)
+    common = {
+        "target_modules": targets(set(leaves.adapted), model),
+        "modules_to_save": (list(HEADS) if head else []) + others or None,
+        "task_type": "SEQ_CLS" if head else "CAUSAL_LM" if model.output else None,
+    }
+    some = {
+        "trainable_token_indices": _tokens(leaves, model),
+        "bias": bias,
+        "fan_in_fan_out": any(model.modules[name].kind == "Conv1D" for name in leaves.adapted),
+    }
+    fields = common | {name: value for name, value in some.items() if name in schema.fields} | dict(said)
+    return peft_config.new(schema, kind, **fields)
 
 
-def _most_common(values: Iterable[Any]) -> Any:
-    return collections.Counter(values).most_common(1)[0][0]
-
-
-def _dropout(leaves: _Leaves) -> float:
-    rates = {leaf.dropout for found in leaves.lowrank.values() for leaf in found.values() if "v" not in leaf.core}
-    if len(rates) > 1:
-        raise ValueError(f"PEFT has one lora_dropout, but the adapted weights have {sorted(rates)}")
-    return float(rates.pop()) if rates else 0.0
-
-
-def _tokens(leaves: _Leaves, model: Model) -> Any:
+def _tokens(leaves: Leaves, model: Model) -> Any:
     said = {name: list(rows.indices) for name, rows in leaves.rows.items()}
     return said[model.embedding] if list(said) == [model.embedding] else said or None
 
 
-def _saved(leaves: _Leaves, model: Model) -> tuple[list[str], str]:
+def _saved(kind: str, leaves: Leaves, model: Model) -> tuple[list[str], str]:
     """The modules to save whole, and `bias`, for the tuned leaves."""
     tuned = set(leaves.tuned)
     biases = {m.name: set(m.paths("bias")) for m in model.modules.values() if m.bias}
@@ -207,8 +150,8 @@ def _saved(leaves: _Leaves, model: Model) -> tuple[list[str], str]:
     rest, every = tuned - covered, set().union(*biases.values())
     if not rest:
         bias = "none"
-    elif rest == {path for name in leaves.lowrank for path in biases.get(name, ())}:
-        bias = "lora_only"
+    elif rest == {path for name in leaves.adapted for path in biases.get(name, ())}:
+        bias = f"{kind.lower()}_only"
     elif rest == every - covered:
         bias = "all"
     else:
@@ -220,13 +163,3 @@ def _saved(leaves: _Leaves, model: Model) -> tuple[list[str], str]:
     head = [name for name in HEADS if name in model.modules and {m.name for m in model.below(name)} <= set(whole)]
     inside = {module.name for name in head for module in model.below(name)}
     return head + [name for name in whole if name not in inside], bias
-
-
-def _short(names: set[str], among: Iterable[str], ends: Callable[[str, str], bool]) -> list[str]:
-    """The shortest ends of these names that mean none of the others."""
-    others, found = [name for name in among if name not in names], set()
-    for name in names:
-        parts = name.split(".")
-        shorter = (".".join(parts[-n:]) for n in range(1, len(parts)) if not parts[-n].isdigit())
-        found.add(next((end for end in shorter if not any(ends(other, end) for other in others)), name))
-    return sorted(found)

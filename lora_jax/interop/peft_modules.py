@@ -5,7 +5,7 @@ parameters, and the same rules run over it (`tests/interop/test_peft_modules.py`
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lora_jax.arrays import is_adapted
@@ -13,7 +13,6 @@ from lora_jax.interop.peft_config import ALL_LINEAR, TASK_HEADS, pattern_of
 from lora_jax.selection import flatten
 
 _WEIGHT = {"Linear": "kernel", "Conv1D": "kernel", "Embedding": "embedding", "LayerNorm": "scale"}
-_ADAPTABLE = ("Linear", "Conv1D", "Embedding")
 
 _GPT2_LAYER = {  # kind and our name; "" for modules without weights of their own
     "ln_1": ("LayerNorm", "ln_1"),
@@ -226,19 +225,34 @@ def _named(modules: Mapping[str, tuple[str, str]], leaves: Mapping[str, Any]) ->
     }
 
 
+class Rules(NamedTuple):
+    """Which modules one kind of adapter can have.
+
+    `name` is the kind's; `kinds` are torch's classes; `gpt2` and `encoder` the target_modules where a config names
+    none; `says` what a config says of one module: `(fields, model, its name)`.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    gpt2: tuple[str, ...]
+    encoder: tuple[str, ...]
+    says: Callable[[Mapping[str, Any], Model, str], Any]
+
+
 class Meant(NamedTuple):
     """What a config means on a model.
 
-    `adapted`: module -> (rank, alpha); `saved`: the modules that are saved whole; `tokens`: embedding -> its rows.
+    `adapted`: module -> what `Rules.says` of it; `saved`: the modules that are saved whole; `tokens`: embedding -> its
+    rows.
     """
 
-    adapted: dict[str, tuple[int, float]]
+    adapted: dict[str, Any]
     saved: list[str]
     tokens: dict[str, list[int]]
 
 
-def resolve(fields: Mapping[str, Any], model: Model, source: str) -> Meant:
-    """Which modules a config adapts, with which rank and alpha, and which it saves, as PEFT decides.
+def resolve(fields: Mapping[str, Any], model: Model, source: str, rules: Rules) -> Meant:
+    """Which modules a config adapts, and how, and which it saves, as PEFT decides.
 
     Args:
       fields: of `peft_config.complete`.
@@ -248,21 +262,22 @@ def resolve(fields: Mapping[str, Any], model: Model, source: str) -> Meant:
       ValueError: no module is meant; one is meant that PEFT cannot adapt or save; modules within each other.
     """
     saved = [*(fields["modules_to_save"] or []), *TASK_HEADS.get(fields["task_type"], [])]
-    fields = {**fields, "modules_to_save": saved, "target_modules": _targets(fields, model)}
+    fields = {**fields, "modules_to_save": saved, "target_modules": _targets(fields, model, rules)}
     names = [name for name in model.modules if _is_target(fields, name)]
     if not names:
         raise ValueError(
             f"{source}: no module of this model is meant by target_modules={fields['target_modules']!r}, "
-            f"exclude_modules={fields['exclude_modules']!r}, layers_to_transform={fields['layers_to_transform']!r}, "
-            f"modules_to_save={saved}"
+            f"exclude_modules={fields.get('exclude_modules')!r}, "
+            f"layers_to_transform={fields.get('layers_to_transform')!r}, modules_to_save={saved}"
         )
     for name in names:
-        if model.modules[name].kind not in _ADAPTABLE:
-            raise ValueError(f"{source}: target_modules means {name}, which LoRA cannot adapt: no Linear or Embedding")
-    adapted = {}
-    for name in names:
-        rank = _by_pattern(fields["rank_pattern"], name, fields["r"])
-        adapted[name] = (rank, _by_pattern(fields["alpha_pattern"], name, fields["lora_alpha"]))
+        if (kind := model.modules[name].kind) not in rules.kinds:
+            kinds = ", ".join(rules.kinds)
+            raise ValueError(
+                f"{source}: target_modules means {name}, which {rules.name} cannot adapt: PEFT's {rules.name} goes "
+                f"with {kinds}, not with {kind or 'a module without weights of its own'}"
+            )
+    adapted = {name: rules.says(fields, model, name) for name in names}
     wrappers = [name for name in model.modules if any(name.endswith(entry) for entry in saved)]
     wrappers = [name for name in wrappers if model.below(name)]
     for name in wrappers:
@@ -272,10 +287,10 @@ def resolve(fields: Mapping[str, Any], model: Model, source: str) -> Meant:
     return Meant(adapted, wrappers, _tokens(fields, model, source))
 
 
-def _targets(fields: Mapping[str, Any], model: Model) -> list[str] | str:
+def _targets(fields: Mapping[str, Any], model: Model, rules: Rules) -> list[str] | str:
     targets = fields["target_modules"]
     if targets is None:
-        return ["c_attn"] if model.family == "gpt2" else ["query", "value"]
+        return list(rules.gpt2 if model.family == "gpt2" else rules.encoder)
     if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
         return targets
     head = next((name for name in ("score", "classifier") if name in model.modules), "")
@@ -285,7 +300,7 @@ def _targets(fields: Mapping[str, Any], model: Model) -> list[str] | str:
 
 def _is_target(fields: Mapping[str, Any], name: str) -> bool:
     """PEFT's `check_target_module_exists`."""
-    excluded, targets = fields["exclude_modules"], fields["target_modules"]
+    excluded, targets = fields.get("exclude_modules"), fields["target_modules"]
     if excluded and (re.fullmatch(excluded, name) if isinstance(excluded, str) else _ends(name, excluded)):
         return False
     if any(re.match(pattern_of("modules_to_save", entry), name) for entry in fields["modules_to_save"]):
@@ -294,7 +309,7 @@ def _is_target(fields: Mapping[str, Any], name: str) -> bool:
         return re.fullmatch(targets, name) is not None
     if name in targets:
         return True
-    return _ends(name, targets) and _in_layers(fields["layers_to_transform"], fields["layers_pattern"], name)
+    return _ends(name, targets) and _in_layers(fields.get("layers_to_transform"), fields.get("layers_pattern"), name)
 
 
 def _ends(name: str, entries: Iterable[str]) -> bool:
@@ -314,13 +329,17 @@ def _in_layers(layers: int | list[int] | None, patterns: str | list[str] | None,
     return int(found["idx"]) in ([layers] if isinstance(layers, int) else layers)
 
 
-def _by_pattern(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
-    """The value of the first pattern that matches."""
-    return next((v for key, v in patterns.items() if re.match(pattern_of("rank_pattern", key), name)), otherwise)
+def rank_and_alpha(fields: Mapping[str, Any], name: str, alpha: str) -> tuple[int, float]:
+    """Those of a module: of the first pattern that matches, else of the fields `r` and `alpha`."""
+
+    def first(patterns: Mapping[str, Any], otherwise: Any) -> Any:
+        return next((v for key, v in patterns.items() if re.match(pattern_of("rank_pattern", key), name)), otherwise)
+
+    return first(fields["rank_pattern"], fields["r"]), first(fields["alpha_pattern"], fields[alpha])
 
 
 def _tokens(fields: Mapping[str, Any], model: Model, source: str) -> dict[str, list[int]]:
-    said = fields["trainable_token_indices"]
+    said = fields.get("trainable_token_indices")
     if said is None:
         return {}
     tokens: dict[str, list[int]] = {}

@@ -23,7 +23,9 @@ class Bottleneck:
     def __call__(self, factors: dict[str, Array], x: Array, seen: Mapping[str, Array]) -> Array:
         h = x
         if self.norm:
-            h = jax.nn.standardize(x.astype(jnp.float32), epsilon=1e-5)
+            h = x.astype(jnp.float32)
+            # the mean of squares less the square of the mean, which is the default, would lose digits
+            h = jax.nn.standardize(h, variance=jnp.var(h, -1, keepdims=True), epsilon=1e-5)
             h = (h * _like(h, factors["scale"]) + _like(h, factors["shift"])).astype(x.dtype)
         h = ACTIVATIONS[self.activation](_dense(h, factors["down"], factors["down_bias"]))
         return x + _dense(h, factors["up"], factors["up_bias"])
@@ -76,7 +78,7 @@ def adapter(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r}: choose one of {sorted(ACTIVATIONS)}")
-    if not isinstance(rank, int) or rank < 1:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank={rank!r}: a whole number from 1")
     counts, widths = occurrences(sites)
     dtype = jnp.dtype(dtype)
@@ -100,7 +102,11 @@ def occurrences(sites: Mapping[str, Sequence[Any]]) -> tuple[dict[str, int], dic
     """How often each site occurs, and its width."""
     if not sites:
         raise ValueError("name a site at least: {'mlp_out': (occurrences, width)}")
-    widths = {name: what if isinstance(what, int) else what[-1] for name, (_, what, *_) in sites.items()}
+    widths = {
+        name: what if isinstance(what, int) else (what[-1] if what else 0) for name, (_, what, *_) in sites.items()
+    }
+    if narrow := [name for name, width in widths.items() if not width]:
+        raise ValueError(f"the site {narrow[0]!r} has no features: {sites[narrow[0]]}")
     return {name: count for name, (count, *_) in sites.items()}, widths
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lora_jax.methods.adapter import ACTIVATIONS, Bottleneck, occurrences
-from lora_jax.transforms import Delta, ParamTransform, per_site, register
+from lora_jax.transforms import Delta, ParamTransform, need_factors, per_site, register
 
 RULE = "@shared/compacter"
 
@@ -41,7 +41,7 @@ def compacter(
     """Houlsby's adapter with down and up of `sum_i kron(rule_i, s_i t_i)`, i from 1 to n: rule_i `(n, n)` is shared by
     all (`@shared/compacter`), s_i t_i of rank one is each's own (section 3 of the paper). Up is zero at first.
 
-    Each occurrence has 2 (d + r) + r + d parameters, and all together n^3.
+    Each occurrence has 2 (d + r) + r + d parameters, and all together n^3. A chain has room for one.
 
     Args: as of `adapter`; `n` divides the rank and the width of every site.
 
@@ -82,6 +82,7 @@ def compacter(
             return alone.apply(params, delta, key=key, strength=strength)  # which says what is wrong
         own = Delta({name: factors for name, factors in delta.items() if name != RULE})
         tapped = alone.apply(params, own, key=key, strength=strength)
+        need_factors(RULE, delta[RULE], {"rule": (n, n, n)})
         rule = delta[RULE]["rule"]
 
         def with_rule(tap: Any) -> Any:

@@ -24,6 +24,7 @@ class Extended(Adapted):
     """An embedding `(v, o)` whose look-up knows ids from v on: `rows` `(n, o)`. As an output head it is the base."""
 
     layout: ClassVar = {"rows": "no"}
+    whole: ClassVar = True  # ids mean what they do in the whole table alone
 
     base: Array
     rows: Array
@@ -42,7 +43,8 @@ class Extended(Adapted):
 
     def materialize(self) -> Array:
         raise ValueError(
-            f"{self.path}: the rows of a prefix are none of the vocabulary's: keep them beside the base, and lift"
+            f"{self.path}: the rows of a prefix are none of the vocabulary's; they go neither into a merged table nor "
+            "through an operation that cuts or changes it: look up in the whole one, by lift"
         )
 
     def transposed(self) -> "Head":
@@ -94,7 +96,7 @@ def prefix_embedding(selection: Selection, *, prefix: int, infix: int = 0) -> Pa
         rows = factors["rows"]
         if not (isinstance(strength, float | int) and strength == 1):
             s = jnp.asarray(strength, rows.dtype)
-            rows = (1 - s) * leaf[-1].astype(rows.dtype) + s * rows
+            rows = (1 - s) * leaf[-1:].astype(rows.dtype) + s * rows
         return Extended(base=leaf, rows=rows, path=Label(path))
 
     spec = {"method": "prefix_embedding", **selection.spec(), "prefix": prefix, "infix": infix}
@@ -161,11 +163,12 @@ def inserted(spec: Mapping[str, Any]) -> tuple[int, int]:
     >>> inserted({"method": "chain", "of": [{"method": "tune"}, {"method": "prefix_layer", "prefix": 3, "infix": 1}]})
     (3, 1)
     """
-    found = {inserted(part) for part in spec.get("of", ())} | {(spec.get("prefix", 0), spec.get("infix", 0))}
-    found.discard((0, 0))
+    if spec["method"] in ("prefix_embedding", "prefix_layer"):
+        return spec["prefix"], spec["infix"]
+    found = [counts for part in spec.get("of", ()) if (counts := inserted(part)) != (0, 0)]
     if len(found) > 1:
-        raise ValueError(f"the transforms of a chain need other numbers of prefix and infix tokens: {sorted(found)}")
-    return found.pop() if found else (0, 0)
+        raise ValueError("a chain has room for one prefix: the vectors of prefix_layer hide prefix_embedding's")
+    return found[0] if found else (0, 0)
 
 
 def _count(prefix: int, infix: int) -> int:

@@ -61,12 +61,13 @@ def optimizer(config: Any, rate: optax.Schedule) -> optax.GradientTransformation
 
 
 def _factor_labels(delta: Any) -> Any:
-    """ "b" for LoRA's B, "other" for the rest."""
-
-    def label(keys: tuple, _: Any) -> str:
-        return "b" if jax.tree_util.keystr(keys[-1:], simple=True) == "b" else "other"
-
-    return jax.tree_util.tree_map_with_path(label, delta)
+    """ "b" for LoRA's B, "other" for the rest (a VeRA's b is a vector, beside its d)."""
+    return type(delta)(
+        {
+            path: {name: "b" if name == "b" and "d" not in factors else "other" for name in factors}
+            for path, factors in delta.items()
+        }
+    )
 
 
 def _any(globs: Sequence[str], keys: tuple) -> bool:

@@ -1,5 +1,6 @@
 """A small model that names its activations, in several forms, and what holds of every method that changes them."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -13,9 +14,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name as named
 
 import lora_jax as lj
+from lora_jax.transforms import per_site
 
+KEY = jax.random.key(0)
 LAYERS, WIDTH, VOCABULARY = 4, 4, 6
 TOKENS = jnp.array([[1, 0, 3, 2, 5], [4, 4, 0, 1, 2]])
+SITES = {"mlp_out": LAYERS, "block_out": LAYERS}
 PARAMS = {"wte": normal(VOCABULARY, WIDTH, seed=1), "w": normal(LAYERS, WIDTH, WIDTH, seed=2)}
 
 
@@ -79,10 +83,41 @@ def tower(name: str) -> Callable:
     return lambda p, tokens: TOWERS[name](p, embedded(p, tokens))
 
 
+@dataclasses.dataclass(frozen=True)
+class Mix:
+    """A change with factors of several shapes, a function of the tokens and their positions too."""
+
+    gain: float = 1.0
+
+    def __call__(self, factors, x, seen):
+        own = (seen["tokens"] % 2 + seen["positions"])[..., None].astype(x.dtype)
+        y = jnp.tanh(x @ factors["w"].astype(x.dtype)) * own
+        return x * jnp.broadcast_to(factors["scale"].astype(x.dtype), x.shape) + self.gain * y
+
+
+def _init(key, site, n):
+    w, scale = jax.random.split(key)
+    return {"w": jax.random.normal(w, (n, WIDTH, WIDTH)), "scale": 1 + jax.random.normal(scale, (n, WIDTH)) / 2}
+
+
+def mix(sites=SITES, layers=None, gain=1.0):
+    return per_site({"method": "mix"}, sites, _init, Mix(gain), layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shift:
+    def __call__(self, factors, x, seen):
+        return x + jnp.broadcast_to(factors["by"].astype(x.dtype), x.shape)
+
+
+def shift(count=1, method="shift", layers=None, site="mlp_out"):
+    start = lambda key, site, n: {"by": jax.random.normal(key, (n, WIDTH))}  # noqa: E731
+    return per_site({"method": method}, {site: count}, start, Shift(), layers)
+
+
 def invariants(method: lj.ParamTransform, tokens: jax.Array = TOKENS) -> None:
     """Items 1, 4, 5 and 10 of section 6 of the design, for a method on the tower of these tokens (2, length)."""
-    key = jax.random.key(0)
-    before, fresh = digest(PARAMS), method.init(key, PARAMS)
+    before, fresh = digest(PARAMS), method.init(KEY, PARAMS)
     each = [filled(fresh, seed=n, size=0.4) for n in range(2)]
 
     def gradient(name):
@@ -111,6 +146,6 @@ def invariants(method: lj.ParamTransform, tokens: jax.Array = TOKENS) -> None:
 
     # and a spec as JSON is the method
     again = lj.from_spec(json.loads(json.dumps(method.spec)))
-    same(again.init(key, PARAMS), fresh)
+    same(again.init(KEY, PARAMS), fresh)
     same(again.apply(PARAMS, each[0], strength=0.5), method.apply(PARAMS, each[0], strength=0.5))
     assert again.spec == method.spec

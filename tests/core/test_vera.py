@@ -258,3 +258,79 @@ def test_a_chain_with_another_method():
     assert sorted(delta) == [SHARED, "large/kernel", "small/bias"] and lj.check(both, LAYERS).trained == 4 + 2 + 2
     again = lj.from_spec(json.loads(json.dumps(both.spec)))
     same(lj.merge(again.apply(LAYERS, delta)), lj.merge(both.apply(LAYERS, delta)))
+
+
+FUSED = {"attn": {name: {"kernel": normal(5, size, seed=size)} for name, size in (("k", 4), ("q", 3), ("v", 2))}}
+FUSED |= {"up": {"kernel": normal(4, 7)}}
+
+
+def test_a_fused_layer_of_peft_s_is_weights_of_one_d():
+    """q, k and v are one Conv1D there: d is one, b and B's columns are split, in that order."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    conv = pytest.importorskip("transformers.pytorch_utils").Conv1D(9, 5)
+    order = "qkv"
+    whole = np.concatenate([FUSED["attn"][name]["kernel"] for name in order], 1)
+    conv.weight.data = torch.tensor(whole)
+    net = torch.nn.Sequential(conv)
+    made = peft.get_peft_model(net, peft.VeraConfig(r=6, target_modules=["0"], fan_in_fan_out=True))
+    trained = {name.split(".")[3]: x for name, x in randomized(made).items()}
+    method = lj.vera(lj.select("attn/*/kernel"), rank=6, fused="attn/{q,k,v}/kernel")
+    assert lj.check(method, FUSED).trained == 9 + 6
+    parts = jnp.split(jnp.asarray(trained["vera_lambda_b"].detach().numpy()), [3, 7])
+    delta = lj.Delta({f"attn/{name}/kernel": {"b": part} for name, part in zip(order, parts, strict=True)})
+    delta["@shared/attn"] = {"d": jnp.asarray(trained["vera_lambda_d"].detach().numpy())}
+    projections = {"fixed_a": made.base_model.vera_A["default"], "fixed_b": made.base_model.vera_B["default"]}
+    delta[SHARED] = {name: jnp.asarray(x.numpy()) for name, x in projections.items()}
+    assert jax.tree.map(jnp.shape, method.init(KEY, FUSED)) == jax.tree.map(jnp.shape, delta)
+    x = normal(4, 5, seed=9)
+
+    def loss(delta):
+        run = lj.lift(lambda p: jnp.concatenate([x @ p["attn"][n]["kernel"] for n in order], -1), on_dense="error")
+        out = run(method.apply(FUSED, delta))
+        return jnp.sum(jnp.sin(out)), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(delta)
+    want = made(torch.tensor(np.asarray(x))) - conv.bias
+    torch.sin(want).sum().backward()
+    close(out, want.detach().numpy())
+    close(grads["@shared/attn"]["d"], trained["vera_lambda_d"].grad.numpy(), 2e-5)
+    of_b = jnp.concatenate([grads[f"attn/{name}/kernel"]["b"] for name in order])
+    close(of_b, trained["vera_lambda_b"].grad.numpy(), 2e-5)
+
+
+def test_fused_weights_beside_others_and_in_a_stack():
+    method = lj.vera(lj.select("**/kernel"), rank=3, fused="**/{q,k,v}/kernel")
+    delta = filled(method.init(KEY, FUSED))
+    assert jax.tree.map(jnp.shape, delta[SHARED]) == {"fixed_a": (3, 5), "fixed_b": (9, 3)}
+    merged, shared = lj.merge(method.apply(FUSED, delta)), delta[SHARED]
+    for name, start in (("q", 0), ("k", 3), ("v", 7)):
+        w, b = FUSED["attn"][name]["kernel"], delta[f"attn/{name}/kernel"]["b"]
+        change = (shared["fixed_a"].T * delta["@shared/attn"]["d"][None]) @ shared["fixed_b"][start : start + len(b)].T
+        close(merged["attn"][name]["kernel"], w + change * b[None])
+    again = lj.from_spec(json.loads(json.dumps(method.spec)))
+    same(lj.merge(again.apply(FUSED, delta)), merged)
+    layers = {f"h_{n}": FUSED for n in range(2)}
+    loop = lj.vera(lj.select("**/kernel"), rank=3, fused="**/{q,k,v}/kernel")
+    scan = lj.vera(lj.select("**/kernel", axes="sio"), rank=3, fused="**/{q,k,v}/kernel")
+    delta = filled(loop.init(KEY, layers))
+    close(
+        lj.merge(scan.apply(to_scanned(layers), to_scanned(delta))),
+        to_scanned(lj.merge(loop.apply(layers, delta))),
+        1e-6,
+    )
+
+
+def test_what_cannot_be_fused_is_said():
+    with pytest.raises(ValueError, match=r"fused='attn/{q,k,v}/kernel': not all of q,k,v are selected in attn"):
+        lj.vera(lj.select("attn/{q,v}/kernel"), rank=2, fused="attn/{q,k,v}/kernel").init(KEY, FUSED)
+    for glob in ("attn/{x,y}/kernel", "up/kernel"):
+        with pytest.raises(ValueError, match="names no parts in braces, or none of the selected"):
+            lj.vera(lj.select("**/kernel"), rank=2, fused=glob).init(KEY, FUSED)
+    method = lj.vera(lj.select("attn/*/kernel"), rank=2, fused="attn/{q,k,v}/kernel")
+    delta = method.init(KEY, FUSED)
+    lacking = lj.Delta({path: factors for path, factors in delta.items() if path != "@shared/attn"})
+    with pytest.raises(ValueError, match=r"it lacks, or has besides, \['@shared/attn'\]"):
+        method.apply(FUSED, lacking)
+    own = lj.Delta(delta | {"attn/k/kernel": delta["attn/k/kernel"] | {"d": jnp.ones(2)}})
+    with pytest.raises(ValueError, match="attn/k/kernel has a d of its own, but its d is that of @shared/attn"):
+        method.apply(FUSED, own)

@@ -58,7 +58,7 @@ def test_examples_longer_than_the_context(tokenizer: Tokenizer, caplog: pytest.L
     assert f"skipped 1 of 3 examples longer than {longest} tokens" in caplog.text
     expected = pairs.encode(data.select([0, 2]), tokenizer, eos=0, length=99)
     np.testing.assert_array_equal(encoded.tokens, expected.tokens)
-    with pytest.raises(ValueError, match=r"example 1 .* has \d+ tokens, \d+ more than the context of \d+, as have 1 of 3"):
+    with pytest.raises(ValueError, match=r"example 1 .* \d+ tokens, \d+ more than the context of \d+, as have 1 of 3"):
         pairs.encode(data, tokenizer, eos=0, length=int(longest), long="error")
     with pytest.raises(ValueError, match="5 more than the context of 2, as have 3 of 3 examples"):
         pairs.encode(data, tokenizer, eos=0, length=2)

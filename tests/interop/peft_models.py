@@ -78,9 +78,9 @@ def quietly(function, *args, **kwargs):
         return function(*args, **kwargs)
 
 
-def adapter(kind: str, *, size: float = 0.3, seed: int = 1, **fields) -> Any:
+def adapter(kind: str, *, config: Any = peft.LoraConfig, size: float = 0.3, seed: int = 1, **fields) -> Any:
     """A PEFT model with random numbers in all that trains, ready to predict."""
-    made = quietly(lambda: peft.get_peft_model(copy.deepcopy(base(kind).torch), peft.LoraConfig(**fields)))
+    made = quietly(lambda: peft.get_peft_model(copy.deepcopy(base(kind).torch), config(**fields)))
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in made.parameters():

@@ -18,6 +18,7 @@ from peft_models import adapter, assert_close, base, ours, quietly, theirs, writ
 import lora_jax as lj  # noqa: E402
 from lora_jax.interop import peft as peft_here  # noqa: E402
 from lora_jax.interop import peft_config  # noqa: E402
+from lora_jax.interop.peft_lora import LORA  # noqa: E402
 from lora_jax.interop.peft_modules import model_of, resolve  # noqa: E402
 from lora_jax.interop.peft_tensors import PREFIX, planned  # noqa: E402
 
@@ -125,9 +126,10 @@ def decided_by_peft(kind, fields):
 
 
 def decided_here(kind, fields):
-    complete = peft_config.complete(json.loads(json.dumps({"peft_type": "LORA", **fields})), "config")
-    meant = resolve(complete, model(kind), "config")
-    return complete, meant, planned(meant, complete, model(kind), "config")
+    complete = peft_config.complete(json.loads(json.dumps({"peft_type": "LORA", **fields})), LORA.schema, "config")
+    meant = resolve(complete, model(kind), "config", LORA.rules)
+    own = LORA.tensors(meant, complete, model(kind), "config")
+    return complete, meant, planned(own, meant, complete, model(kind), "config")
 
 
 def compare(kind, fields):

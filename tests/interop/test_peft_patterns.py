@@ -17,6 +17,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lora_jax.interop import peft_config
+from lora_jax.interop.peft_lora import LORA
 from lora_jax.interop.peft_patterns import steps
 
 ROLES = ("query", "key", "value")
@@ -92,7 +93,7 @@ REFUSED = {
 
 
 def complete(**fields):
-    return peft_config.complete({"peft_type": "LORA", **fields}, "config")
+    return peft_config.complete({"peft_type": "LORA", **fields}, LORA.schema, "config")
 
 
 @pytest.mark.parametrize("said", ACCEPTED)

@@ -35,7 +35,8 @@ def names(folder):
 
 def config_of(folder):
     found = json.loads((folder / "adapter_config.json").read_text())
-    return found | {name: sorted(found[name]) for name in ("target_modules",) if isinstance(found[name], list)}
+    sets = ("target_modules", "feedforward_modules")  # there, so that their order says nothing
+    return found | {name: sorted(found[name]) for name in sets if isinstance(found.get(name), list)}
 
 
 def there_and_back(kind, tmp_path, params=None, **fields):

@@ -1,0 +1,153 @@
+"""Adapters against modules of torch, hooked into transformers' models."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from core_reference import close, filled
+
+import lora_jax as lj
+from lora_jax.models import gpt2
+
+KEY = jax.random.key(0)
+GPT2 = gpt2.GPT2Config(vocab_size=20, n_positions=16, n_embd=8, n_layer=2, n_head=2, eos_token_id=0)
+SITES = gpt2.sites(GPT2)
+BOTH = {name: SITES[name] for name in ("attention_out", "mlp_out")}
+LAST = {"mlp_out": SITES["mlp_out"]}
+KINDS = {
+    "H": {"sites": BOTH, "rank": 3},
+    "L": {"sites": LAST, "rank": 3, "norm": True, "activation": "relu"},
+    "P": {"sites": LAST, "rank": 5, "activation": "relu"},
+    "D": {"sites": BOTH, "rank": 2, "activation": "tanh", "layers": [1]},
+}
+IDS = np.array([[7, 7, 3, 4, 5, 6, 2], [8, 9, 10, 11, 12, 13, 14]], np.int32)
+MASK = np.array([[0, 0, 1, 1, 1, 1, 1], [1] * 7], bool)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return functools.cache(lambda family: pair(family, tmp_path_factory.mktemp(family)))
+
+
+def pair(family, folder):
+    """A random model of transformers, where its sites are, and the same loaded here."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from lora_jax.interop import hf
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "type_vocab_size": 1}
+    sizes |= {"intermediate_size": 12, "max_position_embeddings": 16, "num_labels": 3}
+    if family == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=20, n_positions=16, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+        )
+        theirs = transformers.GPT2LMHeadModel(config).eval()
+        places = [{"attention_out": block.attn, "mlp_out": block.mlp} for block in theirs.transformer.h]
+    else:
+        kind = {"bert": "Bert", "roberta": "Roberta"}[family]
+        config = getattr(transformers, f"{kind}Config")(**sizes)
+        theirs = getattr(transformers, f"{kind}ForSequenceClassification")(config).eval()
+        blocks = getattr(theirs, family).encoder.layer
+        # before the residual sum, which their LayerNorm takes in
+        places = [{"attention_out": b.attention.output.dense, "mlp_out": b.output.dense} for b in blocks]
+    with torch.no_grad():
+        for tensor in theirs.parameters():
+            tensor.add_(0.2 * torch.randn_like(tensor))
+    theirs.save_pretrained(folder)
+    model, params, _ = hf.load(folder)
+    return theirs, places, model, params
+
+
+def module(torch: Any, factors: dict[str, np.ndarray], activation: str) -> Any:
+    """An adapter as a function of torch, and its tensors by our names."""
+    own = {name: torch.tensor(np.asarray(x), requires_grad=True) for name, x in factors.items()}
+    act = {"gelu": lambda x: torch.nn.functional.gelu(x, approximate="tanh"), "relu": torch.relu, "tanh": torch.tanh}
+
+    def run(x):
+        h = x
+        if "scale" in own:
+            h = torch.nn.functional.layer_norm(x, x.shape[-1:], own["scale"], own["shift"], 1e-5)
+        return x + act[activation](h @ own["down"] + own["down_bias"]) @ own["up"] + own["up_bias"]
+
+    return run, own
+
+
+def hooked(torch: Any, places: list, delta: lj.Delta, activation: str, layers: list[int]) -> tuple[list, dict]:
+    """Hooks that put the delta's adapters there, and all tensors: `{(key, layer): {factor: tensor}}`."""
+    hooks, tensors = [], {}
+    for key, stacked in delta.items():
+        site = key.removeprefix("@").split("/")[0]
+        for n, at in enumerate(layers):
+            run, own = module(torch, jax.tree.map(lambda x: x[n], stacked), activation)  # noqa: B023
+
+            def hook(_, __, out, run=run):
+                return (run(out[0]), *out[1:]) if isinstance(out, tuple) else run(out)
+
+            hooks.append(places[at][site].register_forward_hook(hook))
+            tensors[key, n] = own
+    return hooks, tensors
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        ("gpt2", "H"),
+        ("gpt2", "L"),
+        ("gpt2", "D"),
+        ("bert", "H"),
+        ("roberta", "P"),
+        pytest.param("bert", "P", marks=pytest.mark.slow),
+        pytest.param("roberta", "H", marks=pytest.mark.slow),
+    ],
+)
+def test_as_modules_of_torch_in_transformers(pairs, family, kind):
+    """Output within 1e-5 of the largest entry, the gradient of every factor within 1e-4 of its largest."""
+    torch = pytest.importorskip("torch")
+    theirs, places, model, params = pairs(family)
+    causal, options = family == "gpt2", KINDS[kind]
+    method = lj.adapter(**options)
+    if not causal:
+        method = lj.chain(method, lj.tune(lj.select("classifier/**")))
+    delta = filled(method.init(KEY, params), size=0.4)
+    delta = lj.Delta({path: delta[path] if path[0] == "@" else {"value": dig(params, path)} for path in delta})
+    adapters = lj.Delta({path: factors for path, factors in delta.items() if path[0] == "@"})
+    mask = MASK if causal else MASK[:, ::-1]
+
+    @jax.jit
+    def ours(delta):
+        def loss(delta):
+            base = lj.without_tuned(params, delta)
+            out = lj.lift(model.apply, on_dense="error")({"params": method.apply(base, delta)}, IDS, mask)
+            out = jnp.where(mask[..., None], out, 0.0) if causal else out
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.value_and_grad(loss, has_aux=True)(delta)
+
+    (_, out), grads = ours(delta)
+    theirs.zero_grad()
+    layers = options.get("layers", [0, 1])
+    hooks, tensors = hooked(torch, places, adapters, options.get("activation", "gelu"), layers)
+    real = torch.tensor(np.ascontiguousarray(mask))
+    positions = {"position_ids": (real.cumsum(1) - 1).clamp(min=0)} if causal else {}
+    logits = theirs(torch.tensor(IDS).long(), attention_mask=real.long(), **positions).logits
+    logits = torch.where(real[..., None], logits, 0.0) if causal else logits
+    logits.sin().sum().backward()
+    for hook in hooks:
+        hook.remove()
+    close(out, logits.detach().numpy())
+    for (key, n), own in tensors.items():
+        for name, tensor in own.items():
+            close(grads[key][name][n], tensor.grad.numpy(), 1e-4)
+    if not causal:
+        heads = [x for name, x in theirs.named_parameters() if name.startswith("classifier")]
+        want = sorted(float(x.grad.abs().sum()) for x in heads)
+        got = sorted(float(jnp.abs(grads[key]["value"]).sum()) for key in grads if key[0] != "@")
+        np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+def dig(params: Any, path: str) -> Any:
+    return functools.reduce(lambda node, name: node[name], path.split("/"), params)

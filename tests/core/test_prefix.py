@@ -1,0 +1,301 @@
+"""Prefixes: what always holds, chains, generation, gradients, look-ups, counts, what the data need."""
+
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from core_reference import close, filled, normal, same
+from core_sites import LAYERS, PARAMS, TOWERS, VOCABULARY, WIDTH, invariants
+
+import lora_jax as lj
+from lora_jax import sharding
+from lora_jax.methods.prefix import inserted
+from lora_jax.models import gpt2
+
+KEY = jax.random.key(0)
+V, D = 20, 8
+SIZES = {"vocab_size": V, "n_positions": 16, "n_embd": D, "n_layer": 2, "n_head": 2}
+CONFIG = gpt2.GPT2Config(**SIZES, eos_token_id=0)
+EMBED = lj.prefix_embedding(lj.select("wte/embedding"), prefix=2, infix=1)
+LAYER = lj.prefix_layer({"block_out": gpt2.sites(CONFIG)["block_out"]}, vocabulary=V, prefix=2, infix=1)
+LORA = lj.lora(lj.select("**/attn/{query,value}/kernel", axes=gpt2.AXES), rank=2)
+METHODS = {"PE": EMBED, "PL": LAYER, "LoRA + PE": lj.chain(LORA, EMBED), "LoRA + PL": lj.chain(LORA, LAYER)}
+# two texts of prefix, context, infix and completion, padded on the left
+IDS = np.array([[7, 7, V, V + 1, 3, 4, V + 2, 5, 6], [V, V + 1, 8, 9, 2, 11, 12, V + 2, 14]], np.int32)
+MASK = np.array([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9], bool)
+
+BLOCKS = {"block_out": (LAYERS, WIDTH)}
+ON_THE_TOWER = {
+    "PE": lj.prefix_embedding(lj.select("wte", axes="vo"), prefix=2, infix=1),
+    "PL": lj.prefix_layer(BLOCKS, vocabulary=VOCABULARY, prefix=2, infix=1),
+}
+LOW = lj.lora(lj.select("w", axes="sio"), rank=2)
+ON_THE_TOWER |= {f"LoRA + {name}": lj.chain(LOW, method) for name, method in ON_THE_TOWER.items()}
+
+
+@pytest.mark.parametrize("name", ON_THE_TOWER)
+def test_what_is_always_true(name):
+    n = VOCABULARY
+    invariants(ON_THE_TOWER[name], tokens=jnp.array([[n, n + 1, 3, n + 2, 5], [n, n + 1, 0, 1, n + 2]]))
+
+
+@functools.cache
+def params_of(tie: bool = True, scan: bool = False) -> Any:
+    """Weights far apart, so that texts vary."""
+    config = dataclasses.replace(CONFIG, tie=tie)
+    params = jax.jit(gpt2.GPT2(config).init)(KEY, IDS)["params"]
+    params = jax.tree.map(lambda x: 10 * x if x.ndim > 1 else x + 0.1, params)
+    return gpt2.to_scanned(params) if scan else params
+
+
+@pytest.mark.parametrize(
+    "name", ["PE", "LoRA + PL", *(pytest.param(n, marks=pytest.mark.slow) for n in ("PL", "LoRA + PE"))]
+)
+def test_a_text_without_placeholders_meets_the_base(name):
+    """Bit for bit, whatever the trained rows; in `LoRA + ..` at its start."""
+    method, params = METHODS[name], params_of()
+    fresh = method.init(KEY, params)
+    delta = filled(fresh, size=1.0)
+    if "LoRA" in name:
+        delta = lj.Delta(delta | {path: fresh[path] for path in fresh if "attn" in path})
+    plain = np.minimum(IDS, V - 1)
+    run = jax.jit(lj.lift(gpt2.GPT2(CONFIG).apply, on_dense="error"))
+    adapted = {"params": method.apply(params, delta)}
+    same(run(adapted, plain, MASK), jax.jit(gpt2.GPT2(CONFIG).apply)({"params": params}, plain, MASK))
+    assert not np.allclose(run(adapted, IDS, MASK)[MASK], run(adapted, plain, MASK)[MASK], atol=0.1)
+
+
+def test_chains_are_lora_and_a_prefix():
+    params, run = params_of(), jax.jit(lj.lift(gpt2.GPT2(CONFIG).apply, on_dense="error"))
+    for name, alone in (("LoRA + PE", EMBED), ("LoRA + PL", LAYER)):
+        delta = filled(METHODS[name].init(KEY, params), size=0.5)
+        low = lj.Delta({path: delta[path] for path in delta if "attn" in path})
+        own = lj.Delta({path: delta[path] for path in delta if path not in low})
+        merged = lj.merge(LORA.apply(params, low))
+        got = run({"params": METHODS[name].apply(params, delta)}, IDS, MASK)
+        close(got, run({"params": alone.apply(merged, own)}, IDS, MASK), 2e-5)
+
+
+@pytest.mark.parametrize("name", ["PE", pytest.param("PL", marks=pytest.mark.slow)])
+def test_scanned_and_rematerialized_as_the_loop(name):
+    method = METHODS[name]
+    delta = filled(method.init(KEY, params_of()), size=0.5)
+    scanned = gpt2.GPT2(dataclasses.replace(CONFIG, scan_layers=True, remat=True))
+    run = lambda model, params: jax.jit(lj.lift(model.apply))({"params": method.apply(params, delta)}, IDS, MASK)  # noqa: E731
+    close(run(scanned, params_of(scan=True)), run(gpt2.GPT2(CONFIG), params_of()), 2e-5)
+
+
+@pytest.mark.parametrize("name", ["PE", "LoRA + PL"])
+def test_generation_with_a_cache_equals_the_loop_without(name):
+    """Padded on the left; the steps meet no placeholder; a beam of one finds the same text."""
+    from lora_jax.generation import generate
+
+    method, model, params = METHODS[name], gpt2.GPT2(CONFIG), params_of()
+    adapted = method.apply(params, filled(method.init(KEY, params), size=0.7))
+    new = np.asarray(generate(model, adapted, IDS, MASK, max_new_tokens=5, eos=0))
+    forward = jax.jit(lj.lift(model.apply))
+    for row, (ids, real) in enumerate(zip(IDS, MASK, strict=True)):
+        text = list(ids[real])
+        prompt = len(text)
+        while len(text) < prompt + 5 and 0 not in text[prompt:]:
+            padded = np.zeros((1, 16), np.int32)  # one shape for all; padding on the right does not reach back
+            padded[0, : len(text)] = text
+            text.append(int(forward({"params": adapted}, padded)[0, len(text) - 1].argmax()))
+        assert new[row, : len(text) - prompt].tolist() == text[prompt:]
+    assert new.max() < V
+
+
+@pytest.mark.slow
+def test_beam_search_with_prefixes():
+    """The search over a prompt with placeholders is that over the same prompt written as plain tokens, where the
+    trained rows are those tokens' own."""
+    from lora_jax.generation import generate
+
+    model, params = gpt2.GPT2(CONFIG), params_of()
+    plain = np.where(IDS >= V, IDS - V + 15, IDS)
+    delta = lj.Delta({"wte/embedding": {"rows": params["wte"]["embedding"][15:18]}})
+    how = {"max_new_tokens": 4, "eos": 0, "num_beams": 3, "no_repeat_ngram_size": 4}
+    got = generate(model, EMBED.apply(params, delta), IDS, MASK, **how)
+    assert np.asarray(got).tolist() == np.asarray(generate(model, params, plain, MASK, **how)).tolist()
+
+
+def test_a_prefix_of_known_rows_is_the_known_tokens():
+    """Bit for bit: a placeholder whose row is a token's is that token."""
+    params = params_of()
+    start = EMBED.init(KEY, params)["wte/embedding"]["rows"]
+    table = np.asarray(params["wte"]["embedding"])
+    drawn = [int(np.flatnonzero((table == row).all(1))[0]) for row in np.asarray(start)]  # it begins as rows of it
+    adapted = {"params": EMBED.apply(params, EMBED.init(KEY, params))}
+    plain = IDS.copy()
+    for n, token in enumerate(drawn):
+        plain[IDS == V + n] = token
+    run = jax.jit(lj.lift(gpt2.GPT2(CONFIG).apply))
+    same(run(adapted, IDS, MASK), run({"params": params}, plain, MASK))
+
+
+@pytest.mark.parametrize("tie", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_gradients_reach_the_trained_rows_alone(tie):
+    """Rows that no token asks for have none; nor has the table, even in the gradient of the whole tree."""
+    params, model = params_of(tie), gpt2.GPT2(dataclasses.replace(CONFIG, tie=tie))
+    delta = EMBED.init(KEY, params)
+
+    @jax.jit
+    def grads(params, delta, ids):
+        def loss(params, delta):
+            return jnp.sum(jnp.sin(lj.lift(model.apply)({"params": EMBED.apply(params, delta)}, ids)))
+
+        return jax.grad(loss, (0, 1))(params, delta)
+
+    of_base, of_delta = grads(params, delta, IDS[1:, :5])
+    rows = np.asarray(of_delta["wte/embedding"]["rows"])
+    assert rows[:2].any(1).all() and not rows[2].any()
+    assert not np.any(of_base["wte"]["embedding"])
+    assert np.any(of_base["h_0"]["attn"]["query"]["kernel"])
+    adapted = EMBED.apply(params, delta)
+    said = lj.labels(adapted)["wte"]["embedding"]
+    assert (said.base, said.rows) == ("frozen", "trainable")
+    assert sum(x.size for x in jax.tree.leaves(lj.partition(adapted)[0])) == 3 * D
+
+
+@pytest.mark.parametrize("name", ["PE", "PL"])
+def test_strength(name):
+    """0: every placeholder as the vocabulary's last token; 1: the trained vectors; in between a mean."""
+    method, params = METHODS[name], params_of()
+    delta = filled(method.init(KEY, params), size=0.7)
+    model = gpt2.GPT2(CONFIG)
+    run = jax.jit(lambda d, s: lj.lift(model.apply)({"params": method.apply(params, d, strength=s)}, IDS, MASK))
+    base = jax.jit(model.apply)({"params": params}, np.minimum(IDS, V - 1), MASK)
+    close(run(delta, 0.0), base, 1e-6)
+    whole = jax.jit(lambda d: lj.lift(model.apply)({"params": method.apply(params, d)}, IDS, MASK))
+    close(run(delta, 1.0), whole(delta), 1e-6)
+    assert run._cache_size() == 1
+    if name == "PE":
+        last = params["wte"]["embedding"][-1]
+        half = jax.tree.map(lambda x: (x + last[None]) / 2, delta)
+        close(run(delta, 0.5), run(half, 1.0))
+
+
+def test_counted_by_the_papers_formulas():
+    """d (l_p + l_i) and L d (l_p + l_i), from shapes alone (Hu et al. 2021, section 5.1)."""
+    config = gpt2.SIZES["medium"]
+    shapes = jax.eval_shape(gpt2.GPT2(config).init, KEY, jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
+    embed = lj.prefix_embedding(lj.select("wte/embedding"), prefix=32, infix=8)
+    layer = lj.prefix_layer({"block_out": gpt2.sites(config)["block_out"]}, vocabulary=50257, prefix=32, infix=8)
+    assert lj.check(embed, shapes).trained == 1024 * 40
+    assert lj.check(layer, shapes).trained == 24 * 1024 * 40
+    chained = lj.chain(lj.lora(lj.select("**/attn/query/kernel", axes=gpt2.AXES), rank=4), layer)
+    assert lj.check(chained, shapes).trained == 24 * 1024 * (40 + 2 * 4)
+
+
+def test_on_eight_devices():
+    """The rows follow the features of the table."""
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    rules = sharding.gpt2_rules(V, mesh)
+    params, model = params_of(scan=True), gpt2.GPT2(dataclasses.replace(CONFIG, scan_layers=True))
+    ids = jnp.tile(IDS, (2, 1))
+    method = EMBED
+    delta = filled(method.init(KEY, params), size=0.5)
+    run = jax.jit(lambda p, d, ids: lj.lift(model.apply)({"params": method.apply(p, d)}, ids))
+    want = run(params, delta, ids)
+    adapted = jax.eval_shape(method.apply, params, delta)
+    placed = jax.device_put(params, sharding.shardings(params, mesh, rules))
+    spread = jax.device_put(delta, sharding.shardings(delta, mesh, rules, adapted))
+    assert spread["wte/embedding"]["rows"].sharding.spec == jax.sharding.PartitionSpec(None, "fsdp")
+    close(run(placed, spread, jax.device_put(ids, sharding.batch_sharding(mesh))), want)
+
+
+def test_look_ups_of_many_kinds():
+    """What a look-up does with ids beyond the vocabulary is the base's own, but for the prefix's."""
+    table, ids = normal(7, 4), jnp.array([[0, 6, 7], [8, 9, 3]])
+    method = lj.prefix_embedding(lj.select("embedding"), prefix=3)
+    delta = filled(method.init(KEY, {"embedding": table}))
+    rows = delta["embedding"]["rows"]
+    want = jnp.concatenate([table, rows])[ids]
+    for look_up in (
+        lambda p, ids: p["embedding"][ids],
+        lambda p, ids: jnp.take(p["embedding"], ids, axis=0),
+        lambda p, ids: jnp.take(p["embedding"], ids, axis=0, mode="clip"),
+        lambda p, ids: p["embedding"].at[ids].get(mode="fill", fill_value=0.0),
+        lambda p, ids: jax.vmap(lambda n: p["embedding"][n])(ids),
+        lambda p, ids: jax.lax.map(lambda n: p["embedding"][n], ids),
+        lambda p, ids: jax.jit(lambda w: w[ids])(p["embedding"]),
+    ):
+        same(lj.lift(look_up, on_dense="error")(method.apply({"embedding": table}, delta), ids), want)
+    short = {"embedding": table.astype(jnp.bfloat16)}
+    got = lj.lift(lambda p: p["embedding"][ids])(method.apply(short, delta))
+    same(got, jnp.concatenate([short["embedding"], rows.astype(jnp.bfloat16)])[ids])
+    start, known = method.init(KEY, short)["embedding"]["rows"], short["embedding"].astype(jnp.float32)
+    assert start.dtype == jnp.float32 and bool((start[:, None] == known[None]).all(-1).any(-1).all())
+
+
+@pytest.mark.parametrize("name", ["PE", "PL"])
+def test_ids_beyond_the_prefix_are_not_numbers(name):
+    """As ids beyond the vocabulary are in the base: data with a longer prefix than the method's are noticed."""
+    method, params = METHODS[name], params_of()
+    run = jax.jit(lj.lift(gpt2.GPT2(CONFIG).apply))
+    adapted = {"params": method.apply(params, method.init(KEY, params))}
+    wrong = IDS.copy()
+    wrong[0, 6] = V + 3
+    logits = run(adapted, wrong, MASK)
+    assert np.isnan(logits[0, 6]).all() and not np.isnan(logits[1]).any()
+
+
+def test_what_the_data_need():
+    chained = lj.chain(LORA, LAYER)
+    for method, want in ((EMBED, (2, 1)), (LAYER, (2, 1)), (chained, (2, 1)), (LORA, (0, 0))):
+        assert inserted(method.spec) == want
+    assert inserted(lj.chain(chained, lj.tune(lj.select("**/bias"))).spec) == (2, 1)
+    assert inserted({"method": "of one's own", "prefix": "enc/"}) == (0, 0)
+    with pytest.raises(ValueError, match="a chain has room for one prefix"):
+        inserted(lj.chain(LAYER, EMBED).spec)
+
+
+def test_what_cannot_be_is_said():
+    params = params_of()
+    for prefix, infix in itertools.chain([(0, 0), (-1, 2), (2.0, 0), (1, -1)]):
+        for make in (
+            functools.partial(lj.prefix_embedding, lj.select("wte/embedding")),
+            functools.partial(lj.prefix_layer, {"block_out": (2, D)}, vocabulary=V),
+        ):
+            with pytest.raises(ValueError, match="whole numbers, together at least one token"):
+                make(prefix=prefix, infix=infix)
+    with pytest.raises(ValueError, match=r"h_0/attn/query/kernel with axes 'io': a prefix extends an embedding"):
+        lj.prefix_embedding(lj.select("h_0/attn/query/kernel"), prefix=1).init(KEY, params)
+    delta = EMBED.init(KEY, params)
+    absent = lj.without_tuned(params, lj.tune(lj.select("wte/embedding")).init(KEY, params))
+    with pytest.raises(ValueError, match="wte/embedding"):
+        EMBED.apply(absent, delta)
+    with pytest.raises(ValueError, match=r"wte/embedding: the delta's factors are .*\(3, 8\).* need .*\(4, 8\)"):
+        lj.prefix_embedding(lj.select("wte/embedding"), prefix=4).apply(params, delta)
+    with pytest.raises(ValueError, match="wte/embedding: the rows of a prefix are none of the vocabulary's"):
+        lj.merge(EMBED.apply(params, delta))
+    with pytest.raises(ValueError, match="wte/embedding: Extended cannot be unmerged; keep the base"):
+        lj.unmerge(params, EMBED, delta)
+    for cut in (lambda p: p["wte"]["embedding"][:5][IDS], lambda p: p["wte"]["embedding"] * 2.0):
+        with pytest.raises(ValueError, match="cuts or changes it: look up in the whole one"):
+            lj.lift(cut, on_dense="allow")(EMBED.apply(params, delta))
+    layers = LAYER.init(KEY, params)
+    with pytest.raises(ValueError, match=r"what changes activations \(block_out, tokens\) has no weight to go into"):
+        lj.merge(LAYER.apply(params, layers))
+    with pytest.raises(ValueError, match="the delta is not this method's"):
+        LAYER.apply(params, delta)
+    with pytest.raises(ValueError, match="wte/embedding is the target of two transforms of the chain"):
+        lj.chain(lj.lora(lj.select("wte/embedding"), rank=1), EMBED).init(KEY, params)
+    nameless = lambda p, ids: p["wte"]["embedding"][ids]  # noqa: E731
+    with pytest.raises(ValueError, match="the function has 0 activations named 'tokens'"):
+        lj.lift(nameless)(LAYER.apply(params, layers), IDS)
+    with pytest.raises(TypeError, match=r"wrap the function with lora_jax\.lift"):
+        nameless(EMBED.apply(params, delta), IDS)
+
+
+def test_prefix_layers_need_the_tokens_name():
+    """A model whose blocks are named, but not its tokens, is refused by name."""
+    method = ON_THE_TOWER["PL"]
+    run = lj.lift(lambda p, x: TOWERS["scan"](p, x))
+    with pytest.raises(ValueError, match="the tap at 'block_out' needs the activation 'tokens'"):
+        run(method.apply(PARAMS, method.init(KEY, PARAMS)), normal(2, 5, WIDTH))

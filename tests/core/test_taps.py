@@ -1,0 +1,307 @@
+"""Taps at named activations, against the same model written by hand with the change in its place."""
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from core_reference import close, filled, normal, same, weighted
+from core_sites import (
+    KEY,
+    LAYERS,
+    PARAMS,
+    SAVED,
+    TOKENS,
+    TOWERS,
+    WIDTH,
+    Mix,
+    Shift,
+    layer,
+    looped,
+    mix,
+    shift,
+    tower,
+)
+from flops import equations
+from jax.ad_checkpoint import checkpoint_name as named
+
+import lora_jax as lj
+from lora_jax.taps import Tap
+from lora_jax.transforms import per_site
+
+
+def by_hand(p, tokens, delta, layers=None, strength=None):
+    """The model without names, changed where `delta` says, one layer after the other."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    own = (tokens % 2 + positions)[..., None].astype(jnp.float32)
+    layers = range(LAYERS) if layers is None else layers
+
+    def change(site, n, x):
+        if n not in layers or f"@{site}/mix" not in delta:
+            return x
+        f = jax.tree.map(lambda leaf: leaf[list(layers).index(n)], delta[f"@{site}/mix"])
+        y = x * f["scale"][None, None] + jnp.tanh(x @ f["w"]) * own
+        return y if strength is None else x + strength * (y - x)
+
+    x = p["wte"][tokens] + jnp.sin(positions.astype(jnp.float32))[..., None]
+    for n in range(LAYERS):
+        x = x + jnp.tanh(change("mlp_out", n, x @ p["w"][n]))
+        x = change("block_out", n, x)
+    return x
+
+
+SUBSETS = {"all": None, "some": (3, 0)}  # factors are in the order of the layers that are said
+SLOW = ("scan", "remat", "remat of all", "jit of scan", "unrolled scan", "remat of scan", "remat with a policy")
+
+
+@functools.cache
+def wanted():
+    """For every subset: a delta, and output and gradients (of delta and base) by hand."""
+    found = {}
+    for subset, layers in SUBSETS.items():
+        delta = filled(mix(layers=layers).init(KEY, PARAMS), size=0.5)
+
+        def loss(delta, p, layers=layers):
+            out = by_hand(p, TOKENS, delta, layers)
+            return weighted(out), out
+
+        (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(delta, PARAMS)
+        found[subset] = delta, out, grads
+    return found
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in TOWERS]
+)
+def test_taps_are_where_the_names_are(name):
+    """1e-5 of the largest entry: the same sums in another order."""
+
+    def run(delta, p, layers):
+        out = lj.lift(tower(name))(mix(layers=layers).apply(p, delta), TOKENS)
+        return weighted(out), out
+
+    @jax.jit
+    def all_of_them(deltas):
+        return [
+            jax.value_and_grad(functools.partial(run, layers=SUBSETS[subset]), (0, 1), has_aux=True)(delta, PARAMS)
+            for subset, delta in deltas.items()
+        ]
+
+    got = all_of_them({subset: delta for subset, (delta, *_) in wanted().items()})
+    for ((_, out), grads), subset in zip(got, sorted(SUBSETS), strict=True):
+        _, want, want_grads = wanted()[subset]
+        close(out, want)
+        close(grads, want_grads, 2e-5)
+        assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(grads))
+
+
+def test_out_of_jit_too():
+    delta, want, _ = wanted()["some"]
+    for name in ("loop", "scan in scan"):
+        close(lj.lift(tower(name))(mix(layers=(3, 0)).apply(PARAMS, delta), TOKENS), want)
+
+
+@pytest.mark.parametrize("name", ["loop", "scan", "remat"])
+def test_strength(name):
+    """0 is the base and 1 the tap, bit for bit; in between as by hand. Compiled, as a scan always is, the last bits are
+    the compiler's, which joins other sums and products."""
+    delta, want, _ = wanted()["all"]
+
+    def partly(p, t, d, s):
+        return lj.lift(tower(name))(mix().apply(p, d, strength=s), t)
+
+    base, whole = tower(name)(PARAMS, TOKENS), lj.lift(tower(name))(mix().apply(PARAMS, delta), TOKENS)
+    equal = close if name == "scan" else same
+    equal(partly(PARAMS, TOKENS, delta, 0.0), base)
+    equal(partly(PARAMS, TOKENS, delta, jnp.float32(1)), whole)
+    jitted = jax.jit(partly)
+    for strength, expected in ((0.0, base), (1.0, want), (0.3, by_hand(PARAMS, TOKENS, delta, strength=0.3))):
+        close(jitted(PARAMS, TOKENS, delta, strength), expected)
+    assert jitted._cache_size() == 1
+
+
+@pytest.mark.parametrize("name", [pytest.param("loop", marks=pytest.mark.slow), "scan of remat"])
+def test_many_deltas_with_one_base(name):
+    """vmap over deltas, also with an example of its own each, and one strength each."""
+    each = [filled(mix().init(KEY, PARAMS), seed=n, size=0.5) for n in range(2)]
+    together = jax.tree.map(lambda *leaf: jnp.stack(leaf), *each)
+
+    def run(delta, tokens, strength):
+        return lj.lift(tower(name))(mix().apply(PARAMS, delta, strength=strength), tokens)
+
+    s = jnp.array([0.5, 1.0])
+    got = jax.jit(jax.vmap(run, (0, None, 0)))(together, TOKENS, s)
+    close(got, jnp.stack([by_hand(PARAMS, TOKENS, d, strength=s[n]) for n, d in enumerate(each)]))
+    own = jax.jit(jax.vmap(lambda d, t, s: run(d, t[None], s)[0]))(together, TOKENS, s)
+    close(own, jnp.stack([got[0, 0], got[1, 1]]))
+
+    def loss(run):
+        return lambda d, t, s: weighted(run(d, t[None], s))
+
+    grads = jax.jit(jax.vmap(jax.grad(loss(run))))(together, TOKENS, s)
+    one = jax.jit(jax.grad(loss(lambda d, t, s: by_hand(PARAMS, t, d, strength=s))))
+    want = [one(d, t, s) for d, t, s in zip(each, TOKENS, s, strict=True)]
+    close(grads, jax.tree.map(lambda *leaf: jnp.stack(leaf), *want), 2e-5)
+
+
+def test_several_examples_inside_the_model():
+    """A model that maps over its examples names their activations once."""
+    params, x, method = {"w": normal(WIDTH, WIDTH)}, normal(2, 5, WIDTH), shift()
+    delta = method.init(KEY, params)
+    fn = lambda p, x: jax.vmap(lambda x: named(x @ p["w"], "mlp_out"))(x)  # noqa: E731
+    close(lj.lift(fn)(method.apply(params, delta), x), x @ params["w"] + delta["@mlp_out/shift"]["by"][None])
+
+
+def test_taps_with_adapted_weights():
+    low = lj.lora(lj.select("w", axes="sio"), rank=2)
+    method = lj.chain(low, mix(), lj.tune(lj.select("wte")))
+    delta = filled(method.init(KEY, PARAMS), size=0.5)
+    own = {path: lj.Delta({path: delta[path]}) for path in ("w", "wte")}
+    merged = lj.merge(low.apply(PARAMS, own["w"])) | {"wte": delta["wte"]["value"]}
+
+    def run(delta, name):
+        return lj.lift(tower(name), on_dense="error")(method.apply(PARAMS, delta), TOKENS)
+
+    for name in ("loop", "scan of remat"):
+        close(jax.jit(functools.partial(run, name=name))(delta), by_hand(merged, TOKENS, delta), 2e-5)
+
+
+def test_what_is_seen():
+    """Named values as the model had them, before a tap; none out of a body."""
+    met = {}
+
+    def look(factors, x, seen):
+        met.update(seen)
+        return x * 2
+
+    def fn(p, x):
+        x = named(x, "a") + 1
+        x = jax.checkpoint(lambda x: named(x * 3, "hidden"))(x)
+        return named(jax.jit(lambda x: named(x + 1, "b"))(x), "c")
+
+    taps = [Tap(factors=(), site=site, fn=look, count=1) for site in "abc"]
+    out = lj.lift(fn)(lj.Tapped({}, tuple(taps)), jnp.ones(2))
+    close(out, jnp.full(2, 40.0))
+    assert set(met) == {"a", "b", "c"}
+    close([met[name] for name in "abc"], [jnp.full(2, n) for n in (1.0, 10.0, 20.0)])
+
+
+def test_equal_methods_compile_once():
+    run = jax.jit(lj.lift(tower("scan")))
+    for n in range(3):
+        method = mix(layers=[0, 3])
+        run(method.apply(PARAMS, filled(method.init(KEY, PARAMS), seed=n)), TOKENS)
+    assert run._cache_size() == 1
+    other = mix(layers=[0, 3], gain=2.0)
+    run(other.apply(PARAMS, other.init(KEY, PARAMS)), TOKENS)
+    assert run._cache_size() == 2
+
+
+def program(fn, *args):
+    """The compiled program without the places in the source."""
+    return re.sub(r"loc\(.*|metadata=\{.*?\}", "", jax.jit(fn).lower(*args).as_text())
+
+
+def test_nothing_is_added_where_there_is_no_tap():
+    fn = tower("loop")
+    plain = program(fn, PARAMS, TOKENS)
+    assert program(lj.lift(fn), lj.Tapped(PARAMS, ()), TOKENS) == plain
+    one = mix({"mlp_out": LAYERS}, layers=[2])
+    tapped = program(lj.lift(fn), one.apply(PARAMS, one.init(KEY, PARAMS)), TOKENS)
+    for what, more in (("dot_general", 1), ("tanh", 1), ("select .*tensor<2x5x4xf32>", 0)):
+        count = [len(re.findall(rf"stablehlo\.{what}", text)) for text in (plain, tapped)]
+        assert count[1] == count[0] + more, what
+
+    # names alone add nothing to adapted weights
+    method = lj.lora(lj.select("w", axes="sio"), rank=2)
+    adapted = method.apply(PARAMS, method.init(KEY, PARAMS))
+    nameless = lambda p, tokens: functools.reduce(lambda x, w: x + jnp.tanh(x @ w), p["w"], p["wte"][tokens])  # noqa: E731
+    has_names = lambda p, tokens: looped(layer)(p, p["wte"][named(tokens, "tokens")])  # noqa: E731
+    assert program(lj.lift(has_names), adapted, TOKENS) == program(lj.lift(nameless), adapted, TOKENS)
+
+
+def test_a_policy_by_names_saves_what_the_model_names():
+    """The backward pass of a layer has its product again, unless the product's result is saved by its name: as in a
+    model with the tap in its code."""
+    delta = mix({"mlp_out": LAYERS}).init(KEY, PARAMS)
+    seen = {"tokens": TOKENS, "positions": jnp.zeros_like(TOKENS)}
+
+    def changed(w, x, f):
+        return x + jnp.tanh(Mix()(f, named(x @ w, "mlp_out"), seen))
+
+    def count(run):
+        found = equations(jax.make_jaxpr(jax.grad(lambda d: jnp.sum(run(d))))(delta).jaxpr)
+        return sum(eqn.primitive.name == "dot_general" for eqn in found)
+
+    def lifted(name):
+        return count(lambda d: lj.lift(tower(name))(mix({"mlp_out": LAYERS}).apply(PARAMS, d), TOKENS))
+
+    def in_code(**options):
+        one = jax.checkpoint(changed, **options)
+        layer = lambda d, n: jax.tree.map(lambda leaf: leaf[n], d["@mlp_out/mix"])  # noqa: E731
+        x = PARAMS["wte"][TOKENS]
+        return count(lambda d: functools.reduce(lambda x, n: one(PARAMS["w"][n], x, layer(d, n)), range(LAYERS), x))
+
+    assert lifted("remat") == in_code() == lifted("remat with a policy") + LAYERS
+    assert lifted("remat with a policy") == in_code(policy=SAVED)
+
+
+def test_a_tapped_tree_is_labelled_split_and_trained():
+    method = lj.chain(mix(layers=(0, 3)), lj.lora(lj.select("w", axes="sio"), rank=2))
+    delta = filled(method.init(KEY, PARAMS), size=0.5)
+    tree = method.apply(PARAMS, delta, strength=0.5)
+    said = lj.labels(tree)
+    assert jax.tree.structure(said) == jax.tree.structure(tree)
+    assert set(jax.tree.leaves([tap.factors for tap in said.taps])) == {"trainable"}
+    assert [tap.strength for tap in said.taps] == ["frozen"] * 2
+    assert (said.params["wte"], said.params["w"].base, said.params["w"].a) == ("frozen", "frozen", "trainable")
+    trained, frozen = lj.partition(tree)
+    assert sum(x.size for x in jax.tree.leaves(trained)) == sum(x.size for x in jax.tree.leaves(delta))
+    same(lj.rejoin(trained, frozen), tree)
+
+    run = lj.lift(tower("scan"))
+    of_tree = jax.jit(jax.grad(lambda t: weighted(run(lj.rejoin(t, frozen), TOKENS))))(trained)
+    of_delta = jax.jit(jax.grad(lambda d: weighted(run(method.apply(PARAMS, d, strength=0.5), TOKENS))))(delta)
+    close({f"@{tap.site}/mix": tap.factors for tap in of_tree.taps}, {k: of_delta[k] for k in delta if "@" in k})
+    close(of_tree.params["w"].a, of_delta["w"]["a"])
+
+    tx = lj.freeze_base(optax.sgd(0.1))
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, tree), tx.init(tree), tree)
+    moved = optax.apply_updates(tree, updates)
+    same(moved.params["wte"], PARAMS["wte"])
+    same(moved.taps[0].strength, tree.taps[0].strength)
+    close(moved.taps[0].factors["w"], tree.taps[0].factors["w"] - 0.1)
+
+
+def test_fixed_factors_of_a_tap_do_not_train():
+    start = lambda key, site, n: {"by": jnp.ones((n, WIDTH)), "fixed_size": jnp.ones(n)}  # noqa: E731
+    method = per_site({"method": "shift"}, {"mlp_out": 1}, start, Shift())
+    delta = method.init(KEY, {})
+    said = lj.labels(method.apply({}, delta)).taps[0].factors
+    assert said == lj.labels(delta)["@mlp_out/shift"] == {"by": "trainable", "fixed_size": "frozen"}
+    assert lj.check(method, {}).trained == WIDTH
+
+
+def test_init_draws_by_site():
+    """A site's factors are the same whatever other sites there are, and differ between sites and layers."""
+    one, two = mix({"mlp_out": 2}).init(KEY, PARAMS), mix({"block_out": 2, "mlp_out": 2}).init(KEY, PARAMS)
+    same(one["@mlp_out/mix"], two["@mlp_out/mix"])
+    first, second = one["@mlp_out/mix"]["w"], two["@block_out/mix"]["w"]
+    assert not np.any(np.asarray(first) == np.asarray(second)) and not np.any(np.asarray(first[0] == first[1]))
+    same(mix({"mlp_out": 2}).init(jax.random.PRNGKey(0), PARAMS), one)
+
+
+def shape_of(tree: Any) -> Any:
+    return jax.tree.map(jnp.shape, tree)
+
+
+def test_counted_without_arrays():
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS)
+    report = lj.check(mix(layers=(1, 2)), shapes)
+    assert report.trained == 2 * 2 * (WIDTH * WIDTH + WIDTH)
+    assert [row.path for row in report.rows] == ["@block_out/mix", "@mlp_out/mix"]
+    assert shape_of(jax.eval_shape(mix().init, KEY, shapes)) == shape_of(mix().init(KEY, PARAMS))
