@@ -163,7 +163,7 @@ def inserted(spec: Mapping[str, Any]) -> tuple[int, int]:
     >>> inserted({"method": "chain", "of": [{"method": "tune"}, {"method": "prefix_layer", "prefix": 3, "infix": 1}]})
     (3, 1)
     """
-    if spec["method"] in ("prefix_embedding", "prefix_layer"):
+    if spec.get("method") in ("prefix_embedding", "prefix_layer"):
         return spec["prefix"], spec["infix"]
     found = [counts for part in spec.get("of", ()) if (counts := inserted(part)) != (0, 0)]
     if len(found) > 1:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_reference import close, filled, same
+from core_reference import close, filled, normal, same
 from core_sites import LAYERS, PARAMS, TOKENS, TOWERS, WIDTH, invariants, tower
 from flops import equations
 
@@ -149,6 +149,18 @@ def test_bfloat16_compute_with_float32_factors():
     found = equations(jax.make_jaxpr(functools.partial(forward, dtype=jnp.bfloat16))(delta).jaxpr)
     dots = [str(v.aval.dtype) for eqn in found if eqn.primitive.name == "dot_general" for v in eqn.invars]
     assert set(dots) == {"bfloat16"}  # no product runs in float32
+
+
+def test_the_norm_keeps_its_digits_far_from_zero():
+    """Against numpy in float64. Some features of GPT-2 are like that; float32 rounds x by 6e-5 here."""
+    method, x = ON_THE_TOWER["L"], 1000.0 + normal(3, WIDTH)
+    factors = filled(method.init(KEY, PARAMS))["@mlp_out/adapter"]
+    (tap,) = method.apply(PARAMS, lj.Delta({"@mlp_out/adapter": factors})).taps
+    first = jax.tree.map(lambda leaf: leaf[0], factors)
+    f, h = ({name: np.asarray(v, np.float64) for name, v in first.items()}, np.asarray(x, np.float64))
+    h = (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-5) * f["scale"] + f["shift"]
+    h = np.tanh(h @ f["down"] + f["down_bias"]) @ f["up"] + f["up_bias"]
+    np.testing.assert_allclose(tap.fn(first, x, {}) - x, h, atol=2e-4)
 
 
 def test_factors_of_another_dtype():

@@ -170,6 +170,23 @@ def test_taps_with_adapted_weights():
         close(jax.jit(functools.partial(run, name=name))(delta), by_hand(merged, TOKENS, delta), 2e-5)
 
 
+def test_untapped_layers_of_a_scan_spoil_no_gradient():
+    """They are computed too, with some factors that must be as good as the tapped ones': zeros have no direction."""
+
+    def along(factors, x, seen):
+        w = factors["w"] / jnp.linalg.norm(factors["w"])
+        return x + jnp.broadcast_to(w, x.shape)
+
+    def gradient(name):
+        def loss(w):
+            tap = Tap(factors={"w": w}, site="mlp_out", fn=along, count=LAYERS, layers=(1, 2))
+            return weighted(lj.lift(tower(name))(lj.Tapped(PARAMS, (tap,)), TOKENS))
+
+        return jax.jit(jax.grad(loss))(normal(2, WIDTH))
+
+    close(gradient("scan"), gradient("loop"))
+
+
 def test_what_is_seen():
     """Named values as the model had them, before a tap; none out of a body."""
     met = {}
@@ -215,6 +232,13 @@ def test_nothing_is_added_where_there_is_no_tap():
     for what, more in (("dot_general", 1), ("tanh", 1), ("select .*tensor<2x5x4xf32>", 0)):
         count = [len(re.findall(rf"stablehlo\.{what}", text)) for text in (plain, tapped)]
         assert count[1] == count[0] + more, what
+
+    # a scan chooses between tapped and untapped layers only where there are both
+    for layers, more in ((None, 0), ((0, 3), 1)):
+        method = mix({"mlp_out": LAYERS}, layers=layers)
+        tapped = program(lj.lift(tower("scan")), method.apply(PARAMS, method.init(KEY, PARAMS)), TOKENS)
+        count = [len(re.findall("stablehlo.select .*tensor<2x5x4xf32>", text)) for text in (plain, tapped)]
+        assert count[1] == count[0] + more
 
     # names alone add nothing to adapted weights
     method = lj.lora(lj.select("w", axes="sio"), rank=2)

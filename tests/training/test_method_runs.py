@@ -35,8 +35,7 @@ SMALL: dict[str, Any] = {
     "log_every": 2,
     "data.buckets": 1,
 }
-# One for each kind of transform; the others differ in options alone.
-FIRST = (
+KINDS = (
     "adapter_l",
     "compacter",
     "lora_pe",
@@ -49,6 +48,7 @@ FIRST = (
     "ia3",
     "lokr",
 )
+FIRST = ("compacter", "lora_pl", "lora_plus", "dora", "vera")  # the others in `make test-all`
 ALL = [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in METHODS]
 
 
@@ -92,7 +92,7 @@ def test_a_run_of_each_method(name: str, folder: Path, tmp_path: Path) -> None:
     check_texts(base, method, delta)
 
 
-MESHED = [pytest.param(name, marks=() if name in ("dora", "lora_pl", "ia3") else pytest.mark.slow) for name in FIRST]
+MESHED = [pytest.param(name, marks=() if name == "lora_pl" else pytest.mark.slow) for name in KINDS]
 
 
 @pytest.mark.parametrize("name", MESHED)
@@ -124,7 +124,13 @@ def check_texts(base: bases.Base, method: lj.ParamTransform, delta: lj.Delta) ->
 
 
 @pytest.mark.parametrize(
-    "name", ["adapter_p", "compacter", "prefix_embedding", "lora_pl", "dora", "ia3", "lora_bitfit"]
+    "name",
+    [
+        "adapter_p",
+        "prefix_embedding",
+        "ia3",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("compacter", "lora_pl", "dora", "lora_bitfit")),
+    ],
 )
 def test_a_classifier_of_each_kind(name: str, folder: Path, tmp_path: Path) -> None:
     config = glue.get_config(f"base,cola,{name}")
