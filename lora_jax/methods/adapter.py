@@ -66,7 +66,7 @@ def adapter(
       sites: `{name: (occurrences, width)}`, or with a shape that ends in the width, as `sites` of our models and
         `lora_jax.sites` give them.
       rank: the width of the bottleneck.
-      activation: "gelu", "relu", "silu" (swish) or "tanh".
+      activation: "gelu" (its tanh form), "relu", "silu" (swish) or "tanh".
       norm: whether a trained LayerNorm goes before.
       layers: the occurrences that are adapted; None: all.
       dtype: of the factors; they compute in x's.

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lj
 from lora_jax import sharding
 from lora_jax.taps import Tap
+from lora_jax.transforms import per_site
 
 
 @pytest.mark.parametrize("name", ["loop", "scan", "remat", "scan in scan", "jit"])
@@ -146,11 +147,16 @@ def test_one_kind_at_one_site_once():
         twice.init(KEY, params)
     with pytest.raises(ValueError, match="it lacks"):
         twice.apply(params, shift().init(KEY, params))
-    # two kinds act one after the other
-    both = lj.chain(shift(), shift(method="other"))
-    delta = both.init(KEY, params)
-    got = lj.lift(lambda p, x: named(x @ p["w"], "mlp_out"))(both.apply(params, delta), normal(2, WIDTH))
-    close(got, normal(2, WIDTH) @ params["w"] + delta["@mlp_out/shift"]["by"] + delta["@mlp_out/other"]["by"])
+    # two kinds act one after the other, in the chain's order
+    double = per_site({"method": "double"}, {"mlp_out": 1}, lambda *_: {}, lambda factors, x, seen: 2 * x)
+    x, by = normal(2, WIDTH), shift().init(KEY, params)["@mlp_out/shift"]["by"]
+    for method, want in (
+        ((shift(), double), 2 * (x @ params["w"] + by)),
+        ((double, shift()), 2 * (x @ params["w"]) + by),
+    ):
+        both = lj.chain(*method)
+        got = lj.lift(lambda p, x: named(x @ p["w"], "mlp_out"))(both.apply(params, both.init(KEY, params)), x)
+        close(got, want)
 
 
 def test_another_methods_delta_is_said():
