@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import statistics
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -37,6 +38,11 @@ def run(main: Callable[[], None]) -> None:
 def command(name: str) -> str:
     """The command line of this process, of the entry point of that name, for what is made again with it."""
     return shlex.join(["python", "-m", f"experiments.{name}", *sys.argv[1:]])
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and range, as `experiments.results` shows them."""
+    return {"score": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

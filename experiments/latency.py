@@ -51,7 +51,7 @@ def main() -> None:
     for each in rows:
         print(each["label"])
         for name, ratio in each["ratios"].items():
-            print(f"  {name:18}{ratio['ratio']:.3f}  [{ratio['low']:.3f}, {ratio['high']:.3f}]")
+            print(f"  {name:18}{ratio['score']:.3f}  [{ratio['low']:.3f}, {ratio['high']:.3f}]")
 
 
 def row(setting: str) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def row(setting: str) -> dict[str, Any]:
     ratios = {}
     for name, own in seconds.items():
         relative = [mine / base for mine, base in zip(own, seconds["base"], strict=True)]
-        ratios[name] = {"ratio": statistics.median(relative), "low": min(relative), "high": max(relative)}
+        ratios[name] = cli.spread(relative)
     return {
         "label": f"GPT-2 {values.size}, batch {batch}, length {length}, adapters of {millions} M",
         "command": cli.command("latency"),
@@ -80,7 +80,6 @@ def row(setting: str) -> dict[str, Any]:
         "ratios": ratios,
         "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
         "jax": jax.__version__,
-        **{name: ratio["ratio"] for name, ratio in ratios.items()},
     }
 
 

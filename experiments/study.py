@@ -17,7 +17,6 @@ it was stopped; --out gets the table's rows and, beside it, a plot.
 import bisect
 import json
 import os
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +125,7 @@ def row(name: str, workdir: Path) -> dict[str, Any]:
         "size": size,
         "trained": found[0]["method_trained"],
         "rate": rate,
-        **{key: spread([each[key] for each in found]) for key in ("validation_loss", quality)},
+        **{key: cli.spread([each[key] for each in found]) for key in ("validation_loss", quality)},
         "seed": list(seeds),
         "device": f"{found[0]['device']}, {os.cpu_count()} CPU cores",
         "jax": jax.__version__,
@@ -229,10 +228,6 @@ def texts_score(config: ConfigDict, folder: Path, base: bases.Base) -> float:
         batch_size=50,
     )
     return bleu(texts, [[pairs.clean(text) for text in own] for own in references])
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"score": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:

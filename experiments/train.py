@@ -72,7 +72,7 @@ def train_seeds(config: ConfigDict, workdir: Path) -> None:
             return
         summaries.append(json.loads((folder / "summary.json").read_text()))
     scores = {name: [summary[name] for summary in summaries] for name in summaries[0]["validation"]}
-    spreads = {name: {"score": statistics.median(x), "low": min(x), "high": max(x)} for name, x in scores.items()}
+    spreads = {name: cli.spread(values) for name, values in scores.items()}
     write_summary(workdir, summaries[0] | spreads | {"seed": list(config.seeds), "command": cli.command("train")})
 
 

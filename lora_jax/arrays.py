@@ -217,10 +217,10 @@ class LowRank(Adapted):
         return jnp.einsum(f"{names[0]},{names[1]}->{whole}", scaled, self.b.astype(wide), precision="highest")
 
     def materialize(self) -> Array:
-        return _rounded_sum(self.base, self.delta(), self.dtype)
+        return rounded_sum(self.base, self.delta(), self.dtype)
 
     def remove(self) -> Array:
-        return _rounded_sum(self.base, -self.delta(), self.dtype)
+        return rounded_sum(self.base, -self.delta(), self.dtype)
 
     def transposed(self) -> Self:
         stacked = self.scale.ndim
@@ -229,7 +229,8 @@ class LowRank(Adapted):
         return self.replace(a=a, b=b, core=flipped)
 
 
-def _rounded_sum(base: Array, delta: Array, dtype: Any) -> Array:
+def rounded_sum(base: Array, delta: Array, dtype: Any) -> Array:
+    """base + delta, summed in delta's dtype and rounded once."""
     return (base.astype(delta.dtype) + delta).astype(dtype)
 
 

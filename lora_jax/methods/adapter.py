@@ -20,6 +20,10 @@ class Bottleneck:
     activation: str
     norm: bool
 
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={self.activation!r}: choose one of {sorted(ACTIVATIONS)}")
+
     def __call__(self, factors: dict[str, Array], x: Array, seen: Mapping[str, Array]) -> Array:
         h = x
         if self.norm:
@@ -76,8 +80,6 @@ def adapter(
     Delta: 1 paths, 230 numbers
       @mlp_out/adapter: down float32(2, 16, 3), down_bias float32(2, 3), up float32(2, 3, 16), up_bias float32(2, 16)
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r}: choose one of {sorted(ACTIVATIONS)}")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank={rank!r}: a whole number from 1")
     counts, widths = occurrences(sites)

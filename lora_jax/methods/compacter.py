@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lora_jax.methods.adapter import ACTIVATIONS, Bottleneck, occurrences
+from lora_jax.methods.adapter import Bottleneck, occurrences
 from lora_jax.transforms import Delta, ParamTransform, need_factors, per_site, register
 
 RULE = "@shared/compacter"
@@ -49,8 +49,6 @@ def compacter(
     >>> lj.check(lj.compacter({"mlp_out": (2, 16)}, rank=8, n=4), {}).trained
     208
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r}: choose one of {sorted(ACTIVATIONS)}")
     counts, widths = occurrences(sites)
     for name, size in {**widths, "rank": rank}.items():
         if not (isinstance(n, int) and n > 0) or size % n or size < 1:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.arrays import Adapted, Label, Op, adapted_array, sides, static, widened
+from lora_jax.arrays import Adapted, Label, Op, adapted_array, rounded_sum, sides, static, widened
 from lora_jax.products import Dot, LookUp
 from lora_jax.selection import Absent, Selection, look_up
 from lora_jax.transforms import ParamTransform, all_layers, need_factors, per_leaf, register, sizes
@@ -69,10 +69,10 @@ class Kronecker(Adapted):
         return dense.transpose(sorted(range(self.ndim), key=order.__getitem__))
 
     def materialize(self) -> Array:
-        return self._moved(1)
+        return rounded_sum(self.base, self.delta(), self.dtype)
 
     def remove(self) -> Array:
-        return self._moved(-1)
+        return rounded_sum(self.base, -self.delta(), self.dtype)
 
     def transposed(self) -> "Kronecker | None":
         if self.window > 1:
@@ -81,10 +81,6 @@ class Kronecker(Adapted):
         turned = {new: getattr(self, old) for new, old in names.items()}
         turned = {name: None if w is None else w.swapaxes(-1, -2) for name, w in turned.items()}
         return self.replace(core=self.core.translate(str.maketrans("ivko", "oooi")), **turned)
-
-    def _moved(self, sign: int) -> Array:
-        change = self.delta()
-        return (self.base.astype(change.dtype) + sign * change).astype(self.dtype)
 
     def _chains(self) -> tuple[Chain, Chain]:
         """w1 and w2, each from input to output: one matrix, or two."""

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.arrays import Adapted, Label, Tuned, adapted_array, static
+from lora_jax.arrays import Adapted, Label, Tuned, adapted_array, rounded_sum, static, widened
 from lora_jax.selection import Absent, Selection, look_up
 from lora_jax.transforms import ParamTransform, need_factors, per_leaf, register
 
@@ -25,19 +25,18 @@ class Shift(Adapted):
         return ""
 
     def materialize(self) -> Array:
-        return self._moved(1)
+        return rounded_sum(self.base, self._change(), self.dtype)
 
     def remove(self) -> Array:
-        return self._moved(-1)
+        return rounded_sum(self.base, -self._change(), self.dtype)
 
     def ready(self) -> Adapted:
         # A bias meets a sum and no product: lift may as well know the sum.
         return Tuned(value=self.replace(base=lax.stop_gradient(self.base)).materialize(), path=self.path)
 
-    def _moved(self, sign: int) -> Array:
-        wide = jnp.float64 if self.dtype == jnp.float64 else jnp.float32
-        change = sign * self.scale.astype(wide) * self.shift.astype(wide)
-        return (self.base.astype(wide) + change).astype(self.dtype)
+    def _change(self) -> Array:
+        wide = widened(self.dtype)
+        return self.scale.astype(wide) * self.shift.astype(wide)
 
 
 def shift(selection: Selection, *, scale: float | Mapping[str, float] = 1.0) -> ParamTransform:

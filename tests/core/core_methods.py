@@ -9,11 +9,49 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_reference import close, filled, weighted
+from core_models import Stack, stacked
+from core_reference import close, filled, normal, same, weighted
+from jax import lax
 
 import lora_jax as lj
+from lora_jax.models.layouts import to_scanned
 
 SHAPES = [(5, 7, 6, 3), (1, 9, 4, 2), (12, 8, 16, 5)]  # what each layer of a network takes, and what the last gives
+
+# A weight's shape in every layout, by its axes.
+LAYOUTS = {
+    "io": (8, 6),
+    "oi": (6, 8),
+    "vo": (9, 5),
+    "ioo": (8, 3, 4),
+    "oio": (3, 8, 4),
+    "iio": (3, 4, 6),
+    "sio": (3, 8, 6),
+    "kkio": (3, 2, 4, 5),
+    "soi": (3, 5, 8),
+    "iso": (8, 3, 5),
+    "osi": (5, 3, 8),
+    "ssio": (2, 3, 6, 5),
+}
+# Uses of a weight, of inputs (3, 8): (function, shape, axes).
+USES: dict[str, tuple[Callable, tuple[int, ...], str]] = {
+    "product": (lambda p, x: x @ p["w"], (8, 12), "io"),
+    "oi": (lambda p, x: x @ p["w"].T, (12, 8), "oi"),
+    "from heads": (lambda p, x: jnp.einsum("bhd,hdo->bo", x.reshape(3, 2, 4), p["w"]), (2, 4, 5), "iio"),
+    "scan, remat": (
+        lambda p, x: lax.scan(jax.checkpoint(lambda c, w: ((c @ w) ** 2, 0)), x, p["w"])[0],
+        (3, 8, 8),
+        "sio",
+    ),
+    "rows": (lambda p, x: p["w"][jnp.array([[3, 0], [7, 7]])], (8, 5), "vo"),
+    "convolution": (
+        lambda p, x: lax.conv_general_dilated(
+            normal(2, 6, 7, 4), p["w"], (1, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ),
+        (3, 2, 4, 6),
+        "kkio",
+    ),
+}
 
 
 def as_dense(
@@ -51,6 +89,34 @@ def as_dense(
     trained, _ = lj.partition(grads)
     close(trained, lj.partition(want_grads)[0], 2e-5)
     assert any(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(trained))
+
+
+def both(got: Callable, want: Callable, delta: Any) -> Any:
+    """(outputs, gradients) of each of two functions of a delta, in one program."""
+
+    def measured(fn: Callable) -> Any:
+        def loss(delta: Any) -> Any:
+            out = fn(delta)
+            return weighted(out), out
+
+        (_, out), grads = jax.value_and_grad(loss, has_aux=True)(delta)
+        return out, grads
+
+    return jax.jit(lambda delta: (measured(got), measured(want)))(delta)
+
+
+def as_some_layers(one: lj.ParamTransform, some: lj.ParamTransform, params: Any, x: Any) -> None:
+    """A method on layers 0 and 2 of three, `one` of a looped `Stack` and `some` of a scanned one: the same function,
+    and the other layer stays as it is."""
+    stack, scanned = stacked(params, 3), Stack(layers=3, scan=True, remat=True)
+    delta = filled(one.init(jax.random.key(0), params))
+    other = to_scanned(lj.Delta({path.replace("h_2/", "h_1/"): factors for path, factors in delta.items()}))
+    assert jax.tree.map(jnp.shape, some.init(jax.random.key(0), stack)) == jax.tree.map(jnp.shape, other)
+    merged = lj.merge(some.apply(stack, other))
+    close(merged, stacked(lj.merge(one.apply(params, delta)), 3), 1e-6)
+    same(jax.tree.map(lambda leaf: leaf[1], merged["h"]), params["h_1"])
+    got = jax.jit(lambda d: lj.lift(scanned.apply, on_dense="error")({"params": some.apply(stack, d)}, x))(other)
+    close(got, scanned.apply({"params": merged}, x))
 
 
 def network(kind: str, sizes: tuple[int, ...]) -> Any:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from core_gpt2 import ADAPTERS, BOTH, CONFIG, IDS, MASK, continued_without_a_cache
 from core_reference import close, filled, normal, same
 from core_sites import LAYERS, PARAMS, TOKENS, TOWERS, WIDTH, invariants, tower
 from flops import equations
@@ -16,18 +17,6 @@ import lora_jax as lj
 from lora_jax.models import encoder, gpt2
 
 KEY = jax.random.key(0)
-GPT2 = gpt2.GPT2Config(vocab_size=20, n_positions=16, n_embd=8, n_layer=2, n_head=2, eos_token_id=0)
-SITES = gpt2.sites(GPT2)
-BOTH = {name: SITES[name] for name in ("attention_out", "mlp_out")}
-LAST = {"mlp_out": SITES["mlp_out"]}
-KINDS = {
-    "H": {"sites": BOTH, "rank": 3},
-    "L": {"sites": LAST, "rank": 3, "norm": True, "activation": "relu"},
-    "P": {"sites": LAST, "rank": 5, "activation": "relu"},
-    "D": {"sites": BOTH, "rank": 2, "activation": "tanh", "layers": [1]},
-}
-IDS = np.array([[7, 7, 3, 4, 5, 6, 2], [8, 9, 10, 11, 12, 13, 14]], np.int32)
-MASK = np.array([[0, 0, 1, 1, 1, 1, 1], [1] * 7], bool)
 
 
 def tower_sites(*names):
@@ -66,20 +55,20 @@ def apart(params: Any) -> Any:
 
 @functools.cache
 def gpt2_params() -> Any:
-    return apart(jax.jit(gpt2.GPT2(GPT2).init)(KEY, IDS)["params"])
+    return apart(jax.jit(gpt2.GPT2(CONFIG).init)(KEY, IDS)["params"])
 
 
 def fresh(kind: str, **changes: Any) -> lj.ParamTransform:
-    return lj.adapter(**(KINDS[kind] | changes))
+    return lj.adapter(**(ADAPTERS[kind] | changes))
 
 
-STARTS = {kind: fresh(kind) for kind in KINDS} | {"compacter": lj.compacter(BOTH, rank=4, n=2)}
+STARTS = {kind: fresh(kind) for kind in ADAPTERS} | {"compacter": lj.compacter(BOTH, rank=4, n=2)}
 
 
 @pytest.mark.parametrize("name", some(STARTS, slow=["P", "D"]))
 def test_a_model_begins_as_the_base_bit_for_bit(name):
     """And strength 0 is the base with any factors, 1 the adapter."""
-    method, model, params = STARTS[name], gpt2.GPT2(GPT2), gpt2_params()
+    method, model, params = STARTS[name], gpt2.GPT2(CONFIG), gpt2_params()
     delta = method.init(KEY, params)
 
     @jax.jit
@@ -109,7 +98,7 @@ def test_a_model_begins_as_the_base_out_of_jit_too(family):
     """The loop, since a scan is compiled. (Compiled, the last bits of an encoder may be others: its LayerNorms follow
     the sums at once, and the compiler joins them.)"""
     config: Any = encoder.EncoderConfig(vocab_size=20, max_positions=9, hidden=8, layers=2, heads=2)
-    model, module = (gpt2.GPT2(GPT2), gpt2) if family == "gpt2" else (encoder.Encoder(config), encoder)
+    model, module = (gpt2.GPT2(CONFIG), gpt2) if family == "gpt2" else (encoder.Encoder(config), encoder)
     sites = {name: module.sites(model.config)[name] for name in BOTH}
     params = apart(jax.jit(model.init)(KEY, IDS[:1, :3])["params"])
     method = lj.chain(lj.adapter(sites, rank=3, norm=True), lj.compacter(sites, rank=4, n=2))
@@ -120,9 +109,9 @@ def test_a_model_begins_as_the_base_out_of_jit_too(family):
 def test_layouts_of_a_model_have_one_delta():
     method, params = fresh("D", layers=[0]), gpt2_params()
     delta = filled(method.init(KEY, params), size=0.5)
-    scanned = dataclasses.replace(GPT2, scan_layers=True, remat=True)
+    scanned = dataclasses.replace(CONFIG, scan_layers=True, remat=True)
     run = lambda config, p: jax.jit(lj.lift(gpt2.GPT2(config).apply))({"params": method.apply(p, delta)}, IDS)  # noqa: E731
-    close(run(scanned, gpt2.to_scanned(params)), run(GPT2, params))
+    close(run(scanned, gpt2.to_scanned(params)), run(CONFIG, params))
 
 
 def test_bfloat16_compute_with_float32_factors():
@@ -167,7 +156,7 @@ def test_factors_of_another_dtype():
     method = fresh("P", dtype=jnp.bfloat16)
     delta = method.init(KEY, {})
     assert {x.dtype.name for x in jax.tree.leaves(delta)} == {"bfloat16"} and method.spec["dtype"] == "bfloat16"
-    out = jax.jit(lj.lift(gpt2.GPT2(GPT2).apply))({"params": method.apply(gpt2_params(), delta)}, IDS)
+    out = jax.jit(lj.lift(gpt2.GPT2(CONFIG).apply))({"params": method.apply(gpt2_params(), delta)}, IDS)
     assert out.dtype == jnp.float32
 
 
@@ -197,22 +186,14 @@ def test_counted_by_the_papers_formula(size):
 def test_generation_with_a_cache_equals_the_loop_without():
     from lora_jax.generation import generate
 
-    config = dataclasses.replace(GPT2, n_positions=24)
+    config = dataclasses.replace(CONFIG, n_positions=24)
     model = gpt2.GPT2(config)
     params = jax.jit(model.init)(KEY, IDS)["params"]
     params = jax.tree.map(lambda x: 10 * x if x.ndim > 1 else x, params)
     method = fresh("H")
     adapted = method.apply(params, filled(method.init(KEY, params), size=1.0))
     new = np.asarray(generate(model, adapted, IDS, MASK, max_new_tokens=6, eos=0))
-    forward = jax.jit(lj.lift(model.apply))
-    for row, (ids, real) in enumerate(zip(IDS, MASK, strict=True)):
-        text = list(ids[real])
-        prompt = len(text)
-        while len(text) < prompt + 6 and 0 not in text[prompt:]:
-            padded = np.zeros((1, 16), np.int32)  # one shape for all; padding on the right does not reach back
-            padded[0, : len(text)] = text
-            text.append(int(forward({"params": adapted}, padded)[0, len(text) - 1].argmax()))
-        assert new[row, : len(text) - prompt].tolist() == text[prompt:]
+    continued_without_a_cache(model, adapted, IDS, MASK, new)
 
 
 @pytest.mark.parametrize("layers", [pytest.param(None, marks=pytest.mark.slow), [3, 1]])
@@ -328,4 +309,4 @@ def test_what_cannot_be_is_said():
         lj.chain(method, fresh("D")).init(KEY, params)
     wide = lj.adapter({"mlp_out": (2, 9)}, rank=2)
     with pytest.raises(TypeError, match="dot_general"):
-        lj.lift(gpt2.GPT2(GPT2).apply)({"params": wide.apply(params, wide.init(KEY, params))}, IDS)
+        lj.lift(gpt2.GPT2(CONFIG).apply)({"params": wide.apply(params, wide.init(KEY, params))}, IDS)

@@ -7,24 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from core_gpt2 import ADAPTERS, IDS, MASK
 from core_reference import close, filled
 
 import lora_jax as lj
-from lora_jax.models import gpt2
 
 KEY = jax.random.key(0)
-GPT2 = gpt2.GPT2Config(vocab_size=20, n_positions=16, n_embd=8, n_layer=2, n_head=2, eos_token_id=0)
-SITES = gpt2.sites(GPT2)
-BOTH = {name: SITES[name] for name in ("attention_out", "mlp_out")}
-LAST = {"mlp_out": SITES["mlp_out"]}
-KINDS = {
-    "H": {"sites": BOTH, "rank": 3},
-    "L": {"sites": LAST, "rank": 3, "norm": True, "activation": "relu"},
-    "P": {"sites": LAST, "rank": 5, "activation": "relu"},
-    "D": {"sites": BOTH, "rank": 2, "activation": "tanh", "layers": [1]},
-}
-IDS = np.array([[7, 7, 3, 4, 5, 6, 2], [8, 9, 10, 11, 12, 13, 14]], np.int32)
-MASK = np.array([[0, 0, 1, 1, 1, 1, 1], [1] * 7], bool)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +96,7 @@ def test_as_modules_of_torch_in_transformers(pairs, family, kind):
     """Output within 1e-5 of the largest entry, the gradient of every factor within 1e-4 of its largest."""
     torch = pytest.importorskip("torch")
     theirs, places, model, params = pairs(family)
-    causal, options = family == "gpt2", KINDS[kind]
+    causal, options = family == "gpt2", ADAPTERS[kind]
     method = lj.adapter(**options)
     if not causal:
         method = lj.chain(method, lj.tune(lj.select("classifier/**")))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from core_methods import LAYOUTS, USES, both
 from core_models import Stack, Tied, stacked, started
 from core_reference import axes_at, close, dense_delta, filled, leaves, normal, replaced, same, weighted
 from flops import equations
@@ -59,72 +60,39 @@ def trained(delta, seed=1, size=0.3):
     )
 
 
-SHAPES = {
-    "io": (8, 6),
-    "oi": (6, 8),
-    "vo": (9, 5),
-    "ioo": (8, 3, 4),
-    "oio": (3, 8, 4),
-    "iio": (3, 4, 6),
-    "sio": (3, 8, 6),
-    "kkio": (3, 2, 4, 5),
-    "soi": (3, 5, 8),
-    "iso": (8, 3, 5),
-    "osi": (5, 3, 8),
-    "ssio": (2, 3, 6, 5),
-}
-
-
 def test_every_layout_begins_as_the_base_bit_for_bit_and_merges_as_the_dense_formula():
-    params = {axes: normal(*shape) for axes, shape in SHAPES.items()}
-    axes = {name: name for name in SHAPES}
+    params = {axes: normal(*shape) for axes, shape in LAYOUTS.items()}
+    axes = {name: name for name in LAYOUTS}
     method = lj.dora(lj.select("*", axes=axes), rank=2, alpha=3)
     delta = jax.jit(method.init)(KEY, params)
     for name, factors in delta.items():
         same(factors["m"], factors["fixed_norm"])
         close(factors["m"], norms(params[name], name), 1e-6)
 
-    def both(delta):
+    def merged_and_dense(delta):
         return lj.merge(method.apply(params, delta)), densely(params, delta, axes, scale=1.5)
 
-    same(jax.jit(both)(delta)[0], params)
-    merged, want = jax.jit(both)(trained(delta))
-    for name in SHAPES:
+    same(jax.jit(merged_and_dense)(delta)[0], params)
+    merged, want = jax.jit(merged_and_dense)(trained(delta))
+    for name in LAYOUTS:
         close(merged[name], want[name], 2e-6)
 
 
 @pytest.mark.parametrize("axes", ["io", "vo"])
 def test_the_beginning_is_the_base_bit_for_bit_op_by_op(axes):
-    params = {"w": normal(*SHAPES[axes])}
+    params = {"w": normal(*LAYOUTS[axes])}
     method = lj.dora(lj.select("w", axes=axes), rank=2, alpha=3)
     same(lj.merge(method.apply(params, method.init(KEY, params))), params)
 
 
-CASES = {
-    # name: (function, params, axes)
-    "product": (lambda p, x: x @ p["w"], (8, 12), "io"),
-    "oi": (lambda p, x: x @ p["w"].T, (12, 8), "oi"),
+CASES = USES | {
     "heads": (lambda p, x: jnp.einsum("bi,ihd->bhd", x, p["w"]), (8, 3, 4), "ioo"),
-    "from heads": (lambda p, x: jnp.einsum("bhd,hdo->bo", x.reshape(3, 2, 4), p["w"]), (2, 4, 5), "iio"),
     "reshaped to heads": (lambda p, x: jnp.einsum("bi,ihd->bhd", x, p["w"].reshape(8, 3, 4)), (8, 12), "io"),
     "slice of outputs": (lambda p, x: x @ p["w"][:, 2:7], (8, 12), "io"),
     "slice of inputs": (lambda p, x: x[:, :5] @ p["w"][3:], (8, 12), "io"),  # the norm is that of the whole
     "split": (lambda p, x: [x @ part for part in jnp.split(p["w"], 3, axis=1)], (8, 12), "io"),
-    "scan, remat": (
-        lambda p, x: lax.scan(jax.checkpoint(lambda c, w: ((c @ w) ** 2, 0)), x, p["w"])[0],
-        (3, 8, 8),
-        "sio",
-    ),
     "experts": (lambda p, x: jnp.einsum("sio,bsi->bso", p["w"], normal(2, 3, 8)), (3, 8, 5), "sio"),
     "a layer by a traced index": (lambda p, x: x @ p["w"][jnp.argmax(x[0]) % 3], (3, 8, 5), "sio"),
-    "rows": (lambda p, x: p["w"][jnp.array([[3, 0], [7, 7]])], (8, 5), "vo"),
-    "convolution": (
-        lambda p, x: lax.conv_general_dilated(
-            normal(2, 6, 7, 4), p["w"], (1, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        ),
-        (3, 2, 4, 6),
-        "kkio",
-    ),
     "grouped convolution": (
         lambda p, x: lax.conv_general_dilated(
             normal(2, 6, 8), p["w"], (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"), feature_group_count=2
@@ -144,18 +112,13 @@ def test_products_and_gradients_are_those_of_the_dense_formula(name):
     delta = trained(method.init(KEY, params))
     lifted = lj.lift(fn, on_dense="error")
 
-    def both(delta):
-        def got(delta):
-            out = lifted(method.apply(params, delta), X)
-            return weighted(out), out
+    def got(delta):
+        return lifted(method.apply(params, delta), X)
 
-        def want(delta):
-            out = fn(densely(params, delta, {"w": axes}, scale=1.5), X)
-            return weighted(out), out
+    def want(delta):
+        return fn(densely(params, delta, {"w": axes}, scale=1.5), X)
 
-        return [jax.value_and_grad(f, has_aux=True)(delta) for f in (got, want)]
-
-    ((_, out), grads), ((_, dense), dense_grads) = jax.jit(both)(delta)
+    (out, grads), (dense, dense_grads) = both(got, want, delta)
     close(out, dense)
     close(grads, dense_grads, 3e-5)
     assert not np.any(grads["w"]["fixed_norm"]) and all(np.any(grads["w"][name]) for name in ("a", "b", "m"))

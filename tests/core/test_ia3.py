@@ -6,15 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_methods import SHAPES, as_dense, as_peft, network, randomized, tree
-from core_models import Stack, Tied, stacked, started
+from core_methods import SHAPES, as_dense, as_peft, as_some_layers, network, randomized, tree
+from core_models import Stack, Tied, started
 from core_reference import close, filled, normal, replaced, same
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from test_lift_structure import CASES, X
 
 import lora_jax as lj
-from lora_jax.models.layouts import to_scanned
 
 KEY = jax.random.key(0)
 
@@ -157,19 +156,10 @@ def test_layouts(name, feedforward):
 
 def test_some_layers_of_a_scanned_model():
     """The others stay as they are, and the loop gives the same."""
-    loop, scanned = Stack(layers=3), Stack(layers=3, scan=True, remat=True)
-    params = jax.tree.map(lambda leaf: leaf + 0.1, started(loop, X))  # biases too
-    stack = stacked(params, 3)
+    params = jax.tree.map(lambda leaf: leaf + 0.1, started(Stack(layers=3), X))  # biases too
     one = lj.ia3(lj.select("**/kernel", layers=(0, 2)), feedforward="**/down/*")
     some = lj.ia3(lj.select("**/kernel", layers=(0, 2), axes={"h/**": "sio"}), feedforward="**/down/*")
-    delta = filled(one.init(KEY, params))
-    other = to_scanned(lj.Delta({path.replace("h_2/", "h_1/"): factors for path, factors in delta.items()}))
-    assert jax.tree.map(jnp.shape, some.init(KEY, stack)) == jax.tree.map(jnp.shape, other)
-    merged = lj.merge(some.apply(stack, other))
-    close(merged, stacked(lj.merge(one.apply(params, delta)), 3), 1e-6)
-    same(jax.tree.map(lambda leaf: leaf[1], merged["h"]), params["h_1"])
-    got = jax.jit(lambda d: lj.lift(scanned.apply, on_dense="error")({"params": some.apply(stack, d)}, X))(other)
-    close(got, scanned.apply({"params": merged}, X))
+    as_some_layers(one, some, params, X)
 
 
 @pytest.mark.parametrize("side", [(), "wte/*"])

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_methods import SHAPES, as_dense, as_peft, network, randomized, tree
-from core_models import Stack, Tied, stacked, started
+from core_methods import SHAPES, as_dense, as_peft, as_some_layers, network, randomized, tree
+from core_models import Stack, Tied, started
 from core_reference import close, filled, normal, replaced, same
 from flops import equations
 from jax import lax
@@ -17,7 +17,6 @@ from test_lift_structure import CASES, X
 
 import lora_jax as lj
 from lora_jax.methods.lokr import factorization
-from lora_jax.models.layouts import to_scanned
 
 KEY = jax.random.key(0)
 
@@ -253,19 +252,10 @@ def test_nothing_dense_is_formed():
 
 def test_some_layers_of_a_scanned_model():
     """The others stay as they are, and the loop gives the same."""
-    loop, scanned = Stack(layers=3), Stack(layers=3, scan=True, remat=True)
-    params = started(loop, X)
-    stack = stacked(params, 3)
+    params = started(Stack(layers=3), X)
     one = lj.lokr(lj.select("**/kernel", layers=(0, 2)), rank=1, alpha=2)
     some = lj.lokr(lj.select("**/kernel", layers=(0, 2), axes={"h/**": "sio"}), rank=1, alpha=2)
-    delta = filled(one.init(KEY, params))
-    other = to_scanned(lj.Delta({path.replace("h_2/", "h_1/"): factors for path, factors in delta.items()}))
-    assert jax.tree.map(jnp.shape, some.init(KEY, stack)) == jax.tree.map(jnp.shape, other)
-    merged = lj.merge(some.apply(stack, other))
-    close(merged, stacked(lj.merge(one.apply(params, delta)), 3), 1e-6)
-    same(jax.tree.map(lambda leaf: leaf[1], merged["h"]), params["h_1"])
-    got = jax.jit(lambda d: lj.lift(scanned.apply, on_dense="error")({"params": some.apply(stack, d)}, X))(other)
-    close(got, scanned.apply({"params": merged}, X))
+    as_some_layers(one, some, params, X)
 
 
 def test_tied_embedding():

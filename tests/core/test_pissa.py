@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from core_methods import LAYOUTS, USES, both
 from core_models import Stack, Tied, stacked, started
-from core_reference import axes_at, close, dense_delta, filled, leaves, normal, replaced, same, weighted
+from core_reference import axes_at, close, dense_delta, filled, leaves, normal, replaced, same
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -17,19 +18,6 @@ from lora_jax.selection import CLASS
 
 KEY = jax.random.key(0)
 X = normal(3, 8, seed=5)
-SHAPES = {
-    "io": (8, 6),
-    "oi": (6, 8),
-    "vo": (9, 5),
-    "ioo": (8, 3, 4),
-    "oio": (3, 8, 4),
-    "iio": (3, 4, 6),
-    "sio": (3, 8, 6),
-    "kkio": (3, 2, 4, 5),
-    "soi": (3, 5, 8),
-    "iso": (8, 3, 5),
-    "ssio": (2, 3, 6, 5),
-}
 
 
 def densely(params, delta, axes=None, *, scale):
@@ -58,8 +46,8 @@ def matrices(w, axes):
 
 
 def test_every_layout_begins_with_the_largest_singular_triples_and_as_the_base_bit_for_bit():
-    params = {axes: normal(*shape) for axes, shape in SHAPES.items()}
-    axes = {name: name for name in SHAPES}
+    params = {axes: normal(*shape) for axes, shape in LAYOUTS.items()}
+    axes = {name: name for name in LAYOUTS}
     method = lj.pissa(lj.select("*", axes=axes), rank=2, alpha=3)
     delta = jax.jit(method.init)(KEY, params)
     for name, f in delta.items():
@@ -75,12 +63,12 @@ def test_every_layout_begins_with_the_largest_singular_triples_and_as_the_base_b
         np.testing.assert_allclose(np.linalg.norm(b, axis=2), root, rtol=1e-5)
         assert np.all(np.max(a, 1) == np.max(np.abs(a), 1))  # the sign of every triple
 
-    def both(delta):
+    def merged_and_dense(delta):
         return lj.merge(method.apply(params, delta)), densely(params, delta, axes, scale=1.5)
 
-    same(jax.jit(both)(delta)[0], params)
-    merged, want = jax.jit(both)(trained(delta))
-    for name in SHAPES:
+    same(jax.jit(merged_and_dense)(delta)[0], params)
+    merged, want = jax.jit(merged_and_dense)(trained(delta))
+    for name in LAYOUTS:
         close(merged[name], want[name], 2e-6)
 
 
@@ -91,25 +79,8 @@ def test_the_sign_does_not_depend_on_what_the_decomposition_chose():
     close(turned, one | {"b": -one["b"], "fixed_b": -one["fixed_b"]})
 
 
-CASES = {
-    # name: (function, params, axes)
-    "product": (lambda p, x: x @ p["w"], (8, 12), "io"),
-    "oi": (lambda p, x: x @ p["w"].T, (12, 8), "oi"),
-    "from heads": (lambda p, x: jnp.einsum("bhd,hdo->bo", x.reshape(3, 2, 4), p["w"]), (2, 4, 5), "iio"),
+CASES = USES | {
     "slice of both": (lambda p, x: x[:, :5] @ p["w"][3:, 2:7], (8, 12), "io"),
-    "scan, remat": (
-        lambda p, x: lax.scan(jax.checkpoint(lambda c, w: ((c @ w) ** 2, 0)), x, p["w"])[0],
-        (3, 8, 8),
-        "sio",
-    ),
-    "rows": (lambda p, x: p["w"][jnp.array([[3, 0], [7, 7]])], (8, 5), "vo"),
-    "convolution": (
-        lambda p, x: lax.conv_general_dilated(
-            normal(2, 6, 7, 4), p["w"], (1, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        ),
-        (3, 2, 4, 6),
-        "kkio",
-    ),
 }
 
 
@@ -122,19 +93,14 @@ def test_products_and_gradients_are_those_of_the_dense_formula(name):
     delta = trained(first)
     lifted = lj.lift(fn, on_dense="error")
 
-    def both(delta):
-        def got(delta):
-            out = lifted(method.apply(params, delta), X)
-            return weighted(out), out
+    def got(delta):
+        return lifted(method.apply(params, delta), X)
 
-        def want(delta):
-            fixed = {name: lax.stop_gradient(delta["w"][name]) for name in ("fixed_a", "fixed_b")}
-            out = fn(densely(params, {"w": delta["w"] | fixed}, {"w": axes}, scale=1.5), X)
-            return weighted(out), out
+    def want(delta):
+        fixed = {name: lax.stop_gradient(delta["w"][name]) for name in ("fixed_a", "fixed_b")}
+        return fn(densely(params, {"w": delta["w"] | fixed}, {"w": axes}, scale=1.5), X)
 
-        return [jax.value_and_grad(f, has_aux=True)(delta) for f in (got, want)]
-
-    ((_, out), grads), ((_, dense), dense_grads) = jax.jit(both)(delta)
+    (out, grads), (dense, dense_grads) = both(got, want, delta)
     close(out, dense)
     close(grads, dense_grads, 3e-5)
     same(jax.jit(lifted)(method.apply(params, first), X), jax.jit(fn)(params, X))

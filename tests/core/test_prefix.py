@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from core_gpt2 import CONFIG, EMBED, LAYER, LORA, PREFIXES, D, V, continued_without_a_cache
+from core_gpt2 import PREFIXED as IDS
+from core_gpt2 import PREFIXED_MASK as MASK
 from core_reference import close, filled, normal, same
 from core_sites import LAYERS, PARAMS, TOWERS, VOCABULARY, WIDTH, invariants
 
@@ -18,16 +21,6 @@ from lora_jax.methods.prefix import inserted
 from lora_jax.models import gpt2
 
 KEY = jax.random.key(0)
-V, D = 20, 8
-SIZES = {"vocab_size": V, "n_positions": 16, "n_embd": D, "n_layer": 2, "n_head": 2}
-CONFIG = gpt2.GPT2Config(**SIZES, eos_token_id=0)
-EMBED = lj.prefix_embedding(lj.select("wte/embedding"), prefix=2, infix=1)
-LAYER = lj.prefix_layer({"block_out": gpt2.sites(CONFIG)["block_out"]}, vocabulary=V, prefix=2, infix=1)
-LORA = lj.lora(lj.select("**/attn/{query,value}/kernel", axes=gpt2.AXES), rank=2)
-METHODS = {"PE": EMBED, "PL": LAYER, "LoRA + PE": lj.chain(LORA, EMBED), "LoRA + PL": lj.chain(LORA, LAYER)}
-# two texts of prefix, context, infix and completion, padded on the left
-IDS = np.array([[7, 7, V, V + 1, 3, 4, V + 2, 5, 6], [V, V + 1, 8, 9, 2, 11, 12, V + 2, 14]], np.int32)
-MASK = np.array([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9], bool)
 
 BLOCKS = {"block_out": (LAYERS, WIDTH)}
 ON_THE_TOWER = {
@@ -58,7 +51,7 @@ def params_of(tie: bool = True, scan: bool = False) -> Any:
 )
 def test_a_text_without_placeholders_meets_the_base(name):
     """Bit for bit, whatever the trained rows; in `LoRA + ..` at its start."""
-    method, params = METHODS[name], params_of()
+    method, params = PREFIXES[name], params_of()
     fresh = method.init(KEY, params)
     delta = filled(fresh, size=1.0)
     if "LoRA" in name:
@@ -73,17 +66,17 @@ def test_a_text_without_placeholders_meets_the_base(name):
 def test_chains_are_lora_and_a_prefix():
     params, run = params_of(), jax.jit(lj.lift(gpt2.GPT2(CONFIG).apply, on_dense="error"))
     for name, alone in (("LoRA + PE", EMBED), ("LoRA + PL", LAYER)):
-        delta = filled(METHODS[name].init(KEY, params), size=0.5)
+        delta = filled(PREFIXES[name].init(KEY, params), size=0.5)
         low = lj.Delta({path: delta[path] for path in delta if "attn" in path})
         own = lj.Delta({path: delta[path] for path in delta if path not in low})
         merged = lj.merge(LORA.apply(params, low))
-        got = run({"params": METHODS[name].apply(params, delta)}, IDS, MASK)
+        got = run({"params": PREFIXES[name].apply(params, delta)}, IDS, MASK)
         close(got, run({"params": alone.apply(merged, own)}, IDS, MASK), 2e-5)
 
 
 @pytest.mark.parametrize("name", ["PE", pytest.param("PL", marks=pytest.mark.slow)])
 def test_scanned_and_rematerialized_as_the_loop(name):
-    method = METHODS[name]
+    method = PREFIXES[name]
     delta = filled(method.init(KEY, params_of()), size=0.5)
     scanned = gpt2.GPT2(dataclasses.replace(CONFIG, scan_layers=True, remat=True))
     run = lambda model, params: jax.jit(lj.lift(model.apply))({"params": method.apply(params, delta)}, IDS, MASK)  # noqa: E731
@@ -95,18 +88,10 @@ def test_generation_with_a_cache_equals_the_loop_without(name):
     """Padded on the left; the steps meet no placeholder; a beam of one finds the same text."""
     from lora_jax.generation import generate
 
-    method, model, params = METHODS[name], gpt2.GPT2(CONFIG), params_of()
+    method, model, params = PREFIXES[name], gpt2.GPT2(CONFIG), params_of()
     adapted = method.apply(params, filled(method.init(KEY, params), size=0.7))
     new = np.asarray(generate(model, adapted, IDS, MASK, max_new_tokens=5, eos=0))
-    forward = jax.jit(lj.lift(model.apply))
-    for row, (ids, real) in enumerate(zip(IDS, MASK, strict=True)):
-        text = list(ids[real])
-        prompt = len(text)
-        while len(text) < prompt + 5 and 0 not in text[prompt:]:
-            padded = np.zeros((1, 16), np.int32)  # one shape for all; padding on the right does not reach back
-            padded[0, : len(text)] = text
-            text.append(int(forward({"params": adapted}, padded)[0, len(text) - 1].argmax()))
-        assert new[row, : len(text) - prompt].tolist() == text[prompt:]
+    continued_without_a_cache(model, adapted, IDS, MASK, new)
     assert new.max() < V
 
 
@@ -165,7 +150,7 @@ def test_gradients_reach_the_trained_rows_alone(tie):
 @pytest.mark.parametrize("name", ["PE", "PL"])
 def test_strength(name):
     """0: every placeholder as the vocabulary's last token; 1: the trained vectors; in between a mean."""
-    method, params = METHODS[name], params_of()
+    method, params = PREFIXES[name], params_of()
     delta = filled(method.init(KEY, params), size=0.7)
     model = gpt2.GPT2(CONFIG)
     run = jax.jit(lambda d, s: lj.lift(model.apply)({"params": method.apply(params, d, strength=s)}, IDS, MASK))
@@ -236,7 +221,7 @@ def test_look_ups_of_many_kinds():
 @pytest.mark.parametrize("name", ["PE", "PL"])
 def test_ids_beyond_the_prefix_are_not_numbers(name):
     """As ids beyond the vocabulary are in the base: data with a longer prefix than the method's are noticed."""
-    method, params = METHODS[name], params_of()
+    method, params = PREFIXES[name], params_of()
     run = jax.jit(lj.lift(gpt2.GPT2(CONFIG).apply))
     adapted = {"params": method.apply(params, method.init(KEY, params))}
     wrong = IDS.copy()

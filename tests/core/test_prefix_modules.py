@@ -7,22 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from core_gpt2 import EMBED, LAYER, SIZES, D, V
+from core_gpt2 import PREFIXED as IDS
+from core_gpt2 import PREFIXED_MASK as MASK
 from core_reference import close, filled
 
 import lora_jax as lj
-from lora_jax.models import gpt2
 
 KEY = jax.random.key(0)
-V, D = 20, 8
-SIZES = {"vocab_size": V, "n_positions": 16, "n_embd": D, "n_layer": 2, "n_head": 2}
-CONFIG = gpt2.GPT2Config(**SIZES, eos_token_id=0)
-EMBED = lj.prefix_embedding(lj.select("wte/embedding"), prefix=2, infix=1)
-LAYER = lj.prefix_layer({"block_out": gpt2.sites(CONFIG)["block_out"]}, vocabulary=V, prefix=2, infix=1)
-LORA = lj.lora(lj.select("**/attn/{query,value}/kernel", axes=gpt2.AXES), rank=2)
-METHODS = {"PE": EMBED, "PL": LAYER, "LoRA + PE": lj.chain(LORA, EMBED), "LoRA + PL": lj.chain(LORA, LAYER)}
-# two texts of prefix, context, infix and completion, padded on the left
-IDS = np.array([[7, 7, V, V + 1, 3, 4, V + 2, 5, 6], [V, V + 1, 8, 9, 2, 11, 12, V + 2, 14]], np.int32)
-MASK = np.array([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9], bool)
 
 
 @pytest.fixture(scope="module")

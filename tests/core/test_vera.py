@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from core_methods import SHAPES, as_dense, as_peft, network, randomized, tree
-from core_models import Stack, Tied, stacked, started
+from core_methods import SHAPES, as_dense, as_peft, as_some_layers, network, randomized, tree
+from core_models import Stack, Tied, started
 from core_reference import close, dense_delta, filled, normal, replaced, same
 from jax import lax
 from jax.sharding import PartitionSpec as P
@@ -100,19 +100,10 @@ def test_layouts(name):
 
 def test_some_layers_of_a_scanned_model():
     """The others stay as they are, and the loop gives the same."""
-    loop, scanned = Stack(layers=3), Stack(layers=3, scan=True, remat=True)
-    params = started(loop, X)
-    stack = stacked(params, 3)
+    params = started(Stack(layers=3), X)
     one = lj.vera(lj.select("**/kernel", layers=(0, 2)), rank=5)
     some = lj.vera(lj.select("**/kernel", layers=(0, 2), axes={"h/**": "sio"}), rank=5)
-    delta = filled(one.init(KEY, params))
-    other = to_scanned(lj.Delta({path.replace("h_2/", "h_1/"): factors for path, factors in delta.items()}))
-    assert jax.tree.map(jnp.shape, some.init(KEY, stack)) == jax.tree.map(jnp.shape, other)
-    merged = lj.merge(some.apply(stack, other))
-    close(merged, stacked(lj.merge(one.apply(params, delta)), 3), 1e-6)
-    same(jax.tree.map(lambda leaf: leaf[1], merged["h"]), params["h_1"])
-    got = jax.jit(lambda d: lj.lift(scanned.apply, on_dense="error")({"params": some.apply(stack, d)}, X))(other)
-    close(got, scanned.apply({"params": merged}, X))
+    as_some_layers(one, some, params, X)
 
 
 def test_an_adapted_stack_is_sliced_like_any_other():
