@@ -25,7 +25,7 @@ from absl import flags
 from tqdm import tqdm
 
 import lora_jax as lj
-from experiments import cli
+from experiments import cli, results
 from lora_jax import checkpoints
 from lora_jax.models import gpt2
 
@@ -36,7 +36,7 @@ flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Computes in it."
 flags.declare_key_flag("out")
 
 # The bottlenecks of the adapters of Table 1 (the paper prints their parameters alone), and their kinds.
-RANKS = {"0.5": {"AdapterL": 9, "AdapterH": 5}, "11": {"AdapterL": 224, "AdapterH": 112}}
+RANKS = {"0.5": {"adapter_l": 9, "adapter_h": 5}, "11": {"adapter_l": 224, "adapter_h": 112}}
 PREFIX = 14
 
 Forward = Callable[[], jax.Array]
@@ -48,10 +48,7 @@ def main() -> None:
     content = json.dumps({"rows": rows}, indent=2) + "\n"
     if values.out:
         checkpoints.write_atomically(Path(values.out), content.encode())
-    for each in rows:
-        print(each["label"])
-        for name, ratio in each["ratios"].items():
-            print(f"  {name:18}{ratio['score']:.3f}  [{ratio['low']:.3f}, {ratio['high']:.3f}]")
+    print(results.table(rows))
 
 
 def row(setting: str) -> dict[str, Any]:
@@ -67,17 +64,19 @@ def row(setting: str) -> dict[str, Any]:
             jax.block_until_ready(forward())
             if number:
                 seconds[name].append(time.perf_counter() - begin)
-    ratios = {}
-    for name, own in seconds.items():
-        relative = [mine / base for mine, base in zip(own, seconds["base"], strict=True)]
-        ratios[name] = cli.spread(relative)
+    base = seconds.pop("base")
+    ratios = {
+        f"latency_{name}": cli.spread([mine / its for mine, its in zip(own, base, strict=True)])
+        for name, own in seconds.items()
+    }
     return {
         "label": f"GPT-2 {values.size}, batch {batch}, length {length}, adapters of {millions} M",
         "command": cli.command("latency"),
+        "seed": 0,
         "rounds": values.rounds,
         "dtype": values.dtype,
-        "base_seconds": statistics.median(seconds["base"]),
-        "ratios": ratios,
+        "base_seconds": statistics.median(base),
+        **ratios,
         "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
         "jax": jax.__version__,
     }
@@ -92,13 +91,13 @@ def forwards(config: gpt2.GPT2Config, batch: int, length: int, millions: str) ->
     behind = {name: sites[name] for name in ("attention_out", "mlp_out")}
     lora = lj.lora(lj.select("**/attn/{query,value}/kernel", axes=gpt2.AXES), rank=4)
     methods = {
-        "LoRA": lora,
-        "AdapterL": lj.adapter({"mlp_out": sites["mlp_out"]}, rank=ranks["AdapterL"], norm=True, activation="relu"),
-        "AdapterH": lj.adapter(behind, rank=ranks["AdapterH"]),
+        "lora": lora,
+        "adapter_l": lj.adapter({"mlp_out": sites["mlp_out"]}, rank=ranks["adapter_l"], norm=True, activation="relu"),
+        "adapter_h": lj.adapter(behind, rank=ranks["adapter_h"]),
         "prefix": lj.prefix_layer({"block_out": sites["block_out"]}, vocabulary=config.vocab_size, prefix=PREFIX),
     }
     adapted = {name: method.apply(params, filled(method, params)) for name, method in methods.items()}
-    kinds = {"base": params, "LoRA merged": lj.merge(adapted["LoRA"]), "LoRA unmerged": adapted.pop("LoRA"), **adapted}
+    kinds = {"base": params, "lora_merged": lj.merge(adapted["lora"]), **adapted}
     text = np.random.default_rng(0).integers(0, config.vocab_size, (batch, length), dtype=np.int32)
     placed = np.broadcast_to(np.arange(config.vocab_size, config.vocab_size + PREFIX, dtype=np.int32), (batch, PREFIX))
 

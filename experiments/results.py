@@ -29,7 +29,9 @@ flags.DEFINE_string("folder", "docs/results", "Where the figures are.")
 COLUMNS = {
     "table": ("table", "{}"),
     "config": ("config", "`{}`"),
+    "size": ("rank or tokens", "{}"),
     "trained": ("trained parameters", "{:,}"),
+    "rate": ("learning rate", "{:g}"),
     "printed": ("the paper's figure", "{}"),
     "verdict": ("", "{}"),
     "adapter_bytes": ("adapter, bytes", "{:,}"),
@@ -57,6 +59,12 @@ COLUMNS = {
     "factor_difference": ("factors differ by", "{:.1e}"),
     "ratio_total": ("our time over PEFT's", "{:.2f}"),
     "ratio_median": ("median of the steps", "{:.2f}"),
+    "base_seconds": ("base, seconds", "{:.2f}"),
+    "latency_lora_merged": ("LoRA merged", "{:.2f}"),
+    "latency_lora": ("unmerged", "{:.2f}"),
+    "latency_adapter_l": ("AdapterL", "{:.2f}"),
+    "latency_adapter_h": ("AdapterH", "{:.2f}"),
+    "latency_prefix": ("prefix of 14", "{:.2f}"),
 }
 WORDS = {"config", "verdict"}  # stand on the left
 

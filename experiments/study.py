@@ -7,8 +7,8 @@
 
 The paper's Figure 2 in the small: quality against trained parameters. A method's run of 300 steps is begun with three
 learning rates, and after 100 steps that with the lowest validation loss goes on; LoRA, full fine-tuning, BitFit and
-AdapterH have two more seeds at its rate. Batches of 4: of 8,000 training pairs of E2E, with the BLEU of greedy texts
-for the first 200 contexts of the test set, or of MRPC, with the accuracy on the development set, after the last step.
+AdapterH have two more seeds at its rate. E2E: batches of 4 of 8,000 training pairs; BLEU of greedy texts for the first
+200 contexts of the test set. MRPC: batches of 8; accuracy on the development set after the last step.
 A method's size is the one that brings it nearest to LoRA's parameters on query and value (r = 4 for E2E, 8 for MRPC);
 full fine-tuning, FT-Top2, BitFit and IA3 have none to choose, and prefixes at most 96 (E2E) and 32 tokens (MRPC). The
 same command goes on where it was stopped; --out gets each method's row as it is done, and beside it a plot. The two
@@ -47,11 +47,16 @@ flags.mark_flags_as_required(["workdir", "base", "data"])
 
 PAIRS, VALIDATED, CONTEXTS = 8_000, 250, 200
 SEEDS = dict.fromkeys(("lora", "full", "bitfit", "adapter_h"), (0, 1, 2))
-_SLOW = (1e-4, 3e-4, 1e-3)  # for the base's own weights
-_FAST = (1e-3, 5e-3, 2e-2)  # for vectors
-RATES = {"full": _SLOW, "top2": _SLOW, "lora_bitfit": (5e-4, 2e-3, 5e-3)}
-RATES |= dict.fromkeys(("bitfit", "classifier", "vera", "ia3", "prefix_embedding", "prefix_layer"), _FAST)
-OTHERS = (5e-4, 2e-3, 8e-3)
+BATCH = {"e2e": 4, "mrpc": 8}
+# The rates that are tried, for few steps: of low-rank and other matrices that start at zero; of those that do not, or
+# whose B has 16 times the rate; of vectors; of the base's own weights.
+RATES = (2e-3, 8e-3, 2e-2)
+_SLOWER = dict.fromkeys(("pissa", "lora_plus"), (5e-4, 2e-3, 8e-3))
+_FASTER = dict.fromkeys(("bitfit", "classifier", "vera", "ia3", "prefix_embedding", "prefix_layer"), (5e-3, 2e-2, 6e-2))
+OWN_RATES = {
+    "e2e": _SLOWER | _FASTER | dict.fromkeys(("full", "top2"), (3e-4, 1e-3, 3e-3)),
+    "mrpc": _SLOWER | _FASTER | {"full": (1e-4, 3e-4, 1e-3)},
+}
 # The method that is compared, the config's name of it, what else differs, and the option that sets its size.
 METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "lora": ("lora", {}, ""),
@@ -114,7 +119,7 @@ def few(folder: Path) -> None:
 def row(name: str, workdir: Path) -> dict[str, Any]:
     """A method's row of the table."""
     config, size = sized(name, workdir)
-    rates = RATES.get(name, OTHERS)
+    rates = OWN_RATES[flags.FLAGS.task].get(name, RATES)
     runs = {rate: workdir / name / f"rate_{rate:g}" for rate in rates}
     configs = {rate: config.copy_and_resolve_references() for rate in rates}
     for rate, own in configs.items():
@@ -156,7 +161,7 @@ def config_of(name: str, workdir: Path) -> ConfigDict:
     config.update_from_flattened_dict(changes)
     config.base, config.seed = values.base, 0
     config.data.path = str(workdir / "data") if values.task == "e2e" else values.data
-    config.data.batch_size, config.data.buckets = 4, 2
+    config.data.batch_size, config.data.buckets = BATCH[values.task], 2
     config.optimizer.warmup_steps = 20
     config.log_every, config.steps = 20, flags.FLAGS.steps
     if values.task == "mrpc":
@@ -250,20 +255,21 @@ def texts_score(config: ConfigDict, folder: Path, base: bases.Base) -> float:
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Quality against trained parameters, as the paper's Figure 2."""
+    """Quality, and the validation loss, against trained parameters, as the paper's Figure 2."""
     from matplotlib.figure import Figure
 
     quality = "bleu" if flags.FLAGS.task == "e2e" else "accuracy"
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.subplots()
-    for each in rows:
-        score = each[quality]
-        below, above = score["score"] - score["low"], score["high"] - score["score"]
-        axes.errorbar(each["trained"], score["score"], yerr=[[below], [above]], fmt="o", capsize=3)
-        axes.annotate(each["label"], (each["trained"], score["score"]), xytext=(5, 4), textcoords="offset points")
-    axes.set(xscale="log", xlabel="trained parameters (a head apart)", ylabel={"bleu": "BLEU"}.get(quality, quality))
-    axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=120)
+    titles = {"bleu": "BLEU", "accuracy": "accuracy", "validation_loss": "validation loss, nats per label"}
+    figure = Figure(figsize=(15, 6.5), layout="constrained")
+    for axes, measured in zip(figure.subplots(1, 2), (quality, "validation_loss"), strict=True):
+        for each in rows:
+            score = each[measured]
+            below, above = score["score"] - score["low"], score["high"] - score["score"]
+            axes.errorbar(each["trained"], score["score"], yerr=[[below], [above]], fmt="o", capsize=3)
+            axes.annotate(each["label"], (each["trained"], score["score"]), xytext=(5, 4), textcoords="offset points")
+        axes.set(xscale="log", xlabel="trained parameters (a head apart)", ylabel=titles[measured])
+        axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=100)
 
 
 if __name__ == "__main__":
