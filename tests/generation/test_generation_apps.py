@@ -21,7 +21,7 @@ from lora_jax.data import batches, e2e, text
 from lora_jax.data.tasks import named
 from lora_jax.generation import complete
 from lora_jax.interop import hf
-from lora_jax.metrics import bleu
+from lora_jax.metrics import bleu, java
 from lora_jax.models import gpt2
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -172,7 +172,11 @@ def test_a_file_cut_off_anywhere_is_gone_on_with(tmp_path: Path) -> None:
         reload.begun(file, {"step": 2})
 
 
-def test_scores_of_seen_and_unseen(run: Made) -> None:
+def test_scores_of_seen_and_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: str) -> str:
+        raise ImportError
+
+    monkeypatch.setattr(java, "jar", absent)  # METEOR, which takes long to start, is left out
     rows = [
         {"context": "a", "prediction": "A b-c .", "references": ["a b - c ."], "seen": True},
         {"context": "b", "prediction": "x y z w", "references": ["q", "x y z W"], "seen": False},

@@ -123,6 +123,7 @@ def test_a_launch_goes_on_where_it_stopped(seeds: Path, inputs: Path, tmp_path: 
     assert again["matthews"] == first["matthews"] and again["validation_loss"] == first["validation_loss"]
 
 
+@pytest.mark.slow
 def test_a_seed_alone_is_the_same_run(seeds: Path, inputs: Path, tmp_path: Path) -> None:
     done = train(inputs, tmp_path / "one", "cola", "--config.epochs=4", "--config.seeds=()", "--config.seed=5")
     assert done.returncode == 0, done.stderr

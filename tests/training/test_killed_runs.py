@@ -151,7 +151,7 @@ def test_another_config_is_refused(inputs: Path, straight: Path) -> None:
     assert (straight / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("variant", ["frozen", "full"])
+@pytest.mark.parametrize("variant", ["frozen", pytest.param("full", marks=pytest.mark.slow)])
 def test_other_variants(inputs: Path, variant: str) -> None:
     workdir = inputs / variant
     done = run(inputs, workdir, "--config.epochs=1", name=f"small,{variant}")

@@ -48,7 +48,7 @@ KINDS = (
     "ia3",
     "lokr",
 )
-FIRST = ("compacter", "lora_pl", "lora_plus", "dora", "vera")  # the others in `make test-all`
+FIRST = ("lora_pl", "vera")  # the others in `make test-all`
 ALL = [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in METHODS]
 
 

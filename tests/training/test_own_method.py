@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from training_cli import ROOT, environment, make_inputs, run
 
+from configs import e2e
+from experiments import methods
 from lora_jax import checkpoints, training
+from lora_jax.models import gpt2
 
 BLOCK = next(
     block
@@ -57,11 +60,15 @@ def test_the_readmes_method(folder: Path) -> None:
     assert "mine.py:method" in done.stdout
 
 
-def test_what_is_no_method_is_said(folder: Path) -> None:
-    for name, said in [
-        (f"{folder}/nothing.py:method", "nothing.py does not exist"),
-        (f"{folder}/mine.py:other", "has no function 'other'"),
-        ("other", "the config has no options for 'other'"),
+def test_what_is_no_method_is_said(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("one = 1\n")
+    config, model = e2e.get_config("small"), gpt2.GPT2(gpt2.SIZES["small"])
+    for name, error, said in [
+        (f"{tmp_path}/nothing.py:method", FileNotFoundError, "nothing.py does not exist"),
+        (f"{tmp_path}/mine.py:other", ValueError, "has no function 'other'"),
+        (f"{tmp_path}/mine.py:one", ValueError, "has no function 'one'"),
+        ("other", ValueError, "the config has no options for 'other'"),
     ]:
-        failed = run(folder, folder / "no", f"--config.method={name}")
-        assert failed.returncode == 1 and said in failed.stderr, failed.stderr
+        config.method = name
+        with pytest.raises(error, match=said):
+            methods.spec(config, model)
