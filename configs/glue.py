@@ -184,6 +184,8 @@ def _common() -> ConfigDict:
     model.scan_layers = False
     model.remat = False
 
+    config.sweep = methods.sweep()
+
     config.mesh = mesh = ConfigDict()
     mesh.data = mesh.fsdp = mesh.tensor = 1
 

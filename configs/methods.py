@@ -7,7 +7,7 @@ chain (`--config.method=lora+prefix_embedding`), "none" (the base is evaluated),
 
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 QV = ("**/attn/{query,value}/kernel",)
 EVERY = ("**/{attn,mlp}/*/kernel",)
@@ -91,3 +91,9 @@ def options(**lora: Any) -> ConfigDict:
     )
     found.prefix_layer = ConfigDict({"sites": ("block_out",), "prefix": 8, "infix": 0})
     return found
+
+
+def sweep() -> ConfigDict:
+    """Values that train at once, in one program, every combination a run: `--config.sweep.learning_rate=1e-4,2e-4`."""
+    names = ("learning_rate", "weight_decay", "alpha", "rank", "seed")  # alpha and rank: of the method
+    return ConfigDict({name: config_dict.placeholder(tuple) for name in names})

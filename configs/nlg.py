@@ -137,6 +137,8 @@ def _common() -> ConfigDict:
     decode.max_new_tokens = 64
     decode.beam_rule = "lora_paper"
 
+    config.sweep = methods.sweep()
+
     config.mesh = mesh = ConfigDict()
     mesh.data = mesh.fsdp = mesh.tensor = 1
 

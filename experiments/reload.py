@@ -75,8 +75,9 @@ def load(*, classifies: bool = False) -> Loaded:
 def trained(workdir: Path, config: ConfigDict) -> tuple[lj.ParamTransform, lj.Delta, int, dict[str, str]]:
     """Method, delta, step and base's identity of a run: of its best epoch, where its config says what is best, or else
     of its newest checkpoint."""
-    if config.get("seeds"):
-        raise ValueError(f"{workdir} holds runs of several seeds: name one, --workdir={workdir / 'seed_0'}")
+    if config.get("seeds") or any((config.get("sweep") or {}).values()):
+        runs = sorted(str(path.parent) for path in workdir.glob("*/config.json"))
+        raise ValueError(f"{workdir} holds several runs: name one, --workdir={' or '.join(runs)}")
     if not config.get("best"):
         run = checkpoints.load(workdir)
         return run.method, run.delta, run.step, checkpoints.meta_of(workdir)["base"]

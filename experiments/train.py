@@ -9,19 +9,22 @@ after its colon. The workdir gets config.json, metrics.jsonl, TensorBoard events
 checkpoints/ and at the end adapter/ and summary.json; where the config has several seeds, a folder
 for each and the medians in summary.json. The same command goes on where a run was stopped: by
 Ctrl-C, SIGTERM (saves first), SIGKILL or a crash.
+
+Several values train at once, in one program, every combination in a folder of its own:
+
+    python -m experiments.train --config=configs/e2e.py:medium --workdir=runs/sweep \\
+      --config.sweep.learning_rate=1e-4,2e-4,5e-4 --config.sweep.rank=4,8
 """
 
 import json
-import statistics
 from pathlib import Path
-from typing import Any
 
 import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import lora_jax as lj
-from experiments import cli, setups
+from experiments import cli, setups, summaries, sweeps
 from lora_jax import checkpoints, sharding, training
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py or FILE.py:NAME; see above.")
@@ -30,6 +33,8 @@ flags.declare_key_flag("workdir")
 
 def main() -> None:
     config, workdir = CONFIG.value, Path(flags.FLAGS.workdir)
+    if sweeps.asked(config):
+        return sweeps.train(config, workdir)
     if config.get("seeds"):
         return train_seeds(config, workdir)
     train(config, workdir)
@@ -52,14 +57,15 @@ def train(config: ConfigDict, workdir: Path) -> bool:
     if not config.get("best"):  # else the best is there already
         checkpoints.save_adapter(file, job.method, result.delta, job.base)
     trained = {"trained": report.trained, "total": report.total}
-    summarize(config, workdir, **trained, adapter_bytes=file.stat().st_size, steps=result.step)
+    numbers = trained | {"adapter_bytes": file.stat().st_size, "steps": result.step}
+    summaries.write(workdir, summaries.of(config, workdir, **numbers))
     print(f"adapter: {file}")
     return True
 
 
 def train_seeds(config: ConfigDict, workdir: Path) -> None:
     """A run for each of the config's seeds, in seed_0, seed_1, ...; their medians and ranges go into summary.json."""
-    runs, summaries = {}, []
+    runs, found = {}, []
     for seed in config.seeds:
         runs[workdir / f"seed_{seed}"] = own = config.copy_and_resolve_references()
         own.seed, own.seeds = seed, ()
@@ -70,10 +76,10 @@ def train_seeds(config: ConfigDict, workdir: Path) -> None:
     for folder, own in runs.items():
         if not (folder / "summary.json").is_file() and not train(own, folder):
             return
-        summaries.append(json.loads((folder / "summary.json").read_text()))
-    scores = {name: [summary[name] for summary in summaries] for name in summaries[0]["validation"]}
+        found.append(json.loads((folder / "summary.json").read_text()))
+    scores = {name: [summary[name] for summary in found] for name in found[0]["validation"]}
     spreads = {name: cli.spread(values) for name, values in scores.items()}
-    write_summary(workdir, summaries[0] | spreads | {"seed": list(config.seeds), "command": cli.command("train")})
+    summaries.write(workdir, found[0] | spreads | {"seed": list(config.seeds), "command": cli.command("train")})
 
 
 def ready(config: ConfigDict, workdir: Path) -> tuple[training.Job, lj.Report]:
@@ -110,37 +116,7 @@ def evaluate_base(config: ConfigDict, workdir: Path) -> None:
     with training.Log(workdir, step=-1) as log:
         log.write(0, **found)
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
-    summarize(config, workdir, trained=0, total=total, adapter_bytes=0, steps=0)
-
-
-def summarize(config: ConfigDict, workdir: Path, **numbers: int) -> None:
-    """Writes and prints summary.json: the run in one table row, with validation's figures of the best epoch where the
-    config says what is best, else of the last."""
-    entries = training.read_metrics(workdir)
-    speeds = [e["tokens_per_second"] for e in entries if "tokens_per_second" in e]
-    validated = [e for e in entries if "validation_loss" in e]
-    best = config.get("best")
-    found = max(validated, key=lambda e: e[best]) if best else validated[-1]
-    found = {name: value for name, value in found.items() if name != "step"}
-    summary = {
-        "command": cli.command("train"),
-        "method": config.method,
-        "base": config.base,
-        "seed": config.seed,
-        **numbers,
-        **found,
-        "validation": list(found),
-        "tokens_per_second": round(statistics.median(speeds)) if speeds else None,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
-    }
-    write_summary(workdir, summary)
-
-
-def write_summary(workdir: Path, summary: dict[str, Any]) -> None:
-    content = json.dumps(summary, indent=2) + "\n"
-    checkpoints.write_atomically(workdir / "summary.json", content.encode())
-    print(content, end="")
+    summaries.write(workdir, summaries.of(config, workdir, trained=0, total=total, adapter_bytes=0, steps=0))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import json
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from lora_jax.data.batches import Batch, Schedule
 from lora_jax.sharding import Rules, batch_sharding, make_mesh, shardings
 from lora_jax.training import step as steps
 from lora_jax.training.logging import Log, plot_loss
-from lora_jax.training.meter import Meter, check, fetch
+from lora_jax.training.meter import Meter, check
 from lora_jax.training.objectives import Objective, language_model
 from lora_jax.training.optimizers import optimizer, schedule
 from lora_jax.training.workdir import claim, difference
@@ -122,7 +122,7 @@ def prepare(
         batches=batches,
         step=jax.jit(step, donate_argnums=0),
         validate=_validator(objective, method, params, validation, mesh) if validation is not None else None,
-        put=_putter(mesh, batches.batch_size, config.accumulate),
+        put=putter(mesh, batches.batch_size, config.accumulate),
     )
 
 
@@ -168,25 +168,29 @@ def train(job: Job) -> Result:
         return Result(state.delta, done, True)
     epoch_steps = len(job.batches)
     with (
-        _sigterm() as stopping,
+        sigterm() as stopping,
         contextlib.closing(checkpoints.manager(job.workdir, keep=config.keep)) as manager,
         Log(job.workdir, done) as log,
         tqdm(total=job.total, initial=done, unit="step", mininterval=1.0) as bar,
     ):
         checkpoints.forget_after(manager, done)
-        meter = Meter(log, bar, epoch_steps, state)
-        for done, batch in enumerate(_batches(job), job.start + 1):
+        meter = Meter([log], bar, epoch_steps, state)
+        for done, batch in enumerate(batches(job.batches, job.start, job.total, job.workdir), job.start + 1):
             state = job.step(state, job.params, job.put(batch))
             bar.update()
             stop = bool(stopping)
             last = done == job.total
             epoch_ends = last or done % epoch_steps == 0
-            if last or _due(done, config.log_every):
+            if last or due(done, config.log_every):
                 state = meter.write(done, state)
-            if job.validate and (epoch_ends or _due(done, config.eval_every)):
+                if meter.bad:
+                    check(state, job.workdir)
+            if job.validate and (epoch_ends or due(done, config.eval_every)):
                 with meter.paused(state):
-                    _validate(job, log, bar, done, state.delta)
-            if stop or epoch_ends or _due(done, config.save_every):
+                    found = job.validate(state.delta)
+                    record(config, job.workdir, job.method, job.base, log, done, found, state.delta)
+                    bar.write(f"step {done}: {shown(found)}")
+            if stop or epoch_ends or due(done, config.save_every):
                 with meter.paused(state):
                     _save(job, manager, done, state)
             if stop:
@@ -195,40 +199,51 @@ def train(job: Job) -> Result:
     return Result(state.delta, done, done == job.total)
 
 
-def _validate(job: Job, log: Log, bar: tqdm, done: int, delta: Delta) -> None:
+def record(
+    config: Any,
+    workdir: Path,
+    method: ParamTransform,
+    base: dict[str, str],
+    log: Log,
+    done: int,
+    found: dict[str, float],
+    delta: Delta,
+) -> None:
     """Logs validation's loss and metrics, and keeps the delta in adapter/ where it is the best so far."""
-    assert job.validate is not None
-    found = job.validate(delta)
-    name = job.config.get("best")
+    name = config.get("best")
     if name and name not in found:
         raise ValueError(f"best={name!r} is no metric of validation: it has {', '.join(found)}")
     if name and found[name] > log.highest(name):
-        checkpoints.save_adapter(job.workdir / "adapter", job.method, delta, job.base)
+        checkpoints.save_adapter(workdir / "adapter", method, delta, base)
     log.write(done, **found)
-    bar.write(f"step {done}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items()))
 
 
-def _due(done: int, every: int | None) -> bool:
+def shown(found: dict[str, float]) -> str:
+    """Validation's figures in words."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items())
+
+
+def due(done: int, every: int | None) -> bool:
     return every is not None and done % every == 0
 
 
-def _batches(job: Job) -> Iterator[Batch]:
-    """The batches from the job's start to its end."""
-    for done in range(job.start, job.total):
-        epoch, index = divmod(done, len(job.batches))
-        if done == job.start or index == 0:
-            order = job.batches(epoch)
+def batches(schedule: Schedule, start: int, total: int, workdir: Path) -> Iterator[Batch]:
+    """The batches of the steps from start to total."""
+    for done in range(start, total):
+        epoch, index = divmod(done, len(schedule))
+        if done == start or index == 0:
+            order = schedule(epoch)
         batch = order[index]
         if not batch["weights"].any():
             raise ValueError(
                 f"step {done + 1}: batch {index} of epoch {epoch} has no labels; the checkpoints "
-                f"from before stay in {job.workdir}"
+                f"from before stay in {workdir}"
             )
         yield batch
 
 
 def _save(job: Job, manager: ocp.CheckpointManager, done: int, state: steps.State) -> None:
-    check(fetch(state), job.workdir)
+    check(state, job.workdir)
     checkpoints.save(
         manager,
         done,
@@ -240,7 +255,7 @@ def _save(job: Job, manager: ocp.CheckpointManager, done: int, state: steps.Stat
 
 
 @contextlib.contextmanager
-def _sigterm() -> Iterator[list[int]]:
+def sigterm() -> Iterator[list[int]]:
     """A list that is no longer empty once the process is told to end."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # no signals arrive elsewhere
@@ -281,27 +296,38 @@ def _validator(
 
     def measure(delta: Delta) -> dict[str, float]:
         sums = jax.device_put(np.zeros(2, np.float32), NamedSharding(mesh, P()))
-        outputs, labels = [], []
+        outputs = []
         for batch in validation(0):
             sums, output = validate(sums, delta, params, jax.device_put(batch, sharding))
-            outputs.append((output, batch["weights"] > 0))
-            labels.append(batch["labels"][batch["weights"] > 0])
-        total, count = jax.device_get(sums).tolist()
-        if not count:
-            raise ValueError("the validation data have no labels")
-        if not math.isfinite(total):
+            outputs.append((output, batch))
+        found = figures(objective, jax.device_get(sums), jax.device_get(outputs))
+        if found is None:
             raise ValueError("the validation loss is not finite")
-        found = {"validation_loss": total / count}
-        if objective.metrics:
-            predicted = np.concatenate([output[real] for output, real in jax.device_get(outputs)])
-            found |= objective.metrics(predicted, np.concatenate(labels))
         return found
 
     return measure
 
 
-def _putter(mesh: Mesh, rows: int, micro: int) -> Callable[[Batch], dict[str, jax.Array]]:
-    """Puts a batch on the mesh as `micro` batches of equal size: (k, b, ...), b over the devices."""
+def figures(
+    objective: Objective, sums: np.ndarray, outputs: Sequence[tuple[np.ndarray | None, Batch]]
+) -> dict[str, float] | None:
+    """Validation's loss and metrics of what `make_validation` gave for all batches; None where it is not finite."""
+    total, count = sums.tolist()
+    if not count:
+        raise ValueError("the validation data have no labels")
+    if not math.isfinite(total):
+        return None
+    found = {"validation_loss": total / count}
+    if objective.metrics:
+        predicted = [output[batch["weights"] > 0] for output, batch in outputs if output is not None]
+        labels = [batch["labels"][batch["weights"] > 0] for _, batch in outputs]
+        found |= objective.metrics(np.concatenate(predicted), np.concatenate(labels))
+    return found
+
+
+def putter(mesh: Mesh, rows: int, micro: int, members: int | None = None) -> Callable[[Batch], dict[str, jax.Array]]:
+    """Puts a batch on the mesh as `micro` batches of equal size: (k, b, ...), b over the devices; one for each of the
+    members where there are such: (members, k, b, ...)."""
     spec = batch_sharding(mesh).spec
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if micro < 1 or rows % (micro * devices):
@@ -309,10 +335,11 @@ def _putter(mesh: Mesh, rows: int, micro: int) -> Callable[[Batch], dict[str, ja
             f"a batch of {rows} does not divide into accumulate={micro} micro-batches over "
             f"{devices} devices (data x fsdp)"
         )
-    sharding = NamedSharding(mesh, P(None, *spec))
+    before = () if members is None else (members,)
+    sharding = NamedSharding(mesh, P(*(None for _ in before), None, *spec))
 
     def put(batch: Batch) -> dict[str, jax.Array]:
-        parts = {n: x.reshape(micro, rows // micro, *x.shape[1:]) for n, x in batch.items()}
+        parts = {n: x.reshape(*before, micro, rows // micro, *x.shape[1 + len(before) :]) for n, x in batch.items()}
         return jax.device_put(parts, sharding)
 
     return put

@@ -1,8 +1,9 @@
 """From the metrics that steps sum on the device to the entries of the log."""
 
 import contextlib
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -13,13 +14,15 @@ from lora_jax.training.logging import Log
 from lora_jax.training.step import METRICS, State
 
 
-def fetch(state: State) -> dict[str, float]:
-    """The metrics in one transfer. This waits for the device."""
-    return dict(zip(METRICS, jax.device_get(state.metrics).tolist(), strict=True))
+def fetch(state: State) -> list[dict[str, float]]:
+    """The metrics of a run, or of each member of a sweep, in one transfer. This waits for the device."""
+    rows = np.atleast_2d(jax.device_get(state.metrics)).tolist()
+    return [dict(zip(METRICS, row, strict=True)) for row in rows]
 
 
-def check(metrics: dict[str, float], workdir: Path) -> None:
+def check(state: State, workdir: Path) -> None:
     """A ValueError where some step's loss or gradient was not finite; what is saved stays."""
+    (metrics,) = fetch(state)
     if metrics["bad_step"]:
         raise ValueError(
             f"step {metrics['bad_step']:.0f}: the loss or its gradient is not finite; the "
@@ -28,36 +31,49 @@ def check(metrics: dict[str, float], workdir: Path) -> None:
 
 
 class Meter:
-    """Writes entries of the log and keeps the time."""
+    """Writes entries of the log, or of the logs of a sweep's members, and keeps the time.
 
-    def __init__(self, log: Log, bar: tqdm, epoch_steps: int, state: State) -> None:
-        self._log, self._bar, self._epoch_steps = log, bar, epoch_steps
+    Attributes:
+      bad: the members, by number, whose loss or gradient was not finite, and the step; nothing more is logged of them.
+    """
+
+    def __init__(self, logs: Sequence[Log], bar: tqdm, epoch_steps: int, state: State) -> None:
+        self._logs, self._bar, self._epoch_steps = logs, bar, epoch_steps
         self._begin = self._since = time.perf_counter()
-        self._before = fetch(state)["real_tokens"]  # of this interval, computed before resuming
-        self._tokens = log.last("tokens")
+        self._before = sum(metrics["real_tokens"] for metrics in fetch(state))  # of this interval, before resuming
+        self._tokens = [log.last("tokens") for log in logs]
+        self.bad: dict[int, int] = {}
 
     def write(self, done: int, state: State) -> State:
         """Logs what was summed since the last time; returns the state with the sums at zero."""
-        metrics = fetch(state)
-        check(metrics, self._log.workdir)
+        found = fetch(state)
         now = time.perf_counter()
-        speed = (metrics["real_tokens"] - self._before) / (now - self._since)
-        self._tokens += int(metrics["real_tokens"])
-        loss = metrics["loss"] / metrics["labels"]
-        self._log.write(
-            done,
-            epoch=round(done / self._epoch_steps, 6),
-            loss=loss,
-            learning_rate=metrics["learning_rate"],
-            gradient_norm=metrics["gradient_norm"],
-            tokens=self._tokens,
-            real_share=metrics["real_tokens"] / metrics["tokens"],
-            tokens_per_second=speed,
-            seconds=now - self._begin,
-        )
-        self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s")
+        speed = (sum(metrics["real_tokens"] for metrics in found) - self._before) / (now - self._since)
+        losses = []
+        for number, (log, metrics) in enumerate(zip(self._logs, found, strict=True)):
+            if metrics["bad_step"]:
+                self.bad.setdefault(number, int(metrics["bad_step"]))
+                continue
+            self._tokens[number] += int(metrics["real_tokens"])
+            losses.append(metrics["loss"] / metrics["labels"])
+            log.write(
+                done,
+                epoch=round(done / self._epoch_steps, 6),
+                loss=losses[-1],
+                learning_rate=metrics["learning_rate"],
+                gradient_norm=metrics["gradient_norm"],
+                tokens=self._tokens[number],
+                real_share=metrics["real_tokens"] / metrics["tokens"],
+                tokens_per_second=speed,
+                seconds=now - self._begin,
+            )
+        low, high = min(losses, default=math.nan), max(losses, default=math.nan)
+        said = f"loss {low:.4f}" if len(found) == 1 else f"losses {low:.4f} to {high:.4f}"
+        self._bar.set_postfix_str(f"{said}, {speed:,.0f} tokens/s")
         self._before, self._since = 0.0, now
-        zeros = np.zeros(len(METRICS), np.float32)
+        zeros = np.zeros(state.metrics.shape, np.float32)
+        for number, step in self.bad.items():
+            np.atleast_2d(zeros)[number, METRICS.index("bad_step")] = step
         return state._replace(metrics=jax.device_put(zeros, state.metrics.sharding))
 
     @contextlib.contextmanager

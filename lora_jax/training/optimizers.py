@@ -12,15 +12,16 @@ from lora_jax.freezing import freeze_base
 from lora_jax.selection import matches
 
 
-def schedule(config: Any, steps: int) -> optax.Schedule:
+def schedule(config: Any, steps: int, peak: Any = None) -> optax.Schedule:
     """Learning rate: linear warm-up from 0, then "linear" or "cosine" down to a share, or "constant".
 
     Args:
       config: has `learning_rate` (the peak), `schedule`, `final_share`, and `warmup_steps` or, where that is None,
         `warmup_share` of the steps (rounded up).
       steps: of the whole run; the rate reaches `final_share` of the peak there.
+      peak: instead of the config's; it may be traced.
     """
-    peak, warmup = config.learning_rate, config.warmup_steps
+    peak, warmup = config.learning_rate if peak is None else peak, config.warmup_steps
     if warmup is None:
         warmup = math.ceil(steps * config.warmup_share)
     if warmup >= steps:
@@ -39,7 +40,7 @@ def schedule(config: Any, steps: int) -> optax.Schedule:
     return optax.join_schedules([warm, after[config.schedule]], [warmup])
 
 
-def optimizer(config: Any, rate: optax.Schedule) -> optax.GradientTransformation:
+def optimizer(config: Any, rate: optax.Schedule, weight_decay: Any = None) -> optax.GradientTransformation:
     """AdamW with decoupled weight decay, clipped where asked; no state for the base.
 
     Args:
@@ -47,13 +48,15 @@ def optimizer(config: Any, rate: optax.Schedule) -> optax.GradientTransformation
         the authors decay every trained array), `clip_norm` (None: no clipping), and perhaps `b_ratio`: how many times
         the rate, and with it the decay, LoRA's B has (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
       rate: the schedule.
+      weight_decay: instead of the config's; it may be traced.
     """
     globs = tuple(config.decay)
 
     def decays(delta: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda keys, _: _any(globs, keys), delta)
 
-    adamw = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decays)
+    weight_decay = config.weight_decay if weight_decay is None else weight_decay
+    adamw = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=weight_decay, mask=decays)
     parts = [adamw] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm), adamw]
     if (ratio := config.get("b_ratio", 1.0)) != 1:
         parts.append(optax.partition({"b": optax.scale(ratio), "other": optax.identity()}, _factor_labels))

@@ -228,7 +228,7 @@ def test_a_converted_adapter_is_one_of_the_same_base(inputs: Path, tmp_path: Pat
 
 def test_what_cannot_be_is_said(seeds: Path, inputs: Path, tmp_path: Path) -> None:
     for arguments, said in [
-        (("predict", f"--workdir={seeds}"), "holds runs of several seeds: name one"),
+        (("predict", f"--workdir={seeds}"), "holds several runs: name one, --workdir=.*seed_3"),
         (("predict", f"--workdir={seeds}/seed_3", "--split=dev"), "split 'dev'"),
         (("predict", f"--workdir={tmp_path}"), "is .* the workdir of a run"),
         (("evaluate", f"--workdir={seeds}/seed_3"), "is a run of cola: give it to experiments.predict"),

@@ -1,0 +1,200 @@
+"""A sweep is its members' separate runs, in one program."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from training_cli import ROOT, environment, make_inputs, run
+from training_runs import QV, model_and_params, prepare, run_config, schedule, without_times
+
+import lora_jax as lj
+from configs import glue
+from experiments import sweeps
+from lora_jax import checkpoints, training
+from lora_jax.training import sweep
+
+LORA = {"method": "lora", **QV, "dropout": 0.0}
+
+
+Values = list[dict[str, Any]]
+
+
+def members(values: Values, spec: dict[str, Any] = LORA, **changes: Any) -> list[sweep.Member]:
+    """One for each: names of the optimizer's options, "seed", or options of the spec."""
+    params, found = model_and_params()[1], []
+    for own in values:
+        config = run_config(**changes)
+        for name in set(own) & set(config.optimizer):
+            config.optimizer[name] = own[name]
+        config.seed = own.get("seed", 3)
+        options = {name: value for name, value in own.items() if name in spec.get("of", [spec])[0]}
+        parts = [part | options if "rank" in part else part for part in spec.get("of", [spec])]
+        method = lj.from_spec(spec | {"of": parts} if "of" in spec else parts[0])
+        batches = dataclasses.replace(schedule(), seed=config.seed)
+        name = ",".join(f"{key}={value}" for key, value in own.items())
+        found.append(sweep.Member(name, config, method, params, batches))
+    return found
+
+
+def ready(workdir: Path, found: list[sweep.Member], **options: Any) -> sweep.Sweep:
+    model, params = model_and_params()
+    base = checkpoints.identity(params, "tiny")
+    objective = training.language_model(model, 0.1)
+    config = run_config(members=",".join(member.name for member in found))
+    validation = schedule(8, seed=1)
+    return sweep.prepare(config, workdir, found, base=base, objective=objective, validation=validation, **options)
+
+
+def alone(workdir: Path, member: sweep.Member) -> training.Result:
+    changes = {"method": member.method, "batches": member.batches}
+    return training.train(prepare(workdir, member.config, **changes))
+
+
+def close(one: Any, other: Any) -> None:
+    """2e-5 of each array's largest entry after ten steps of Adam: the same sums in another order."""
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max())
+
+
+PISSA = {"method": "pissa", "select": QV["select"], "rank": 2, "alpha": 2.0}
+VERA = {"method": "vera", "select": QV["select"], "rank": 2}
+ADAPTER = {"method": "adapter", "sites": {"mlp_out": (1, 8)}, "rank": 2}
+CHAIN = {"method": "chain", "of": [LORA, {"method": "tune", "select": ["**/mlp/*/bias"]}]}
+
+
+@pytest.mark.parametrize(
+    ("values", "spec"),
+    [
+        ([{"learning_rate": 1e-2, "seed": 3}, {"learning_rate": 3e-3, "seed": 4}], LORA),
+        ([{"rank": 1, "alpha": 4.0, "weight_decay": 0.0}, {"rank": 3, "alpha": 8.0, "weight_decay": 0.1}], CHAIN),
+        pytest.param([{"rank": 3}, {"rank": 1}], LORA | {"dropout": 0.3}, marks=pytest.mark.slow),
+        pytest.param([{"rank": 3}, {"rank": 1}], LORA | {"scale_rule": "alpha/sqrt(r)"}, marks=pytest.mark.slow),
+        *(
+            pytest.param([{"rank": 1}, {"rank": 3}], spec, marks=pytest.mark.slow)
+            for spec in (LORA | {"method": "dora"}, PISSA, VERA, ADAPTER)
+        ),
+    ],
+    ids=["rate and seed", "rank, alpha and decay", "dropout", "rslora", "dora", "pissa", "vera", "adapter"],
+)
+def test_members_are_runs_of_their_own(values: Values, spec: dict, tmp_path: Path) -> None:
+    found = members(values, spec)
+    expected = [alone(tmp_path / "alone" / member.name, member) for member in found]
+    for together in (False, True):
+        workdir = tmp_path / str(together)
+        results = sweep.train(ready(workdir, found, together=together))
+        assert results is not None
+        for member, result, own in zip(found, results, expected, strict=True):
+            assert result is not None
+            close(result.delta, own.delta)
+            folder = workdir / member.name
+            method, delta, info = checkpoints.load_adapter(folder / "adapter")
+            assert method.spec == member.method.spec and info["base"] == checkpoints.meta_of(folder)["base"]
+            jax.tree.map(np.testing.assert_array_equal, delta, result.delta)
+            compare(without_times(folder), without_times(tmp_path / "alone" / member.name))
+
+
+def compare(ours: list[dict], theirs: list[dict]) -> None:
+    assert [entry.keys() for entry in ours] == [entry.keys() for entry in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        one.pop("real_share", None)  # of other seeds' members, padded to the longest of the batches
+        for name, value in one.items():
+            assert value == pytest.approx(other[name], rel=2e-5, abs=1e-7), name
+
+
+def test_a_members_folder_is_a_workdir(tmp_path: Path) -> None:
+    """It is done with, as a run of its own would be."""
+    found = members([{"learning_rate": 1e-2}, {"learning_rate": 3e-3}])
+    sweep.train(ready(tmp_path, found))
+    job = prepare(tmp_path / found[1].name, found[1].config, method=found[1].method)
+    assert job.start == job.total
+    jax.tree.map(
+        np.testing.assert_array_equal, training.train(job).delta, checkpoints.load(tmp_path / found[1].name).delta
+    )
+
+
+def test_a_stopped_sweep_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    found = members([{"rank": 1, "seed": 3}, {"rank": 2, "seed": 4}])
+    straight = sweep.train(ready(tmp_path / "straight", found))
+    first = ready(tmp_path / "stopped", found)
+    assert sweep.train(first._replace(total=5)) is not None
+    for member in found:  # what a killed sweep would not have yet
+        for path in ("checkpoints", "adapter"):
+            folder = tmp_path / "stopped" / member.name / path
+            assert folder.is_dir()
+            for file in sorted(folder.rglob("*"), reverse=True):
+                file.unlink() if file.is_file() else file.rmdir()
+    again = ready(tmp_path / "stopped", found)
+    assert again.start == 5
+    for one, other in zip(sweep.train(again), straight, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, one.delta, other.delta)
+    for member in found:
+        entries = [without_times(tmp_path / name / member.name) for name in ("stopped", "straight")]
+        kept = [[entry for entry in each if entry["step"] != 5] for each in entries]
+        assert [entry["step"] for entry in kept[0]] == [entry["step"] for entry in kept[1]]
+
+
+def test_a_diverging_member_leaves_the_others_alone(tmp_path: Path) -> None:
+    found = members([{"learning_rate": 1e-2}, {"learning_rate": 1e38}])
+    results = sweep.train(ready(tmp_path / "sweep", found))
+    assert results is not None and results[1] is None and results[0] is not None
+    close(results[0].delta, alone(tmp_path / "alone", found[0]).delta)
+    assert not (tmp_path / "sweep" / found[1].name / "adapter").exists()
+    with pytest.raises(ValueError, match=r"every member of .* diverged: \{0: "):
+        sweep.train(ready(tmp_path / "all", members([{"learning_rate": 1e37}, {"learning_rate": 1e38}])))
+
+
+def test_what_cannot_be_swept_is_said(tmp_path: Path) -> None:
+    lokr = {"method": "lokr", "select": QV["select"], "rank": 2}
+    for values, spec, said in [
+        ([{"rank": 1}, {"rank": 2}], lokr, "the rank of 'lokr' cannot be swept"),
+        ([{"dropout": 0.0}, {"dropout": 0.1}], LORA, "members of a sweep differ in lora's 'dropout'"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            ready(tmp_path / spec["method"], members(values, spec))
+
+
+def test_every_combination_is_a_member() -> None:
+    config = glue.get_config("base,mrpc")
+    config.sweep.rank, config.sweep.learning_rate, config.seeds = (1, 8), (1e-3,), (0, 5)
+    found = sweeps.members(config)
+    assert list(found) == [f"learning_rate=0.001,rank={rank},seed={seed}" for rank in (1, 8) for seed in (0, 5)]
+    last = found["learning_rate=0.001,rank=8,seed=5"]
+    assert (last.lora.rank, last.seed, last.seeds, last.optimizer.learning_rate) == (8, 5, (), 1e-3)
+    assert not sweeps.asked(last)  # a run of its own
+    config.sweep.learning_rate = (1e-3, 1e-3)
+    with pytest.raises(ValueError, match=r"learning_rate=0.001,rank=1,seed=0 is there twice"):
+        sweeps.members(config)
+    config.sweep.alpha, config.method = (1.0, 2.0), "adapter"
+    with pytest.raises(ValueError, match=r"sweep.alpha: the method 'adapter' has no alpha"):
+        sweeps.members(config)
+
+
+@pytest.mark.slow
+def test_from_the_command_line(tmp_path: Path) -> None:
+    make_inputs(tmp_path)
+    flags = ("--config.sweep.learning_rate=1e-2,1e-3", "--config.sweep.seed=3,4", "--config.steps=6")
+    done = run(tmp_path, tmp_path / "sweep", *flags)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["rows"]
+    names = [f"learning_rate={rate},seed={seed}" for rate in ("0.01", "0.001") for seed in (3, 4)]
+    assert [row["label"] for row in rows] == names and all(name in done.stdout for name in names)
+    assert (tmp_path / "sweep" / "sweep.png").stat().st_size > 1000
+    own = ("--config.optimizer.learning_rate=1e-3", "--config.seed=4", "--config.steps=6")
+    done = run(tmp_path, tmp_path / "alone", *own)
+    assert done.returncode == 0, done.stderr
+    alone, member = (checkpoints.load(tmp_path / folder) for folder in ("alone", f"sweep/{names[-1]}"))
+    close(member.delta, alone.delta)
+    failed = subprocess.run(
+        [sys.executable, "-m", "experiments.evaluate", f"--workdir={tmp_path}/sweep"],
+        cwd=ROOT,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert failed.returncode == 1 and "holds several runs: name one" in failed.stderr
