@@ -5,6 +5,7 @@ from lora_jax.arrays import Adapted, LowRank, Tuned
 from lora_jax.freezing import freeze_base, labels, partition, rejoin
 from lora_jax.lifting import DenseWeight, lift
 from lora_jax.methods.adapter import adapter
+from lora_jax.methods.bank import bank
 from lora_jax.methods.compacter import compacter
 from lora_jax.methods.dora import dora
 from lora_jax.methods.ia3 import ia3
@@ -45,6 +46,7 @@ __all__ = [
     "Tuned",
     "adapter",
     "arithmetic",
+    "bank",
     "chain",
     "check",
     "compacter",

@@ -43,7 +43,7 @@ def test_every_python_block_runs(tmp_path, monkeypatch):
     names: dict = {}
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
-    assert len(BLOCKS) == 13
+    assert len(BLOCKS) == 14
     assert float(names["value"]) < 4.56  # ln(96): chance
     assert names["run"].step == 1
     assert names["y"].shape == (3, 4)

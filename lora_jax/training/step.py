@@ -61,7 +61,8 @@ def make_step(
 
     Each array of the batch is (k, b, ...): k micro-batches of b rows. Their losses and gradients
     are summed and divided once by all their labels, so that k micro-batches are one big batch
-    however the labels spread over them. Only the delta is differentiated.
+    however the labels spread over them. Only the delta is differentiated. Where a batch has a
+    `strength` (b, K), each row trains the adapters of a bank that it says (`lora_jax.bank`).
     """
 
     def step(state: State, params: Any, batch: dict[str, Array]) -> State:
@@ -69,7 +70,7 @@ def make_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
         def loss_of(trainable: Any, key: Array, micro: dict[str, Array]) -> tuple[Array, Array]:
-            adapted = method.apply(params, rejoin(trainable, fixed), key=key)
+            adapted = method.apply(params, rejoin(trainable, fixed), key=key, **_strength(micro))
             return objective.loss(objective.forward(adapted, micro, key), micro)
 
         def add(sums: Any, micro: dict[str, Array]) -> tuple[Any, None]:
@@ -98,6 +99,10 @@ def make_step(
     return step
 
 
+def _strength(batch: dict[str, Array]) -> dict[str, Array]:
+    return {"strength": batch["strength"]} if "strength" in batch else {}
+
+
 def _metrics(state: State, loss: Array, count: Array, batch: dict[str, Array], norm: Array, rate: Any) -> Array:
     old = dict(zip(METRICS, state.metrics, strict=True))
     mask = batch["mask"]
@@ -123,7 +128,7 @@ def make_validation(
     no dropout) and count are added, and the outputs where the objective has metrics. Without a method: of the base."""
 
     def validate(sums: Array, delta: Delta, params: Any, batch: dict[str, Array]) -> tuple[Array, Array | None]:
-        adapted = params if method is None else method.apply(params, delta)
+        adapted = params if method is None else method.apply(params, delta, **_strength(batch))
         outputs = objective.forward(adapted, batch)
         loss, count = objective.validation_loss(outputs, batch)
         return sums + jnp.stack([loss, count]), outputs if objective.metrics else None

@@ -5,11 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from training_runs import QV, VOCAB, equal_bits, model_and_params, run_config, schedule
 
 import lora_jax as lj
 from lora_jax import training
+from lora_jax.methods.bank import take
 from lora_jax.training import METRICS, State
 
 
@@ -102,3 +104,34 @@ def test_fixed_factors_stay_and_the_first_bad_step_is_kept() -> None:
     broken = dict(batch, weights=batch["weights"] * jnp.nan)
     bad = step(step(good, params, broken), params, batch)
     assert bad.metrics[METRICS.index("bad_step")] == 2
+
+
+def test_a_mixed_batch_trains_each_row_with_its_own_adapter() -> None:
+    """A step of a bank is the steps of its adapters on their own rows, where the labels of each count the same."""
+    model, params = model_and_params()
+    lora = lj.from_spec({"method": "lora", **QV, "dropout": 0.0})
+    bank = lj.bank([lora, lora])
+    config = run_config()
+    rate = training.schedule(config.optimizer, 10)
+    tx = optax.scale(-1.0)  # a plain sum of gradients, so that what a row's labels are divided by can be undone
+    objective = training.language_model(model)
+    batch = schedule(4, batch_size=4, buckets=1)(0)[0]
+    ids = np.array([1, 0, -1, 1])
+    start = training.new_state(bank, tx, params, jax.random.key(0))
+    start = start._replace(delta=jax.tree.map(lambda x: x + 0.1, start.delta))
+
+    def step(method: Any, delta: Any, batch: dict) -> Any:
+        state = start._replace(delta=delta, optimizer=tx.init(delta))
+        micro = {name: jnp.asarray(x)[None] for name, x in batch.items()}
+        return jax.jit(training.make_step(objective, method, tx, rate))(state, params, micro)
+
+    mixed = step(bank, start.delta, batch | {"strength": np.asarray(jax.nn.one_hot(ids, 2))})
+    labels = float(batch["weights"].sum())
+    for k in (0, 1):
+        own = batch | {"weights": batch["weights"] * np.float32(ids == k)[:, None]}
+        alone = step(lora, take(start.delta, k), own)
+        share = float(own["weights"].sum()) / labels
+        got, before, want = (take(mixed.delta, k), take(start.delta, k), alone.delta)
+        for a, b, c in zip(*map(jax.tree.leaves, (got, before, want)), strict=True):
+            np.testing.assert_allclose(a - b, (c - b) * share, rtol=0, atol=1e-6)
+    assert float(mixed.metrics[1]) == labels

@@ -1,0 +1,168 @@
+"""A bank of adapters: each row of a batch as if it were alone with its adapter."""
+
+import json
+from typing import Any
+
+import flops
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from core_gpt2 import CONFIG, IDS, MASK, D
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lora_jax as lj
+from lora_jax.generation import generate
+from lora_jax.methods.bank import pack, take
+from lora_jax.models import gpt2
+
+
+def lora(glob: str, rank: int, **options: Any) -> lj.ParamTransform:
+    return lj.lora(lj.select(glob, axes=gpt2.AXES), rank=rank, **options)
+
+
+# of other ranks, scales, targets and kinds; the embedding is the head too
+METHODS = [
+    lora("**/attn/{query,value}/kernel", 2, alpha=8),
+    lora("**/{attn,mlp}/*/kernel", 1),
+    lj.pissa(lj.select("**/attn/query/kernel", axes=gpt2.AXES), rank=3),
+    lora("wte/embedding", 2, scale_rule="alpha/sqrt(r)", alpha=3),
+]
+BANK = lj.bank(METHODS)
+MODEL = gpt2.GPT2(CONFIG)
+PARAMS = jax.tree.map(lambda x: 5 * x, jax.jit(MODEL.init)(jax.random.key(0), IDS)["params"])
+FORWARD = jax.jit(lj.lift(MODEL.apply))
+
+
+def filled(delta: lj.Delta, seed: int = 1) -> lj.Delta:
+    keys = iter(jax.random.split(jax.random.key(seed), 200))
+    return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), delta)
+
+
+DELTA = filled(BANK.init(jax.random.key(3), PARAMS))
+
+
+def alone(k: int) -> Any:
+    """The base with adapter k, or for -1 itself."""
+    return PARAMS if k < 0 else METHODS[k].apply(PARAMS, take(DELTA, k))
+
+
+def close(got: Any, want: Any) -> None:
+    """1e-5 of the largest entry: the same products, with zeros between their terms."""
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * max(np.abs(other).max(), 1e-6))
+
+
+@given(st.lists(st.integers(-1, 3), min_size=2, max_size=2))
+def test_each_row_is_as_with_its_adapter_alone(ids: list[int]) -> None:
+    adapted = BANK.apply(PARAMS, DELTA, strength=jax.nn.one_hot(jnp.array(ids), 4))
+    got = FORWARD({"params": adapted}, IDS, MASK)
+    for row, k in enumerate(ids):
+        close(got[row], FORWARD({"params": alone(k)}, IDS, MASK)[row])
+
+
+def test_scanned() -> None:
+    model = gpt2.GPT2(gpt2.GPT2Config(**{**vars(CONFIG), "scan_layers": True, "remat": True}))
+    params = gpt2.to_scanned(PARAMS)
+    methods = [
+        lj.lora(lj.select("h/attn/{query,value}/kernel", axes=gpt2.AXES), rank=rank, alpha=alpha)
+        for rank, alpha in ((2, 8), (1, 1))
+    ]
+    bank = lj.bank(methods)
+    delta = filled(bank.init(jax.random.key(0), params))
+    forward = jax.jit(lj.lift(model.apply))
+    got = forward({"params": bank.apply(params, delta, strength=jnp.eye(2))}, IDS, MASK)
+    for k, method in enumerate(methods):
+        close(got[k], forward({"params": method.apply(params, take(delta, k))}, IDS, MASK)[k])
+
+
+def test_strengths_mix_and_are_traced() -> None:
+    """Adapters with weights are their exact sum; nothing compiles anew for other rows or weights."""
+    mixed = jax.jit(lambda s: lj.lift(MODEL.apply)({"params": BANK.apply(PARAMS, DELTA, strength=s)}, IDS, MASK))
+    weights = jnp.array([[0.5, 0.25, 0.0, 0.0], [0.0, 0.0, -1.0, 2.0]])
+    got = mixed(weights)
+    for row in range(2):
+        terms = [(METHODS[k], take(DELTA, k)) for k in range(4) if weights[row, k]]
+        method, delta = lj.arithmetic.add(terms, [float(w) for w in weights[row] if w])
+        close(got[row], FORWARD({"params": method.apply(PARAMS, delta)}, IDS, MASK)[row])
+    mixed(jax.nn.one_hot(jnp.array([-1, 2]), 4))
+    assert mixed._cache_size() == 1
+
+
+def test_each_row_trains_its_own_adapter() -> None:
+    """The gradients of a mixed batch are those of each row alone, and of what no row has they are zero."""
+    ids = (2, 0)
+
+    def loss(apply: Any, delta: Any, row: Any) -> Any:
+        logits = lj.lift(MODEL.apply)({"params": apply(delta)}, IDS, MASK)
+        return (optax.softmax_cross_entropy_with_integer_labels(logits, jnp.array(IDS)) * jnp.float32(MASK))[row].sum()
+
+    strength = jax.nn.one_hot(jnp.array(ids), 4)
+    got = jax.jit(jax.grad(lambda d: loss(lambda d: BANK.apply(PARAMS, d, strength=strength), d, slice(None))))(DELTA)
+    for row, k in enumerate(ids):
+        one = jax.jit(jax.grad(lambda d: loss(lambda d: METHODS[k].apply(PARAMS, d), d, row)))  # noqa: B023
+        close(take(got, k), one(take(DELTA, k)))
+    for k in (1, 3):
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(take(got, k)))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation(beams: int) -> None:
+    ids = jnp.array([1, -1])
+    adapted = BANK.apply(PARAMS, DELTA, strength=jax.nn.one_hot(ids, 4))
+    how: dict[str, Any] = {"max_new_tokens": 6, "eos": 0, "num_beams": beams}
+    got = generate(MODEL, adapted, IDS, MASK, **how)
+    for row, k in enumerate(ids.tolist()):
+        want = generate(MODEL, alone(k), IDS[row : row + 1], MASK[row : row + 1], **how)
+        np.testing.assert_array_equal(got[row], want[0])
+
+
+def test_all_adapters_cost_one_thin_product() -> None:
+    """FLOPs: the base's, and those of one LoRA of all ranks together, whatever the rows ask for."""
+    params = {"w": jnp.zeros((40, 30))}
+    bank = lj.bank([lj.lora(lj.select("w"), rank=r) for r in (1, 2, 4)])
+    delta = bank.init(jax.random.key(0), params)
+    apply = lj.lift(lambda p, x: x @ p["w"])
+    cost = flops.count(
+        lambda d, s, x: apply(bank.apply(params, d, strength=s), x), delta, jnp.ones((5, 3)), jnp.ones((5, 40))
+    )
+    assert cost == 2 * 5 * (40 * 30 + 7 * (40 + 30))
+
+
+def test_it_is_a_method() -> None:
+    """From its spec; packed and taken apart; the sum of all without a strength, which merges."""
+    again = lj.from_spec(json.loads(json.dumps(BANK.spec)))
+    one, other = (method.init(jax.random.key(0), PARAMS) for method in (BANK, again))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    parts = [take(DELTA, k) for k in range(4)]
+    jax.tree.map(np.testing.assert_array_equal, pack(parts), DELTA)
+    assert lj.check(BANK, PARAMS).trained == sum(lj.check(method, PARAMS).trained for method in METHODS)
+    method, delta = lj.arithmetic.add(list(zip(METHODS, parts, strict=True)), [1.0] * 4)
+    close(lj.merge(BANK.apply(PARAMS, DELTA)), lj.merge(method.apply(PARAMS, delta)))
+    chosen = jax.nn.one_hot(jnp.array([1]), 4)
+    close(lj.merge(BANK.apply(PARAMS, DELTA, strength=chosen)), lj.merge(alone(1)))
+    start = BANK.apply(PARAMS, BANK.init(jax.random.key(0), PARAMS))
+    np.testing.assert_array_equal(FORWARD({"params": start}, IDS, MASK), FORWARD({"params": PARAMS}, IDS, MASK))
+
+
+def test_what_cannot_be_is_said() -> None:
+    two = jnp.eye(4)[:2]
+    with pytest.raises(ValueError, match="2 rows have adapters of their own, which no one weight has"):
+        lj.merge(BANK.apply(PARAMS, DELTA, strength=two))
+    with pytest.raises(ValueError, match="a batch of 1 rows, but a strength of 2 rows"):
+        lj.lift(MODEL.apply)({"params": BANK.apply(PARAMS, DELTA, strength=two)}, IDS[:1])
+    with pytest.raises(ValueError, match=r"strength \(2, 3\): a number, or \(rows, 4\)"):
+        BANK.apply(PARAMS, DELTA, strength=two[:, :3])
+    ia3 = lj.ia3(lj.select("**/attn/key/kernel", axes=gpt2.AXES))
+    taps = lj.adapter({"mlp_out": (2, D)}, rank=1)
+    for method, said in ((ia3, "no change of low rank"), (taps, "adapter changes activations")):
+        bank = lj.bank([method])
+        with pytest.raises(ValueError, match=said):
+            bank.apply(PARAMS, bank.init(jax.random.key(0), PARAMS))
+    drops = lj.bank([lora("**/attn/query/kernel", 1, dropout=rate) for rate in (0.0, 0.5)])
+    with pytest.raises(ValueError, match="one dropout"):
+        drops.apply(PARAMS, drops.init(jax.random.key(0), PARAMS))
+    with pytest.raises(ValueError, match="a bank of no adapters"):
+        lj.bank([])
