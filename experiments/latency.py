@@ -1,13 +1,14 @@
 """Latency of one forward pass with each kind of adaptation (Hu et al. 2021, Table 1 and Figure 5).
 
     python -m experiments.latency
-    python -m experiments.latency --size=small --settings=16x256:11,1x128:11,1x128:0.5 --out=docs/results/latency.json
+    python -m experiments.latency --size=small --settings=16x256:11,32x512:0.5 --rounds=3 --out=latency.json
 
 GPT-2 of that size with random weights: the base, LoRA merged and unmerged (r = 4, query and value), Lin et al.'s and
 Houlsby et al.'s adapters of so many million parameters (of GPT-2 medium; their bottleneck is then that of every size),
 and prefix-layer tuning of 14 tokens, which makes the text that much longer. A forward gives the next token's logits.
 Each round runs all of them in turn; the figures are medians over the rounds of the time relative to the base's in the
 same round, with the lowest and highest. The paper's settings (batch x length : million parameters) are the default.
+--out keeps its rows of other settings.
 """
 
 import json
@@ -45,9 +46,12 @@ Forward = Callable[[], jax.Array]
 def main() -> None:
     values = flags.FLAGS
     rows = [row(setting) for setting in values.settings]
-    content = json.dumps({"rows": rows}, indent=2) + "\n"
     if values.out:
-        checkpoints.write_atomically(Path(values.out), content.encode())
+        out = Path(values.out)
+        kept = json.loads(out.read_text())["rows"] if out.is_file() else []
+        new = {each["label"] for each in rows}
+        content = {"rows": [each for each in kept if each["label"] not in new] + rows}
+        checkpoints.write_atomically(out, (json.dumps(content, indent=2) + "\n").encode())
     print(results.table(rows))
 
 

@@ -131,7 +131,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = (cell(row.get(name), form) for name, (_, form) in shown.items())
         lines.append([row["label"], *cells])
     parts = ["| " + " | ".join(line) + " |" for line in lines]
-    commands = [row[kind] for row in rows for kind in ("command", "evaluation") if row.get(kind)]
+    commands = dict.fromkeys(row[kind] for row in rows for kind in ("command", "evaluation") if row.get(kind))
     if commands:
         seeds = " or ".join(dict.fromkeys(str(row["seed"]).strip("[]") for row in rows if "seed" in row))
         parts += ["", f"Seed {seeds}, {rows[0]['device']}:", "", "```sh", *commands, "```"]

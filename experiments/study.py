@@ -77,9 +77,9 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "adapter_p": ("adapter_p", {}, "adapter.rank"),
     "adapter_d": ("adapter_p", {}, "adapter.rank"),  # without the first third of the layers
     "compacter": ("compacter", {}, "compacter.rank"),
-    "lora_pe": ("lora_pe", {"lora.rank": 2, "lora.alpha": 2.0}, ""),
-    "lora_pl": ("lora_pl", {"lora.rank": 2, "lora.alpha": 2.0, "prefix_layer.prefix": 4}, ""),
-    "lora_bitfit": ("lora_bitfit", {"lora.rank": 1, "lora.alpha": 1.0}, ""),
+    "lora_pe": ("lora_pe", {}, "lora.rank"),
+    "lora_pl": ("lora_pl", {"prefix_layer.prefix": 4}, "lora.rank"),
+    "lora_bitfit": ("lora_bitfit", {}, "lora.rank"),
     "rslora": ("rslora", {}, ""),
     "lora_plus": ("lora_plus", {}, ""),
     "dora": ("dora", {}, "dora.rank"),
