@@ -266,13 +266,18 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
     quality = "bleu" if flags.FLAGS.task == "e2e" else "accuracy"
     titles = {"bleu": "BLEU", "accuracy": "accuracy", "validation_loss": "validation loss, nats per label"}
-    figure = Figure(figsize=(15, 6.5), layout="constrained")
+    figure = Figure(figsize=(15, 7), layout="constrained")
     for axes, measured in zip(figure.subplots(1, 2), (quality, "validation_loss"), strict=True):
-        for each in rows:
+        ordered = sorted(rows, key=lambda row: row[measured]["score"])
+        for number, each in enumerate(ordered):
             score = each[measured]
-            below, above = score["score"] - score["low"], score["high"] - score["score"]
-            axes.errorbar(each["trained"], score["score"], yerr=[[below], [above]], fmt="o", capsize=3)
-            axes.annotate(each["label"], (each["trained"], score["score"]), xytext=(5, 4), textcoords="offset points")
+            at = (each["trained"], score["score"])
+            ends = [[score["score"] - score["low"]], [score["high"] - score["score"]]]
+            color = axes.errorbar(*at, yerr=ends, fmt="o", capsize=3)[0].get_color()
+            line = {"arrowstyle": "-", "color": color, "linewidth": 0.5}
+            beside = (1.04, (number + 0.5) / len(rows))  # in their order, so that no name hides another
+            place = {"xytext": beside, "textcoords": "axes fraction", "verticalalignment": "center"}
+            axes.annotate(each["label"], at, color=color, arrowprops=line, **place)
         axes.set(xscale="log", xlabel="trained parameters (a head apart)", ylabel=titles[measured])
         axes.grid(alpha=0.3)
     figure.savefig(file, dpi=100)
