@@ -209,6 +209,7 @@ def test_compare(run: Made, tmp_path: Path) -> None:
     assert missing.returncode == 1 and "experiments.evaluate writes it" in missing.stderr
 
 
+@pytest.mark.slow
 def test_benchmark_beams(run: Made, tmp_path: Path) -> None:
     """The script runs, both sides agree, and every figure is there."""
     folder = run.workdir.parent

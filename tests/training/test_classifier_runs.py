@@ -175,6 +175,7 @@ def test_the_base_alone_is_measured(inputs: Path, tmp_path: Path) -> None:
     assert summary["trained"] == 0 and -1 <= summary["matthews"] <= 1 and summary["validation_loss"] > 0
 
 
+@pytest.mark.slow
 def test_a_new_pooler_trains_with_the_head_and_goes_to_peft(inputs: Path, tmp_path: Path) -> None:
     """A BERT without a pooler classifies by a new one: PEFT's form has it, or PEFT would make another."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")

@@ -107,6 +107,7 @@ def compare(ours: list[dict], theirs: list[dict]) -> None:
             assert value == pytest.approx(other[name], rel=2e-5, abs=1e-7), name
 
 
+@pytest.mark.slow
 def test_a_members_folder_is_a_workdir(tmp_path: Path) -> None:
     """It is done with, as a run of its own would be."""
     found = members([{"learning_rate": 1e-2}, {"learning_rate": 3e-3}])
