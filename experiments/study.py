@@ -216,13 +216,17 @@ def begun(config: ConfigDict, folder: Path) -> float:
     """The validation loss of a run after its first steps, which are made where they are not there yet."""
     at = flags.FLAGS.search_steps
     training.claim(folder, config)  # another config's results are refused
-    known = {entry["step"]: entry for entry in training.read_metrics(folder) if "validation_loss" in entry}
-    if at not in known:
+    if at not in _validated(folder):
         job, _ = train.ready(config, folder)
         if not training.train(job._replace(total=at)).finished:
             raise InterruptedError(f"{folder} was stopped: the same command goes on")
-        known = {entry["step"]: entry for entry in training.read_metrics(folder) if "validation_loss" in entry}
-    return known[at]["validation_loss"]
+    return _validated(folder)[at]
+
+
+def _validated(folder: Path) -> dict[int, float]:
+    """The validation loss of a run by its step."""
+    entries = training.read_metrics(folder)
+    return {entry["step"]: entry["validation_loss"] for entry in entries if "validation_loss" in entry}
 
 
 def run(config: ConfigDict, folder: Path) -> dict[str, Any]:

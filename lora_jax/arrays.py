@@ -223,7 +223,7 @@ class LowRank(Adapted):
         return rounded_sum(self.base, -self.delta(), self.dtype)
 
     def transposed(self) -> Self:
-        stacked = self.scale.ndim
+        stacked = self.ndim - len(self.core)
         flipped = self.core.translate(str.maketrans("ivko", "oooi"))
         a, b = jnp.moveaxis(self.b, stacked, -1), jnp.moveaxis(self.a, -1, stacked)
         return self.replace(a=a, b=b, core=flipped)

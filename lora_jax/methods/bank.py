@@ -37,18 +37,11 @@ class Gated(LowRank):
             raise ValueError(
                 f"{self.path}: {rows} rows have adapters of their own, which no one weight has; choose one"
             )
+        a, gate = subscripts("sir", self.axes), subscripts("sr", self.axes)
         wide = widened(self.dtype)
-        names = {name: subscripts(layout, self.axes) for name, layout in (("a", "sir"), ("b", "sro"), ("g", "sr"))}
-        whole = "".join(chr(65 + axis) for axis in range(self.ndim))
-        gate = self.scale[..., 0, :].astype(wide)
-        a = jnp.einsum(f"{names['a']},{names['g']}->{names['a']}", self.a.astype(wide), gate)
-        return jnp.einsum(f"{names['a']},{names['b']}->{whole}", a, self.b.astype(wide), precision="highest")
-
-    def transposed(self) -> "Gated":
-        stacked = self.scale.ndim - 2
-        flipped = self.core.translate(str.maketrans("ivko", "oooi"))
-        a, b = jnp.moveaxis(self.b, stacked, -1), jnp.moveaxis(self.a, -1, stacked)
-        return self.replace(a=a, b=b, core=flipped)
+        chosen = jnp.einsum(f"{a},{gate}->{a}", self.a.astype(wide), self.scale[..., 0, :].astype(wide))
+        ones = jnp.ones(self.scale.shape[:-2], wide)
+        return LowRank(base=self.base, a=chosen, b=self.b, scale=ones, core=self.core, path=self.path).delta()
 
 
 def bank(methods: Sequence[ParamTransform]) -> ParamTransform:
