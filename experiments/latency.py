@@ -11,7 +11,6 @@ same round, with the lowest and highest. The paper's settings (batch x length : 
 --out keeps its rows of other settings.
 """
 
-import json
 import os
 import statistics
 import time
@@ -26,8 +25,7 @@ from absl import flags
 from tqdm import tqdm
 
 import lora_jax as lj
-from experiments import cli, results
-from lora_jax import checkpoints
+from experiments import cli, results, summaries
 from lora_jax.models import gpt2
 
 flags.DEFINE_enum("size", "medium", ["small", "medium", "large", "xl"], "Of GPT-2.")
@@ -47,11 +45,7 @@ def main() -> None:
     values = flags.FLAGS
     rows = [row(setting) for setting in values.settings]
     if values.out:
-        out = Path(values.out)
-        kept = json.loads(out.read_text())["rows"] if out.is_file() else []
-        new = {each["label"] for each in rows}
-        content = {"rows": [each for each in kept if each["label"] not in new] + rows}
-        checkpoints.write_atomically(out, (json.dumps(content, indent=2) + "\n").encode())
+        summaries.add_rows(Path(values.out), rows)
     print(results.table(rows))
 
 

@@ -11,7 +11,6 @@ and PEFT: pip install torch transformers peft.
 """
 
 import importlib.metadata
-import json
 import os
 import platform
 import statistics
@@ -27,8 +26,8 @@ from absl import flags
 from ml_collections import ConfigDict
 
 import lora_jax as lj
-from experiments import cli, setups, train
-from lora_jax import checkpoints, training
+from experiments import cli, setups, summaries, train
+from lora_jax import training
 from lora_jax.interop import hf, peft
 from lora_jax.training import METRICS
 
@@ -190,17 +189,10 @@ def report(config: ConfigDict, losses: dict, seconds: dict, factors: float) -> N
         "losses": losses,
     }
     if flags.FLAGS.out:
-        add_row(Path(flags.FLAGS.out), figures)
+        summaries.add_rows(Path(flags.FLAGS.out), [figures])
     for name, value in figures.items():
         if name != "losses":
             print(f"{name:18}{value}")
-
-
-def add_row(file: Path, row: dict[str, Any]) -> None:
-    """Puts a row into a file of docs/results, in place of one of the same label."""
-    kept = json.loads(file.read_text())["rows"] if file.is_file() else []
-    rows = [*(old for old in kept if old["label"] != row["label"]), row]
-    checkpoints.write_atomically(file, (json.dumps({"rows": rows}, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli
+from experiments import cli, summaries
 from lora_jax.checkpoints import write_atomically
 
 flags.DEFINE_string("name", None, "Collects the runs under this name.")
@@ -75,12 +75,8 @@ def main() -> None:
     if bool(values.run) != bool(values.name):
         raise ValueError("--name and --run go together: docs/results/NAME.json gets a row for each run")
     if values.name:
-        file = folder / f"{values.name}.json"
         rows = [row for run in values.run for row in collect(run)]
-        new = {row["label"] for row in rows}
-        kept = json.loads(file.read_text())["rows"] if file.is_file() else []
-        rows = [row for row in kept if row["label"] not in new] + rows
-        write_atomically(file, (json.dumps({"rows": rows}, indent=2) + "\n").encode())
+        summaries.add_rows(folder / f"{values.name}.json", rows)
     readme = Path(values.readme)
     write_atomically(readme, fill(readme.read_text(), folder).encode())
 

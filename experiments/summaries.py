@@ -40,3 +40,11 @@ def write(workdir: Path, summary: dict[str, Any], *, show: bool = True) -> None:
     checkpoints.write_atomically(workdir / "summary.json", content.encode())
     if show:
         print(content, end="")
+
+
+def add_rows(file: Path, rows: list[dict[str, Any]]) -> None:
+    """Puts rows into a file of docs/results, in place of those of the same labels."""
+    new = {row["label"] for row in rows}
+    kept = json.loads(file.read_text())["rows"] if file.is_file() else []
+    content = {"rows": [row for row in kept if row["label"] not in new] + rows}
+    checkpoints.write_atomically(file, (json.dumps(content, indent=2) + "\n").encode())
