@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from lora_jax.dropping import drop
 from lora_jax.selection import CLASS
 
 T = TypeVar("T")
@@ -199,22 +200,16 @@ class LowRank(Adapted):
 
     def dropped(self, x: Array, op: Op) -> Array:
         """The branch's input: x after dropout; x itself for ids, and where there is none."""
-        if self.key is None or self.dropout == 0.0 or not op.draws:
-            return x
-        keep = jax.random.bernoulli(self.key, 1.0 - self.dropout, x.shape)
-        return jnp.where(keep, x / (1.0 - self.dropout), jnp.zeros_like(x))
+        key = self.key if self.dropout and op.draws else None
+        return x if key is None else drop(key, x, self.dropout)
 
     def delta(self) -> Array:
         """scale * A B in the base's axes, float32 (or wider)."""
         wide = widened(self.dtype)
-        names = [subscripts(self.layout[name], self.axes) for name in ("a", "b")]
-        scaled = jnp.einsum(
-            f"{names[0]},{subscripts('s', self.axes)}->{names[0]}",
-            self.a.astype(wide),
-            self.scale.astype(wide),
-        )
+        a, b, stack = (subscripts(layout, self.axes) for layout in (self.layout["a"], self.layout["b"], "s"))
+        scaled = jnp.einsum(f"{a},{stack}->{a}", self.a.astype(wide), self.scale.astype(wide))
         whole = "".join(chr(65 + axis) for axis in range(self.ndim))
-        return jnp.einsum(f"{names[0]},{names[1]}->{whole}", scaled, self.b.astype(wide), precision="highest")
+        return jnp.einsum(f"{a},{b}->{whole}", scaled, self.b.astype(wide), precision="highest")
 
     def materialize(self) -> Array:
         return rounded_sum(self.base, self.delta(), self.dtype)

@@ -36,13 +36,22 @@ class Dot:
         return self._dot(x, w, self.count, self.out_sharding)
 
     def thin(self, x: Array, a: Array) -> Array:
-        return self._dot(x, a.astype(self.dtype), self.count, self._whole_last(x.ndim - self.count))
+        return self._rows(x, a.astype(self.dtype), self.count, self._whole_last(x.ndim - self.count))
 
     def then(self, z: Array, b: Array) -> Array:
-        return self._dot(z.astype(self.dtype), b.astype(self.dtype), 1, self.out_sharding)
+        return self._rows(z.astype(self.dtype), b.astype(self.dtype), 1, self.out_sharding)
 
     def scale_input(self, x: Array, w: Array, scale: Array) -> Array:
         return self(scaled(x, scale), w)
+
+    def _rows(self, x: Array, w: Array, count: int, sharding: NamedSharding | None) -> Array:
+        """`_dot` over x's free axes as one. The gradient of a factor contracts them: of two, XLA first transposes the
+        whole activation (on a CPU, 27 ms of 8 x 128 x 3072 floats; the product of one axis takes 0.6)."""
+        free = x.ndim - count
+        if free < 2 or sharding is not None:
+            return self._dot(x, w, count, sharding)
+        y = self._dot(lax.collapse(x, 0, free), w, count, None)
+        return y.reshape(*x.shape[:free], *y.shape[1:])
 
     def _dot(self, x: Array, w: Array, count: int, sharding: NamedSharding | None) -> Array:
         free = x.ndim - count
@@ -305,14 +314,11 @@ def _structural(name: str, change: Callable[..., Any]) -> None:
 
 
 _structural("transpose", lambda w, permutation: structure.transpose(w, permutation))
-_structural("squeeze", lambda w, dimensions: structure.squeeze(w, dimensions))
+_structural("squeeze", structure.squeeze)
 _structural("reshape", lambda w, new_sizes, **_: structure.reshape(w, new_sizes))
-_structural(
-    "slice",
-    lambda w, start_indices, limit_indices, strides: structure.slice_(w, start_indices, limit_indices, strides),
-)
+_structural("slice", structure.slice_)
 _structural("dynamic_slice", lambda w, *starts, slice_sizes: structure.dynamic_slice(w, starts, slice_sizes))
-_structural("split", lambda w, sizes, axis: structure.split(w, axis, sizes))
+_structural("split", structure.split)
 _structural("unstack", lambda w, axis, **_: structure.unstack(w, axis))
 _structural(
     "broadcast_in_dim",

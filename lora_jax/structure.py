@@ -14,6 +14,8 @@ from jax import Array, lax
 from lora_jax.arrays import Adapted, factor_axes
 from lora_jax.selection import CLASS
 
+Ints = Sequence[int]
+
 
 def _rebuild(w: Adapted, axes: str, change: Callable[[Array, list], Array]) -> Adapted:
     """A new array with these axes; `change(array, where)` maps each array, whose axes `where` names by base axis."""
@@ -32,12 +34,11 @@ def each(w: Adapted, change: Callable[[Array], Any]) -> Adapted:
 def cast(w: Adapted, dtype: Any) -> Adapted:
     """Base and factors in another float dtype; scales, and what is `exact`, keep theirs: the product applies them."""
     kept = {name: getattr(w, name) for name in w.layout if set(w.layout[name]) == {"s"} or name in w.exact}
-    return each(w, lambda array: array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array).replace(
-        **kept
-    )
+    new = each(w, lambda array: array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array)
+    return new.replace(**kept)
 
 
-def transpose(w: Adapted, order: Sequence[int]) -> Adapted:
+def transpose(w: Adapted, order: Ints) -> Adapted:
     order = tuple(order)
     if order == tuple(range(w.ndim)):
         return w
@@ -61,19 +62,19 @@ def transpose(w: Adapted, order: Sequence[int]) -> Adapted:
     return _rebuild(w, axes, change)
 
 
-def squeeze(w: Adapted, dimensions: Sequence[int]) -> Adapted:
+def squeeze(w: Adapted, dimensions: Ints) -> Adapted:
     axes = "".join(letter for j, letter in enumerate(w.axes) if j not in dimensions)
     return _rebuild(
         w, axes, lambda array, where: lax.squeeze(array, [where.index(d) for d in dimensions if d in where])
     )
 
 
-def slice_(w: Adapted, starts: Sequence[int], limits: Sequence[int], strides: Sequence[int] | None) -> Adapted:
+def slice_(w: Adapted, start_indices: Ints, limit_indices: Ints, strides: Ints | None) -> Adapted:
     steps = strides or (1,) * w.ndim
 
     def change(array: Array, where: list) -> Array:
         bounds = [
-            (starts[axis], limits[axis], steps[axis]) if isinstance(axis, int) else (0, size, 1)
+            (start_indices[axis], limit_indices[axis], steps[axis]) if isinstance(axis, int) else (0, size, 1)
             for axis, size in zip(where, array.shape, strict=True)
         ]
         whole = all(b == (0, size, 1) for b, size in zip(bounds, array.shape, strict=True))
@@ -82,7 +83,7 @@ def slice_(w: Adapted, starts: Sequence[int], limits: Sequence[int], strides: Se
     return _rebuild(w, w.axes, change)
 
 
-def dynamic_slice(w: Adapted, starts: Sequence[Any], sizes: Sequence[int]) -> Adapted:
+def dynamic_slice(w: Adapted, starts: Sequence[Any], sizes: Ints) -> Adapted:
     def change(array: Array, where: list) -> Array:
         for slot, axis in enumerate(where):
             if isinstance(axis, int) and sizes[axis] != array.shape[slot]:
@@ -92,7 +93,7 @@ def dynamic_slice(w: Adapted, starts: Sequence[Any], sizes: Sequence[int]) -> Ad
     return _rebuild(w, w.axes, change)
 
 
-def split(w: Adapted, axis: int, sizes: Sequence[int]) -> list[Adapted]:
+def split(w: Adapted, axis: int, sizes: Ints) -> list[Adapted]:
     pieces, start = [], 0
     for size in map(int, sizes):
         starts, limits = [0] * w.ndim, list(w.shape)
@@ -106,7 +107,7 @@ def unstack(w: Adapted, axis: int) -> list[Adapted]:
     return [squeeze(piece, (axis,)) for piece in split(w, axis, (1,) * w.shape[axis])]
 
 
-def broadcast(w: Adapted, shape: Sequence[int], dimensions: Sequence[int]) -> Adapted:
+def broadcast(w: Adapted, shape: Ints, dimensions: Ints) -> Adapted:
     """`lax.broadcast_in_dim`; every new axis counts as stacked."""
     letters = ["s"] * len(shape)
     for old, new in enumerate(dimensions):
@@ -128,7 +129,7 @@ def broadcast(w: Adapted, shape: Sequence[int], dimensions: Sequence[int]) -> Ad
     return w.replace(base=base, core=axes.lstrip("s"), **arrays)
 
 
-def reshape(w: Adapted, shape: Sequence[int]) -> Adapted | None:
+def reshape(w: Adapted, shape: Ints) -> Adapted | None:
     """None where the new shape joins axes of different classes, which no factor can follow."""
     axes = _reshaped_axes(w.axes, w.shape, shape)
     if axes is None:
@@ -143,7 +144,7 @@ def reshape(w: Adapted, shape: Sequence[int]) -> Adapted | None:
     return w.replace(base=w.base.reshape(shape), core=axes.lstrip("s"), **arrays)
 
 
-def _reshaped_axes(axes: str, old: Sequence[int], new: Sequence[int]) -> str | None:
+def _reshaped_axes(axes: str, old: Ints, new: Ints) -> str | None:
     """The letters of the new axes: runs of old and new axes with equal products must stay within one class."""
     if 0 in old:
         return None

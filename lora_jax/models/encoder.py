@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from lora_jax.dropping import drop
 from lora_jax.models import activations, masks, shapes
 from lora_jax.models.layouts import to_loop, to_scanned
 
@@ -106,20 +107,11 @@ class Attention(nn.Module):
         query, key, value = (
             _dense(config, config.hidden, name)(x).reshape(heads) for name in ("query", "key", "value")
         )
-        drops = config.attention_dropout > 0 and self.has_rng("dropout")
         # The library's function mixes bfloat16 and float32 itself.
         with jax.numpy_dtype_promotion("standard"):
-            out = nn.dot_product_attention(
-                query,
-                key,
-                value,
-                mask=mask,
-                broadcast_dropout=False,
-                dropout_rng=self.make_rng("dropout") if drops else None,
-                dropout_rate=config.attention_dropout,
-                deterministic=not drops,
-                force_fp32_for_softmax=True,
-            )
+            weights = nn.dot_product_attention_weights(query, key, mask=mask, force_fp32_for_softmax=True)
+            weights = _dropped(self, weights, config.attention_dropout)
+            out = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
         return _dense(config, config.hidden, "out")(out.reshape(x.shape))
 
 
@@ -139,9 +131,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array, mask: Array | None) -> tuple[Array, None]:
         config = self.config
-        attended = _dropped(self, Attention(config, name="attn")(x, mask))
+        attended = _dropped(self, Attention(config, name="attn")(x, mask), config.dropout)
         x = _norm(config, "ln_1", x + checkpoint_name(attended, "attention_out"))
-        hidden = _dropped(self, MLP(config, name="mlp")(x))
+        hidden = _dropped(self, MLP(config, name="mlp")(x), config.dropout)
         x = _norm(config, "ln_2", x + checkpoint_name(hidden, "mlp_out"))
         return checkpoint_name(x, "block_out"), None
 
@@ -176,7 +168,7 @@ class Encoder(nn.Module):
         if config.head is None:
             return x
         if config.family == "bert":
-            logits = _dense(config, config.labels, "classifier")(_dropped(self, pooled))
+            logits = _dense(config, config.labels, "classifier")(_dropped(self, pooled, config.dropout))
         else:
             logits = Head(config, name="classifier")(first)
         return logits.astype(jnp.float32)
@@ -223,7 +215,7 @@ class Embeddings(nn.Module):
         )
         types = jnp.zeros_like(tokens) if token_types is None else token_types
         x = word(tokens) + token_type(types) + position(positions)
-        return _dropped(self, _norm(config, "norm", x))
+        return _dropped(self, _norm(config, "norm", x), config.dropout)
 
 
 class Head(nn.Module):
@@ -233,8 +225,8 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = nn.tanh(_dense(self.config, self.config.hidden, "dense")(_dropped(self, x)))
-        return _dense(self.config, self.config.labels, "out")(_dropped(self, x))
+        x = nn.tanh(_dense(self.config, self.config.hidden, "dense")(_dropped(self, x, self.config.dropout)))
+        return _dense(self.config, self.config.labels, "out")(_dropped(self, x, self.config.dropout))
 
 
 def _dense(config: EncoderConfig, features: int, name: str) -> nn.Dense:
@@ -247,13 +239,9 @@ def _norm(config: EncoderConfig, name: str, x: Array) -> Array:
     return norm(x.astype(jnp.float32)).astype(config.dtype)
 
 
-def _dropped(module: nn.Module, x: Array) -> Array:
-    """Dropout at the module's rate, where there is an rng for it."""
-    rate = module.config.dropout  # type: ignore[attr-defined]
-    if rate == 0 or not module.has_rng("dropout"):
-        return x
-    keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+def _dropped(module: nn.Module, x: Array, rate: float) -> Array:
+    """Dropout, where the module has an rng for it."""
+    return drop(module.make_rng("dropout"), x, rate) if rate and module.has_rng("dropout") else x
 
 
 def sites(config: EncoderConfig) -> dict[str, tuple[int, tuple[int, ...], str]]:
