@@ -1,13 +1,16 @@
 """What the entry points share: flags, and errors that a user can act on as one message."""
 
+import os
 import re
 import shlex
 import statistics
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
+import jax
 from absl import app, flags, logging
 
 flags.DEFINE_string("workdir", None, "Folder of the run: made, or gone on with if it holds one.")
@@ -25,6 +28,7 @@ def run(main: Callable[[], None]) -> None:
             logging.set_verbosity(logging.WARNING)  # orbax and others tell each step they take
         if len(argv) > 1:
             _end(f"{argv[1]!r} is not expected: write --flag=value")
+        keep_compiled()
         try:
             main()
         except (ValueError, TypeError, OSError) as error:
@@ -33,6 +37,15 @@ def run(main: Callable[[], None]) -> None:
             _end(str(error))
 
     app.run(guarded, flags_parser=_parse)
+
+
+def keep_compiled() -> None:
+    """Keeps what is compiled for the next process, in lora_jax of the user's cache folder, unless JAX has been told of
+    another one (JAX_COMPILATION_CACHE_DIR)."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lora_jax"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_max_size", 4 * 2**30)
 
 
 def command(name: str) -> str:

@@ -49,10 +49,6 @@ COLUMNS = {
     "cider": ("CIDEr", "{:.2f}"),
     "ter": ("TER", "{:.3f}"),
     "tokens_per_second": ("tokens/s", "{:,}"),
-    "seconds": ("seconds, all texts", "{:.0f}"),
-    "ratio": ("of transformers' time", "{:.2f}"),
-    "batch_seconds": ("one batch, seconds", "{:.2f}"),
-    "prompts_seconds": ("its prompts alone", "{:.2f}"),
     "relative_speed": ("relative to full fine-tuning", "{:.2f}"),
     "steps_compared": ("steps", "{}"),
     "loss_difference": ("losses differ by", "{:.1e}"),
@@ -65,6 +61,15 @@ COLUMNS = {
     "latency_adapter_l": ("AdapterL", "{:.2f}"),
     "latency_adapter_h": ("AdapterH", "{:.2f}"),
     "latency_prefix": ("prefix of 14", "{:.2f}"),
+    "times_ratio_median": ("the peer's time over ours", "{:.2f}"),
+    "times_normalised_median": ("each over its matrix products", "{:.2f}"),
+    "times_peak": ("its memory over ours", "{:.2f}"),
+    "times_over_floor": ("our time over our matrix products", "{:.2f}"),
+    "times_single_median": ("one adapter for all", "{:.2f}"),
+    "times_load_median": ("loading", "{:.1f}"),
+    "times_merge_median": ("merging", "{:.1f}"),
+    "times_unmerge_median": ("taking out", "{:.1f}"),
+    "times_switch_median": ("switching", "{:.0f}"),
 }
 WORDS = {"config", "verdict"}  # stand on the left
 
@@ -91,7 +96,7 @@ def collect(run: str) -> list[dict[str, Any]]:
     if not summary.is_file():
         raise FileNotFoundError(f"{summary} does not exist: experiments.train writes it at its end")
     row = {"label": label} | json.loads(summary.read_text())
-    del row["tokens_per_second"]  # runs share the machine with whatever else it does: experiments.benchmark compares
+    del row["tokens_per_second"]  # runs share the machine with whatever else it does: experiments.speed compares
     kind = "test-base*" if row["method"] == "none" else "test-[!b]*"
     found = [json.loads(file.read_text()) for file in Path(workdir, "evaluation").glob(f"{kind}/evaluate.json")]
     if not found:

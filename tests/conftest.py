@@ -25,6 +25,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Many tests compile the same small programs: each process keeps them, for as long as it lives.
 _CACHE = tempfile.TemporaryDirectory(prefix="jax-cache-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name  # of the processes that a test starts
 jax.config.update("jax_compilation_cache_dir", _CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -24,14 +24,16 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax.training.train_state import TrainState
-from flops import count
+from flops import count, equations
 
 import lora_jax as lj
+from lora_jax.dropping import drop
 from lora_jax.models import gpt2
 
 BATCH, LENGTH, LABELLED, RANK = 2, 12, 5, 2
 CONFIG = gpt2.GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=3, n_head=2)
 TOKENS = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
+KEY = jax.random.key(0)
 PLACES = jax.ShapeDtypeStruct((BATCH, LABELLED), jnp.int32)
 SELECTED = {
     "query and value": ("**/attn/{query,value}/kernel", ("query", "value")),
@@ -121,6 +123,35 @@ def test_remat_costs_at_most_one_more_forward(selected, scan):
     flops = step_flops(glob, "logged norm", scan_layers=scan, remat=True)
     assert closed_form(names, scan=scan, remat=False) < flops
     assert flops <= 1.01 * closed_form(names, scan=scan, remat=True)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_no_thin_product_contracts_two_axes(scan):
+    """XLA would transpose whole activations for the gradient of a factor, which costs many times the product."""
+    model, method, params, delta = pieces(SELECTED["all"][0], scan_layers=scan)
+    forward = lj.lift(model.apply)
+
+    def grads(delta: Any, params: Any, tokens: Any, places: Any) -> Any:
+        return jax.grad(lambda d: loss_of(forward, method.apply(params, d), tokens, places))(delta)
+
+    thin = 0
+    for eqn in equations(jax.make_jaxpr(grads)(delta, params, TOKENS, PLACES).jaxpr):
+        if eqn.primitive.name == "dot_general" and RANK in eqn.outvars[0].aval.shape:
+            (contracted, _), (batched, _) = eqn.params["dimension_numbers"]
+            if not batched:  # else of attention, in a batch of two
+                thin += 1
+                assert len(contracted) == 1, eqn
+    assert thin >= 6 * 3  # forward, and both gradients, of each kind of matrix
+
+
+@pytest.mark.parametrize("entries", [12, 7])
+def test_dropout_draws_half_a_word_an_entry(entries):
+    drawn = [
+        math.prod(eqn.params["shape"])
+        for eqn in equations(jax.make_jaxpr(lambda k, x: drop(k, x, 0.1))(KEY, jnp.ones((5, entries))).jaxpr)
+        if eqn.primitive.name == "random_bits"
+    ]
+    assert drawn == [-(-5 * entries // 2)]
 
 
 @pytest.mark.parametrize("form", ["delta", "joint"])

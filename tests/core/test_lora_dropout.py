@@ -9,6 +9,7 @@ import pytest
 from core_reference import close, filled, normal, same
 
 import lora_jax as lj
+from lora_jax.dropping import drop
 
 N, RATE = 8, 0.25
 KEY = jax.random.key(3)
@@ -39,6 +40,17 @@ def test_statistics():
     assert np.all(np.abs(dropped.mean(0) - RATE) < 5 * np.sqrt(RATE * (1 - RATE) / 4000))  # every feature
     pairs = np.mean(dropped[:, 0] & dropped[:, 1])  # features of a row are independent
     assert abs(pairs - RATE**2) < 0.03
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-6, 0.1, 0.5, 0.9999999])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_any_rate_keeps_the_mean(rate, dtype):
+    x = jax.jit(drop, static_argnums=2)(KEY, jnp.ones((301, 999), dtype), rate)
+    kept = np.asarray(x, np.float32)
+    assert x.dtype == dtype and np.isfinite(kept).all()
+    if rate < 0.9:
+        assert abs(np.mean(kept == 0) - rate) < 5 * np.sqrt(rate / kept.size) + 2**-16
+        assert kept.mean() == pytest.approx(1.0, abs=0.01)
 
 
 def test_another_key_draws_otherwise_and_the_same_key_the_same():

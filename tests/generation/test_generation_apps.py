@@ -209,22 +209,6 @@ def test_compare(run: Made, tmp_path: Path) -> None:
     assert missing.returncode == 1 and "experiments.evaluate writes it" in missing.stderr
 
 
-@pytest.mark.slow
-def test_benchmark_beams(run: Made, tmp_path: Path) -> None:
-    """The script runs, both sides agree, and every figure is there."""
-    folder = run.workdir.parent
-    flags = [f"--base={folder}/base", f"--data={folder}", f"--out={tmp_path}/beams.json"]
-    done = start("benchmark_beams", *flags, "--num_beams=2", "--max_new_tokens=5", "--batch_size=2")
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "beams.json").read_text())
-    ours, theirs = result["rows"]
-    assert (ours["label"], theirs["label"], theirs["ratio"]) == ("lora_jax", "transformers", 1)
-    assert ours["ratio"] == pytest.approx(ours["seconds"] / theirs["seconds"])
-    assert (result["texts"], result["texts_that_differ"]) == (3, 0)
-    spent = result["transformers_seconds_of_a_batch"]
-    assert 0 < spent["reordering"] < spent["model"] < spent["all"]
-
-
 def test_dialogue(run: Made, tmp_path: Path) -> None:
     """Adapters and strengths change between the turns; bad lines get help, and the dialogue goes on."""
     identity = checkpoints.meta_of(run.workdir)["base"]

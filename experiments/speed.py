@@ -1,6 +1,6 @@
-"""Training speed of the methods of configs/e2e.py, on the same batches in turn.
+"""Training speed of our methods among themselves (experiments.benchmark: against peers), on the same batches in turn.
 
-    python -m experiments.benchmark --config=configs/e2e.py:small \\
+    python -m experiments.speed --config=configs/e2e.py:small \\
       --config.base=FOLDER --config.data.path=FOLDER --out=docs/results/speed.json
 
 LoRA on query and value, LoRA on all matrices, full fine-tuning, and the config's method where that is another. Every

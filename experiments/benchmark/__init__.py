@@ -1,0 +1,1 @@
+"""Ours against the peers on the same work: `python -m experiments.benchmark`."""

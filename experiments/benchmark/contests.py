@@ -1,0 +1,120 @@
+"""What is compared: the works, and who does them."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lora_jax.data import glue, pairs, tasks
+
+
+class Contest(NamedTuple):
+    """One comparison. Sides: name -> (MODULE:FUNCTION of a worker, its work)."""
+
+    name: str
+    sides: dict[str, tuple[str, dict[str, Any]]]
+    parts: tuple[str, ...] = ("unit",)
+    rounds: int = 100
+    warm: bool = True  # a first round that does not count
+
+
+def all_of(sources: dict[str, str | None], folder: Path) -> list[Contest]:
+    """Those that can run from these sources of real data; a folder gets the texts that all sides read."""
+    found = [*steps(), mixed(), switch(), start()]
+    base, data, bert = sources["base"], sources["data"], sources["bert"]
+    if base and data:
+        found += [*epochs_of_pairs(base, data, folder), *decoding(base, data, folder), sweep(base, data)]
+    if bert and sources["glue"]:
+        found.append(epoch_of_sentences(bert, sources["glue"], folder))
+    return found
+
+
+def steps() -> list[Contest]:
+    """Training steps. Medium has fewer tokens: a step of it should not take a minute."""
+    found = []
+    for model, batch in (("small_base", 8), ("gpt2_small", 8), ("gpt2_medium", 2), ("roberta_base", 8)):
+        for targets in ("qv", "all"):
+            work = {"model": model, "targets": targets, "batch": batch, "length": 128, "steady": True}
+            sides = {
+                "ours": ("ours:step", work),
+                "peft_eager": ("torch_peers:step", work),
+                "peft_compiled": ("torch_peers:step", work | {"compile": True}),
+                "qwix": ("flax_peers:qwix_step", work),
+                "nnx": ("flax_peers:nnx_step", work),
+            }
+            found.append(Contest(f"step/{model}/{targets}", sides, ("unit", "floor")))
+    return found
+
+
+def mixed() -> Contest:
+    """A batch whose rows have adapters of their own."""
+    work = {"model": "gpt2_small", "targets": "qv", "batch": 8, "length": 128, "adapters": 8, "steady": True}
+    sides = {"ours": ("ours:scoring", work), "peft_adapter_names": ("torch_peers:scoring", work)}
+    return Contest("mixed/gpt2_small", sides, ("unit", "single"))
+
+
+def switch() -> Contest:
+    """What one does with an adapter after training."""
+    work = {"model": "gpt2_small", "targets": "qv", "batch": 1, "length": 16}
+    sides = {"ours": ("ours:switching", work), "peft": ("torch_peers:switching", work)}
+    return Contest("switch/gpt2_small", sides, ("load", "merge", "unmerge", "switch"))
+
+
+def start() -> Contest:
+    """From nothing to the first step, and once more when what was compiled is kept."""
+    work = {"model": "small_base", "targets": "qv", "batch": 8, "length": 64}
+    sides = {
+        "ours": ("ours:step", work),
+        "peft_eager": ("torch_peers:step", work),
+        "peft_compiled": ("torch_peers:step", work | {"compile": True}),
+        "qwix": ("flax_peers:qwix_step", work),
+    }
+    return Contest("start", sides, ("cold", "kept"), rounds=3)
+
+
+def epochs_of_pairs(base: str, data: str, folder: Path) -> list[Contest]:
+    """E2E from text to updated weights: ours in buckets, PEFT padding each batch; and all padded to 512 tokens."""
+    chosen = tasks.named("e2e").load(data, "train").shuffle(seed=0)[:128]
+    work = {"task": "e2e", "base": base, "file": _kept(folder / "e2e.json", chosen), "batch": 8}
+    ours, theirs = "ours_texts:epoch", "torch_texts:epoch"
+    whole = {"ours": (ours, work), "ours_512": (ours, work | {"pad": 512}), "peft_512": (theirs, work | {"pad": 512})}
+    return [
+        Contest("epoch/e2e", {"ours": (ours, work), "peft_dynamic": (theirs, work)}),
+        Contest("epoch/e2e_512", whole, rounds=3),
+    ]
+
+
+def epoch_of_sentences(bert: str, data: str, folder: Path) -> Contest:
+    """MRPC from text to updated weights."""
+    chosen = glue.load("mrpc", data, "train").shuffle(seed=0)[:256]
+    work = {"task": "mrpc", "base": bert, "file": _kept(folder / "mrpc.json", chosen), "batch": 16}
+    return Contest("epoch/mrpc", {"ours": ("ours_texts:epoch", work), "peft_dynamic": ("torch_texts:epoch", work)})
+
+
+def decoding(base: str, data: str, folder: Path) -> list[Contest]:
+    """Texts for E2E's contexts."""
+    contexts = list(pairs.contexts(tasks.named("e2e").load(data, "test")))[:64]
+    work = {"base": base, "file": _kept(folder / "contexts.json", {"context": contexts}), "batch": 32}
+    beams = {"max_new_tokens": 64, "num_beams": 10, "length_penalty": 0.9, "no_repeat_ngram_size": 4}
+    return [
+        Contest(
+            f"decode/{name}",
+            {"ours": ("ours_texts:decode", own), "transformers": ("torch_texts:decode", own)},
+            rounds=5,
+        )
+        for name, own in (
+            ("greedy", work | {"how": {"max_new_tokens": 64}}),
+            ("beams_10", work | {"how": beams}),
+        )
+    ]
+
+
+def sweep(base: str, data: str) -> Contest:
+    """Eight learning rates, compilation included."""
+    work = {"base": base, "data": data, "members": 8, "steps": 300}
+    sides = {name: ("ours_texts:sweep", work | {"at_once": name == "ours"}) for name in ("ours", "processes")}
+    return Contest("sweep", sides, rounds=1, warm=False)
+
+
+def _kept(file: Path, content: dict[str, Any]) -> str:
+    file.write_text(json.dumps(content))
+    return str(file)

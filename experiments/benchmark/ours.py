@@ -1,0 +1,170 @@
+"""Our side of training steps and of what an adapter is after training."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lora_jax as lj
+from configs import e2e
+from experiments.benchmark import shapes
+from lora_jax import checkpoints, training
+from lora_jax.models import encoder, gpt2
+
+Parts = dict[str, Callable[[], float | None]]
+TARGETS = {"qv": "**/attn/{query,value}/kernel", "all": "h_*/**/kernel"}
+
+
+def model_of(work: dict[str, Any]) -> Any:
+    """The model of a work's shape."""
+    shape, dtype = shapes.MODELS[work["model"]], work.get("dtype", "float32")
+    vocab, width, layers, heads = (shape[name] for name in ("vocab", "width", "layers", "heads"))
+    if shape["kind"] == "gpt2":
+        sizes = {"vocab_size": vocab, "n_embd": width, "n_layer": layers, "n_head": heads}
+        return gpt2.GPT2(gpt2.GPT2Config(**sizes, dtype=dtype))
+    sizes = {"vocab_size": vocab, "hidden": width, "layers": layers, "heads": heads, "inner": 4 * width}
+    return encoder.Encoder(encoder.EncoderConfig(**sizes, head="classification", dtype=dtype))
+
+
+def params_of(model: Any, work: dict[str, Any]) -> Any:
+    """Random weights, in the dtype that the model computes in."""
+
+    def init(key: jax.Array) -> Any:
+        params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        return jax.tree.map(lambda leaf: leaf.astype(work.get("dtype", "float32")), params)
+
+    return jax.jit(init)(jax.random.key(0))
+
+
+def lora_of(model: Any, work: dict[str, Any]) -> lj.ParamTransform:
+    """LoRA on the work's targets; a new head trains too."""
+    axes = gpt2.AXES if isinstance(model, gpt2.GPT2) else encoder.AXES
+    lora = lj.lora(lj.select(TARGETS[work["targets"]], axes=axes), rank=shapes.RANK, dropout=work.get("dropout", 0.0))
+    return lora if isinstance(model, gpt2.GPT2) else lj.chain(lora, lj.tune(lj.select("classifier/**")))
+
+
+def batch_of(work: dict[str, Any]) -> dict[str, Any]:
+    """The batch of a training step: every token is labelled, or each text."""
+    tokens = shapes.texts(work).astype(np.int32)
+    batch: dict[str, Any] = {"tokens": tokens[:, :-1], "mask": np.ones((work["batch"], work["length"]), bool)}
+    if shapes.MODELS[work["model"]]["kind"] == "gpt2":
+        places = np.broadcast_to(np.arange(work["length"], dtype=np.int32), batch["tokens"].shape)
+        weights = np.ones(places.shape, np.float32)
+        return batch | {"labelled": places, "labels": tokens[:, 1:], "weights": weights}
+    labels = tokens[:, -1] % 2
+    return batch | {"token_types": 0 * batch["tokens"], "labels": labels, "weights": np.ones(len(labels), np.float32)}
+
+
+def step(work: dict[str, Any]) -> Parts:
+    """A training step as `experiments.train` makes it."""
+    model = model_of(work)
+    params, method = params_of(model, work), lora_of(model, work)
+    options = e2e.get_config("small").optimizer
+    options.update(learning_rate=shapes.RATE, schedule="constant", warmup_steps=0)
+    rate = training.schedule(options, 1000)
+    tx = training.optimizer(options, rate)
+    is_gpt2 = isinstance(model, gpt2.GPT2)
+    objective = training.language_model(model) if is_gpt2 else training.classifier(model)
+    state = jax.jit(lambda params: training.new_state(method, tx, params, jax.random.key(0)))(params)
+    params = lj.without_tuned(params, state.delta)
+    one = jax.jit(training.make_step(objective, method, tx, rate), donate_argnums=0)
+    batch = batch_of(work)
+
+    def unit() -> None:
+        nonlocal state
+        state = one(state, params, {name: x[None] for name, x in batch.items()})
+        jax.block_until_ready(state)
+
+    return {"unit": unit, "floor": lambda: floor(work)}
+
+
+def floor(work: dict[str, Any]) -> float:
+    """Seconds of the work's products alone."""
+    total = 0.0
+    product = jax.jit(jnp.matmul)
+    for (m, k, n), count in shapes.products(work).items():
+        x, w = (jnp.ones(shape, work.get("dtype", "float32")) for shape in ((m, k), (k, n)))
+        product(x, w).block_until_ready()
+        begin = time.perf_counter()
+        product(x, w).block_until_ready()
+        total += count * (time.perf_counter() - begin)
+    return total
+
+
+def scoring(work: dict[str, Any]) -> Parts:
+    """The loss of a batch whose rows have adapters of their own, by turns; and with one adapter for all."""
+    model = model_of(work)
+    params = params_of(model, work)
+    lora = lora_of(model, work)
+    bank = lj.bank([lora] * work["adapters"])
+    objective, batch = training.language_model(model), jax.device_put(batch_of(work))
+    ids = jnp.arange(work["batch"]) % work["adapters"]
+
+    def filled(method: lj.ParamTransform) -> Any:
+        return jax.tree.map(lambda x: x + 0.01, jax.jit(method.init)(jax.random.key(1), params))
+
+    def loss(method: lj.ParamTransform) -> Callable:
+        def of(params: Any, delta: Any, batch: Any, strength: Any) -> jax.Array:
+            adapted = method.apply(params, delta, strength=strength)
+            return objective.loss(objective.forward(adapted, batch), batch)[0]
+
+        return jax.jit(of)
+
+    mixed, single = loss(bank), loss(lora)
+    deltas = filled(bank), filled(lora)
+    strength = jax.nn.one_hot(ids, work["adapters"])
+
+    def unit() -> None:
+        mixed(params, deltas[0], batch, strength).block_until_ready()
+
+    def one() -> None:
+        single(params, deltas[1], batch, 1.0).block_until_ready()
+
+    return {"unit": unit, "single": one}
+
+
+def switching(work: dict[str, Any]) -> Parts:
+    """Loading an adapter's file, merging it, taking it out again, and going over to another one between two batches."""
+    model = model_of(work)
+    params, method = params_of(model, work), lora_of(model, work)
+    folder = Path(tempfile.mkdtemp())
+    deltas = [jax.tree.map(lambda x: x + 0.01, jax.jit(method.init)(jax.random.key(n), params)) for n in range(2)]
+    checkpoints.save_adapter(folder, method, deltas[0], checkpoints.identity(params, "random"))
+    forward = jax.jit(
+        lambda params, delta, tokens: lj.lift(model.apply)({"params": method.apply(params, delta)}, tokens)
+    )
+    tokens = jnp.asarray(shapes.texts(work)[:, :-1], jnp.int32)
+    merge = jax.jit(lambda params, delta: lj.merge(method.apply(params, delta)))
+    merged = jax.block_until_ready(merge(params, deltas[0]))
+    unmerge = jax.jit(lambda merged, delta: lj.unmerge(merged, method, delta))
+    for delta in deltas:
+        forward(params, delta, tokens).block_until_ready()
+    turn = 0
+
+    def load() -> None:
+        jax.block_until_ready(jax.device_put(checkpoints.load_adapter(folder)[1]))
+
+    def switch() -> float:
+        nonlocal turn
+        turn = 1 - turn
+        begin = time.perf_counter()
+        delta = deltas[turn]  # a forward takes it as it is: nothing has to be done first
+        taken = time.perf_counter() - begin
+        forward(params, delta, tokens).block_until_ready()
+        return taken
+
+    return {
+        "load": load,
+        "merge": lambda: _done(merge(params, deltas[0])),
+        "unmerge": lambda: _done(unmerge(merged, deltas[0])),
+        "switch": switch,
+    }
+
+
+def _done(tree: Any) -> None:
+    jax.block_until_ready(tree)

@@ -1,0 +1,41 @@
+"""What all sides are given: the shapes of the models, the texts, and the products that no side can do without."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+MODELS: dict[str, dict[str, Any]] = {
+    "small_base": {"kind": "gpt2", "vocab": 8192, "width": 256, "layers": 6, "heads": 8},
+    "gpt2_small": {"kind": "gpt2", "vocab": 50257, "width": 768, "layers": 12, "heads": 12},
+    "gpt2_medium": {"kind": "gpt2", "vocab": 50257, "width": 1024, "layers": 24, "heads": 16},
+    "roberta_base": {"kind": "roberta", "vocab": 50265, "width": 768, "layers": 12, "heads": 12},
+}
+RANK = 4
+RATE = 1e-4
+
+
+def texts(work: dict[str, Any]) -> np.ndarray:
+    """Random tokens (batch, length + 1), the same on all sides."""
+    vocab = MODELS[work["model"]]["vocab"]
+    return np.random.default_rng(0).integers(2, vocab, (work["batch"], work["length"] + 1), dtype=np.int64)
+
+
+def products(work: dict[str, Any]) -> dict[tuple[int, int, int], int]:
+    """How often a step multiplies (m, k) by (k, n): each frozen weight once forward and once for its input's gradient
+    (not that of the lowest layer's query, key and value, whose input has none), and the head of a GPT-2 likewise."""
+    shape = MODELS[work["model"]]
+    tokens, width, layers = work["batch"] * work["length"], shape["width"], shape["layers"]
+    found = {
+        (tokens, width, width): 8 * layers - 3,
+        (tokens, width, 4 * width): 2 * layers,
+        (tokens, 4 * width, width): 2 * layers,
+    }
+    if shape["kind"] == "gpt2":
+        found |= {(tokens, width, shape["vocab"]): 1, (tokens, shape["vocab"], width): 1}
+    return found
+
+
+def flops(work: dict[str, Any]) -> int:
+    """Of those products."""
+    return sum(2 * math.prod(shape) * count for shape, count in products(work).items())

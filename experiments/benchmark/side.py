@@ -1,0 +1,68 @@
+"""A side's process, seen from the benchmark."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+
+class Missing(Exception):
+    """The side cannot run here, and why."""
+
+
+class Side:
+    """A worker that does its parts when told to."""
+
+    def __init__(self, target: str, work: dict[str, Any], env: dict[str, str] | None = None):
+        begin = time.perf_counter()
+        mine = target.startswith("ours")
+        own = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1" if mine else ""}  # peers run as they come
+        command = [sys.executable, "-m", "experiments.benchmark.worker", target, json.dumps(work)]
+        self.errors = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            env=os.environ | own | (env or {}),
+        )
+        self.peak = 0
+        self.first: dict[str, float] = {}
+        if missing := self._answer().get("missing"):
+            raise self._gone(f"no module {missing}")
+        self.first["ready"] = time.perf_counter() - begin
+
+    def run(self, part: str) -> float:
+        """Does a part once: its seconds."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(part + "\n")
+        self.process.stdin.flush()
+        said = self._answer()
+        if "failed" in said:
+            raise self._gone(said["failed"])
+        if part != "floor" and not (self.first.get("floor")):
+            self.peak = said["peak"]  # until the bare products want memory of their own
+        self.first.setdefault(part, said["seconds"])
+        return said["seconds"]
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.errors.seek(0)
+            raise self._gone("it ended: " + (self.errors.read().strip().splitlines() or [""])[-1][:300])
+        return json.loads(line)
+
+    def _gone(self, why: str) -> Missing:
+        self.close()
+        return Missing(why)
+
+    def close(self) -> None:
+        self.process.kill()
+        if self.process.stdin and not self.process.stdin.closed:
+            self.process.communicate()
+        self.errors.close()  # twice does no harm

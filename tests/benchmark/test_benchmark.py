@@ -1,0 +1,110 @@
+"""The comparison with peers: its processes, its arithmetic, its files. Speeds are not tested."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from absl import flags
+from flops import equations
+
+import lora_jax as lj
+from experiments.benchmark import __main__ as benchmark
+from experiments.benchmark import contests, ours, shapes
+from experiments.benchmark.side import Missing, Side
+from lora_jax import training
+
+WORK = {"model": "small_base", "targets": "qv", "batch": 2, "length": 8}
+
+
+@pytest.mark.parametrize("model", ["small_base", "roberta_base"])
+@pytest.mark.parametrize("targets", ["qv", "all"])
+def test_the_floor_has_every_product_with_a_frozen_weight(model, targets):
+    """Those of our step that contract or give a model's width, traced, without attention, thin products and a head of
+    few labels."""
+    work = WORK | {"model": model, "targets": targets}
+    net = ours.model_of(work)
+    params = jax.eval_shape(lambda: ours.params_of(net, work))
+    method = ours.lora_of(net, work)
+    is_gpt2 = shapes.MODELS[model]["kind"] == "gpt2"
+    objective = training.language_model(net) if is_gpt2 else training.classifier(net)
+    delta = jax.eval_shape(method.init, jax.random.key(0), params)
+
+    def loss(half: Any, fixed: Any, params: Any, batch: Any) -> Any:
+        adapted = method.apply(params, lj.rejoin(half, fixed))
+        return objective.loss(objective.forward(adapted, batch), batch)[0]
+
+    traced = jax.make_jaxpr(jax.grad(loss))(*lj.partition(delta), params, ours.batch_of(work))
+    found: dict[int, int] = {}
+    for eqn in equations(traced.jaxpr):
+        if eqn.primitive.name != "dot_general":
+            continue
+        (contracted, _), (batched, _) = eqn.params["dimension_numbers"]
+        shape = eqn.invars[0].aval.shape
+        inner, outer = math.prod(shape[axis] for axis in contracted), math.prod(eqn.outvars[0].aval.shape)
+        tokens = work["batch"] * work["length"]
+        if not batched and min(inner, outer // tokens) >= shapes.MODELS[model]["width"] and outer % tokens == 0:
+            found[2 * inner * outer] = found.get(2 * inner * outer, 0) + 1
+    expected: dict[int, int] = {}
+    for shape, count in shapes.products(work).items():
+        flops = 2 * math.prod(shape)
+        expected[flops] = expected.get(flops, 0) + count
+    assert found == expected
+
+
+def test_a_side_does_its_parts_in_a_process_of_its_own():
+    side = Side("ours:step", WORK)
+    try:
+        assert side.run("unit") > 0
+        peak = side.peak
+        assert side.run("floor") > 0 and side.peak == peak > 10**8
+        with pytest.raises(Missing, match="KeyError"):
+            side.run("nonsense")
+    finally:
+        side.close()
+
+
+def test_a_peer_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "qwix.py").write_text("raise ModuleNotFoundError(name='qwix')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(Missing, match="no module qwix"):
+        Side("flax_peers:qwix_step", WORK)
+
+
+def test_ratios_are_of_the_same_round():
+    seconds = {
+        "ours": {"unit": [1.0, 2.0, 4.0], "floor": [0.5, 0.5, 0.5]},
+        "peer": {"unit": [2.0, 6.0, 4.0], "floor": [1.0, 1.0, 1.0]},
+    }
+    sides = {"ours": {"peak": 10}, "peer": {"peak": 5}}
+    contest = contests.Contest("step/x/qv", {}, ("unit", "floor"))
+    found = benchmark.ratios(contest, seconds, sides)
+    assert found["peer"] == {
+        "peak": 0.5,
+        "ratio_median": 2.0,
+        "ratio_low": 1.0,
+        "ratio_high": 3.0,
+        "normalised_median": 1.0,
+    }
+    assert found["ours"] == {"over_floor": 4.0}
+
+
+def test_what_is_written(tmp_path: Path):
+    ratios = {"peer": {"peak": 0.5, "ratio_median": 2.0, "ratio_low": 1.0, "ratio_high": 3.0}}
+    how = {"command": "c", "device": "d", "seed": 0}
+    benchmark.write(tmp_path / "b.json", {"contests": {"step/x/qv": {"ratios": ratios, "how": how}}})
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert written["step"]["x"]["qv"]["peer"]["ratio_median"] == 2.0
+    assert written["rows"][0]["times_ratio_median"] == {"score": 2.0, "low": 1.0, "high": 3.0}
+    assert (tmp_path / "b.png").is_file()
+
+
+def test_names_of_contests(tmp_path: Path):
+    names = [each.name for each in contests.all_of(dict.fromkeys(("base", "data", "bert", "glue")), tmp_path)]
+    assert "step/gpt2_medium/all" in names and "sweep" not in names
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["test"])
+    assert [name for name in names if benchmark.wanted(name)] == names
+    assert not benchmark.wanted("sweep")
