@@ -33,7 +33,9 @@ def main() -> None:
     answer()
     for line in sys.stdin:
         try:
-            if work.get("steady"):  # a step of many: behind another one, not after a rest while other sides worked
+            if (
+                work.get("steady") and line.strip() != "floor"
+            ):  # a step of many: behind another one, not after a rest while other sides worked
                 parts[line.strip()]()
             begin = time.perf_counter()
             said = parts[line.strip()]()

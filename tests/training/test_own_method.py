@@ -56,7 +56,7 @@ def test_the_readmes_method(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert done.returncode == 0, done.stderr
     assert "trained: 64 of" in done.stdout  # R of 4 x 4 in two matrices of two layers
     data = [f"--config.data.path={folder}/data", "--config.data.batch_size=4", "--config.data.buckets=1"]
-    done = command(folder, "benchmark", *config, *data, "--rounds=1", "--steps=1", f"--workdir={folder}/speed")
+    done = command(folder, "speed", *config, *data, "--rounds=1", "--steps=1", f"--workdir={folder}/speed")
     assert done.returncode == 0, done.stderr
     assert "mine.py:method" in done.stdout
 
