@@ -8,7 +8,8 @@ import sys
 if (
     sys.platform == "linux"
     and "GLIBC_TUNABLES" not in os.environ
-    and any(name.startswith("experiments.") for name in sys.orig_argv[1:3])
+    and sys.argv[0] == "-m"  # while Python looks for the module that is to run
+    and any(name.startswith("experiments.") for name in sys.orig_argv)
 ):
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -45,7 +45,8 @@ def keep_compiled() -> None:
     if jax.config.values["jax_compilation_cache_dir"] is None:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lora_jax"
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_compilation_cache_max_size", 4 * 2**30)
+        if jax.config.values["jax_compilation_cache_max_size"] < 0:
+            jax.config.update("jax_compilation_cache_max_size", 4 * 2**30)
 
 
 def command(name: str) -> str:

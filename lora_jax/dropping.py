@@ -13,6 +13,7 @@ def drop(key: Array, x: Array, rate: float) -> Array:
     the scale is that of the rounded one.
     """
     kept = min(max(round((1.0 - rate) * 2**16), 1), 2**16)
-    words = jax.random.bits(key, (-(-x.size // 2),), jnp.uint32)
-    bits = lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[: x.size].reshape(x.shape)
+    *rows, width = x.shape or (1,)
+    words = jax.random.bits(key, (*rows, -(-width // 2)), jnp.uint32)  # along the last axis: x may be sharded
+    bits = lax.bitcast_convert_type(words, jnp.uint16).reshape(*rows, 2 * words.shape[-1])[..., :width].reshape(x.shape)
     return jnp.where(bits.astype(jnp.int32) < kept, x * (2**16 / kept), jnp.zeros_like(x))

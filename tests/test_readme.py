@@ -54,4 +54,5 @@ def test_files_and_modules_that_the_readme_names_exist():
         name = path[0] or path[1]
         assert (ROOT / name).exists(), name
     for module in re.findall(r"python -m ([\w.]+)", README):
-        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+        file = ROOT / module.replace(".", "/")
+        assert file.with_suffix(".py").is_file() or (file / "__main__.py").is_file(), module

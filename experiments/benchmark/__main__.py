@@ -18,7 +18,6 @@ benchmark_cpu.json or benchmark_gpu.json, which keeps its other contests, and a 
 named, and left out: pip install peft qwix.
 """
 
-import fnmatch
 import importlib.metadata
 import json
 import os
@@ -34,10 +33,9 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments import cli, results
-from experiments.benchmark import contests
-from experiments.benchmark.contests import Contest
+from experiments.benchmark import contests, report
+from experiments.benchmark.contests import OURS, Contest
 from experiments.benchmark.side import Missing, Side
-from lora_jax import checkpoints
 
 flags.DEFINE_multi_string("only", [], "Contests: globs.")
 flags.DEFINE_float("minutes", 30.0, "Of all contests together; each gets its share, and three rounds at least.")
@@ -47,11 +45,12 @@ flags.DEFINE_string("bert", None, "A small BERT or RoBERTa, for epoch/mrpc.")
 flags.DEFINE_string("glue", None, "GLUE's data.")
 flags.declare_key_flag("data")
 flags.declare_key_flag("out")
-OURS, LEAST = "ours", 3
+LEAST = 3
 PACKAGES = ("jax", "flax", "optax", "qwix", "torch", "transformers", "peft")
 
 
 def main() -> None:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the accelerator's memory is the sides'
     with tempfile.TemporaryDirectory() as folder:
         compare(Path(folder))
 
@@ -61,7 +60,7 @@ def compare(folder: Path) -> None:
     values = flags.FLAGS
     sources = {name: values[name].value for name in ("base", "data", "bert", "glue")}
     known = contests.all_of(sources, folder)
-    chosen = [each for each in known if wanted(each.name)]
+    chosen = [each for each in known if report.wanted(each.name, values.only)]
     if not chosen:
         raise ValueError(f"--only={values.only}: none of {', '.join(each.name for each in known)}")
     file = Path(values.out or ".") / f"benchmark_{'cpu' if jax.default_backend() == 'cpu' else 'gpu'}.json"
@@ -72,14 +71,9 @@ def compare(folder: Path) -> None:
         figures = started(contest) if contest.name == "start" else measured(contest, share)
         found["contests"][contest.name] = figures | {"how": how()}
         if values.out:
-            write(file, found)
-    rows = rows_of({name: found["contests"][name] for name in (each.name for each in chosen)})
+            report.write(file, found)
+    rows = report.rows_of({name: found["contests"][name] for name in (each.name for each in chosen)})
     print(results.table([{name: value for name, value in row.items() if name != "command"} for row in rows]))
-
-
-def wanted(name: str) -> bool:
-    globs = flags.FLAGS.only or ["[!s]*", "st*", "switch*"]  # all but the sweep
-    return any(fnmatch.fnmatch(name, glob) for glob in globs)
 
 
 def how() -> dict[str, Any]:
@@ -100,140 +94,79 @@ def how() -> dict[str, Any]:
     }
 
 
-def started(contest: Contest) -> dict[str, Any]:
-    """Seconds from the start of a process to the end of its first step: with nothing compiled before, and with what the
-    run before has kept."""
-    seconds: dict[str, dict[str, list[float]]] = {}
-    out: dict[str, Any] = {}
-    for _ in range(contest.rounds):
-        for name, (target, work) in contest.sides.items():
-            with tempfile.TemporaryDirectory() as kept:
-                env = {"JAX_COMPILATION_CACHE_DIR": f"{kept}/jax"} if name == OURS else {}  # qwix leaves it to its user
-                env |= {"TORCHINDUCTOR_CACHE_DIR": f"{kept}/torch"}
-                for part in contest.parts:
-                    try:
-                        side = Side(target, work, env)
-                        taken = side.first["ready"] + side.run("unit")
-                    except Missing as missing:
-                        out[name] = {"left_out": str(missing)}
-                        break
-                    side.close()
-                    seconds.setdefault(name, {}).setdefault(part, []).append(taken)
-                    out[name] = {"peak": side.peak}
-    for name, own in seconds.items():
-        out[name]["seconds"] = {part: cli.spread(each) for part, each in own.items()}
-    return {"sides": out, "rounds": contest.rounds, "ratios": ratios(contest, seconds, out)}
-
-
 def measured(contest: Contest, share: float) -> dict[str, Any]:
     """The figures of a contest: those of each side, and of each peer its ratios."""
     begin = time.perf_counter()
     sides: dict[str, Side] = {}
     out: dict[str, Any] = {}
+    seconds: report.Seconds = {}
+
+    def leave_out(name: str, why: Missing) -> None:
+        print(f"  {name} is left out: {why}", flush=True)
+        if name == OURS:
+            raise ValueError(f"{contest.name}: our side failed: {why}")
+        out[name] = {"left_out": str(why)}
+        sides.pop(name, None)
+        seconds.pop(name, None)
+
     try:
         for name, (target, work) in contest.sides.items():
             try:
-                sides[name] = Side(target, work)
+                side = Side(target, work)
                 for part in contest.parts if contest.warm else ():  # compiles too
-                    sides[name].run(part)
-            except Missing as missing:
-                print(f"  {name} is left out: {missing}", flush=True)
-                out[name] = {"left_out": str(missing)}
-                sides.pop(name, None)
-        seconds: dict[str, dict[str, list[float]]] = {n: {part: [] for part in contest.parts} for n in sides}
-        most = min(contest.rounds, flags.FLAGS.rounds)
-        for number in tqdm(range(most), unit="round", leave=False):
+                    side.run(part)
+                if OURS in sides and side.device != sides[OURS].device:
+                    raise Missing(f"it computes on a {side.device}")
+            except Missing as why:
+                leave_out(name, why)
+            else:
+                sides[name], seconds[name] = side, {part: [] for part in contest.parts}
+        for number in tqdm(range(min(contest.rounds, flags.FLAGS.rounds)), unit="round", leave=False):
             if number >= LEAST and time.perf_counter() - begin > share:
                 break
             for name in list(sides) if number % 2 else list(sides)[::-1]:
-                for part in contest.parts:
-                    seconds[name][part].append(sides[name].run(part))
-        for name, side in sides.items():
-            parts = {part: cli.spread(own) for part, own in seconds[name].items()}
-            out[name] = {"seconds": parts, "peak": side.peak, "first": side.first}
-        rounds = len(next(iter(seconds.values()))[contest.parts[0]])
-        return {"sides": out, "rounds": rounds, "ratios": ratios(contest, seconds, out)}
+                try:
+                    taken = {part: sides[name].run(part) for part in contest.parts}
+                except Missing as why:
+                    leave_out(name, why)
+                else:
+                    for part, own in taken.items():
+                        seconds[name][part].append(own)
+        return figures(contest, seconds, sides, out)
     finally:
         for side in sides.values():
             side.close()
 
 
-def ratios(contest: Contest, seconds: dict[str, dict[str, list[float]]], sides: dict[str, Any]) -> dict[str, Any]:
-    """Of each peer: its time over ours, part by part, and its memory; the same over their floors."""
-    found: dict[str, Any] = {}
-    if OURS not in seconds:
-        return found
-    ours = seconds[OURS]
+def started(contest: Contest) -> dict[str, Any]:
+    """Seconds from the start of a process to the end of its first step: with nothing compiled before, and with what the
+    run before has kept."""
+    seconds: report.Seconds = {name: {part: [] for part in contest.parts} for name in contest.sides}
+    out: dict[str, Any] = {}
+    sides: dict[str, Side] = {}
+    for _ in range(contest.rounds):
+        for name in list(seconds):
+            target, work = contest.sides[name]
+            with tempfile.TemporaryDirectory() as kept:
+                env = {"JAX_COMPILATION_CACHE_DIR": f"{kept}/jax", "TORCHINDUCTOR_CACHE_DIR": f"{kept}/torch"}
+                try:
+                    for part in contest.parts:
+                        sides[name] = Side(target, work, env)
+                        seconds[name][part].append(sides[name].first["ready"] + sides[name].run("unit"))
+                        sides[name].close()
+                except Missing as why:
+                    print(f"  {name} is left out: {why}", flush=True)
+                    out[name] = {"left_out": str(why)}
+                    del seconds[name]
+    return figures(contest, seconds, sides, out)
+
+
+def figures(contest: Contest, seconds: report.Seconds, sides: dict[str, Side], out: dict[str, Any]) -> dict[str, Any]:
     for name, own in seconds.items():
-        if name == OURS:
-            continue
-        found[name] = {"peak": sides[name]["peak"] / sides[OURS]["peak"]}
-        for part in contest.parts:
-            if part != "floor":
-                raw = [theirs / mine for theirs, mine in zip(own[part], ours[part], strict=True)]
-                label = "ratio" if part == "unit" else part
-                found[name] |= {f"{label}_{which}": value for which, value in _named(cli.spread(raw)).items()}
-        if "floor" in contest.parts:
-            theirs, mine = (cli.spread(times["floor"])["score"] for times in (own, ours))
-            found[name]["normalised_median"] = found[name]["ratio_median"] * mine / theirs
-    if "floor" in contest.parts:
-        floor = [unit / bare for unit, bare in zip(ours["unit"], ours["floor"], strict=True)]
-        found[OURS] = {"over_floor": cli.spread(floor)["score"]}
-    return found
-
-
-def _named(spread: dict[str, float]) -> dict[str, float]:
-    return {"median": spread["score"], "low": spread["low"], "high": spread["high"]}
-
-
-def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row of the table for each peer of each contest."""
-    rows = []
-    for name, contest in found.items():
-        for peer, own in contest["ratios"].items():
-            row = {"label": f"{name}/{peer}", "command": contest["how"]["command"], **contest["how"]}
-            row |= {f"times_{key}": value for key, value in own.items() if not key.endswith(("_low", "_high"))}
-            if "ratio_median" in own:
-                spread = {"score": own["ratio_median"], "low": own["ratio_low"], "high": own["ratio_high"]}
-                row["times_ratio_median"] = spread
-            rows.append(row)
-    return rows
-
-
-def write(file: Path, found: dict[str, Any]) -> None:
-    """The file, its rows for the README's table, the ratios by their paths, and the plot."""
-    tree: dict[str, Any] = {}
-    for name, contest in found["contests"].items():
-        at = tree
-        for key in name.split("/"):
-            at = at.setdefault(key, {})
-        at |= contest["ratios"]
-    content = {"contests": found["contests"], "rows": rows_of(found["contests"]), **tree}
-    checkpoints.write_atomically(file, (json.dumps(content, indent=2) + "\n").encode())
-    plot(content["rows"], file.with_suffix(".png"))
-
-
-def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """The ratios as bars, raw and normalised."""
-    from matplotlib.figure import Figure
-
-    shown = [row for row in rows if "times_ratio_median" in row]
-    if not shown:
-        return
-    figure = Figure(figsize=(10, 0.8 + 0.3 * len(shown)), layout="constrained")
-    axes = figure.subplots()
-    for number, row in enumerate(shown):
-        spread = row["times_ratio_median"]
-        error = [[spread["score"] - spread["low"]], [spread["high"] - spread["score"]]]
-        axes.barh(number, spread["score"], xerr=error, height=0.6, color="C0", capsize=2, label="" if number else "raw")
-    points = [(row["times_normalised_median"], n) for n, row in enumerate(shown) if "times_normalised_median" in row]
-    if points:
-        axes.plot(*zip(*points, strict=True), "D", color="C1", label="each over its own matrix products")
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set(yticks=range(len(shown)), yticklabels=[row["label"] for row in shown], xlabel="the peer's time over ours")
-    axes.invert_yaxis()
-    axes.legend(loc="lower right")
-    figure.savefig(file, dpi=100)
+        parts = {part: cli.spread(each) for part, each in own.items()}
+        out[name] = {"seconds": parts, "peak": sides[name].peak, "first": sides[name].first}
+    rounds = len(seconds[OURS][contest.parts[0]])
+    return {"sides": out, "rounds": rounds, "ratios": report.ratios(contest, seconds, out)}
 
 
 if __name__ == "__main__":

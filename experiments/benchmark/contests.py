@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from lora_jax.data import glue, pairs, tasks
 
+OURS = "ours"
+
 
 class Contest(NamedTuple):
     """One comparison. Sides: name -> (MODULE:FUNCTION of a worker, its work)."""
@@ -99,6 +101,7 @@ def decoding(base: str, data: str, folder: Path) -> list[Contest]:
         Contest(
             f"decode/{name}",
             {"ours": ("ours_texts:decode", own), "transformers": ("torch_texts:decode", own)},
+            ("unit", "tokens"),
             rounds=5,
         )
         for name, own in (

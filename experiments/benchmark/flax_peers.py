@@ -26,6 +26,7 @@ def qwix_step(work: dict[str, Any]) -> ours.Parts:
     params = jax.jit(adapted.init)(jax.random.key(0), batch["tokens"])["params"]
     flat = traverse_util.flatten_dict(params, sep="/")
     trained = {name: x for name, x in flat.items() if re.search(r"_lora_[ab]$|^classifier/", name)}
+    assert sum(x.size for name, x in trained.items() if "_lora_" in name) == shapes.trained(work)
     frozen = {name: x for name, x in flat.items() if name not in trained}
     tx = optax.adamw(shapes.RATE)
 
@@ -52,6 +53,7 @@ def qwix_step(work: dict[str, Any]) -> ours.Parts:
 def nnx_step(work: dict[str, Any]) -> ours.Parts:
     model, batch = Transformer(work, nnx.Rngs(0)), ours.batch_of(work)
     own = nnx.All(nnx.Param, nnx.Any(nnx.LoRAParam, nnx.PathContains("classifier")))
+    assert sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.LoRAParam))) == shapes.trained(work)
     optimizer = nnx.Optimizer(model, optax.adamw(shapes.RATE), wrt=own)
 
     @nnx.jit

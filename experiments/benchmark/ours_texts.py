@@ -66,13 +66,17 @@ def decode(work: dict[str, Any]) -> Parts:
     assert tokenizer is not None
     eos = model.config.eos_token_id
     contexts = json.loads(Path(work["file"]).read_text())["context"]
+    written = 0
 
     def unit() -> None:
+        nonlocal written
+        written = 0
         asked = pairs.prompts(contexts, tokenizer, eos=eos)
         for _, tokens, mask in batches_of(asked, work["batch"], model.config.n_positions - 64):
-            np.asarray(generate(model, params, tokens, mask, eos=eos, pad=eos, **work["how"]))
+            new = np.asarray(generate(model, params, tokens, mask, eos=eos, pad=eos, **work["how"]))
+            written += int((new != eos).sum())
 
-    return {"unit": unit}
+    return {"unit": unit, "tokens": lambda: float(written)}
 
 
 def sweep(work: dict[str, Any]) -> Parts:

@@ -39,3 +39,15 @@ def products(work: dict[str, Any]) -> dict[tuple[int, int, int], int]:
 def flops(work: dict[str, Any]) -> int:
     """Of those products."""
     return sum(2 * math.prod(shape) * count for shape, count in products(work).items())
+
+
+def trained(work: dict[str, Any], *, fused: bool = False) -> int:
+    """LoRA's entries; `fused`: of PEFT, for which a GPT-2's query, key and value are one matrix."""
+    shape = MODELS[work["model"]]
+    width, fused = shape["width"], fused and shape["kind"] == "gpt2"
+    if work["targets"] == "qv":
+        sides = [(width, 3 * width)] if fused else [(width, width)] * 2
+    else:
+        sides = [(width, 3 * width), (width, width)] if fused else [(width, width)] * 4
+        sides += [(width, 4 * width), (4 * width, width)]
+    return shape["layers"] * RANK * sum(map(sum, sides))

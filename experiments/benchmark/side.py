@@ -1,5 +1,6 @@
 """A side's process, seen from the benchmark."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ class Side:
         begin = time.perf_counter()
         mine = target.startswith("ours")
         own = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1" if mine else ""}  # peers run as they come
+        own["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # all sides are there at once
         command = [sys.executable, "-m", "experiments.benchmark.worker", target, json.dumps(work)]
         self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
@@ -32,15 +34,18 @@ class Side:
         )
         self.peak = 0
         self.first: dict[str, float] = {}
-        if missing := self._answer().get("missing"):
-            raise self._gone(f"no module {missing}")
+        said = self._answer()
+        if "missing" in said:
+            raise self._gone(f"no module {said['missing']}")
+        self.device = said["device"]
         self.first["ready"] = time.perf_counter() - begin
 
     def run(self, part: str) -> float:
         """Does a part once: its seconds."""
         assert self.process.stdin is not None
-        self.process.stdin.write(part + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # the answer says why
+            self.process.stdin.write(part + "\n")
+            self.process.stdin.flush()
         said = self._answer()
         if "failed" in said:
             raise self._gone(said["failed"])
@@ -62,7 +67,16 @@ class Side:
         return Missing(why)
 
     def close(self) -> None:
-        self.process.kill()
-        if self.process.stdin and not self.process.stdin.closed:
-            self.process.communicate()
-        self.errors.close()  # twice does no harm
+        """Ends the process; twice does no harm."""
+        if self.process.poll() is None:
+            assert self.process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
+            try:
+                self.process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout, self.errors):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()  # type: ignore[union-attr]

@@ -56,6 +56,8 @@ def step(work: dict[str, Any]) -> Parts:
     import peft
 
     model = peft.get_peft_model(model_of(work), lora_of(work)).train()
+    factors = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
+    assert sum(p.numel() for p in factors) == shapes.trained(work, fused=True)
     tx = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=shapes.RATE)
     tokens = torch.from_numpy(shapes.texts(work)).to(DEVICE)
     inputs = {"input_ids": tokens[:, :-1].contiguous(), "attention_mask": torch.ones_like(tokens[:, :-1])}
@@ -111,13 +113,15 @@ def scoring(work: dict[str, Any]) -> Parts:
 
 
 def switching(work: dict[str, Any]) -> Parts:
-    """Loading an adapter's folder, merging it, taking it out again, and going over to another."""
+    """Loading an adapter's folder, merging it, taking it out again, and going over to another for a forward."""
     import peft
 
     model = peft.get_peft_model(model_of(work), lora_of(work)).eval()
-    folder = tempfile.mkdtemp()
+    kept = tempfile.TemporaryDirectory()
+    folder = kept.name
     model.save_pretrained(folder)
     model.load_adapter(folder, "other")
+    tokens = torch.from_numpy(shapes.texts(work)).to(DEVICE)[:, :-1]
     turn = 0
 
     def load() -> float:
@@ -131,6 +135,7 @@ def switching(work: dict[str, Any]) -> Parts:
         model.set_adapter("default")
         begin = time.perf_counter()
         model.merge_adapter()
+        _wait()
         taken = time.perf_counter() - begin
         model.unmerge_adapter()
         return taken
@@ -139,11 +144,19 @@ def switching(work: dict[str, Any]) -> Parts:
         model.merge_adapter()
         begin = time.perf_counter()
         model.unmerge_adapter()
+        _wait()
         return time.perf_counter() - begin
 
     def switch() -> None:
         nonlocal turn
         turn = 1 - turn
         model.set_adapter(("default", "other")[turn])
+        with torch.inference_mode():
+            model(input_ids=tokens).logits[0, 0, 0].item()
 
     return {"load": load, "merge": merge, "unmerge": unmerge, "switch": switch}
+
+
+def _wait() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()

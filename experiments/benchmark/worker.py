@@ -10,10 +10,13 @@ it took), and the most memory that the process had until then. So no side shares
 import importlib
 import json
 import os
+import re
 import resource
 import sys
 import time
 import traceback
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -30,29 +33,47 @@ def main() -> None:
         parts = getattr(importlib.import_module(f"experiments.benchmark.{module}"), function)(work)
     except ModuleNotFoundError as error:
         return answer(missing=error.name)
-    answer()
+    answer(device=device())
     for line in sys.stdin:
+        part = line.strip()
         try:
-            if (
-                work.get("steady") and line.strip() != "floor"
-            ):  # a step of many: behind another one, not after a rest while other sides worked
-                parts[line.strip()]()
-            begin = time.perf_counter()
-            said = parts[line.strip()]()
+            seconds = timed(parts[part], steady=bool(work.get("steady")) and part != "floor")
         except Exception as error:
             traceback.print_exc()
             return answer(failed=f"{type(error).__name__}: {str(error)[:200]}")
+        answer(seconds=seconds, peak=peak())
+
+
+def timed(part: Callable[[], float | None], steady: bool) -> float:
+    """Seconds of a part. Steady: the mean of those of a second and a half, behind one that does not count: a step
+    follows on another one, not on the rest while the other sides worked."""
+    if steady:
+        part()
+    begin, count = time.perf_counter(), 0
+    while True:
+        said, count = part(), count + 1
         taken = time.perf_counter() - begin
-        answer(seconds=taken if said is None else said, peak=peak())
+        if not steady or taken > 1.5:
+            return taken / count if said is None else said
 
 
 def peak() -> int:
-    """The most bytes so far: of the accelerator's allocator where there is one, else of the process."""
+    """The most bytes so far: of the accelerator's allocator where there is one, else of this process or one it ran."""
     for name in ("jax", "torch"):
         found = _ON_DEVICE[name](sys.modules[name]) if name in sys.modules else None
         if found:
             return found
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status")  # what getrusage says is at least what the starting process had
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    own = int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 1024 * max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+
+
+def device() -> str:
+    """Where the side computes."""
+    if "jax" in sys.modules:
+        return "cpu" if sys.modules["jax"].default_backend() == "cpu" else "gpu"
+    return "gpu" if "torch" in sys.modules and sys.modules["torch"].cuda.is_available() else "cpu"
 
 
 _ON_DEVICE = {

@@ -71,6 +71,8 @@ class EncoderConfig:
             raise ValueError(f"family {self.family!r}, head {self.head!r}: choose from {FAMILIES} and {HEADS}")
         if self.hidden % self.heads:
             raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}")
+        if not (0 <= self.dropout < 1 and 0 <= self.attention_dropout < 1):
+            raise ValueError(f"dropout {self.dropout}, {self.attention_dropout}: rates from 0 to below 1")
         if self.head == "regression" and self.labels != 1:
             raise ValueError(f"a regression head has one label, not {self.labels}")
         if self.head and self.pooler != (self.family == "bert"):

@@ -38,3 +38,11 @@ def test_only_the_input_is_kept(name):
     x = jnp.ones((4, 5))
     kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(activations.ACTIVATIONS[name], x)[1], x))
     assert [leaf.shape for leaf in kept if leaf.shape] == [(4, 5)]
+
+
+def test_float64_and_forward_mode():
+    with jax.enable_x64(True):
+        x = jnp.linspace(-3.0, 3.0, 7, dtype=jnp.float64)
+        ours = jax.jvp(activations.ACTIVATIONS["gelu"], (x,), (x,))
+        theirs = jax.jvp(THEIRS["gelu"], (x,), (x,))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-14)

@@ -1,0 +1,98 @@
+"""The benchmark's figures: ratios, rows of the README's table, files, the plot."""
+
+import fnmatch
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import cli
+from experiments.benchmark.contests import OURS, Contest
+from lora_jax import checkpoints
+
+Seconds = dict[str, dict[str, list[float]]]  # by side and part, one of each round
+
+
+def wanted(name: str, globs: Sequence[str]) -> bool:
+    """Whether a contest is asked for; without globs all but the sweep, which takes its time."""
+    return any(fnmatch.fnmatch(name, glob) for glob in globs) if globs else name != "sweep"
+
+
+def ratios(contest: Contest, seconds: Seconds, sides: dict[str, Any]) -> dict[str, Any]:
+    """Of each peer: its time over ours, part by part, and its memory; the same over their floors."""
+    found: dict[str, Any] = {}
+    ours = seconds[OURS]
+    for name, own in seconds.items():
+        if name == OURS:
+            continue
+        found[name] = {"peak": sides[name]["peak"] / sides[OURS]["peak"]}
+        for part in contest.parts:
+            if part != "floor":
+                label = "ratio" if part == "unit" else part
+                found[name] |= _spread(label, _over(own[part], ours[part]))
+        if "floor" in contest.parts:
+            theirs, mine = (_over(times["unit"], times["floor"]) for times in (own, ours))
+            found[name] |= _spread("normalised", _over(theirs, mine))
+    if "floor" in contest.parts:
+        found[OURS] = _spread("over_floor", _over(ours["unit"], ours["floor"]))
+    return found
+
+
+def _over(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def _spread(label: str, values: Sequence[float]) -> dict[str, float]:
+    spread = cli.spread(values)
+    return {f"{label}_{name}": spread[key] for name, key in (("median", "score"), ("low", "low"), ("high", "high"))}
+
+
+def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row of the table for each peer of each contest."""
+    rows = []
+    for name, contest in found.items():
+        for peer, own in contest["ratios"].items():
+            row = {"label": f"{name}/{peer}", "command": contest["how"]["command"], **contest["how"]}
+            row |= {"times_peak": own["peak"]} if "peak" in own else {}
+            for label in (key.removesuffix("_median") for key in own if key.endswith("_median")):
+                row[f"times_{label}"] = {
+                    w: own[f"{label}_{k}"] for w, k in (("score", "median"), ("low", "low"), ("high", "high"))
+                }
+            rows.append(row)
+    return rows
+
+
+def write(file: Path, found: dict[str, Any]) -> None:
+    """The file, its rows for the README's table, the ratios by their paths, and the plot."""
+    tree: dict[str, Any] = {}
+    for name, contest in found["contests"].items():
+        at = tree
+        for key in name.split("/"):
+            at = at.setdefault(key, {})
+        at |= contest["ratios"]
+    content = {"contests": found["contests"], "rows": rows_of(found["contests"]), **tree}
+    checkpoints.write_atomically(file, (json.dumps(content, indent=2) + "\n").encode())
+    plot(content["rows"], file.with_suffix(".png"))
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """The ratios as bars, raw and normalised."""
+    from matplotlib.figure import Figure
+
+    shown = [row for row in rows if "times_ratio" in row]
+    if not shown:
+        return
+    figure = Figure(figsize=(10, 0.8 + 0.3 * len(shown)), layout="constrained")
+    axes = figure.subplots()
+    for number, row in enumerate(shown):
+        spread = row["times_ratio"]
+        error = [[spread["score"] - spread["low"]], [spread["high"] - spread["score"]]]
+        axes.barh(number, spread["score"], xerr=error, height=0.6, color="C0", capsize=2, label="" if number else "raw")
+    points = [(row["times_normalised"]["score"], n) for n, row in enumerate(shown) if "times_normalised" in row]
+    if points:
+        axes.plot(*zip(*points, strict=True), "D", color="C1", label="each over its own matrix products")
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set(yticks=range(len(shown)), yticklabels=[row["label"] for row in shown], xlabel="the peer's time over ours")
+    axes.invert_yaxis()
+    axes.legend(loc="lower right")
+    figure.savefig(file, dpi=100)
