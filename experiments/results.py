@@ -9,6 +9,8 @@ experiments write such a file themselves, with --out. The README says where a ta
 
     <!-- results: e2e -->
     <!-- end -->
+
+and `results: benchmark_cpu step` takes those rows whose labels begin with step.
 """
 
 import json
@@ -119,9 +121,10 @@ def fill(text: str, folder: Path) -> str:
         file = folder / f"{match[1]}.json"
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist, but a table is marked {match[1]!r}")
-        return f"<!-- results: {match[1]} -->\n{table(json.loads(file.read_text())['rows'])}<!-- end -->"
+        rows = [row for row in json.loads(file.read_text())["rows"] if row["label"].startswith(match[2] or "")]
+        return f"{match[0].splitlines()[0]}\n{table(rows)}<!-- end -->"
 
-    return re.sub(r"<!-- results: (\w+) -->\n.*?<!-- end -->", table_of, text, flags=re.S)
+    return re.sub(r"<!-- results: (\w+)(?: (\w+))? -->\n.*?<!-- end -->", table_of, text, flags=re.S)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

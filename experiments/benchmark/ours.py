@@ -134,10 +134,9 @@ def switching(work: dict[str, Any]) -> Parts:
     """Loading an adapter's file, merging it, taking it out again, and going over to another one for a forward."""
     model = model_of(work)
     params, method = params_of(model, work), lora_of(model, work)
-    kept = tempfile.TemporaryDirectory()
-    folder = Path(kept.name)
+    folder = tempfile.TemporaryDirectory()  # as long as `load` is there
     deltas = [jax.tree.map(lambda x: x + 0.01, jax.jit(method.init)(jax.random.key(n), params)) for n in range(2)]
-    checkpoints.save_adapter(folder, method, deltas[0], checkpoints.identity(params, "random"))
+    checkpoints.save_adapter(Path(folder.name), method, deltas[0], checkpoints.identity(params, "random"))
     forward = jax.jit(
         lambda params, delta, tokens: lj.lift(model.apply)({"params": method.apply(params, delta)}, tokens)
     )
@@ -150,7 +149,7 @@ def switching(work: dict[str, Any]) -> Parts:
     turn = 0
 
     def load() -> None:
-        jax.block_until_ready(jax.device_put(checkpoints.load_adapter(folder)[1]))
+        jax.block_until_ready(jax.device_put(checkpoints.load_adapter(Path(folder.name))[1]))
 
     def switch() -> None:
         nonlocal turn

@@ -117,16 +117,15 @@ def switching(work: dict[str, Any]) -> Parts:
     import peft
 
     model = peft.get_peft_model(model_of(work), lora_of(work)).eval()
-    kept = tempfile.TemporaryDirectory()
-    folder = kept.name
-    model.save_pretrained(folder)
-    model.load_adapter(folder, "other")
+    folder = tempfile.TemporaryDirectory()  # as long as `load` is there
+    model.save_pretrained(folder.name)
+    model.load_adapter(folder.name, "other")
     tokens = torch.from_numpy(shapes.texts(work)).to(DEVICE)[:, :-1]
     turn = 0
 
     def load() -> float:
         begin = time.perf_counter()
-        model.load_adapter(folder, "new")
+        model.load_adapter(folder.name, "new")
         taken = time.perf_counter() - begin
         model.delete_adapter("new")
         return taken

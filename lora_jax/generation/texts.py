@@ -88,19 +88,17 @@ def batches_of(
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     """The prompts by length in batches of few shapes: their numbers, and tokens and mask (batch, length).
 
-    Padded on the left to multiples of 16, at most `room`. A short batch repeats its last prompt, so that the shape
-    stays: it has more rows than numbers.
+    Padded on the left to multiples of 16, at most `room`. A short batch, the first, repeats its last prompt, so that
+    the shape stays: it has more rows than numbers.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: at least 1")
     widths = np.array([min(-(-len(prompt) // _WIDTH) * _WIDTH, room) for prompt in prompts], int)
     size = min(batch_size, len(prompts))
-    for width in np.unique(widths):
-        rows = np.flatnonzero(widths == width)
-        for first in range(0, len(rows), size):
-            batch = rows[first : first + size]
-            filled = np.pad(batch, (0, size - len(batch)), mode="edge")
-            yield batch.tolist(), *_left_padded([prompts[row] for row in filled], int(width))
+    order = np.argsort(widths, kind="stable")
+    for batch in np.split(order, range(len(order) % size or size, len(order), size)) if size else ():
+        filled = np.pad(batch, (0, size - len(batch)), mode="edge")
+        yield batch.tolist(), *_left_padded([prompts[row] for row in filled], int(widths[batch[-1]]))
 
 
 def clean(ids: Sequence[int], tokenizer: Tokenizer, eos: int | Sequence[int]) -> str:

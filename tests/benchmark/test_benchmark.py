@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +113,26 @@ def test_names_of_contests(tmp_path: Path):
     assert [name for name in names if report.wanted(name, ["step/*/qv"])] == [n for n in names if n.endswith("/qv")]
     parts = {part for each in found for part in each.parts} - {"unit", "floor"}
     assert {f"times_{part}" for part in parts} <= set(results.COLUMNS)
+
+
+def python(code: str, **env: str) -> str:
+    kept = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    done = subprocess.run([sys.executable, "-c", code], env=kept | env, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_an_entry_point_starts_with_huge_pages_and_an_import_does_not(monkeypatch: pytest.MonkeyPatch):
+    shown = "import os, sys; print(os.environ.get('GLIBC_TUNABLES'), sys.argv)"
+    start = "import sys; sys.argv[0] = '-m'; sys.orig_argv[1:] = ['-c', {!r}, 'experiments.x']; import experiments"
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert python(start.format(shown)) == "glibc.malloc.hugetlb=1 ['-c', 'experiments.x']"
+    assert python(f"import experiments; {shown}") == "None ['-c']"
+    assert python(start.format(shown) + f"; {shown}", GLIBC_TUNABLES="") == "['-m']"
+
+
+def test_what_is_compiled_is_kept_where_the_user_says(tmp_path: Path):
+    code = "import jax; from experiments import cli; cli.keep_compiled(); print(jax.config.jax_compilation_cache_dir)"
+    assert python(code, XDG_CACHE_HOME=str(tmp_path)) == f"{tmp_path}/lora_jax"
+    own = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own")}
+    assert python(code, XDG_CACHE_HOME=str(tmp_path), **own) == own["JAX_COMPILATION_CACHE_DIR"]

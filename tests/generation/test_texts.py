@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from lora_jax.data import text
 from lora_jax.generation import clean, complete, end_tokens, generate
+from lora_jax.generation.texts import batches_of
 from lora_jax.models import gpt2
 
 CONFIG = gpt2.GPT2Config(vocab_size=300, n_positions=40, n_embd=16, n_layer=1, n_head=2, eos_token_id=0)
@@ -48,6 +49,13 @@ def test_every_prompt_in_its_place(tokenizer: Tokenizer, params: Any, capsys: py
     assert again == texts
     assert capsys.readouterr().err == ""
     assert complete(model, params, tokenizer, [], **options, progress=False) == []
+
+
+def test_batches_are_as_few_as_can_be() -> None:
+    found = list(batches_of([[1] * n for n in (3, 30, 16, 1, 17, 5, 2)], 3, 40))
+    assert [numbers for numbers, *_ in found] == [[0], [2, 3, 5], [6, 1, 4]]
+    assert [tokens.shape for _, tokens, _ in found] == [(3, 16), (3, 16), (3, 32)]
+    assert [mask.sum(1).tolist() for *_, mask in found] == [[3, 3, 3], [16, 1, 5], [2, 30, 17]]
 
 
 def test_clean(tokenizer: Tokenizer) -> None:
