@@ -22,6 +22,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 import time
@@ -84,12 +85,15 @@ def how() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    commit = ""
+    if shutil.which("git"):
+        asked = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
     return {
         "command": cli.command("benchmark"),
         "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}",
         "versions": versions,
-        "commit": git.stdout.strip(),
+        "commit": commit,
         "seed": 0,
     }
 
@@ -101,14 +105,6 @@ def measured(contest: Contest, share: float) -> dict[str, Any]:
     out: dict[str, Any] = {}
     seconds: report.Seconds = {}
 
-    def leave_out(name: str, why: Missing) -> None:
-        print(f"  {name} is left out: {why}", flush=True)
-        if name == OURS:
-            raise ValueError(f"{contest.name}: our side failed: {why}")
-        out[name] = {"left_out": str(why)}
-        sides.pop(name, None)
-        seconds.pop(name, None)
-
     try:
         for name, (target, work) in contest.sides.items():
             try:
@@ -116,9 +112,10 @@ def measured(contest: Contest, share: float) -> dict[str, Any]:
                 for part in contest.parts if contest.warm else ():  # compiles too
                     side.run(part)
                 if OURS in sides and side.device != sides[OURS].device:
+                    side.close()
                     raise Missing(f"it computes on a {side.device}")
             except Missing as why:
-                leave_out(name, why)
+                leave_out(name, why, out)
             else:
                 sides[name], seconds[name] = side, {part: [] for part in contest.parts}
         for number in tqdm(range(min(contest.rounds, flags.FLAGS.rounds)), unit="round", leave=False):
@@ -128,7 +125,7 @@ def measured(contest: Contest, share: float) -> dict[str, Any]:
                 try:
                     taken = {part: sides[name].run(part) for part in contest.parts}
                 except Missing as why:
-                    leave_out(name, why)
+                    leave_out(name, why, out, sides, seconds)
                 else:
                     for part, own in taken.items():
                         seconds[name][part].append(own)
@@ -155,10 +152,18 @@ def started(contest: Contest) -> dict[str, Any]:
                         seconds[name][part].append(sides[name].first["ready"] + sides[name].run("unit"))
                         sides[name].close()
                 except Missing as why:
-                    print(f"  {name} is left out: {why}", flush=True)
-                    out[name] = {"left_out": str(why)}
-                    del seconds[name]
+                    leave_out(name, why, out, sides, seconds)
     return figures(contest, seconds, sides, out)
+
+
+def leave_out(name: str, why: Missing, out: dict[str, Any], *held: dict[str, Any]) -> None:
+    """Goes on without a peer; what is held of it is dropped."""
+    if name == OURS:
+        raise ValueError(f"our side failed: {why}")
+    print(f"  {name} is left out: {why}", flush=True)
+    out[name] = {"left_out": str(why)}
+    for each in held:
+        each.pop(name, None)
 
 
 def figures(contest: Contest, seconds: report.Seconds, sides: dict[str, Side], out: dict[str, Any]) -> dict[str, Any]:
