@@ -94,5 +94,5 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set(yticks=range(len(shown)), yticklabels=[row["label"] for row in shown], xlabel="the peer's time over ours")
     axes.invert_yaxis()
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right")
     figure.savefig(file, dpi=100)
