@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import lora_jax as lj
 from experiments import cli, results, summaries
+from experiments.methods import filled
 from lora_jax.models import gpt2
 
 flags.DEFINE_enum("size", "medium", ["small", "medium", "large", "xl"], "Of GPT-2.")
@@ -105,12 +106,6 @@ def forwards(config: gpt2.GPT2Config, batch: int, length: int, millions: str) ->
         return lambda: apply({"params": params}, tokens, labelled=last)
 
     return {name: forward(name, params) for name, params in kinds.items()}
-
-
-def filled(method: lj.ParamTransform, params: Any) -> lj.Delta:
-    """A delta that is nowhere zero."""
-    delta = jax.jit(method.init)(jax.random.key(1), params)
-    return jax.tree.map(lambda x: x + 0.01, delta)
 
 
 def _parsed(setting: str) -> tuple[int, int, str]:

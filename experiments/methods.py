@@ -8,10 +8,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
+import lora_jax as lj
 from lora_jax.methods.prefix import inserted
 from lora_jax.models import encoder, gpt2
+
+
+def filled(method: lj.ParamTransform, params: Any, seed: int = 1) -> lj.Delta:
+    """A delta that is nowhere zero, for what is timed and not trained."""
+    delta = jax.jit(method.init)(jax.random.key(seed), params)
+    return jax.tree.map(lambda x: x + 0.01, delta)
 
 
 def spec(config: ConfigDict, model: Any, new: Sequence[str] = ()) -> dict[str, Any]:

@@ -10,9 +10,6 @@ each; and the ratio of the times (ours to PEFT's, without the steps that meet a 
 and PEFT: pip install torch transformers peft.
 """
 
-import importlib.metadata
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -184,8 +181,7 @@ def report(config: ConfigDict, losses: dict, seconds: dict, factors: float) -> N
         "ratio_total": sum(seconds["ours"]) / sum(seconds["peft"]),
         "ratio_median": statistics.median(ratios),
         "timed_steps": len(ratios),
-        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}",
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "torch", "peft")},
+        **summaries.machine("jax", "torch", "peft"),
         "losses": losses,
     }
     if flags.FLAGS.out:

@@ -1,6 +1,9 @@
 """summary.json: a run in one row of a table."""
 
+import importlib.metadata
 import json
+import os
+import platform
 import statistics
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,18 @@ def write(workdir: Path, summary: dict[str, Any], *, show: bool = True) -> None:
     checkpoints.write_atomically(workdir / "summary.json", content.encode())
     if show:
         print(content, end="")
+
+
+def machine(*packages: str) -> dict[str, Any]:
+    """The device and the packages' versions, for a row of results."""
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}"
+    return {"device": device, "versions": versions}
 
 
 def add_rows(file: Path, rows: list[dict[str, Any]]) -> None:

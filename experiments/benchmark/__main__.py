@@ -18,10 +18,8 @@ benchmark_cpu.json or benchmark_gpu.json, which keeps its other contests, and a 
 named, and left out: pip install peft qwix.
 """
 
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -33,7 +31,7 @@ import jax
 from absl import flags
 from tqdm import tqdm
 
-from experiments import cli, results
+from experiments import cli, results, summaries
 from experiments.benchmark import contests, report
 from experiments.benchmark.contests import OURS, Contest
 from experiments.benchmark.side import Missing, Side
@@ -79,20 +77,13 @@ def compare(folder: Path) -> None:
 
 def how() -> dict[str, Any]:
     """Machine, versions and commit."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
     commit = ""
     if shutil.which("git"):
         asked = ["git", "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
     return {
         "command": cli.command("benchmark"),
-        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}",
-        "versions": versions,
+        **summaries.machine(*PACKAGES),
         "commit": commit,
         "seed": 0,
     }
@@ -104,7 +95,6 @@ def measured(contest: Contest, share: float) -> dict[str, Any]:
     sides: dict[str, Side] = {}
     out: dict[str, Any] = {}
     seconds: report.Seconds = {}
-
     try:
         for name, (target, work) in contest.sides.items():
             try:

@@ -12,6 +12,7 @@ import numpy as np
 
 import lora_jax as lj
 from configs import e2e
+from experiments import methods
 from experiments.benchmark import shapes
 from lora_jax import checkpoints, training
 from lora_jax.models import encoder, gpt2
@@ -66,23 +67,31 @@ def step(work: dict[str, Any]) -> Parts:
     params, method = params_of(model, work), lora_of(model, work)
     options = e2e.get_config("small").optimizer
     options.update(learning_rate=shapes.RATE, schedule="constant", warmup_steps=0)
-    rate = training.schedule(options, 1000)
-    tx = training.optimizer(options, rate)
     is_gpt2 = isinstance(model, gpt2.GPT2)
     objective = training.language_model(model) if is_gpt2 else training.classifier(model)
-    state = jax.jit(lambda params: training.new_state(method, tx, params, jax.random.key(0)))(params)
-    factors = jax.tree.leaves({path: own for path, own in state.delta.items() if "a" in own})
+    delta = jax.eval_shape(method.init, jax.random.key(0), params)
+    factors = jax.tree.leaves({path: own for path, own in delta.items() if "a" in own})
     assert sum(x.size for x in factors) == shapes.trained(work)
-    params = lj.without_tuned(params, state.delta)
+    one, batch = trainer(objective, method, params, options), batch_of(work)
+    return {"unit": lambda: _done(one(batch)), "floor": lambda: floor(work)}
+
+
+def trainer(
+    objective: training.Objective, method: lj.ParamTransform, params: Any, options: Any
+) -> Callable[[dict[str, Any]], training.State]:
+    """`step(batch) -> state` from a new state on, with a config's optimizer; it does not wait."""
+    rate = training.schedule(options, 10**5)
+    tx = training.optimizer(options, rate)
+    state = jax.jit(lambda params: training.new_state(method, tx, params, jax.random.key(0)))(params)
+    base = lj.without_tuned(params, state.delta)
     one = jax.jit(training.make_step(objective, method, tx, rate), donate_argnums=0)
-    batch = batch_of(work)
 
-    def unit() -> None:
+    def step(batch: dict[str, Any]) -> training.State:
         nonlocal state
-        state = one(state, params, {name: x[None] for name, x in batch.items()})
-        jax.block_until_ready(state)
+        state = one(state, base, {name: x[None] for name, x in batch.items()})
+        return state
 
-    return {"unit": unit, "floor": lambda: floor(work)}
+    return step
 
 
 def floor(work: dict[str, Any]) -> float:
@@ -107,9 +116,6 @@ def scoring(work: dict[str, Any]) -> Parts:
     objective, batch = training.language_model(model), jax.device_put(batch_of(work))
     ids = jnp.arange(work["batch"]) % work["adapters"]
 
-    def filled(method: lj.ParamTransform) -> Any:
-        return jax.tree.map(lambda x: x + 0.01, jax.jit(method.init)(jax.random.key(1), params))
-
     def loss(method: lj.ParamTransform) -> Callable:
         def of(params: Any, delta: Any, batch: Any, strength: Any) -> jax.Array:
             adapted = method.apply(params, delta, strength=strength)
@@ -118,7 +124,7 @@ def scoring(work: dict[str, Any]) -> Parts:
         return jax.jit(of)
 
     mixed, single = loss(bank), loss(lora)
-    deltas = filled(bank), filled(lora)
+    deltas = methods.filled(bank, params), methods.filled(lora, params)
     strength = jax.nn.one_hot(ids, work["adapters"])
 
     def unit() -> None:
@@ -135,7 +141,7 @@ def switching(work: dict[str, Any]) -> Parts:
     model = model_of(work)
     params, method = params_of(model, work), lora_of(model, work)
     folder = tempfile.TemporaryDirectory()  # as long as `load` is there
-    deltas = [jax.tree.map(lambda x: x + 0.01, jax.jit(method.init)(jax.random.key(n), params)) for n in range(2)]
+    deltas = [methods.filled(method, params, seed) for seed in range(2)]
     checkpoints.save_adapter(Path(folder.name), method, deltas[0], checkpoints.identity(params, "random"))
     forward = jax.jit(
         lambda params, delta, tokens: lj.lift(model.apply)({"params": method.apply(params, delta)}, tokens)

@@ -16,7 +16,7 @@ import numpy as np
 import lora_jax as lj
 from configs import e2e, glue
 from experiments import bases, methods, setups
-from experiments.benchmark.ours import Parts
+from experiments.benchmark.ours import Parts, trainer
 from lora_jax import training
 from lora_jax.data import batches, pairs
 from lora_jax.generation import generate
@@ -30,16 +30,11 @@ def epoch(work: dict[str, Any]) -> Parts:
     config.base, config.data.batch_size = work["base"], work["batch"]
     base = bases.load(config)
     spec = methods.spec(config, base.model, base.new)
-    method = lj.from_spec(spec)
-    rate = training.schedule(config.optimizer, 10**5)
-    tx = training.optimizer(config.optimizer, rate)
     is_e2e = work["task"] == "e2e"
     objective = (
         training.language_model(base.model, config.label_smoothing) if is_e2e else training.classifier(base.model)
     )
-    state = jax.jit(lambda params: training.new_state(method, tx, params, jax.random.key(0)))(base.params)
-    params = lj.without_tuned(base.params, state.delta)
-    one = jax.jit(training.make_step(objective, method, tx, rate), donate_argnums=0)
+    step = trainer(objective, lj.from_spec(spec), base.params, config.optimizer)
     examples = datasets.Dataset.from_dict(json.loads(Path(work["file"]).read_text()))
 
     def read() -> Iterator[dict[str, np.ndarray]]:
@@ -52,9 +47,8 @@ def epoch(work: dict[str, Any]) -> Parts:
             yield batch | {name: np.pad(batch[name], more) for name in ("tokens", "mask")}
 
     def unit() -> None:
-        nonlocal state
         for batch in read():
-            state = one(state, params, {name: x[None] for name, x in batch.items()})
+            state = step(batch)
         jax.block_until_ready(state)
 
     return {"unit": unit}
@@ -86,7 +80,7 @@ def sweep(work: dict[str, Any]) -> Parts:
     def train(folder: str, name: str, *values: str) -> None:
         command = [sys.executable, "-m", "experiments.train", "--config=configs/e2e.py:small", *values]
         command += [f"--workdir={folder}/{name}", f"--config.base={work['base']}", f"--config.data.path={work['data']}"]
-        cache = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+        cache = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
         command += [f"--config.steps={work['steps']}", "--config.optimizer.warmup_steps=20"]
         subprocess.run(command, check=True, env=os.environ | cache)
 

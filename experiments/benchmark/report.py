@@ -52,7 +52,7 @@ def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for name, contest in found.items():
         for peer, own in contest["ratios"].items():
-            row = {"label": f"{name}/{peer}", "command": contest["how"]["command"], **contest["how"]}
+            row = {"label": f"{name}/{peer}", **{key: contest["how"][key] for key in ("command", "device", "seed")}}
             row |= {"times_peak": own["peak"]} if "peak" in own else {}
             for label in (key.removesuffix("_median") for key in own if key.endswith("_median")):
                 row[f"times_{label}"] = {

@@ -1,6 +1,5 @@
 """What all sides are given: the shapes of the models, the texts, and the products that no side can do without."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -34,11 +33,6 @@ def products(work: dict[str, Any]) -> dict[tuple[int, int, int], int]:
     if shape["kind"] == "gpt2":
         found |= {(tokens, width, shape["vocab"]): 1, (tokens, shape["vocab"], width): 1}
     return found
-
-
-def flops(work: dict[str, Any]) -> int:
-    """Of those products."""
-    return sum(2 * math.prod(shape) * count for shape, count in products(work).items())
 
 
 def trained(work: dict[str, Any], *, fused: bool = False) -> int:

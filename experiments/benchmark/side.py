@@ -19,9 +19,9 @@ class Side:
 
     def __init__(self, target: str, work: dict[str, Any], env: dict[str, str] | None = None):
         begin = time.perf_counter()
-        mine = target.startswith("ours")
-        own = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1" if mine else ""}  # peers run as they come
-        own["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # all sides are there at once
+        own = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # all sides are there at once
+        if not target.startswith("ours"):
+            own["GLIBC_TUNABLES"] = ""  # peers run as they come: without experiments/__init__.py's huge pages
         command = [sys.executable, "-m", "experiments.benchmark.worker", target, json.dumps(work)]
         self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(

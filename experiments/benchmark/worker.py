@@ -3,8 +3,9 @@
     python -m experiments.benchmark.worker MODULE:FUNCTION WORK
 
 The function of experiments.benchmark.MODULE makes from the work (a JSON object) a dict of parts. For each name of a
-part on stdin the part runs once, to its end, and a JSON object goes to stdout: the seconds it took (or says itself that
-it took), and the most memory that the process had until then. So no side shares threads, memory or caches with another.
+part on stdin the part runs to its end (of a `steady` work as `timed` says), and a JSON object goes to stdout: the
+seconds it took (or says itself that it took), and the most memory that the process had until then. So no side shares
+threads, memory or caches with another.
 """
 
 import importlib
