@@ -69,7 +69,7 @@ def _new_pooler(model: Any, source: str) -> bool:
     """Whether the pooler, which a BERT needs to classify, is not in the source."""
     if not (isinstance(model, encoder.Encoder) and model.config.family == "bert" and model.config.head):
         return False
-    return not hf.load(source)[0].config.pooler
+    return not any(name.endswith("pooler.dense.weight") for name in hf.tensor_names(source))
 
 
 def adapter(path: Path, base: Base) -> tuple[ParamTransform, Delta]:

@@ -1,5 +1,7 @@
 """Dropout (Srivastava et al. 2014) from 16 random bits an entry."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -10,10 +12,15 @@ def drop(key: Array, x: Array, rate: float) -> Array:
 
     `jax.random.bernoulli` draws 32 bits an entry, and on a CPU takes as long for the input of a 768 x 3072 kernel as
     the product with it; two entries a word take a quarter of that. The rate is a multiple of 2^-16, the nearest, and
-    the scale is that of the rounded one.
+    the scale is that of the rounded one. Each row along the first axis draws with a key of its own, so that of texts
+    (rows, length, width) the first tokens have the same draws however far they are padded.
     """
     kept = min(max(round((1.0 - rate) * 2**16), 1), 2**16)
     *rows, width = x.shape or (1,)
-    words = jax.random.bits(key, (*rows, -(-width // 2)), jnp.uint32)  # along the last axis: x may be sharded
-    bits = lax.bitcast_convert_type(words, jnp.uint16).reshape(*rows, 2 * words.shape[-1])[..., :width].reshape(x.shape)
+
+    def words(key: Array, rows: Sequence[int]) -> Array:
+        return jax.random.bits(key, (*rows, -(-width // 2)), jnp.uint32)  # along the last axis: x may be sharded
+
+    drawn = jax.vmap(lambda key: words(key, rows[1:]))(jax.random.split(key, rows[0])) if rows else words(key, ())
+    bits = lax.bitcast_convert_type(drawn, jnp.uint16).reshape(*rows, 2 * drawn.shape[-1])[..., :width].reshape(x.shape)
     return jnp.where(bits.astype(jnp.int32) < kept, x * (2**16 / kept), jnp.zeros_like(x))

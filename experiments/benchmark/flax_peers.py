@@ -23,7 +23,7 @@ def qwix_step(work: dict[str, Any]) -> ours.Parts:
     model, batch = ours.model_of(work), ours.batch_of(work)
     provider = qwix.LoraProvider(module_path=TARGETS[work["targets"]], rank=shapes.RANK, alpha=float(shapes.RANK))
     adapted = qwix.apply_lora_to_model(model, provider)
-    params = jax.jit(adapted.init)(jax.random.key(0), batch["tokens"])["params"]
+    params = ours.random(jax.eval_shape(adapted.init, jax.random.key(0), batch["tokens"])["params"], work)
     flat = traverse_util.flatten_dict(params, sep="/")
     trained = {name: x for name, x in flat.items() if re.search(r"_lora_[ab]$|^classifier/", name)}
     assert sum(x.size for name, x in trained.items() if "_lora_" in name) == shapes.trained(work)

@@ -34,12 +34,18 @@ def model_of(work: dict[str, Any]) -> Any:
 
 def params_of(model: Any, work: dict[str, Any]) -> Any:
     """Random weights, in the dtype that the model computes in."""
+    return random(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"], work)
 
-    def init(key: jax.Array) -> Any:
-        params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
-        return jax.tree.map(lambda leaf: leaf.astype(work.get("dtype", "float32")), params)
 
-    return jax.jit(init)(jax.random.key(0))
+def random(tree: Any, work: dict[str, Any]) -> Any:
+    """Weights of these shapes, one after the other: a program that makes them all holds them twice."""
+    numbers = np.random.default_rng(0)
+
+    def leaf(x: Any) -> jax.Array:
+        filled = numbers.standard_normal(x.shape, np.float32) * 0.02 if x.ndim > 1 else np.ones(x.shape, np.float32)
+        return jnp.asarray(filled, work.get("dtype", "float32"))
+
+    return jax.tree.map(leaf, tree)
 
 
 def lora_of(model: Any, work: dict[str, Any]) -> lj.ParamTransform:
@@ -119,7 +125,7 @@ def scoring(work: dict[str, Any]) -> Parts:
     def loss(method: lj.ParamTransform) -> Callable:
         def of(params: Any, delta: Any, batch: Any, strength: Any) -> jax.Array:
             adapted = method.apply(params, delta, strength=strength)
-            return objective.loss(objective.forward(adapted, batch), batch)[0]
+            return objective.loss(adapted, batch)[0]
 
         return jax.jit(of)
 

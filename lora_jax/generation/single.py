@@ -40,10 +40,10 @@ def extend(
         logits, cache = forward({"params": params}, new, real, cache=cache, labelled=last)
         logits = ban_repeats(logits[:, 0], text, length + count, no_repeat)
         if key is None or temperature is None:
-            token = jnp.argmax(logits, -1)
+            token = _largest(logits)
         else:
             token = jax.random.categorical(jax.random.fold_in(key, count), warp(logits, temperature, top_k, top_p))
-        return cache, token.astype(jnp.int32), jnp.isnan(logits).any(-1)
+        return cache, token.astype(jnp.int32), jnp.isnan(logits.max(-1))
 
     def unfinished(state: tuple) -> Array:
         count, _, _, done, _, _ = state
@@ -61,6 +61,13 @@ def extend(
     state = (start + 1, cache, token, jnp.isin(token, eos), text.at[:, length].set(token), broken)
     *_, text, broken = lax.while_loop(unfinished, step, state)
     return text[:, length:], broken
+
+
+def _largest(logits: Array) -> Array:
+    """argmax of (rows, vocabulary), the first of equals, by two reductions that XLA vectorises on a CPU: jnp.argmax is
+    one of pairs, which it does not. Of NaN any token."""
+    places = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    return jnp.where(logits == logits.max(1, keepdims=True), places, logits.shape[1] - 1).min(1)
 
 
 def warp(logits: Array, temperature: Array, top_k: int | None, top_p: Array | None) -> Array:

@@ -10,6 +10,7 @@ from typing import Any
 
 from flax import linen as nn
 from jax import Array
+from safetensors import safe_open
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
@@ -64,6 +65,15 @@ def without_weights(folder: str | os.PathLike) -> nn.Module:
     """
     family, fields = _described(Path(folder))
     return family.MODEL(family.config_of(fields, str(folder)))
+
+
+def tensor_names(folder_or_hub_id: str | os.PathLike) -> set[str]:
+    """The names of what `load` would read; no weights are read. Errors as `load`'s."""
+    folder = _folder(folder_or_hub_id)
+    if (index := inside(folder, INDEX)).is_file() and not inside(folder, WEIGHTS).is_file():
+        return set(read_json(index).get("weight_map", ()))
+    with safe_open(folder / WEIGHTS, "numpy") as file:
+        return set(file.keys())
 
 
 def save(folder: str | os.PathLike, model: nn.Module, params: Any, tokenizer: Tokenizer | None = None) -> None:

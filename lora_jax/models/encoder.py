@@ -5,8 +5,8 @@ rematerialized too. Dropout acts only where `apply` gets an rng of that name.
 """
 
 import dataclasses
+import functools
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.dropping import drop
 from lora_jax.models import activations, masks, shapes
+from lora_jax.models.attention import attend, joined_heads, split_heads
 from lora_jax.models.layouts import to_loop, to_scanned
 
 __all__ = ["AXES", "SIZES", "Encoder", "EncoderConfig", "sites", "to_loop", "to_scanned"]
@@ -105,16 +106,12 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, mask: Array | None) -> Array:
         config = self.config
-        heads = (*x.shape[:2], config.heads, config.hidden // config.heads)
         query, key, value = (
-            _dense(config, config.hidden, name)(x).reshape(heads) for name in ("query", "key", "value")
+            split_heads(_dense(config, config.hidden, name)(x), config.heads) for name in ("query", "key", "value")
         )
-        # The library's function mixes bfloat16 and float32 itself.
-        with jax.numpy_dtype_promotion("standard"):
-            weights = nn.dot_product_attention_weights(query, key, mask=mask, force_fp32_for_softmax=True)
-            weights = _dropped(self, weights, config.attention_dropout)
-            out = jnp.einsum("bhqk,bkhd->bqhd", weights, value)
-        return _dense(config, config.hidden, "out")(out.reshape(x.shape))
+        dropped = functools.partial(_dropped, self, rate=config.attention_dropout)
+        out = joined_heads(attend(query, key, value, mask, dropped))
+        return _dense(config, config.hidden, "out")(out)
 
 
 class MLP(nn.Module):

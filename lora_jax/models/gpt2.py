@@ -9,13 +9,13 @@ import functools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.models import activations, masks, shapes
+from lora_jax.models.attention import attend, joined_heads, split_heads
 from lora_jax.models.layouts import to_loop, to_scanned
 
 __all__ = ["AXES", "GPT2", "SIZES", "GPT2Config", "init_cache", "sites", "to_loop", "to_scanned"]
@@ -60,6 +60,11 @@ class GPT2Config:
         """The width of the MLP's hidden layer."""
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
 
+    @property
+    def head(self) -> str:
+        """The name of the parameters that make logits."""
+        return "wte" if self.tie else "lm_head"
+
 
 SIZES = {
     "small": GPT2Config(),
@@ -77,20 +82,15 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, cache: dict | None, mask: Array | None, index: Any) -> tuple[Array, dict | None]:
         config = self.config
-        heads = (*x.shape[:2], config.n_head, config.n_embd // config.n_head)
         query, key, value = (
-            _dense(config, config.n_embd, name)(x).reshape(heads) for name in ("query", "key", "value")
+            split_heads(_dense(config, config.n_embd, name)(x), config.n_head) for name in ("query", "key", "value")
         )
-        causal = cache is None  # with a cache the causal order is part of the mask
         if cache is not None:
-            # heads before slots: the products read them so, and a step should not transpose the whole cache
-            new = {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}
+            new = {"key": key, "value": value}
             cache = {name: masks.write(cache[name], new[name], index, axis=2) for name in new}
-            key, value = (cache[name].astype(query.dtype).swapaxes(1, 2) for name in ("key", "value"))
-        # The library's function mixes bfloat16 and float32 itself.
-        with jax.numpy_dtype_promotion("standard"):
-            out = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
-        return _dense(config, config.n_embd, "out", deep=True)(out.reshape(x.shape)), cache
+            key, value = (cache[name].astype(query.dtype) for name in ("key", "value"))
+        out = joined_heads(attend(query, key, value, mask))
+        return _dense(config, config.n_embd, "out", deep=True)(out), cache
 
 
 class MLP(nn.Module):
@@ -109,9 +109,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array, cache: dict | None, mask: Array | None, index: Any) -> tuple[Array, dict | None]:
         attention, mlp = Attention(self.config, name="attn"), MLP(self.config, name="mlp")
-        attended, cache = attention(_norm(self.config, "ln_1", x), cache, mask, index)
+        ln_1, ln_2 = (Norm(self.config.layer_norm_epsilon, name=name) for name in ("ln_1", "ln_2"))
+        attended, cache = attention(ln_1(x), cache, mask, index)
         x = x + checkpoint_name(attended, "attention_out")
-        x = x + checkpoint_name(mlp(_norm(self.config, "ln_2", x)), "mlp_out")
+        x = x + checkpoint_name(mlp(ln_2(x)), "mlp_out")
         return checkpoint_name(x, "block_out"), cache
 
 
@@ -120,8 +121,51 @@ class GPT2(nn.Module):
 
     config: GPT2Config
 
-    @nn.compact
-    def __call__(
+    def setup(self) -> None:
+        config = self.config
+        embedding = functools.partial(nn.Embed, features=config.n_embd, embedding_init=nn.initializers.normal(0.02))
+        self.wte, self.wpe = embedding(config.vocab_size), embedding(config.n_positions)
+        # Inside a scan nothing needs to keep the compiler from undoing the recomputation.
+        block = nn.remat(Block, prevent_cse=not config.scan_layers) if config.remat else Block
+        if config.scan_layers:
+            self.h: Any = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast),
+                length=config.n_layer,
+            )(config)
+        else:
+            self.h = [block(config) for _ in range(config.n_layer)]
+        self.ln_f = Norm(config.layer_norm_epsilon)
+        if not config.tie:
+            self.lm_head = nn.Dense(
+                config.vocab_size,
+                use_bias=False,
+                dtype=config.dtype,
+                kernel_init=nn.initializers.normal(0.02),
+                dot_general=_exact_product,
+            )
+
+    def __call__(self, tokens: Array, mask: Array | None = None, *, cache: dict | None = None, **more: Any) -> Any:
+        """Logits of the next token, float32 (batch, length, vocabulary); with a cache `(logits, cache)`.
+
+        The arguments are those of `hidden`, whose `head` they are. Logits at padding mean nothing, but are finite.
+        """
+        if cache is None:
+            return self.head(self.hidden(tokens, mask, **more))
+        x, cache = self.hidden(tokens, mask, cache=cache, **more)
+        return self.head(x), cache
+
+    def head(self, x: Array) -> Array:
+        """Logits, float32 (..., vocabulary), of hidden states."""
+        # Logits are summed and kept in float32: theirs are large numbers with small differences.
+        if self.config.tie:
+            last = ((x.ndim - 1,), (1,))
+            return _exact_product(x, self.wte.embedding.astype(x.dtype), (last, ((), ())))
+        return self.lm_head(x)
+
+    def hidden(
         self,
         tokens: Array,
         mask: Array | None = None,
@@ -131,25 +175,25 @@ class GPT2(nn.Module):
         cache: dict | None = None,
         labelled: Array | None = None,
     ) -> Any:
-        """Logits of the next token, float32 (batch, length, vocabulary).
+        """What the head reads: (batch, length, n_embd), in the compute dtype.
 
         Args:
           tokens: ids (batch, length) int32. Ids outside the vocabulary give NaN.
           mask: (batch, length) bool or int, 1 at real tokens; padding may stand left or right.
-            The logits at padding mean nothing, but are finite. With a cache also (batch, length,
-            cache length): the slots that each token sees, its own among them, for tokens that do
-            not follow one another (the beams of a search); `positions` are then needed, and the
-            cache's index may be (batch, length), the slot that each token is written into.
+            With a cache also (batch, length, cache length): the slots that each token sees, its own
+            among them, for tokens that do not follow one another (the beams of a search);
+            `positions` are then needed, and the cache's index may be (batch, length), the slot
+            that each token is written into.
           positions: (batch, length) int32. By default the number of real tokens before each one
             (in its segment), 0 at padding.
           segments: (batch, length) int32. Packing: a run of equal numbers is one text, which sees
             only itself; every text has a number of its own.
           cache: from `init_cache`. The tokens are written behind those in it, and see them.
-          labelled: (batch, n) int32, places along the length. Only their logits are computed:
-            (batch, n, vocabulary).
+          labelled: (batch, n) int32, places along the length. Only theirs are computed:
+            (batch, n, n_embd).
 
         Returns:
-          The logits; with a cache `(logits, cache)`. The caller sees to it that all tokens fit in.
+          The hidden states; with a cache `(states, cache)`. The caller sees to it that all tokens fit in.
 
         Raises:
           ValueError: more tokens than positions or than the cache is long; segments with a cache;
@@ -159,7 +203,7 @@ class GPT2(nn.Module):
         real = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
         length = tokens.shape[1]
         if cache is None:
-            attention = masks.attention_mask(None if mask is None else real, segments)
+            attention = masks.attention_mask(None if mask is None else real, segments, causal=length)
             counted = masks.count_before(real, segments)
         elif real.ndim == 3:
             seen, attention = cache["mask"], real[:, None]
@@ -167,14 +211,14 @@ class GPT2(nn.Module):
             seen = masks.write(cache["mask"], real, cache["index"])
             attention = masks.cached_attention_mask(seen, cache["index"], length)
             counted = lax.dynamic_slice_in_dim(masks.count_before(seen), cache["index"], length, axis=1)
-        x, wte = self._embed(tokens, counted if positions is None else positions)
+        x = self._embed(tokens, counted if positions is None else positions)
         x, layers = self._blocks(x, cache, attention)
         if labelled is not None:
             x = jnp.take_along_axis(x, labelled[:, :, None], axis=1)
-        logits = self._head(_norm(self.config, "ln_f", x), wte)
+        x = self.ln_f(x)
         if cache is None:
-            return logits
-        return logits, {"index": cache["index"] + length, "mask": seen, "layers": layers}
+            return x
+        return x, {"index": cache["index"] + length, "mask": seen, "layers": layers}
 
     def _check(
         self, tokens: Array, mask: Array | None, positions: Array | None, segments: Array | None, cache: dict | None
@@ -193,53 +237,26 @@ class GPT2(nn.Module):
             if segments is not None:
                 raise ValueError("segments (packing) and a cache do not go together")
 
-    def _embed(self, tokens: Array, positions: Array) -> tuple[Array, nn.Embed]:
-        """The embeddings (batch, length, n_embd) and the module that holds the tokens'."""
-        config = self.config
-        wte, wpe = (
-            nn.Embed(size, config.n_embd, embedding_init=nn.initializers.normal(0.02), name=name)
-            for name, size in (("wte", config.vocab_size), ("wpe", config.n_positions))
-        )
+    def _embed(self, tokens: Array, positions: Array) -> Array:
+        """The embeddings (batch, length, n_embd)."""
         tokens = checkpoint_name(tokens, "tokens")
         positions = checkpoint_name(positions, "positions")
-        x = (wte(tokens) + wpe(positions)).astype(config.dtype)
-        return checkpoint_name(x, "embeddings"), wte
+        x = (self.wte(tokens) + self.wpe(positions)).astype(self.config.dtype)
+        return checkpoint_name(x, "embeddings")
 
     def _blocks(self, x: Array, cache: dict | None, mask: Array | None) -> tuple[Array, Any]:
         """The layers, and their part of the cache."""
-        config = self.config
-        # Inside a scan nothing needs to keep the compiler from undoing the recomputation.
-        block = nn.remat(Block, prevent_cse=not config.scan_layers) if config.remat else Block
         layers, index = (None, None) if cache is None else (cache["layers"], cache["index"])
-        if config.scan_layers:
-            scanned = nn.scan(
-                block,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast),
-                length=config.n_layer,
-            )
-            return scanned(config, name="h")(x, layers, mask, index)
+        if self.config.scan_layers:
+            return self.h(x, layers, mask, index)
         written = []
-        for i in range(config.n_layer):
-            layer = None if layers is None else layers[i]
-            x, layer = block(config, name=f"h_{i}")(x, layer, mask, index)
+        for i, block in enumerate(self.h):
+            x, layer = block(x, None if layers is None else layers[i], mask, index)
             written.append(layer)
         return x, tuple(written)
 
-    def _head(self, x: Array, wte: nn.Embed) -> Array:
-        # Logits are summed and kept in float32: theirs are large numbers with small differences.
-        product = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
-        if self.config.tie:
-            return product(x, wte.embedding.astype(x.dtype), (((2,), (1,)), ((), ())))
-        return nn.Dense(
-            self.config.vocab_size,
-            use_bias=False,
-            dtype=self.config.dtype,
-            kernel_init=nn.initializers.normal(0.02),
-            dot_general=product,
-            name="lm_head",
-        )(x)
+
+_exact_product = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
 
 
 def _dense(config: GPT2Config, features: int, name: str, deep: bool = False) -> nn.Dense:
@@ -249,11 +266,13 @@ def _dense(config: GPT2Config, features: int, name: str, deep: bool = False) -> 
     return nn.Dense(features, dtype=config.dtype, kernel_init=init, name=name)
 
 
-def _norm(config: GPT2Config, name: str, x: Array) -> Array:
-    """LayerNorm, computed in float32."""
-    # E[x^2] - E[x]^2 would lose digits: some features of GPT-2 are far from zero.
-    norm = nn.LayerNorm(config.layer_norm_epsilon, use_fast_variance=False, name=name)
-    return norm(x.astype(jnp.float32)).astype(config.dtype)
+class Norm(nn.LayerNorm):
+    """LayerNorm, computed in float32, for any dtype."""
+
+    use_fast_variance: bool = False  # E[x^2] - E[x]^2 would lose digits: some features of GPT-2 are far from zero
+
+    def __call__(self, x: Array) -> Array:  # type: ignore[override]
+        return super().__call__(x.astype(jnp.float32)).astype(x.dtype)
 
 
 def init_cache(config: GPT2Config, batch: int, length: int, dtype: Any = None) -> dict:

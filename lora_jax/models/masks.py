@@ -15,12 +15,16 @@ def count_before(real: Array, segments: Array | None = None) -> Array:
     return jnp.where(real, before, 0)
 
 
-def attention_mask(real: Array | None, segments: Array | None) -> Array | None:
-    """Who sees whom but for the causal order, (batch, 1, length or 1, length); None: all."""
+def attention_mask(real: Array | None, segments: Array | None, causal: int = 0) -> Array | None:
+    """Who sees whom, (batch or 1, 1, length or 1, length); None: all. `causal`: the length of texts of which each token
+    sees those before it alone."""
     mask = None if real is None else real[:, None, None, :]
     if segments is not None:
         same = segments[:, None, :, None] == segments[:, None, None, :]
         mask = same if mask is None else mask & same
+    if causal:
+        before = jnp.tril(jnp.ones((causal, causal), bool))[None, None]
+        mask = before if mask is None else mask & before
     return mask
 
 

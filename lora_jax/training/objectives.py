@@ -1,14 +1,18 @@
 """What a model is trained for: how a batch becomes outputs, and outputs a loss."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from lora_jax.arrays import map_adapted
 from lora_jax.lifting import lift
-from lora_jax.training.loss import cross_entropy, squared_error
+from lora_jax.taps import untapped
+from lora_jax.training.loss import cross_entropy, in_pieces, squared_error
 from lora_jax.transforms import stable_hash
 
 
@@ -23,30 +27,49 @@ class Objective(NamedTuple):
 
     Attributes:
       forward: (params, batch, key=None) -> outputs.
-      loss: (outputs, batch) -> (sum, count), two float32 scalars, in training.
-      validation_loss: the same in validation, which smooths nothing.
+      loss: (params, batch, key=None) -> (sum, count), two float32 scalars, in training.
+      validation: (params, batch) -> (sum, count, outputs), which smooths nothing; the outputs only where there are
+        metrics.
       metrics: (outputs of all validation, their labels) -> {name: value}, where there is more than the loss to tell.
     """
 
     forward: Forward
-    loss: Callable[[Array, dict[str, Array]], tuple[Array, Array]]
-    validation_loss: Callable[[Array, dict[str, Array]], tuple[Array, Array]]
+    loss: Callable[..., tuple[Array, Array]]
+    validation: Callable[[Any, dict[str, Array]], tuple[Array, Array, Array | None]]
     metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]] | None = None
 
 
+# The logits of a batch are made and used up in so many pieces, of so many tokens at least. See docs/performance.md.
+PIECES, LEAST = 8, 256
+
+
 def language_model(model: Any, smoothing: float = 0.0) -> Objective:
-    """Next tokens: logits (b, n, vocabulary) of a batch's labelled positions."""
-    apply = lift(model.apply)
+    """Next tokens of a GPT-2: logits (b, n, vocabulary) of labelled positions, which the loss has in pieces."""
+    apply, hidden, head = (
+        lift(functools.partial(model.apply, method=method)) for method in ("__call__", "hidden", "head")
+    )
+
+    def inputs(batch: dict[str, Array]) -> dict[str, Array]:
+        names = {"tokens", "mask", "labelled", "positions", "segments"}
+        return {name: x for name, x in batch.items() if name in names}
 
     def forward(params: Any, batch: dict[str, Array], key: Array | None = None) -> Array:
-        packing = {name: batch[name] for name in ("positions", "segments") if name in batch}
-        variables = {"params": params}
-        return apply(variables, batch["tokens"], batch["mask"], labelled=batch["labelled"], **packing)
+        return apply({"params": params}, **inputs(batch))
 
-    def loss(logits: Array, batch: dict[str, Array], smoothing: float = smoothing) -> tuple[Array, Array]:
-        return cross_entropy(logits, batch["labels"], batch["weights"], smoothing)
+    def loss(
+        params: Any, batch: dict[str, Array], key: Array | None = None, smoothing: float = smoothing
+    ) -> tuple[Array, Array]:
+        def of(top: Any, x: Array, labels: Array, weights: Array) -> Array:
+            return cross_entropy(head({"params": top}, x), labels, weights, smoothing)[0]
 
-    return Objective(forward, loss, lambda logits, batch: loss(logits, batch, 0.0))
+        x = hidden({"params": params}, **inputs(batch))
+        name = model.config.head
+        top = map_adapted(lambda w: w.ready(), {name: untapped(params)[0][name]})
+        size = max(-(-x.shape[1] // PIECES), -(-LEAST // x.shape[0]))
+        weights = batch["weights"].astype(jnp.float32)
+        return in_pieces(of, top, x, batch["labels"], weights, size=size), jnp.sum(weights)
+
+    return Objective(forward, loss, lambda params, batch: (*loss(params, batch, smoothing=0.0), None))
 
 
 def classifier(model: Any, metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]] | None = None) -> Objective:
@@ -61,9 +84,16 @@ def classifier(model: Any, metrics: Callable[[np.ndarray, np.ndarray], dict[str,
             rngs["rngs"] = {"dropout": jax.random.fold_in(key, stable_hash("the model's dropout"))}
         return apply({"params": params}, batch["tokens"], batch["mask"], batch["token_types"], **rngs)
 
-    def loss(outputs: Array, batch: dict[str, Array]) -> tuple[Array, Array]:
+    def loss_of(outputs: Array, batch: dict[str, Array]) -> tuple[Array, Array]:
         if config.head == "regression":
             return squared_error(outputs[..., 0], batch["labels"], batch["weights"])
         return cross_entropy(outputs, batch["labels"], batch["weights"])
 
-    return Objective(forward, loss, loss, metrics)
+    def loss(params: Any, batch: dict[str, Array], key: Array | None = None) -> tuple[Array, Array]:
+        return loss_of(forward(params, batch, key), batch)
+
+    def validation(params: Any, batch: dict[str, Array]) -> tuple[Array, Array, Array | None]:
+        outputs = forward(params, batch)
+        return *loss_of(outputs, batch), outputs if metrics else None
+
+    return Objective(forward, loss, validation, metrics)

@@ -71,7 +71,7 @@ def make_step(
 
         def loss_of(trainable: Any, key: Array, micro: dict[str, Array]) -> tuple[Array, Array]:
             adapted = method.apply(params, rejoin(trainable, fixed), key=key, **_strength(micro))
-            return objective.loss(objective.forward(adapted, micro, key), micro)
+            return objective.loss(adapted, micro, key)
 
         def add(sums: Any, micro: dict[str, Array]) -> tuple[Any, None]:
             number, total = sums[0], sums[1:]
@@ -129,8 +129,7 @@ def make_validation(
 
     def validate(sums: Array, delta: Delta, params: Any, batch: dict[str, Array]) -> tuple[Array, Array | None]:
         adapted = params if method is None else method.apply(params, delta, **_strength(batch))
-        outputs = objective.forward(adapted, batch)
-        loss, count = objective.validation_loss(outputs, batch)
-        return sums + jnp.stack([loss, count]), outputs if objective.metrics else None
+        loss, count, outputs = objective.validation(adapted, batch)
+        return sums + jnp.stack([loss, count]), outputs
 
     return validate

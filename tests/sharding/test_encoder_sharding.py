@@ -74,7 +74,7 @@ def adam_losses(config: EncoderConfig, mesh: jax.sharding.Mesh | None) -> tuple[
     objective = objectives.classifier(model)
 
     def loss(delta, base, batch, key):
-        total, count = objective.loss(objective.forward(METHOD.apply(base, delta, key=key), batch, key), batch)
+        total, count = objective.loss(METHOD.apply(base, delta, key=key), batch, key)
         return total / count
 
     @jax.jit

@@ -1,0 +1,134 @@
+"""A loss in pieces against the whole: values, gradients, FLOPs and bytes."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flops import count
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from training_runs import model_and_params, schedule
+
+import lora_jax as lj
+from experiments.methods import filled
+from lora_jax import training
+from lora_jax.models import gpt2
+from lora_jax.training import objectives
+from lora_jax.training.loss import cross_entropy, in_pieces
+
+close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)  # float32, summed in another order
+
+
+def made(b: int, n: int, seed: int = 0, vocab: int = 31, width: int = 5) -> tuple[Any, ...]:
+    random = np.random.default_rng(seed)
+    weights = {"w": random.normal(size=(width, vocab)), "bias": random.normal(size=vocab)}
+    labels = random.integers(0, vocab, (b, n))
+    real = random.integers(0, 2, (b, n))
+    x, real, weights = jax.tree.map(
+        lambda a: jnp.asarray(a, jnp.float32), (random.normal(size=(b, n, width)), real, weights)
+    )
+    return weights, x, jnp.asarray(labels, jnp.int32), real
+
+
+def loss(weights: Any, x: Any, labels: Any, real: Any) -> Any:
+    return cross_entropy(x @ weights["w"] + weights["bias"][None, None], labels, real, 0.1)[0]
+
+
+@settings(max_examples=15)
+@given(st.integers(1, 3), st.integers(1, 11), st.integers(1, 12), st.integers(0, 99))
+def test_the_sum_and_every_gradient_are_those_of_the_whole(b: int, n: int, size: int, seed: int) -> None:
+    given_ = made(b, n, seed)
+    pieces = functools.partial(in_pieces, loss, size=size)
+    jax.tree.map(close, jax.value_and_grad(pieces, (0, 1))(*given_), jax.value_and_grad(loss, (0, 1))(*given_))
+    close(pieces(*given_), loss(*given_))
+    scaled = jax.grad(lambda x: 3 * pieces(given_[0], x, *given_[2:]))(given_[1])
+    close(scaled, 3 * jax.grad(loss, 1)(*given_))
+
+
+def test_members_of_a_vmap_have_their_own() -> None:
+    weights, x, *along = made(2, 7)
+    many = jax.tree.map(lambda w: jnp.stack([w, 2 * w]), weights)
+    grad = jax.grad(functools.partial(in_pieces, loss, size=2), (0, 1))
+    found = jax.vmap(lambda w: grad(w, x, *along))(many)
+    for k in range(2):
+        own, expected = jax.tree.map(lambda w, k=k: w[k], (many, found))
+        jax.tree.map(close, expected, jax.grad(loss, (0, 1))(own, x, *along))
+
+
+def test_a_frozen_head_has_no_gradient_and_nothing_is_computed_twice() -> None:
+    weights, x, *along = made(2, 8)
+    product = count(lambda x: x @ weights["w"], x)
+    of_x = jax.grad(lambda x: in_pieces(loss, weights, x, *along, size=2))
+    assert count(of_x, x) == 2 * product
+    assert count(jax.grad(lambda w, x: in_pieces(loss, w, x, *along, size=2), (0, 1)), weights, x) == 3 * product
+    assert count(lambda x: in_pieces(loss, weights, x, *along, size=2), x) == product
+
+
+def test_the_logits_are_never_whole() -> None:
+    weights, x, *along = made(4, 64, vocab=4096, width=8)
+    logits = 4 * x[..., 0].size * 4096
+
+    def bytes_of(size: int) -> int:
+        grad = jax.jit(jax.grad(functools.partial(in_pieces, loss, size=size), 1))
+        return grad.lower(weights, x, *along).compile().memory_analysis().temp_size_in_bytes
+
+    assert bytes_of(64) > logits
+    assert bytes_of(8) < logits / 3
+
+
+HEADS = {
+    "frozen": {"method": "lora", "select": ["**/attn/query/kernel"], "rank": 2},
+    "low rank": {"method": "lora", "select": ["wte/embedding"], "rank": 2, "axes": gpt2.AXES},
+    "dora": {"method": "dora", "select": ["wte/embedding"], "rank": 2, "axes": gpt2.AXES},
+    "full": {"method": "tune", "select": ["**"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("head", "tie"), [("frozen", True), ("low rank", False), ("dora", True), ("full", True), ("full", False)]
+)
+def test_a_language_model_s_loss_in_pieces_is_that_of_its_logits(head: str, tie: bool, monkeypatch: Any) -> None:
+    model, params = model_and_params(tie=tie)
+    spec = dict(HEADS[head])
+    if not tie and spec["select"] == ["wte/embedding"]:
+        spec["select"] = ["lm_head/kernel"]
+    method = lj.from_spec(spec)
+    delta = filled(method, params)
+    objective = training.language_model(model, 0.1)
+    batch = {name: jnp.asarray(x) for name, x in schedule(4, buckets=1)(0)[0].items()}
+
+    def whole(delta: Any) -> Any:
+        logits = objective.forward(method.apply(params, delta), batch)
+        return cross_entropy(logits, batch["labels"], batch["weights"], 0.1)[0]
+
+    monkeypatch.setattr(objectives, "LEAST", 1)
+    monkeypatch.setattr(objectives, "PIECES", 4)
+    assert batch["labels"].shape[1] % 4  # the last piece is filled up
+    in_parts = lambda delta: objective.loss(method.apply(params, delta), batch)[0]  # noqa: E731
+    jax.tree.map(close, jax.value_and_grad(in_parts)(delta), jax.value_and_grad(whole)(delta))
+    expected = cross_entropy(objective.forward(method.apply(params, delta), batch), batch["labels"], batch["weights"])
+    found = objective.validation(method.apply(params, delta), batch)
+    close(found[:2], expected)
+    assert found[2] is None
+
+
+def test_pieces_of_a_head_drop_different_entries() -> None:
+    """Two equal pieces have unequal draws."""
+    method = lj.lora(lj.select("w", axes="io"), rank=2, dropout=0.5)
+    weights, x, *_ = made(2, 1)
+    params = {"w": weights["w"]}
+    adapted = method.apply(params, filled(method, params), key=jax.random.key(0))
+    product = lj.lift(lambda w, x: x @ w["w"])
+    sums = []
+
+    def of(weights: Any, x: Any) -> Any:
+        y = product(weights, x).sum()
+        jax.debug.callback(lambda y: sums.append(float(y)), y)
+        return y
+
+    in_pieces(of, adapted, jnp.concatenate([x, x], 1), size=1).block_until_ready()
+    jax.effects_barrier()
+    assert len(sums) == 2 and sums[0] != sums[1]
