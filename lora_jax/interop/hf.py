@@ -68,10 +68,10 @@ def without_weights(folder: str | os.PathLike) -> nn.Module:
 
 
 def tensor_names(folder_or_hub_id: str | os.PathLike) -> set[str]:
-    """The names of what `load` would read; no weights are read. Errors as `load`'s."""
+    """The names of the tensors of what `load` has read before; no weights are read."""
     folder = _folder(folder_or_hub_id)
-    if (index := inside(folder, INDEX)).is_file() and not inside(folder, WEIGHTS).is_file():
-        return set(read_json(index).get("weight_map", ()))
+    if not inside(folder, WEIGHTS).is_file():
+        return set(read_json(folder / INDEX)["weight_map"])
     with safe_open(folder / WEIGHTS, "numpy") as file:
         return set(file.keys())
 

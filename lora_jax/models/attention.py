@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 
 def attend(
@@ -25,7 +25,10 @@ def attend(
       dropped: what becomes of the weights (batch, heads, n, s).
     """
     wide = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
-    scores = jnp.einsum("bhnd,bhsd->bhns", query, key, preferred_element_type=wide) * query.shape[-1] ** -0.5
+    # without it the gradients would be products of float32 and bfloat16 (jax issue 24047)
+    precision = lax.DotAlgorithmPreset.BF16_BF16_F32 if query.dtype == jnp.bfloat16 else None
+    scores = jnp.einsum("bhnd,bhsd->bhns", query, key, preferred_element_type=wide, precision=precision)
+    scores *= query.shape[-1] ** -0.5
     if mask is not None:  # finite, so that who sees nobody has no NaN
         scores = jnp.where(mask, scores, 0.7 * jnp.finfo(wide).min)
     weights = dropped(jax.nn.softmax(scores, axis=-1).astype(value.dtype))

@@ -60,11 +60,6 @@ class GPT2Config:
         """The width of the MLP's hidden layer."""
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
 
-    @property
-    def head(self) -> str:
-        """The name of the parameters that make logits."""
-        return "wte" if self.tie else "lm_head"
-
 
 SIZES = {
     "small": GPT2Config(),
@@ -150,7 +145,7 @@ class GPT2(nn.Module):
     def __call__(self, tokens: Array, mask: Array | None = None, *, cache: dict | None = None, **more: Any) -> Any:
         """Logits of the next token, float32 (batch, length, vocabulary); with a cache `(logits, cache)`.
 
-        The arguments are those of `hidden`, whose `head` they are. Logits at padding mean nothing, but are finite.
+        Arguments as `hidden`'s. Logits at padding mean nothing, but are finite.
         """
         if cache is None:
             return self.head(self.hidden(tokens, mask, **more))

@@ -17,7 +17,7 @@ def count_before(real: Array, segments: Array | None = None) -> Array:
 
 def attention_mask(real: Array | None, segments: Array | None, causal: int = 0) -> Array | None:
     """Who sees whom, (batch or 1, 1, length or 1, length); None: all. `causal`: the length of texts of which each token
-    sees those before it alone."""
+    sees itself and those before it."""
     mask = None if real is None else real[:, None, None, :]
     if segments is not None:
         same = segments[:, None, :, None] == segments[:, None, None, :]

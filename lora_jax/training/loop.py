@@ -83,7 +83,7 @@ def prepare(
         has `best`, the delta with the highest validation metric of that name is kept in adapter/.
       workdir: created where it does not exist.
       method: what trains.
-      model: a module whose `apply({"params": ...}, tokens, mask, labelled=...)` gives logits.
+      model: a GPT-2 of `lora_jax.models`; with an objective any.
       params: the base.
       base: its `checkpoints.identity`.
       batches, validation: schedules of `lora_jax.data`.

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from lora_jax.arrays import scaled
+
 
 def cross_entropy(logits: Array, labels: Array, weights: Array, smoothing: float = 0.0) -> tuple[Array, Array]:
     """Weighted sum of the label-smoothed negative log-likelihood, and the sum of the weights.
@@ -40,69 +42,59 @@ def squared_error(outputs: Array, labels: Array, weights: Array) -> tuple[Array,
     return jnp.sum(error * error * weights), jnp.sum(weights)
 
 
-def in_pieces(fn: Callable[..., Array], weights: Any, x: Array, *along: Array, size: int) -> Array:
-    """The sum of `fn(weights, x, *along)` over pieces of `size` places along axis 1 of x and of what goes along.
+def in_pieces(fn: Callable[..., Array], weights: Any, x: Array, *along: Array, pieces: int) -> Array:
+    """The sum of `fn(weights, x, *along)` over pieces along axis 1 of x and of what goes along.
 
     The gradient of each piece is formed as soon as its value is: so what lies between (the logits of a cross-entropy)
-    is never whole, in neither pass, and nothing is computed twice. With one piece it is `fn` itself.
+    is never whole, in neither pass, and nothing is computed twice. It has no forward mode. With one piece it is `fn`.
 
     Args:
-      fn: gives a float32 scalar, 0 where all that goes along is 0. Random keys among the weights are folded with the
-        number of the piece.
+      fn: gives a float32 scalar, 0 where all that goes along is 0; closes over no traced array.
       weights: a pytree; of its leaves those get a gradient that are differentiated.
       x: (b, n, ...) float.
       along: (b, n, ...) each, without gradients.
-      size: the last piece is filled up with zeros.
+      pieces: of equal size; the last one is filled up with zeros.
     """
-    count = -(-x.shape[1] // size)
-    if count == 1:
+    if pieces <= 1:
         return fn(weights, x, *along)
     leaves, treedef = jax.tree.flatten(weights)
+    size = -(-x.shape[1] // pieces)
 
     def cut(whole: Array) -> Array:
-        filled = [(0, count * size - n if axis == 1 else 0) for axis, n in enumerate(whole.shape)]
-        pieces = jnp.pad(whole, filled).reshape(whole.shape[0], count, size, *whole.shape[2:])
-        return jnp.moveaxis(pieces, 1, 0)
+        filled = [(0, pieces * size - n if axis == 1 else 0) for axis, n in enumerate(whole.shape)]
+        parts = jnp.pad(whole, filled).reshape(whole.shape[0], pieces, size, *whole.shape[2:])
+        return jnp.moveaxis(parts, 1, 0)
 
-    def value(leaves: list[Any], number: Array, x: Array, *along: Array) -> Array:
-        own = [jax.random.fold_in(w, number) if _is_key(w) else w for w in leaves]
-        return fn(jax.tree.unflatten(treedef, own), x, *along)
-
-    numbers = jnp.arange(count, dtype=jnp.int32)
-    zero = jnp.zeros((), jnp.float32)
+    def value(leaves: list[Any], x: Array, *along: Array) -> Array:
+        return fn(jax.tree.unflatten(treedef, leaves), x, *along)
 
     @jax.custom_vjp
     def total(leaves: list[Any], x: Array, along: tuple[Array, ...]) -> Array:
-        def add(total: Array, piece: tuple) -> tuple[Array, None]:
+        def add(total: Array, piece: tuple[Array, ...]) -> tuple[Array, None]:
             return total + value(leaves, *piece), None
 
-        return lax.scan(add, zero, (numbers, *map(cut, (x, *along))))[0]
+        return lax.scan(add, jnp.zeros((), jnp.float32), tuple(map(cut, (x, *along))))[0]
 
     def forward(leaves: list[Any], x: Any, along: tuple[Any, ...]) -> tuple[Array, Any]:
         plain = [w.value for w in leaves]
         trained = {i: w.value for i, w in enumerate(leaves) if w.perturbed}
 
-        def add(sums: Any, piece: tuple) -> tuple[Any, Array]:
-            number, x, *along = piece
+        def add(sums: Any, piece: tuple[Array, ...]) -> tuple[Any, Array]:
+            x, *along = piece
 
             def of(trained: dict[int, Array], x: Array) -> Array:
-                return value([trained.get(i, w) for i, w in enumerate(plain)], number, x, *along)
+                return value([trained.get(i, w) for i, w in enumerate(plain)], x, *along)
 
             found, (grads, by_x) = jax.value_and_grad(of, (0, 1))(trained, x)
             return jax.tree.map(jnp.add, sums, (found, grads)), by_x
 
-        start = zero, jax.tree.map(jnp.zeros_like, trained)
-        (sum_, grads), by_x = lax.scan(add, start, (numbers, *map(cut, (x.value, *(a.value for a in along)))))
-        whole = jnp.moveaxis(by_x, 0, 1).reshape(x.value.shape[0], count * size, *x.value.shape[2:])
+        start = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trained)
+        (sum_, grads), by_x = lax.scan(add, start, tuple(map(cut, (x.value, *(each.value for each in along)))))
+        whole = jnp.moveaxis(by_x, 0, 1).reshape(x.value.shape[0], pieces * size, *x.value.shape[2:])
         return sum_, ([grads.get(i) for i in range(len(plain))], whole[:, : x.value.shape[1]])
 
     def backward(found: Any, scale: Array) -> tuple[Any, Any, None]:
-        grads, by_x = jax.tree.map(lambda g: (g * scale).astype(g.dtype), found)
-        return grads, by_x, None
+        return *jax.tree.map(lambda grad: scaled(grad, scale), found), None
 
     total.defvjp(forward, backward, symbolic_zeros=True)
     return total(leaves, x, along)
-
-
-def _is_key(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

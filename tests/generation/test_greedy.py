@@ -216,4 +216,5 @@ def test_the_first_of_the_largest_is_taken_without_a_reduction_of_pairs() -> Non
     logits = jax.random.randint(jax.random.key(0), (50, 7), 0, 3).astype(jnp.float32)  # ties
     logits = logits.at[0].set(-jnp.inf)
     np.testing.assert_array_equal(_largest(logits), jnp.argmax(logits, -1))
+    assert 0 <= int(_largest(jnp.full((1, 7), jnp.nan))[0]) < 7
     assert "argmax" not in str(jax.make_jaxpr(_largest)(logits))

@@ -207,7 +207,7 @@ def test_bfloat16_is_close():
 
 
 def test_bfloat16_gradients_are_close_and_float32():
-    # jax lowers a product of mixed types with implicit promotion in dot_product_attention's gradient.
+    # jax lowers a product of mixed types, as in the gradients of scores and logits, with implicit promotion.
     with jax.numpy_dtype_promotion("standard"):
         got = gradients(dataclasses.replace(TINY, dtype="bfloat16"))
     assert {g.dtype for g in jax.tree.leaves(got)} == {jnp.dtype("float32")}

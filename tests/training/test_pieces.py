@@ -39,19 +39,30 @@ def loss(weights: Any, x: Any, labels: Any, real: Any) -> Any:
 
 @settings(max_examples=15)
 @given(st.integers(1, 3), st.integers(1, 11), st.integers(1, 12), st.integers(0, 99))
-def test_the_sum_and_every_gradient_are_those_of_the_whole(b: int, n: int, size: int, seed: int) -> None:
+def test_the_sum_and_every_gradient_are_those_of_the_whole(b: int, n: int, pieces: int, seed: int) -> None:
     given_ = made(b, n, seed)
-    pieces = functools.partial(in_pieces, loss, size=size)
-    jax.tree.map(close, jax.value_and_grad(pieces, (0, 1))(*given_), jax.value_and_grad(loss, (0, 1))(*given_))
-    close(pieces(*given_), loss(*given_))
-    scaled = jax.grad(lambda x: 3 * pieces(given_[0], x, *given_[2:]))(given_[1])
-    close(scaled, 3 * jax.grad(loss, 1)(*given_))
+    cut = functools.partial(in_pieces, loss, pieces=pieces)
+    jax.tree.map(close, jax.value_and_grad(cut, (0, 1))(*given_), jax.value_and_grad(loss, (0, 1))(*given_))
+    close(cut(*given_), loss(*given_))
+
+
+@pytest.mark.parametrize("around", [jax.jit, jax.checkpoint, lambda f: lambda *xs: 3 * f(*xs) / 3])
+def test_its_gradient_is_taken_from_outside_too(around: Any) -> None:
+    given_ = made(2, 7)
+    found = jax.grad(around(functools.partial(in_pieces, loss, pieces=3)), (0, 1))(*given_)
+    jax.tree.map(close, found, jax.grad(loss, (0, 1))(*given_))
+
+
+def test_in_bfloat16_gradients_keep_their_dtypes() -> None:
+    weights, x, *along = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, made(2, 6))
+    found = jax.grad(functools.partial(in_pieces, loss, pieces=3), (0, 1))(weights, x, *along)
+    jax.tree.map(lambda g, w: np.testing.assert_equal(g.dtype, w.dtype), found, (weights, x))
 
 
 def test_members_of_a_vmap_have_their_own() -> None:
     weights, x, *along = made(2, 7)
     many = jax.tree.map(lambda w: jnp.stack([w, 2 * w]), weights)
-    grad = jax.grad(functools.partial(in_pieces, loss, size=2), (0, 1))
+    grad = jax.grad(functools.partial(in_pieces, loss, pieces=4), (0, 1))
     found = jax.vmap(lambda w: grad(w, x, *along))(many)
     for k in range(2):
         own, expected = jax.tree.map(lambda w, k=k: w[k], (many, found))
@@ -61,34 +72,36 @@ def test_members_of_a_vmap_have_their_own() -> None:
 def test_a_frozen_head_has_no_gradient_and_nothing_is_computed_twice() -> None:
     weights, x, *along = made(2, 8)
     product = count(lambda x: x @ weights["w"], x)
-    of_x = jax.grad(lambda x: in_pieces(loss, weights, x, *along, size=2))
+    of_x = jax.grad(lambda x: in_pieces(loss, weights, x, *along, pieces=4))
     assert count(of_x, x) == 2 * product
-    assert count(jax.grad(lambda w, x: in_pieces(loss, w, x, *along, size=2), (0, 1)), weights, x) == 3 * product
-    assert count(lambda x: in_pieces(loss, weights, x, *along, size=2), x) == product
+    assert count(jax.grad(lambda w, x: in_pieces(loss, w, x, *along, pieces=4), (0, 1)), weights, x) == 3 * product
+    assert count(lambda x: in_pieces(loss, weights, x, *along, pieces=4), x) == product
 
 
 def test_the_logits_are_never_whole() -> None:
     weights, x, *along = made(4, 64, vocab=4096, width=8)
     logits = 4 * x[..., 0].size * 4096
 
-    def bytes_of(size: int) -> int:
-        grad = jax.jit(jax.grad(functools.partial(in_pieces, loss, size=size), 1))
+    def bytes_of(pieces: int) -> int:
+        grad = jax.jit(jax.grad(functools.partial(in_pieces, loss, pieces=pieces), 1))
         return grad.lower(weights, x, *along).compile().memory_analysis().temp_size_in_bytes
 
-    assert bytes_of(64) > logits
+    assert bytes_of(1) > logits
     assert bytes_of(8) < logits / 3
 
 
 HEADS = {
     "frozen": {"method": "lora", "select": ["**/attn/query/kernel"], "rank": 2},
     "low rank": {"method": "lora", "select": ["wte/embedding"], "rank": 2, "axes": gpt2.AXES},
+    "dropout": {"method": "lora", "select": ["wte/embedding"], "rank": 2, "axes": gpt2.AXES, "dropout": 0.5},
     "dora": {"method": "dora", "select": ["wte/embedding"], "rank": 2, "axes": gpt2.AXES},
     "full": {"method": "tune", "select": ["**"]},
 }
 
 
 @pytest.mark.parametrize(
-    ("head", "tie"), [("frozen", True), ("low rank", False), ("dora", True), ("full", True), ("full", False)]
+    ("head", "tie"),
+    [("frozen", True), ("low rank", False), ("dropout", True), ("dora", True), ("full", True), ("full", False)],
 )
 def test_a_language_model_s_loss_in_pieces_is_that_of_its_logits(head: str, tie: bool, monkeypatch: Any) -> None:
     model, params = model_and_params(tie=tie)
@@ -101,34 +114,18 @@ def test_a_language_model_s_loss_in_pieces_is_that_of_its_logits(head: str, tie:
     batch = {name: jnp.asarray(x) for name, x in schedule(4, buckets=1)(0)[0].items()}
 
     def whole(delta: Any) -> Any:
-        logits = objective.forward(method.apply(params, delta), batch)
+        logits = objective.forward(method.apply(params, delta, key=key), batch)
         return cross_entropy(logits, batch["labels"], batch["weights"], 0.1)[0]
 
     monkeypatch.setattr(objectives, "LEAST", 1)
     monkeypatch.setattr(objectives, "PIECES", 4)
+    key = jax.random.key(0)
     assert batch["labels"].shape[1] % 4  # the last piece is filled up
-    in_parts = lambda delta: objective.loss(method.apply(params, delta), batch)[0]  # noqa: E731
+    in_parts = lambda delta: objective.loss(method.apply(params, delta, key=key), batch)[0]  # noqa: E731
     jax.tree.map(close, jax.value_and_grad(in_parts)(delta), jax.value_and_grad(whole)(delta))
-    expected = cross_entropy(objective.forward(method.apply(params, delta), batch), batch["labels"], batch["weights"])
-    found = objective.validation(method.apply(params, delta), batch)
+    expected = cross_entropy(
+        objective.forward(method.apply(params, delta, key=key), batch), batch["labels"], batch["weights"]
+    )
+    found = objective.validation(method.apply(params, delta, key=key), batch)
     close(found[:2], expected)
     assert found[2] is None
-
-
-def test_pieces_of_a_head_drop_different_entries() -> None:
-    """Two equal pieces have unequal draws."""
-    method = lj.lora(lj.select("w", axes="io"), rank=2, dropout=0.5)
-    weights, x, *_ = made(2, 1)
-    params = {"w": weights["w"]}
-    adapted = method.apply(params, filled(method, params), key=jax.random.key(0))
-    product = lj.lift(lambda w, x: x @ w["w"])
-    sums = []
-
-    def of(weights: Any, x: Any) -> Any:
-        y = product(weights, x).sum()
-        jax.debug.callback(lambda y: sums.append(float(y)), y)
-        return y
-
-    in_pieces(of, adapted, jnp.concatenate([x, x], 1), size=1).block_until_ready()
-    jax.effects_barrier()
-    assert len(sums) == 2 and sums[0] != sums[1]

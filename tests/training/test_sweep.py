@@ -17,12 +17,17 @@ import lora_jax as lj
 from configs import glue
 from experiments import sweeps
 from lora_jax import checkpoints, training
-from lora_jax.training import sweep
+from lora_jax.training import objectives, sweep
 
 LORA = {"method": "lora", **QV, "dropout": 0.0}
 
 
 Values = list[dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def logits_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objectives, "LEAST", 8)  # so small a batch has one otherwise
 
 
 def members(values: Values, spec: dict[str, Any] = LORA, **changes: Any) -> list[sweep.Member]:
