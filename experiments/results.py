@@ -68,6 +68,7 @@ COLUMNS = {
     "times_over_floor": ("our time over our matrix products", "{:.2f}"),
     "times_single": ("one adapter for all", "{:.2f}"),
     "times_tokens": ("its tokens over ours", "{:.2f}"),
+    "times_token": ("a token, once compiled", "{:.2f}"),
     "times_load": ("loading", "{:.1f}"),
     "times_merge": ("merging", "{:.1f}"),
     "times_unmerge": ("taking out", "{:.1f}"),

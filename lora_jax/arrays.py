@@ -218,9 +218,9 @@ class LowRank(Adapted):
         return rounded_sum(self.base, -self.delta(), self.dtype)
 
     def transposed(self) -> Self:
-        stacked = self.ndim - len(self.core)
         flipped = self.core.translate(str.maketrans("ivko", "oooi"))
-        a, b = jnp.moveaxis(self.b, stacked, -1), jnp.moveaxis(self.a, -1, stacked)
+        rank = factor_axes(self.layout["b"], self.axes).index("r")
+        a, b = jnp.moveaxis(self.b, rank, -1), jnp.moveaxis(self.a, -1, rank)
         return self.replace(a=a, b=b, core=flipped)
 
 

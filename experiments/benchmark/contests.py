@@ -115,7 +115,7 @@ def sweep(base: str, data: str) -> Contest:
     """Eight learning rates, compilation included."""
     work = {"base": base, "data": data, "members": 8, "steps": 300}
     sides = {name: ("ours_texts:sweep", work | {"at_once": name == "ours"}) for name in ("ours", "processes")}
-    return Contest("sweep", sides, rounds=1, warm=False)
+    return Contest("sweep", sides, ("unit", "token"), rounds=1, warm=False)
 
 
 def _kept(file: Path, content: dict[str, Any]) -> str:

@@ -131,10 +131,9 @@ def scoring(work: dict[str, Any]) -> Parts:
 
     mixed, single = loss(bank), loss(lora)
     deltas = methods.filled(bank, params), methods.filled(lora, params)
-    strength = jax.nn.one_hot(ids, work["adapters"])
 
     def unit() -> None:
-        mixed(params, deltas[0], batch, strength).block_until_ready()
+        mixed(params, deltas[0], batch, ids).block_until_ready()
 
     def one() -> None:
         single(params, deltas[1], batch, 1.0).block_until_ready()

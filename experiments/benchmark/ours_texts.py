@@ -75,6 +75,7 @@ def decode(work: dict[str, Any]) -> Parts:
 
 def sweep(work: dict[str, Any]) -> Parts:
     """K learning rates from text to saved adapters: in one process at once, or in K processes one after the other."""
+    tokens: list[float] = []  # seconds for one, in the last hundred steps: nothing compiles any more
     rates = [f"{1e-3 * (1 + number / 10):g}" for number in range(work["members"])]
 
     def train(folder: str, name: str, *values: str) -> None:
@@ -83,8 +84,11 @@ def sweep(work: dict[str, Any]) -> Parts:
         cache = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
         command += [f"--config.steps={work['steps']}", "--config.optimizer.warmup_steps=20"]
         subprocess.run(command, check=True, env=os.environ | cache)
+        metrics = next(Path(folder, name).rglob("metrics.jsonl")).read_text().splitlines()
+        tokens.append(1 / [row["tokens_per_second"] for row in map(json.loads, metrics) if "tokens" in row][-1])
 
     def unit() -> None:
+        tokens.clear()
         with tempfile.TemporaryDirectory() as folder:
             if work["at_once"]:
                 train(folder, "sweep", f"--config.sweep.learning_rate={','.join(rates)}")
@@ -92,4 +96,4 @@ def sweep(work: dict[str, Any]) -> Parts:
                 for rate in rates:
                     train(folder, rate, f"--config.optimizer.learning_rate={rate}")
 
-    return {"unit": unit}
+    return {"unit": unit, "token": lambda: sum(tokens) / len(tokens)}

@@ -1,7 +1,9 @@
-"""A bank of adapters: each row of a batch has its own, or none, in one product of low rank.
+"""A bank of adapters: each row of a batch has its own, none, or a mixture, and nothing is compiled anew for others.
 
-The factors of all adapters stand side by side, and behind x A a gate keeps for each row the columns of its adapter: one
-thin product of all ranks together, whatever the rows ask for, and nothing is compiled anew when they ask for others.
+Rows that say which adapter they have get its factors, gathered. For mixtures the factors of all adapters stand side by
+side, and behind x A a gate weighs for each row the columns of each. Of 8 x 128 tokens and a kernel of 768 x 768 (6.5
+ms) that takes 7.0 ms with 8 adapters of rank 4, and 18.6 with 64 of rank 8; gathered factors 6.7 and 6.6; rows sorted
+for `jax.lax.ragged_dot` 11 and 62.
 """
 
 from collections.abc import Sequence
@@ -44,11 +46,37 @@ class Gated(LowRank):
         return LowRank(base=self.base, a=chosen, b=self.b, scale=ones, core=self.core, path=self.path).delta()
 
 
+@adapted_array
+class Chosen(LowRank):
+    """base + A_k B_k, of the batch's row n, along x's first axis, with k = `ids[n]`; of other numbers the base."""
+
+    layout: ClassVar = {"a": "smir", "b": "smro", "scale": "sm", "ids": "sn", "key": "s"}
+    frozen: ClassVar = (*LowRank.frozen, "ids")
+
+    ids: Array
+
+    def branch(self, x: Array, op: Any) -> Array:
+        if len(self.ids) != len(x):
+            raise ValueError(f"{self.path}: a batch of {len(x)} rows, but ids of {len(self.ids)} rows")
+
+        def row(x: Array, a: Array, b: Array, scale: Array) -> Array:
+            z = op.thin(x, a)
+            return op.then(z * scale.astype(z.dtype), b)
+
+        known = (self.ids >= 0) & (self.ids < len(self.a))
+        k = jnp.where(known, self.ids, 0)
+        scale = jnp.where(known, lax.stop_gradient(self.scale)[k], 0.0)
+        return jax.vmap(row)(x[:, None], self.a[k], self.b[k], scale)[:, 0]
+
+    def delta(self) -> Array:
+        raise ValueError(f"{self.path}: rows have adapters of their own, which no one weight has; choose one")
+
+
 def bank(methods: Sequence[ParamTransform]) -> ParamTransform:
     """K adapters of one base, of any ranks and targets, as one transform; `strength` says which row has which.
 
-    `strength` of `apply` is (n, K), for a batch of n rows along the first axis of every input that an adapted weight
-    meets: how strong each adapter is in each row. `jax.nn.one_hot(ids, K)` gives each row one, and an id of -1 none.
+    `strength` of `apply` is, for a batch of n rows along the first axis of every input that an adapted weight meets,
+    (n,) integers, the adapter of each row, -1 being none; or (n, K) numbers, how strong each adapter is in each row.
     One number, or (1, K), holds for all rows; strength 1 is the sum of all adapters. It may be traced.
 
     The delta has the entries of adapter k under `@k/`: `pack` and `take` go from deltas to it and back. With gradients
@@ -58,7 +86,7 @@ def bank(methods: Sequence[ParamTransform]) -> ParamTransform:
     >>> params, lora = {"kernel": jnp.ones((3, 2))}, lj.lora(lj.select("kernel"), rank=1)
     >>> bank = lj.bank([lora, lora])
     >>> delta = jax.tree.map(jnp.ones_like, bank.init(jax.random.key(0), params))
-    >>> adapted = bank.apply(params, delta, strength=jax.nn.one_hot(jnp.array([1, -1]), 2))
+    >>> adapted = bank.apply(params, delta, strength=jnp.array([1, -1]))
     >>> lj.lift(lambda p, x: x @ p["kernel"])(adapted, jnp.ones((2, 3))).tolist()
     [[6.0, 6.0], [3.0, 3.0]]
     """
@@ -71,10 +99,7 @@ def bank(methods: Sequence[ParamTransform]) -> ParamTransform:
         return pack([method.init(keys[k], params) for k, method in enumerate(methods)])
 
     def apply(params: Any, delta: Delta, *, key: Array | None = None, strength: Any = 1.0) -> Any:
-        strength = jnp.asarray(strength, jnp.float32)
-        if strength.ndim not in (0, 2) or (strength.ndim == 2 and strength.shape[1] != len(methods)):
-            raise ValueError(f"strength {strength.shape}: a number, or (rows, {len(methods)}) for as many adapters")
-        strength = jnp.broadcast_to(strength, (strength.shape[0] if strength.ndim else 1, len(methods)))
+        strength = _strength(strength, len(methods))
         found: dict[int, list[tuple[int, LowRank]]] = {}
         flat, treedef = flatten(params)
         for k, method in enumerate(methods):
@@ -85,7 +110,8 @@ def bank(methods: Sequence[ParamTransform]) -> ParamTransform:
             for at, leaf in enumerate(leaves):
                 if isinstance(leaf, Adapted):
                     found.setdefault(at, []).append((k, _low_rank(leaf)))
-        joined = [_joined(found[at], strength) if at in found else leaf for at, (_, leaf) in enumerate(flat)]
+        join = _stacked if strength.ndim == 1 else _joined
+        joined = [join(found[at], strength) if at in found else leaf for at, (_, leaf) in enumerate(flat)]
         return jax.tree.unflatten(treedef, joined)
 
     return ParamTransform(init, apply, {"method": "bank", "of": [method.spec for method in methods]})
@@ -102,6 +128,19 @@ def take(delta: Delta, k: int) -> Delta:
     return Delta({path.removeprefix(head): factors for path, factors in delta.items() if path.startswith(head)})
 
 
+def _strength(strength: Any, count: int) -> Array:
+    """(n,) integers as they are, all else as (n or 1, count) float32."""
+    strength = jnp.asarray(strength)
+    if strength.ndim == 1 and jnp.issubdtype(strength.dtype, jnp.integer):
+        return strength.astype(jnp.int32)
+    if strength.ndim not in (0, 2) or (strength.ndim == 2 and strength.shape[1] != count):
+        raise ValueError(
+            f"strength {strength.shape}: a number, (rows, {count}) for as many adapters, or (rows,) whole numbers"
+        )
+    strength = strength.astype(jnp.float32)
+    return jnp.broadcast_to(strength, (strength.shape[0] if strength.ndim else 1, count))
+
+
 def _low_rank(leaf: Adapted) -> LowRank:
     ready = leaf.ready()
     if not isinstance(ready, LowRank):
@@ -111,10 +150,7 @@ def _low_rank(leaf: Adapted) -> LowRank:
 
 def _joined(adapters: list[tuple[int, LowRank]], strength: Array) -> Gated:
     """The adapters of one leaf side by side; (n, K) strengths."""
-    first = adapters[0][1]
-    stacked = first.scale.ndim
-    if len({(w.core, w.dropout) for _, w in adapters}) > 1:
-        raise ValueError(f"{first.path}: the adapters of a bank have one dropout, and see its axes alike")
+    first, stacked = _alike(adapters)
     gates = []
     for k, w in adapters:
         gate = w.scale[..., None] * jnp.broadcast_to(strength[:, k], (*w.scale.shape, len(strength)))  # (s.., n)
@@ -129,6 +165,37 @@ def _joined(adapters: list[tuple[int, LowRank]], strength: Array) -> Gated:
         dropout=first.dropout,
         path=first.path,
     )
+
+
+def _stacked(adapters: list[tuple[int, LowRank]], ids: Array) -> Chosen:
+    """The adapters of one leaf one behind the other, each filled up to the largest rank; (n,) ids."""
+    first, stacked = _alike(adapters)
+    rank = max(w.a.shape[-1] for _, w in adapters)
+
+    def filled(x: Array, axis: int) -> Array:
+        return jnp.pad(x, [(0, rank - n if at == axis % x.ndim else 0) for at, n in enumerate(x.shape)])
+
+    here = jnp.array([k for k, _ in adapters])[None] == ids[:, None]  # an adapter may leave this leaf alone
+    ids = jnp.where(here.any(1), here.argmax(1), -1).astype(jnp.int32)
+    return Chosen(
+        base=first.base,
+        a=jnp.stack([filled(w.a, -1) for _, w in adapters], stacked),
+        b=jnp.stack([filled(w.b, stacked) for _, w in adapters], stacked),
+        scale=jnp.stack([w.scale for _, w in adapters], stacked),
+        ids=jnp.broadcast_to(ids, (*first.scale.shape, len(ids))),
+        key=first.key,
+        core=first.core,
+        dropout=first.dropout,
+        path=first.path,
+    )
+
+
+def _alike(adapters: list[tuple[int, LowRank]]) -> tuple[LowRank, int]:
+    """The first of one leaf's adapters and the number of stacked axes, which all of them share."""
+    first = adapters[0][1]
+    if len({(w.core, w.dropout) for _, w in adapters}) > 1:
+        raise ValueError(f"{first.path}: the adapters of a bank have one dropout, and see its axes alike")
+    return first, first.scale.ndim
 
 
 register("bank", lambda of: bank(list(map(from_spec, of))))

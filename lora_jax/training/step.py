@@ -62,7 +62,7 @@ def make_step(
     Each array of the batch is (k, b, ...): k micro-batches of b rows. Their losses and gradients
     are summed and divided once by all their labels, so that k micro-batches are one big batch
     however the labels spread over them. Only the delta is differentiated. Where a batch has a
-    `strength` (b, K), each row trains the adapters of a bank that it says (`lora_jax.bank`).
+    `strength` (b,) or (b, K), each row trains the adapters of a bank that it says (`lora_jax.bank`).
     """
 
     def step(state: State, params: Any, batch: dict[str, Array]) -> State:

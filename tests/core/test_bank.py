@@ -55,12 +55,17 @@ def close(got: Any, want: Any) -> None:
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * max(np.abs(other).max(), 1e-6))
 
 
+def forms(ids: Any) -> tuple[Any, Any]:
+    """Which row has which adapter: by gathered factors, and by a gate."""
+    return jnp.array(ids), jax.nn.one_hot(jnp.array(ids), 4)
+
+
 @given(st.lists(st.integers(-1, 3), min_size=2, max_size=2))
 def test_each_row_is_as_with_its_adapter_alone(ids: list[int]) -> None:
-    adapted = BANK.apply(PARAMS, DELTA, strength=jax.nn.one_hot(jnp.array(ids), 4))
-    got = FORWARD({"params": adapted}, IDS, MASK)
-    for row, k in enumerate(ids):
-        close(got[row], FORWARD({"params": alone(k)}, IDS, MASK)[row])
+    for strength in forms(ids):
+        got = FORWARD({"params": BANK.apply(PARAMS, DELTA, strength=strength)}, IDS, MASK)
+        for row, k in enumerate(ids):
+            close(got[row], FORWARD({"params": alone(k)}, IDS, MASK)[row])
 
 
 def test_scanned() -> None:
@@ -73,9 +78,10 @@ def test_scanned() -> None:
     bank = lj.bank(methods)
     delta = filled(bank.init(jax.random.key(0), params))
     forward = jax.jit(lj.lift(model.apply))
-    got = forward({"params": bank.apply(params, delta, strength=jnp.eye(2))}, IDS, MASK)
-    for k, method in enumerate(methods):
-        close(got[k], forward({"params": method.apply(params, take(delta, k))}, IDS, MASK)[k])
+    for strength in (jnp.arange(2), jnp.eye(2)):
+        got = forward({"params": bank.apply(params, delta, strength=strength)}, IDS, MASK)
+        for k, method in enumerate(methods):
+            close(got[k], forward({"params": method.apply(params, take(delta, k))}, IDS, MASK)[k])
 
 
 def test_strengths_mix_and_are_traced() -> None:
@@ -89,9 +95,13 @@ def test_strengths_mix_and_are_traced() -> None:
         close(got[row], FORWARD({"params": method.apply(PARAMS, delta)}, IDS, MASK)[row])
     mixed(jax.nn.one_hot(jnp.array([-1, 2]), 4))
     assert mixed._cache_size() == 1
+    close(mixed(jnp.array([7, -1])), FORWARD({"params": PARAMS}, IDS, MASK))  # what there is not is the base
+    mixed(jnp.array([2, 0]))
+    assert mixed._cache_size() == 2
 
 
-def test_each_row_trains_its_own_adapter() -> None:
+@pytest.mark.parametrize("form", [0, 1], ids=["gathered", "gate"])
+def test_each_row_trains_its_own_adapter(form: int) -> None:
     """The gradients of a mixed batch are those of each row alone, and of what no row has they are zero."""
     ids = (2, 0)
 
@@ -99,7 +109,7 @@ def test_each_row_trains_its_own_adapter() -> None:
         logits = lj.lift(MODEL.apply)({"params": apply(delta)}, IDS, MASK)
         return (optax.softmax_cross_entropy_with_integer_labels(logits, jnp.array(IDS)) * jnp.float32(MASK))[row].sum()
 
-    strength = jax.nn.one_hot(jnp.array(ids), 4)
+    strength = forms(ids)[form]
     got = jax.jit(jax.grad(lambda d: loss(lambda d: BANK.apply(PARAMS, d, strength=strength), d, slice(None))))(DELTA)
     for row, k in enumerate(ids):
         one = jax.jit(jax.grad(lambda d: loss(lambda d: METHODS[k].apply(PARAMS, d), d, row)))  # noqa: B023
@@ -111,7 +121,7 @@ def test_each_row_trains_its_own_adapter() -> None:
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation(beams: int) -> None:
     ids = jnp.array([1, -1])
-    adapted = BANK.apply(PARAMS, DELTA, strength=jax.nn.one_hot(ids, 4))
+    adapted = BANK.apply(PARAMS, DELTA, strength=ids)
     how: dict[str, Any] = {"max_new_tokens": 6, "eos": 0, "num_beams": beams}
     got = generate(MODEL, adapted, IDS, MASK, **how)
     for row, k in enumerate(ids.tolist()):
@@ -120,15 +130,17 @@ def test_generation(beams: int) -> None:
 
 
 def test_all_adapters_cost_one_thin_product() -> None:
-    """FLOPs: the base's, and those of one LoRA of all ranks together, whatever the rows ask for."""
+    """FLOPs: the base's, and those of one LoRA of all ranks together, whatever the rows ask for; of rows that say which
+    they have, of the largest rank."""
     params = {"w": jnp.zeros((40, 30))}
     bank = lj.bank([lj.lora(lj.select("w"), rank=r) for r in (1, 2, 4)])
     delta = bank.init(jax.random.key(0), params)
     apply = lj.lift(lambda p, x: x @ p["w"])
-    cost = flops.count(
-        lambda d, s, x: apply(bank.apply(params, d, strength=s), x), delta, jnp.ones((5, 3)), jnp.ones((5, 40))
-    )
-    assert cost == 2 * 5 * (40 * 30 + 7 * (40 + 30))
+    for strength, rank in ((jnp.ones((5, 3)), 7), (jnp.arange(5), 4)):
+        cost = flops.count(
+            lambda d, s, x: apply(bank.apply(params, d, strength=s), x), delta, strength, jnp.ones((5, 40))
+        )
+        assert cost == 2 * 5 * (40 * 30 + rank * (40 + 30))
 
 
 def test_it_is_a_method() -> None:
@@ -153,7 +165,11 @@ def test_what_cannot_be_is_said() -> None:
         lj.merge(BANK.apply(PARAMS, DELTA, strength=two))
     with pytest.raises(ValueError, match="a batch of 1 rows, but a strength of 2 rows"):
         lj.lift(MODEL.apply)({"params": BANK.apply(PARAMS, DELTA, strength=two)}, IDS[:1])
-    with pytest.raises(ValueError, match=r"strength \(2, 3\): a number, or \(rows, 4\)"):
+    with pytest.raises(ValueError, match="a batch of 1 rows, but ids of 2 rows"):
+        lj.lift(MODEL.apply)({"params": BANK.apply(PARAMS, DELTA, strength=jnp.arange(2))}, IDS[:1])
+    with pytest.raises(ValueError, match="rows have adapters of their own, which no one weight has"):
+        lj.merge(BANK.apply(PARAMS, DELTA, strength=jnp.arange(2)))
+    with pytest.raises(ValueError, match=r"strength \(2, 3\): a number, \(rows, 4\)"):
         BANK.apply(PARAMS, DELTA, strength=two[:, :3])
     ia3 = lj.ia3(lj.select("**/attn/key/kernel", axes=gpt2.AXES))
     taps = lj.adapter({"mlp_out": (2, D)}, rank=1)

@@ -121,7 +121,7 @@ def test_a_mixed_batch_trains_each_row_with_its_own_adapter() -> None:
     tx = optax.scale(-1.0)  # a plain sum of gradients, so that what a row's labels are divided by can be undone
     objective = training.language_model(model)
     batch = schedule(4, batch_size=4, buckets=1)(0)[0]
-    ids = np.array([1, 0, -1, 1])
+    ids = np.array([1, 0, -1, 1], np.int32)
     start = training.new_state(bank, tx, params, jax.random.key(0))
     start = start._replace(delta=jax.tree.map(lambda x: x + 0.1, start.delta))
 
@@ -130,7 +130,7 @@ def test_a_mixed_batch_trains_each_row_with_its_own_adapter() -> None:
         micro = {name: jnp.asarray(x)[None] for name, x in batch.items()}
         return jax.jit(training.make_step(objective, method, tx, rate))(state, params, micro)
 
-    mixed = step(bank, start.delta, batch | {"strength": np.asarray(jax.nn.one_hot(ids, 2))})
+    mixed = step(bank, start.delta, batch | {"strength": ids})
     labels = float(batch["weights"].sum())
     for k in (0, 1):
         own = batch | {"weights": batch["weights"] * np.float32(ids == k)[:, None]}
