@@ -305,7 +305,8 @@ register("chain", lambda of: chain(*map(from_spec, of)))
 
 
 def merge(adapted: Any) -> Any:
-    """Plain params: every adapted array dense, summed in float32 and rounded once to the base's dtype."""
+    """Plain params: every adapted array dense, summed in float32 and rounded once to the base's dtype. The other leaves
+    are the base's own; under `jax.jit` they are copied."""
     if isinstance(adapted, Delta):
         raise TypeError("merge takes adapted params (method.apply(params, delta)), got a Delta")
     return map_adapted(lambda w: w.materialize(), _weights_alone(adapted))

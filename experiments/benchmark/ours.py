@@ -152,9 +152,7 @@ def switching(work: dict[str, Any]) -> Parts:
         lambda params, delta, tokens: lj.lift(model.apply)({"params": method.apply(params, delta)}, tokens)
     )
     tokens = jnp.asarray(shapes.texts(work)[:, :-1], jnp.int32)
-    merge = jax.jit(lambda params, delta: lj.merge(method.apply(params, delta)))
-    merged = jax.block_until_ready(merge(params, deltas[0]))
-    unmerge = jax.jit(lambda merged, delta: lj.unmerge(merged, method, delta))
+    merged = lj.merge(method.apply(params, deltas[0]))
     for delta in deltas:
         forward(params, delta, tokens).block_until_ready()
     turn = 0
@@ -169,8 +167,8 @@ def switching(work: dict[str, Any]) -> Parts:
 
     return {
         "load": load,
-        "merge": lambda: _done(merge(params, deltas[0])),
-        "unmerge": lambda: _done(unmerge(merged, deltas[0])),
+        "merge": lambda: _done(lj.merge(method.apply(params, deltas[0]))),
+        "unmerge": lambda: _done(lj.unmerge(merged, method, deltas[0])),
         "switch": switch,
     }
 

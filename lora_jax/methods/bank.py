@@ -25,6 +25,7 @@ class Gated(LowRank):
     row, of every row of the batch."""
 
     layout: ClassVar = {"a": "sir", "b": "sro", "scale": "snr", "key": "s"}
+    exact: ClassVar = ("scale",)
 
     def branch(self, x: Array, op: Any) -> Array:
         z, gate = op.thin(x, self.a), lax.stop_gradient(self.scale)
@@ -48,10 +49,11 @@ class Gated(LowRank):
 
 @adapted_array
 class Chosen(LowRank):
-    """base + A_k B_k, of the batch's row n, along x's first axis, with k = `ids[n]`; of other numbers the base."""
+    """base + A_k B_k, of the batch's row n, along x's first axis, with k = `ids[n]`; of -1 the base."""
 
     layout: ClassVar = {"a": "smir", "b": "smro", "scale": "sm", "ids": "sn", "key": "s"}
     frozen: ClassVar = (*LowRank.frozen, "ids")
+    exact: ClassVar = ("scale",)
 
     ids: Array
 
@@ -63,10 +65,12 @@ class Chosen(LowRank):
             z = op.thin(x, a)
             return op.then(z * scale.astype(z.dtype), b)
 
-        known = (self.ids >= 0) & (self.ids < len(self.a))
-        k = jnp.where(known, self.ids, 0)
-        scale = jnp.where(known, lax.stop_gradient(self.scale)[k], 0.0)
-        return jax.vmap(row)(x[:, None], self.a[k], self.b[k], scale)[:, 0]
+        def of_rows(factor: Array) -> Array:  # the gradient of a factor is summed over its rows in float32
+            return factor.astype(widened(factor.dtype))[k].astype(factor.dtype)
+
+        k = jnp.maximum(self.ids, 0)
+        scale = jnp.where(self.ids < 0, 0.0, lax.stop_gradient(self.scale)[k])
+        return jax.vmap(row)(x[:, None], of_rows(self.a), of_rows(self.b), scale)[:, 0]
 
     def delta(self) -> Array:
         raise ValueError(f"{self.path}: rows have adapters of their own, which no one weight has; choose one")
@@ -76,7 +80,8 @@ def bank(methods: Sequence[ParamTransform]) -> ParamTransform:
     """K adapters of one base, of any ranks and targets, as one transform; `strength` says which row has which.
 
     `strength` of `apply` is, for a batch of n rows along the first axis of every input that an adapted weight meets,
-    (n,) integers, the adapter of each row, -1 being none; or (n, K) numbers, how strong each adapter is in each row.
+    (n,) integers, the adapter of each row, -1 being none (not on explicit meshes, and an embedding's factors are
+    copied for each row); or (n, K) numbers, how strong each adapter is in each row.
     One number, or (1, K), holds for all rows; strength 1 is the sum of all adapters. It may be traced.
 
     The delta has the entries of adapter k under `@k/`: `pack` and `take` go from deltas to it and back. With gradients
@@ -143,14 +148,14 @@ def _strength(strength: Any, count: int) -> Array:
 
 def _low_rank(leaf: Adapted) -> LowRank:
     ready = leaf.ready()
-    if not isinstance(ready, LowRank):
+    if type(ready) is not LowRank:
         raise ValueError(f"{leaf.path}: a {type(leaf).__name__} is no change of low rank; a bank is of such")
     return ready
 
 
 def _joined(adapters: list[tuple[int, LowRank]], strength: Array) -> Gated:
     """The adapters of one leaf side by side; (n, K) strengths."""
-    first, stacked = _alike(adapters)
+    first = _alike(adapters)
     gates = []
     for k, w in adapters:
         gate = w.scale[..., None] * jnp.broadcast_to(strength[:, k], (*w.scale.shape, len(strength)))  # (s.., n)
@@ -158,7 +163,7 @@ def _joined(adapters: list[tuple[int, LowRank]], strength: Array) -> Gated:
     return Gated(
         base=first.base,
         a=jnp.concatenate([w.a for _, w in adapters], -1),
-        b=jnp.concatenate([w.b for _, w in adapters], stacked),
+        b=jnp.concatenate([w.b for _, w in adapters], first.scale.ndim),
         scale=jnp.concatenate(gates, -1),
         key=first.key,
         core=first.core,
@@ -169,14 +174,15 @@ def _joined(adapters: list[tuple[int, LowRank]], strength: Array) -> Gated:
 
 def _stacked(adapters: list[tuple[int, LowRank]], ids: Array) -> Chosen:
     """The adapters of one leaf one behind the other, each filled up to the largest rank; (n,) ids."""
-    first, stacked = _alike(adapters)
+    first = _alike(adapters)
+    stacked = first.scale.ndim
     rank = max(w.a.shape[-1] for _, w in adapters)
 
     def filled(x: Array, axis: int) -> Array:
         return jnp.pad(x, [(0, rank - n if at == axis % x.ndim else 0) for at, n in enumerate(x.shape)])
 
-    here = jnp.array([k for k, _ in adapters])[None] == ids[:, None]  # an adapter may leave this leaf alone
-    ids = jnp.where(here.any(1), here.argmax(1), -1).astype(jnp.int32)
+    here = jnp.array([k for k, _ in adapters], jnp.int32)[None] == ids[:, None]  # an adapter may leave this leaf alone
+    ids = jnp.where(here, jnp.arange(len(adapters), dtype=jnp.int32)[None], -1).max(1)
     return Chosen(
         base=first.base,
         a=jnp.stack([filled(w.a, -1) for _, w in adapters], stacked),
@@ -190,12 +196,12 @@ def _stacked(adapters: list[tuple[int, LowRank]], ids: Array) -> Chosen:
     )
 
 
-def _alike(adapters: list[tuple[int, LowRank]]) -> tuple[LowRank, int]:
-    """The first of one leaf's adapters and the number of stacked axes, which all of them share."""
+def _alike(adapters: list[tuple[int, LowRank]]) -> LowRank:
+    """The first of one leaf's adapters, whose axes and dropout all have."""
     first = adapters[0][1]
     if len({(w.core, w.dropout) for _, w in adapters}) > 1:
         raise ValueError(f"{first.path}: the adapters of a bank have one dropout, and see its axes alike")
-    return first, first.scale.ndim
+    return first
 
 
 register("bank", lambda of: bank(list(map(from_spec, of))))

@@ -53,12 +53,13 @@ def in_pieces(fn: Callable[..., Array], weights: Any, x: Array, *along: Array, p
       weights: a pytree; of its leaves those get a gradient that are differentiated.
       x: (b, n, ...) float.
       along: (b, n, ...) each, without gradients.
-      pieces: of equal size; the last one is filled up with zeros.
+      pieces: at most so many of equal size, the last one filled up with zeros.
     """
-    if pieces <= 1:
+    if pieces <= 1 or not x.shape[1]:
         return fn(weights, x, *along)
     leaves, treedef = jax.tree.flatten(weights)
     size = -(-x.shape[1] // pieces)
+    pieces = -(-x.shape[1] // size)
 
     def cut(whole: Array) -> Array:
         filled = [(0, pieces * size - n if axis == 1 else 0) for axis, n in enumerate(whole.shape)]

@@ -173,7 +173,9 @@ def test_what_cannot_be_is_said() -> None:
         BANK.apply(PARAMS, DELTA, strength=two[:, :3])
     ia3 = lj.ia3(lj.select("**/attn/key/kernel", axes=gpt2.AXES))
     taps = lj.adapter({"mlp_out": (2, D)}, rank=1)
-    for method, said in ((ia3, "no change of low rank"), (taps, "adapter changes activations")):
+    dora = lj.dora(lj.select("**/attn/key/kernel", axes=gpt2.AXES), rank=1)
+    no_low_rank = "no change of low rank"
+    for method, said in ((ia3, no_low_rank), (dora, no_low_rank), (taps, "adapter changes activations")):
         bank = lj.bank([method])
         with pytest.raises(ValueError, match=said):
             bank.apply(PARAMS, bank.init(jax.random.key(0), PARAMS))
