@@ -128,7 +128,7 @@ def _common() -> ConfigDict:
     config.model = model = ConfigDict()
     model.dtype = "float32"  # computes in; what trains is float32 always
     model.scan_layers = False
-    model.remat = False
+    model.remat = False  # on a CPU together with scan_layers alone: in a loop XLA undoes it
 
     config.decode = decode = ConfigDict()  # how experiments.evaluate writes texts
     decode.num_beams = 10
