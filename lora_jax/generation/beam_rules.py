@@ -133,7 +133,7 @@ def _continuations(logits: Array, total: tuple[Array, Array], scores: Array, kee
     """The `keep` best of all beams' next tokens: scores, parent beams and tokens, (b, keep) each, best first."""
     b, k = scores.shape
     each = min(keep, logits.shape[1])
-    values, tokens = _top_k(logits, each)  # first within each beam: k * v numbers need no sorting
+    values, tokens = top_k(logits, each)  # first within each beam: k * v numbers need no sorting
     largest, rest = total
     log_p = jnp.where(jnp.isneginf(values), values, (values - largest) - rest)  # all may be banned: no NaN
     all_scores = log_p.reshape(b, k, each) + scores[:, :, None]
@@ -141,7 +141,7 @@ def _continuations(logits: Array, total: tuple[Array, Array], scores: Array, kee
     return best, at // each, jnp.take_along_axis(tokens.reshape(b, k * each), at, 1)
 
 
-def _top_k(x: Array, k: int) -> tuple[Array, Array]:
+def top_k(x: Array, k: int) -> tuple[Array, Array]:
     """`lax.top_k` of (rows, n), which on a CPU sorts: the k largest lie within the k groups whose largest are so (of
     equals the first groups), and the rest behind the last whole group."""
     rows, n = x.shape

@@ -40,7 +40,7 @@ def extend(
         logits, cache = forward({"params": params}, new, real, cache=cache, labelled=last)
         logits = ban_repeats(logits[:, 0], text, length + count, no_repeat)
         if key is None or temperature is None:
-            token = _largest(logits)
+            token = largest(logits)
         else:
             token = jax.random.categorical(jax.random.fold_in(key, count), warp(logits, temperature, top_k, top_p))
         return cache, token.astype(jnp.int32), jnp.isnan(logits.max(-1))
@@ -63,7 +63,7 @@ def extend(
     return text[:, length:], broken
 
 
-def _largest(logits: Array) -> Array:
+def largest(logits: Array) -> Array:
     """argmax of (rows, vocabulary), the first of equals, by two reductions that XLA vectorises on a CPU: jnp.argmax is
     one of pairs, which it does not. Of NaN any token."""
     places = lax.broadcasted_iota(jnp.int32, logits.shape, 1)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import lora_jax as lj
 from lora_jax.generation import beams, generate
-from lora_jax.generation.beam_rules import _top_k
+from lora_jax.generation.beam_rules import top_k
 from lora_jax.interop import hf
 from lora_jax.models import gpt2
 
@@ -329,5 +329,5 @@ def test_from_the_shared_base(shared: Path) -> None:
 def test_the_top_k_are_those_of_top_k_and_ties_too(n: int, k: int) -> None:
     x = jnp.round(3 * jax.random.normal(jax.random.key(n), (5, n)))
     x = x.at[1].set(-jnp.inf).at[2, n // 2 :].set(-jnp.inf)
-    for found, expected in zip(_top_k(x, k), jax.lax.top_k(x, k), strict=True):
+    for found, expected in zip(top_k(x, k), jax.lax.top_k(x, k), strict=True):
         np.testing.assert_array_equal(found, expected)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import lora_jax as lj
 from lora_jax.generation import generate
-from lora_jax.generation.single import _largest
+from lora_jax.generation.single import largest
 from lora_jax.interop import hf
 from lora_jax.models import gpt2
 
@@ -215,6 +215,6 @@ def test_from_the_shared_base(shared: Path) -> None:
 def test_the_first_of_the_largest_is_taken_without_a_reduction_of_pairs() -> None:
     logits = jax.random.randint(jax.random.key(0), (50, 7), 0, 3).astype(jnp.float32)  # ties
     logits = logits.at[0].set(-jnp.inf)
-    np.testing.assert_array_equal(_largest(logits), jnp.argmax(logits, -1))
-    assert 0 <= int(_largest(jnp.full((1, 7), jnp.nan))[0]) < 7
-    assert "argmax" not in str(jax.make_jaxpr(_largest)(logits))
+    np.testing.assert_array_equal(largest(logits), jnp.argmax(logits, -1))
+    assert 0 <= int(largest(jnp.full((1, 7), jnp.nan))[0]) < 7
+    assert "argmax" not in str(jax.make_jaxpr(largest)(logits))
