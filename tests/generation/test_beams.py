@@ -326,7 +326,7 @@ def test_from_the_shared_base(shared: Path) -> None:
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (100, 3), (512, 4), (611, 9)])
-def test_the_top_k_are_those_of_top_k_and_ties_too(n: int, k: int) -> None:
+def test_top_k_is_that_of_jax_and_ties_too(n: int, k: int) -> None:
     x = jnp.round(3 * jax.random.normal(jax.random.key(n), (5, n)))
     x = x.at[1].set(-jnp.inf).at[2, n // 2 :].set(-jnp.inf)
     for found, expected in zip(top_k(x, k), jax.lax.top_k(x, k), strict=True):
