@@ -87,11 +87,14 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     for number, row in enumerate(shown):
         spread = row["times_ratio"]
         error = [[spread["score"] - spread["low"]], [spread["high"] - spread["score"]]]
-        axes.barh(number, spread["score"], xerr=error, height=0.6, color="C0", capsize=2, label="" if number else "raw")
+        label = "" if number else "raw"
+        axes.barh(number, spread["score"] - 1, left=1, xerr=error, height=0.6, color="C0", capsize=2, label=label)
     points = [(row["times_normalised"]["score"], n) for n, row in enumerate(shown) if "times_normalised" in row]
     if points:
         axes.plot(*zip(*points, strict=True), "D", color="C1", label="each over its own matrix products")
     axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set(yticks=range(len(shown)), yticklabels=[row["label"] for row in shown], xlabel="the peer's time over ours")
     axes.invert_yaxis()
     axes.legend(loc="upper right")
