@@ -1,7 +1,5 @@
 """Dropout (Srivastava et al. 2014) from 16 random bits an entry."""
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -16,11 +14,9 @@ def drop(key: Array, x: Array, rate: float) -> Array:
     (rows, length, width) the first tokens have the same draws however far they are padded.
     """
     kept = min(max(round((1.0 - rate) * 2**16), 1), 2**16)
-    *rows, width = x.shape or (1,)
-
-    def words(key: Array, rows: Sequence[int]) -> Array:
-        return jax.random.bits(key, (*rows, -(-width // 2)), jnp.uint32)  # along the last axis: x may be sharded
-
-    drawn = jax.vmap(lambda key: words(key, rows[1:]))(jax.random.split(key, rows[0])) if rows else words(key, ())
-    bits = lax.bitcast_convert_type(drawn, jnp.uint16).reshape(*rows, 2 * drawn.shape[-1])[..., :width].reshape(x.shape)
+    first, *rows, width = (1,) * (2 - x.ndim) + x.shape
+    shape = (*rows, -(-width // 2))  # two entries a word along the last axis: x may be sharded
+    words = jax.vmap(lambda key: jax.random.bits(key, shape, jnp.uint32))(jax.random.split(key, first))
+    bits = lax.bitcast_convert_type(words, jnp.uint16).reshape(first, *rows, 2 * shape[-1])[..., :width]
+    bits = bits.reshape(x.shape)
     return jnp.where(bits.astype(jnp.int32) < kept, x * (2**16 / kept), jnp.zeros_like(x))

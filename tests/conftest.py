@@ -67,3 +67,11 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs ../shared")
     return folder
+
+
+@pytest.fixture
+def logits_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A language model's loss has its logits in pieces of so small batches too."""
+    from lora_jax.training import objectives
+
+    monkeypatch.setattr(objectives, "LEAST", 8)

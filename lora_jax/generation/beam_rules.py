@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-_GROUP = 32  # of the largest of so many: 320 x 8192 logits, 20 of each row
+_GROUP = 32  # logits in a group of `top_k`: the fastest size for 8,192 and for 50,257 (docs/performance.md)
 _NEVER = -1e9  # transformers' score of what must not be chosen
 
 

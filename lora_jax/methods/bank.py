@@ -155,27 +155,22 @@ def _low_rank(leaf: Adapted) -> LowRank:
 
 def _joined(adapters: list[tuple[int, LowRank]], strength: Array) -> Gated:
     """The adapters of one leaf side by side; (n, K) strengths."""
-    first = _alike(adapters)
+    shared, stacked = _shared(adapters), adapters[0][1].scale.ndim
     gates = []
     for k, w in adapters:
         gate = w.scale[..., None] * jnp.broadcast_to(strength[:, k], (*w.scale.shape, len(strength)))  # (s.., n)
         gates.append(jnp.broadcast_to(gate[..., None], (*gate.shape, w.a.shape[-1])))
     return Gated(
-        base=first.base,
         a=jnp.concatenate([w.a for _, w in adapters], -1),
-        b=jnp.concatenate([w.b for _, w in adapters], first.scale.ndim),
+        b=jnp.concatenate([w.b for _, w in adapters], stacked),
         scale=jnp.concatenate(gates, -1),
-        key=first.key,
-        core=first.core,
-        dropout=first.dropout,
-        path=first.path,
+        **shared,
     )
 
 
 def _stacked(adapters: list[tuple[int, LowRank]], ids: Array) -> Chosen:
     """The adapters of one leaf one behind the other, each filled up to the largest rank; (n,) ids."""
-    first = _alike(adapters)
-    stacked = first.scale.ndim
+    shared, stacked = _shared(adapters), adapters[0][1].scale.ndim
     rank = max(w.a.shape[-1] for _, w in adapters)
 
     def filled(x: Array, axis: int) -> Array:
@@ -184,24 +179,20 @@ def _stacked(adapters: list[tuple[int, LowRank]], ids: Array) -> Chosen:
     here = jnp.array([k for k, _ in adapters], jnp.int32)[None] == ids[:, None]  # an adapter may leave this leaf alone
     ids = jnp.where(here, jnp.arange(len(adapters), dtype=jnp.int32)[None], -1).max(1)
     return Chosen(
-        base=first.base,
         a=jnp.stack([filled(w.a, -1) for _, w in adapters], stacked),
         b=jnp.stack([filled(w.b, stacked) for _, w in adapters], stacked),
         scale=jnp.stack([w.scale for _, w in adapters], stacked),
-        ids=jnp.broadcast_to(ids, (*first.scale.shape, len(ids))),
-        key=first.key,
-        core=first.core,
-        dropout=first.dropout,
-        path=first.path,
+        ids=jnp.broadcast_to(ids, (*adapters[0][1].scale.shape, len(ids))),
+        **shared,
     )
 
 
-def _alike(adapters: list[tuple[int, LowRank]]) -> LowRank:
-    """The first of one leaf's adapters, whose axes and dropout all have."""
+def _shared(adapters: list[tuple[int, LowRank]]) -> dict[str, Any]:
+    """The fields that one leaf's adapters have in common."""
     first = adapters[0][1]
     if len({(w.core, w.dropout) for _, w in adapters}) > 1:
         raise ValueError(f"{first.path}: the adapters of a bank have one dropout, and see its axes alike")
-    return first
+    return {name: getattr(first, name) for name in ("base", "key", "core", "dropout", "path")}
 
 
 register("bank", lambda of: bank(list(map(from_spec, of))))

@@ -16,6 +16,7 @@ from lora_jax.dropping import drop
 from lora_jax.models import activations, masks, shapes
 from lora_jax.models.attention import attend, joined_heads, split_heads
 from lora_jax.models.layouts import to_loop, to_scanned
+from lora_jax.models.norm import Norm
 
 __all__ = ["AXES", "SIZES", "Encoder", "EncoderConfig", "sites", "to_loop", "to_scanned"]
 
@@ -131,9 +132,9 @@ class Block(nn.Module):
     def __call__(self, x: Array, mask: Array | None) -> tuple[Array, None]:
         config = self.config
         attended = _dropped(self, Attention(config, name="attn")(x, mask), config.dropout)
-        x = _norm(config, "ln_1", x + checkpoint_name(attended, "attention_out"))
+        x = Norm(config.eps, name="ln_1")(x + checkpoint_name(attended, "attention_out"))
         hidden = _dropped(self, MLP(config, name="mlp")(x), config.dropout)
-        x = _norm(config, "ln_2", x + checkpoint_name(hidden, "mlp_out"))
+        x = Norm(config.eps, name="ln_2")(x + checkpoint_name(hidden, "mlp_out"))
         return checkpoint_name(x, "block_out"), None
 
 
@@ -214,7 +215,7 @@ class Embeddings(nn.Module):
         )
         types = jnp.zeros_like(tokens) if token_types is None else token_types
         x = word(tokens) + token_type(types) + position(positions)
-        return _dropped(self, _norm(config, "norm", x), config.dropout)
+        return _dropped(self, Norm(config.eps, name="norm")(x).astype(config.dtype), config.dropout)
 
 
 class Head(nn.Module):
@@ -230,12 +231,6 @@ class Head(nn.Module):
 
 def _dense(config: EncoderConfig, features: int, name: str) -> nn.Dense:
     return nn.Dense(features, dtype=config.dtype, kernel_init=nn.initializers.normal(0.02), name=name)
-
-
-def _norm(config: EncoderConfig, name: str, x: Array) -> Array:
-    """LayerNorm, computed in float32."""
-    norm = nn.LayerNorm(config.eps, use_fast_variance=False, name=name)
-    return norm(x.astype(jnp.float32)).astype(config.dtype)
 
 
 def _dropped(module: nn.Module, x: Array, rate: float) -> Array:

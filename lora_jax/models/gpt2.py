@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lora_jax.models import activations, masks, shapes
 from lora_jax.models.attention import attend, joined_heads, split_heads
 from lora_jax.models.layouts import to_loop, to_scanned
+from lora_jax.models.norm import Norm
 
 __all__ = ["AXES", "GPT2", "SIZES", "GPT2Config", "init_cache", "sites", "to_loop", "to_scanned"]
 
@@ -259,15 +260,6 @@ def _dense(config: GPT2Config, features: int, name: str, deep: bool = False) -> 
     stddev = 0.02 / math.sqrt(2 * config.n_layer) if deep else 0.02
     init = nn.initializers.normal(stddev)
     return nn.Dense(features, dtype=config.dtype, kernel_init=init, name=name)
-
-
-class Norm(nn.LayerNorm):
-    """LayerNorm, computed in float32, for any dtype."""
-
-    use_fast_variance: bool = False  # E[x^2] - E[x]^2 would lose digits: some features of GPT-2 are far from zero
-
-    def __call__(self, x: Array) -> Array:  # type: ignore[override]
-        return super().__call__(x.astype(jnp.float32)).astype(x.dtype)
 
 
 def init_cache(config: GPT2Config, batch: int, length: int, dtype: Any = None) -> dict:

@@ -12,12 +12,9 @@ from training_runs import QV, VOCAB, equal_bits, model_and_params, run_config, s
 import lora_jax as lj
 from lora_jax import training
 from lora_jax.methods.bank import take
-from lora_jax.training import METRICS, State, objectives
+from lora_jax.training import METRICS, State
 
-
-@pytest.fixture(autouse=True)
-def logits_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objectives, "LEAST", 8)  # so small a batch has one otherwise
+pytestmark = pytest.mark.usefixtures("logits_in_pieces")
 
 
 def make(method: lj.ParamTransform, model: Any, params: Any, **changes: Any) -> tuple[Any, State]:

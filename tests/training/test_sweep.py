@@ -17,7 +17,7 @@ import lora_jax as lj
 from configs import glue
 from experiments import sweeps
 from lora_jax import checkpoints, training
-from lora_jax.training import objectives, sweep
+from lora_jax.training import sweep
 
 LORA = {"method": "lora", **QV, "dropout": 0.0}
 
@@ -25,9 +25,7 @@ LORA = {"method": "lora", **QV, "dropout": 0.0}
 Values = list[dict[str, Any]]
 
 
-@pytest.fixture(autouse=True)
-def logits_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objectives, "LEAST", 8)  # so small a batch has one otherwise
+pytestmark = pytest.mark.usefixtures("logits_in_pieces")
 
 
 def members(values: Values, spec: dict[str, Any] = LORA, **changes: Any) -> list[sweep.Member]:
