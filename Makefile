@@ -14,7 +14,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test test-all test-core test-matrix lint results
+.PHONY: quickstart test test-all test-core test-tpu test-matrix lint results
 
 quickstart: $(VENV)/.installed
 	$(PY) -m experiments.quickstart
@@ -28,6 +28,10 @@ test-all: lint
 
 test-core: $(VENV)/.installed-core
 	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS) tests/core
+
+# A step of GPT-3 175B, compiled for TPUs, of which none is needed.
+test-tpu: $(VENV)/.installed-tpu
+	XLA_FLAGS= $(PY) -m pytest tests/plan/test_tpu.py
 
 test-matrix:
 	$(MAKE) test VENV=.venv VERSION=3.11
@@ -51,6 +55,10 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.installed-core: $(VENV)/.installed
 	$(INSTALL) "$(JAX)" -e ".[test-core]"
+	touch $@
+
+$(VENV)/.installed-tpu: $(VENV)/.installed-test
+	$(INSTALL) "$(JAX)" -e ".[tpu]"
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed-core

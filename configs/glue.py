@@ -181,6 +181,7 @@ def _common() -> ConfigDict:
     model.dropout = 0.1
     model.attention_dropout = 0.1
     model.dtype = "float32"  # computes in; what trains is float32 always
+    model.param_dtype = "float32"  # the base is kept in
     model.scan_layers = False
     model.remat = False
 

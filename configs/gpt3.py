@@ -90,12 +90,17 @@ TASK = {
     "lora.alpha": 8.0,
     "lora.dropout": 0.0,
     "model.scan_layers": True,  # 96 layers
+    "model.remat": True,
+    "model.dtype": "bfloat16",
+    "model.param_dtype": "bfloat16",
+    "model.query_block": 256,
 }
 
 
 def variants() -> dict[str, dict[str, Any]]:
     """What each row changes in the config of LoRA on query and value."""
-    found: dict[str, dict[str, Any]] = {"full": {"method": "tune"}, "bitfit": METHODS["bitfit"]}
+    full = {"method": "tune", "model.param_dtype": "float32"}
+    found: dict[str, dict[str, Any]] = {"full": full, "bitfit": METHODS["bitfit"]}
     for name, pairs in PREFIXES.items():
         for prefix, infix in pairs:
             sizes = {f"{name}.prefix": prefix, f"{name}.infix": infix}

@@ -76,6 +76,21 @@ COLUMNS = {
     "times_cold": ("start, nothing kept", "{:.2f}"),
     "times_kept": ("start, compiled before", "{:.2f}"),
     "times_peak": ("its memory over ours", "{:.2f}"),
+    "held_gb": ("training holds, GB", "{:,.0f}"),
+    "saved_mb": ("a checkpoint in 16 bits, MB", "{:,.1f}"),
+    "petaflops": ("10^15 FLOPs a step", "{:,.0f}"),
+    "petaflops_kept": ("without remat", "{:,.0f}"),
+    "sent_fsdp": ("sent along fsdp, GB", "{:,.1f}"),
+    "sent_tensor": ("along tensor, GB", "{:,.1f}"),
+    "times_tensor": ("so often", "{:,}"),
+    "v5e": ("smallest v5e", "{}"),
+    "v5p": ("v5p", "{}"),
+    "v6e": ("v6e", "{}"),
+    "texts": ("texts", "{}"),
+    "peak_batch": ("at once, GB", "{:.2f}"),
+    "fits_batch": ("fits", "{}"),
+    "peak_text": ("one at a time, GB", "{:.2f}"),
+    "fits_text": ("fits", "{}"),
 }
 WORDS = {"config", "verdict"}  # stand on the left
 
@@ -142,7 +157,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     commands = dict.fromkeys(row[kind] for row in rows for kind in ("command", "evaluation") if row.get(kind))
     if commands:
         seeds = " or ".join(dict.fromkeys(str(row["seed"]).strip("[]") for row in rows if "seed" in row))
-        parts += ["", f"Seed {seeds}, {rows[0]['device']}:", "", "```sh", *commands, "```"]
+        said = f"Seed {seeds}, {rows[0]['device']}:" if seeds else f"{rows[0]['device']}:"
+        parts += ["", said, "", "```sh", *commands, "```"]
     return "\n".join(parts) + "\n"
 
 

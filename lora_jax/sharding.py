@@ -7,12 +7,15 @@
     delta = jax.device_put(delta, shardings(delta, mesh, rules, adapted))
 
 A low-rank A takes the input sharding of its kernel, B the output sharding, and the optimizer's
-state follows the delta. The compiler adds the communication; nothing here does.
+state follows the delta. The compiler adds the communication; nothing here does. `table` shows what
+lies where.
 """
 
+import dataclasses
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -56,6 +59,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
+def on_mesh(model: Any, mesh: Mesh) -> Any:
+    """One of our models with its activations between layers spread over the mesh: examples over `data` and `fsdp`,
+    places of the text over `tensor` (sequence parallelism, Korthikanti et al. 2022, arXiv 2205.05198). Without it the
+    compiler keeps what remat stores whole on each device of `tensor`. Under `jax.jit` lengths need not divide."""
+    if mesh.size == 1:
+        return model
+    residual = NamedSharding(mesh, P(("data", "fsdp"), "tensor"))
+    return type(model)(dataclasses.replace(model.config, residual=residual))
+
+
 def gpt2_rules(vocab_size: int, mesh: Mesh) -> Rules:
     """Rules for `models.gpt2`, in both layouts.
 
@@ -97,12 +110,14 @@ def _layers() -> dict[str, P]:
         "mlp/up/bias": P("tensor"),
         "mlp/down/kernel": P("tensor", "fsdp"),
     }
-    return {f"**/h_*/{glob}": spec for glob, spec in block.items()} | {
-        f"**/h/{glob}": P(None, *spec) for glob, spec in block.items()
-    }
+    adapters = {"**/@*/adapter/down": P(None, "fsdp"), "**/@*/adapter/up": P(None, None, "fsdp")}
+    loop = {f"**/h_*/{glob}": spec for glob, spec in block.items()}
+    return loop | {f"**/h/{glob}": P(None, *spec) for glob, spec in block.items()} | adapters
 
 
-def shardings(tree: Any, mesh: Mesh, rules: Rules, adapted: Any = None) -> Any:
+def shardings(
+    tree: Any, mesh: Mesh, rules: Rules, adapted: Any = None, *, misfits: Literal["error", "replicate"] = "error"
+) -> Any:
     """A NamedSharding for every leaf, in the structure of the tree.
 
     Args:
@@ -112,6 +127,8 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules, adapted: Any = None) -> Any:
       adapted: `method.apply(params, delta)`, of which shapes suffice (`jax.eval_shape`): says how
         the factors of a delta, and what has their path in an optimizer's state, follow the
         weights. Not needed for parameters.
+      misfits: what becomes of an axis that does not divide over the devices of its rule. "replicate": it stays whole,
+        and a warning says so.
 
     Raises:
       ValueError: no rule matches, a rule names more axes than its leaf has, or one does not divide.
@@ -121,8 +138,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules, adapted: Any = None) -> Any:
     def place(keys: tuple, leaf: Any) -> NamedSharding:
         path = path_of(keys)
         spec = _find(path, known, rules) if leaf.ndim else P()
-        _check(path, leaf.shape, spec, mesh)
-        return NamedSharding(mesh, spec)
+        return NamedSharding(mesh, _fitting(path, leaf.shape, spec, mesh, misfits))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
@@ -151,14 +167,38 @@ def _find(path: str, known: Mapping[str, P], rules: Rules) -> P:
     return look_up(rules, path, "sharding rules")
 
 
-def _check(path: str, shape: Sequence[int], spec: P, mesh: Mesh) -> None:
+def _fitting(path: str, shape: Sequence[int], spec: P, mesh: Mesh, misfits: str) -> P:
     if len(spec) > len(shape):
         raise ValueError(f"{path} has shape {shape}, but its rule {spec} names {len(spec)} axes")
-    for size, names in zip(shape, spec, strict=False):
+    fitting = list(spec)
+    for axis, (size, names) in enumerate(zip(shape, spec, strict=False)):
         names = (names,) if isinstance(names, str) else names or ()
         ways = math.prod(mesh.shape[name] for name in names)
-        if size % ways:
-            raise ValueError(
-                f"{path} has shape {shape}: {size} does not divide over the {ways} devices of "
-                f"{', '.join(names)}; pad it, or change its rule {spec} or the mesh"
-            )
+        if size % ways == 0:
+            continue
+        said = f"{path} has shape {shape}: {size} does not divide over the {ways} devices of {', '.join(names)}"
+        if misfits == "error":
+            raise ValueError(f"{said}; pad it, change its rule {spec} or the mesh, or say misfits='replicate'")
+        logging.warning("%s: it stays whole along this axis", said)
+        fitting[axis] = None
+    return P(*fitting)
+
+
+def table(tree: Any, places: Any) -> str:
+    """What lies where, for reading: path, type and shape, spec, and bytes on each device, with their sum.
+
+    Args:
+      tree: arrays or ShapeDtypeStructs.
+      places: their NamedShardings, as `shardings` gives them.
+    """
+    rows, total = [], 0
+    for (path, leaf), place in zip(flatten(tree)[0], jax.tree.leaves(places), strict=True):
+        size = math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        total += size
+        rows.append((path, f"{leaf.dtype}{tuple(leaf.shape)}", str(tuple(place.spec)), f"{size:,}"))
+    rows.append(("all", "", "", f"{total:,}"))
+    rows.insert(0, ("path", "array", "spec", "bytes per device"))
+    widths = [max(len(row[n]) for row in rows) for n in range(3)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows
+    )

@@ -17,6 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # Compiling is most of the tests' time; `make test-all` compiles as users do.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+# Where libtpu is installed, the processes that a test starts would look for a TPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 # Before the first use of a device: the sharding tests need eight.
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

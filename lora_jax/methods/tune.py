@@ -13,6 +13,8 @@ from lora_jax.transforms import ParamTransform, need_factors, per_leaf, register
 def tune(selection: Selection) -> ParamTransform:
     """The selected leaves train: copied into the delta, as factor `value`; they stand as `Tuned` in adapted params.
 
+    Of a leaf in 16 bits the copy has 32, in which small updates are not lost; adapted params have it rounded.
+
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}
     >>> lj.check(lj.tune(lj.select("bias")), params).trained  # BitFit
@@ -22,17 +24,17 @@ def tune(selection: Selection) -> ParamTransform:
     def init(key: Array, path: str, leaf: Any, axes: str) -> dict[str, Array]:
         if isinstance(leaf, Absent):
             raise ValueError(f"{path} was taken out of these params (without_tuned); init needs the whole base")
-        return {"value": jnp.array(leaf, copy=True)}
+        return {"value": jnp.array(leaf, jnp.float32 if leaf.dtype.itemsize < 4 else leaf.dtype, copy=True)}
 
     def adapt(key: Array | None, path: str, leaf: Any, axes: str, factors: dict[str, Array], strength: Any) -> Tuned:
         need_factors(path, factors, {"value": tuple(leaf.shape)})
         value = factors["value"]
         if isinstance(strength, float | int) and strength == 1:
-            return Tuned(value=value, path=Label(path))
+            return Tuned(value=value.astype(leaf.dtype), path=Label(path))
         if isinstance(leaf, Absent):
             raise ValueError(f"{path}: strength={strength} needs the base, which was taken out (without_tuned)")
         s = jnp.asarray(strength, value.dtype)
-        return Tuned(value=(1 - s) * leaf.astype(value.dtype) + s * value, path=Label(path))
+        return Tuned(value=((1 - s) * leaf.astype(value.dtype) + s * value).astype(leaf.dtype), path=Label(path))
 
     def targets(params: Any) -> dict[str, str]:
         leaves = selection.leaves(params)

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Sharding
 
 from lora_jax.dropping import drop
 from lora_jax.models import activations, masks, shapes
-from lora_jax.models.attention import attend, joined_heads, split_heads
+from lora_jax.models.attention import attend, joined_heads, placed, split_heads
 from lora_jax.models.layouts import to_loop, to_scanned
-from lora_jax.models.norm import Norm
+from lora_jax.models.norm import Norm, wide
 
 __all__ = ["AXES", "SIZES", "Encoder", "EncoderConfig", "sites", "to_loop", "to_scanned"]
 
@@ -37,7 +38,7 @@ HEADS = (None, "classification", "regression")
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """The shape of an encoder, and how to compute it: in `dtype`, from float32 parameters.
+    """The shape of an encoder, and how to compute it: in `dtype`, from parameters that start in `param_dtype`.
 
     Attributes:
       family: "roberta" counts positions from `pad_id + 1` over the real tokens, and its head is a layer, tanh and a
@@ -46,6 +47,7 @@ class EncoderConfig:
       head: None, "classification" or "regression" (one number).
       pooler: a layer and tanh on the first token; BERT's head needs it.
       dropout, attention_dropout: rates in training, of embeddings, sublayers and head, and of attention's weights.
+      residual: where activations (batch, length, hidden) live between layers, as GPT-2's.
     """
 
     family: str = "roberta"
@@ -67,6 +69,8 @@ class EncoderConfig:
     scan_layers: bool = False  # compiles one layer instead of all
     remat: bool = False  # recomputes each layer in the backward pass instead of storing its inside
     dtype: str = "float32"
+    param_dtype: str = "float32"
+    residual: Sharding | None = None
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES or self.head not in HEADS:
@@ -108,7 +112,8 @@ class Attention(nn.Module):
     def __call__(self, x: Array, mask: Array | None) -> Array:
         config = self.config
         query, key, value = (
-            split_heads(_dense(config, config.hidden, name)(x), config.heads) for name in ("query", "key", "value")
+            placed(split_heads(_dense(config, config.hidden, name)(x), config.heads), config.residual)
+            for name in ("query", "key", "value")
         )
         dropped = functools.partial(_dropped, self, rate=config.attention_dropout)
         out = joined_heads(attend(query, key, value, mask, dropped))
@@ -132,10 +137,10 @@ class Block(nn.Module):
     def __call__(self, x: Array, mask: Array | None) -> tuple[Array, None]:
         config = self.config
         attended = _dropped(self, Attention(config, name="attn")(x, mask), config.dropout)
-        x = Norm(config.eps, name="ln_1")(x + checkpoint_name(attended, "attention_out"))
+        x = _norm(config, "ln_1")(x + checkpoint_name(attended, "attention_out"))
         hidden = _dropped(self, MLP(config, name="mlp")(x), config.dropout)
-        x = Norm(config.eps, name="ln_2")(x + checkpoint_name(hidden, "mlp_out"))
-        return checkpoint_name(x, "block_out"), None
+        x = _norm(config, "ln_2")(x + checkpoint_name(hidden, "mlp_out"))
+        return checkpoint_name(placed(x, config.residual), "block_out"), None
 
 
 class Encoder(nn.Module):
@@ -182,7 +187,7 @@ class Encoder(nn.Module):
         tokens = checkpoint_name(tokens, "tokens")
         positions = checkpoint_name(positions, "positions")
         x = Embeddings(config, name="embeddings")(tokens, positions, token_types)
-        return checkpoint_name(x, "embeddings")
+        return checkpoint_name(placed(x, self.config.residual), "embeddings")
 
     def _blocks(self, x: Array, mask: Array | None) -> Array:
         config = self.config
@@ -209,13 +214,16 @@ class Embeddings(nn.Module):
     def __call__(self, tokens: Array, positions: Array, token_types: Array | None) -> Array:
         config = self.config
         tables = {"word": config.vocab_size, "position": config.max_positions, "token_type": config.token_types}
-        word, position, token_type = (
-            nn.Embed(rows, config.hidden, embedding_init=nn.initializers.normal(0.02), name=name)
-            for name, rows in tables.items()
+        embedding = functools.partial(
+            nn.Embed,
+            features=config.hidden,
+            param_dtype=config.param_dtype,
+            embedding_init=nn.initializers.normal(0.02),
         )
+        word, position, token_type = (embedding(rows, name=name) for name, rows in tables.items())
         types = jnp.zeros_like(tokens) if token_types is None else token_types
-        x = word(tokens) + token_type(types) + position(positions)
-        return _dropped(self, Norm(config.eps, name="norm")(x).astype(config.dtype), config.dropout)
+        x = wide(word(tokens)) + wide(token_type(types)) + wide(position(positions))
+        return _dropped(self, _norm(config, "norm")(x).astype(config.dtype), config.dropout)
 
 
 class Head(nn.Module):
@@ -230,7 +238,12 @@ class Head(nn.Module):
 
 
 def _dense(config: EncoderConfig, features: int, name: str) -> nn.Dense:
-    return nn.Dense(features, dtype=config.dtype, kernel_init=nn.initializers.normal(0.02), name=name)
+    init = nn.initializers.normal(0.02)
+    return nn.Dense(features, dtype=config.dtype, param_dtype=config.param_dtype, kernel_init=init, name=name)
+
+
+def _norm(config: EncoderConfig, name: str) -> Norm:
+    return Norm(config.eps, param_dtype=config.param_dtype, name=name)
 
 
 def _dropped(module: nn.Module, x: Array, rate: float) -> Array:

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Sharding
 
 from lora_jax.models import activations, masks, shapes
-from lora_jax.models.attention import attend, joined_heads, split_heads
+from lora_jax.models.attention import attend, joined_heads, placed, split_heads
 from lora_jax.models.layouts import to_loop, to_scanned
-from lora_jax.models.norm import Norm
+from lora_jax.models.norm import Norm, wide
 
 __all__ = ["AXES", "GPT2", "SIZES", "GPT2Config", "init_cache", "sites", "to_loop", "to_scanned"]
 
@@ -35,7 +36,13 @@ AXES = {
 
 @dataclasses.dataclass(frozen=True)
 class GPT2Config:
-    """The shape of a GPT-2, and how to compute it: in `dtype`, from float32 parameters."""
+    """The shape of a GPT-2, and how to compute it: in `dtype`, from parameters that start in `param_dtype`.
+
+    Attributes:
+      query_block: attention takes so many queries at a time, so that a long text's scores are never whole; None: all.
+      residual: where activations (batch, length, n_embd) live between layers, and queries, keys and values (batch,
+        heads, ...) inside; None: the compiler says (`lora_jax.sharding.on_mesh`).
+    """
 
     vocab_size: int = 50257
     n_positions: int = 1024
@@ -50,6 +57,9 @@ class GPT2Config:
     scan_layers: bool = False  # compiles one layer instead of n_layer
     remat: bool = False  # recomputes each layer in the backward pass instead of storing its inside
     dtype: str = "float32"
+    param_dtype: str = "float32"
+    query_block: int | None = None
+    residual: Sharding | None = None
 
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head:
@@ -79,13 +89,14 @@ class Attention(nn.Module):
     def __call__(self, x: Array, cache: dict | None, mask: Array | None, index: Any) -> tuple[Array, dict | None]:
         config = self.config
         query, key, value = (
-            split_heads(_dense(config, config.n_embd, name)(x), config.n_head) for name in ("query", "key", "value")
+            placed(split_heads(_dense(config, config.n_embd, name)(x), config.n_head), config.residual)
+            for name in ("query", "key", "value")
         )
         if cache is not None:
             new = {"key": key, "value": value}
             cache = {name: masks.write(cache[name], new[name], index, axis=2) for name in new}
             key, value = (cache[name].astype(query.dtype) for name in ("key", "value"))
-        out = joined_heads(attend(query, key, value, mask))
+        out = joined_heads(attend(query, key, value, mask, block=config.query_block))
         return _dense(config, config.n_embd, "out", deep=True)(out), cache
 
 
@@ -105,11 +116,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array, cache: dict | None, mask: Array | None, index: Any) -> tuple[Array, dict | None]:
         attention, mlp = Attention(self.config, name="attn"), MLP(self.config, name="mlp")
-        ln_1, ln_2 = (Norm(self.config.layer_norm_epsilon, name=name) for name in ("ln_1", "ln_2"))
+        ln_1, ln_2 = (_norm(self.config, name) for name in ("ln_1", "ln_2"))
         attended, cache = attention(ln_1(x), cache, mask, index)
         x = x + checkpoint_name(attended, "attention_out")
         x = x + checkpoint_name(mlp(ln_2(x)), "mlp_out")
-        return checkpoint_name(x, "block_out"), cache
+        return checkpoint_name(placed(x, self.config.residual), "block_out"), cache
 
 
 class GPT2(nn.Module):
@@ -119,7 +130,12 @@ class GPT2(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        embedding = functools.partial(nn.Embed, features=config.n_embd, embedding_init=nn.initializers.normal(0.02))
+        embedding = functools.partial(
+            nn.Embed,
+            features=config.n_embd,
+            param_dtype=config.param_dtype,
+            embedding_init=nn.initializers.normal(0.02),
+        )
         self.wte, self.wpe = embedding(config.vocab_size), embedding(config.n_positions)
         # Inside a scan nothing needs to keep the compiler from undoing the recomputation.
         block = nn.remat(Block, prevent_cse=not config.scan_layers) if config.remat else Block
@@ -133,12 +149,13 @@ class GPT2(nn.Module):
             )(config)
         else:
             self.h = [block(config) for _ in range(config.n_layer)]
-        self.ln_f = Norm(config.layer_norm_epsilon)
+        self.ln_f = _norm(config)
         if not config.tie:
             self.lm_head = nn.Dense(
                 config.vocab_size,
                 use_bias=False,
                 dtype=config.dtype,
+                param_dtype=config.param_dtype,
                 kernel_init=nn.initializers.normal(0.02),
                 dot_general=_exact_product,
             )
@@ -237,8 +254,8 @@ class GPT2(nn.Module):
         """The embeddings (batch, length, n_embd)."""
         tokens = checkpoint_name(tokens, "tokens")
         positions = checkpoint_name(positions, "positions")
-        x = (self.wte(tokens) + self.wpe(positions)).astype(self.config.dtype)
-        return checkpoint_name(x, "embeddings")
+        x = (wide(self.wte(tokens)) + wide(self.wpe(positions))).astype(self.config.dtype)
+        return checkpoint_name(placed(x, self.config.residual), "embeddings")
 
     def _blocks(self, x: Array, cache: dict | None, mask: Array | None) -> tuple[Array, Any]:
         """The layers, and their part of the cache."""
@@ -259,7 +276,11 @@ def _dense(config: GPT2Config, features: int, name: str, deep: bool = False) -> 
     """A Dense layer, initialized as GPT-2's. `deep`: it ends in one of the 2 n_layer residuals."""
     stddev = 0.02 / math.sqrt(2 * config.n_layer) if deep else 0.02
     init = nn.initializers.normal(stddev)
-    return nn.Dense(features, dtype=config.dtype, kernel_init=init, name=name)
+    return nn.Dense(features, dtype=config.dtype, param_dtype=config.param_dtype, kernel_init=init, name=name)
+
+
+def _norm(config: GPT2Config, name: str | None = None) -> Norm:
+    return Norm(config.layer_norm_epsilon, param_dtype=config.param_dtype, name=name)
 
 
 def init_cache(config: GPT2Config, batch: int, length: int, dtype: Any = None) -> dict:

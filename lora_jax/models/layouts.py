@@ -11,18 +11,33 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _LAYER = re.compile(r"(@shared/)?h_(\d+)(/.*)?")
 _STACK = re.compile(r"(@shared/)?h(/.*)?")
 
 
-def to_scanned(tree: Any) -> Any:
+def to_scanned(tree: Any, stack: Callable[[list], Any] = jnp.stack) -> Any:
     """The tree with its layers stacked along a leading axis, as a model with `scan_layers` has it.
+
+    Args:
+      tree: see above.
+      stack: makes one leaf of those of all layers, in order; for leaves that are no arrays.
 
     Raises:
       ValueError: layers are missing (a delta for some of them only), or differ in their leaves.
     """
-    return _map_dicts(_stack, tree)
+    return _map_dicts(lambda node: _stack(node, stack), tree)
+
+
+def in_stack(path: str) -> tuple[str, int | None]:
+    """The path in the scanned layout of a parameter of the loop layout, and its layer; None of one outside layers.
+
+    >>> in_stack("h_3/attn/query/kernel")
+    ('h/attn/query/kernel', 3)
+    """
+    found = _LAYER.fullmatch(path)
+    return (f"{found[1] or ''}h{found[3] or ''}", int(found[2])) if found else (path, None)
 
 
 def to_loop(tree: Any) -> Any:
@@ -56,22 +71,23 @@ def _map_dicts(change: Callable[[dict], dict], tree: Any) -> Any:
     return jax.tree.unflatten(treedef, [_map_dicts(change, child) for child in children])
 
 
-def _stack(node: dict) -> dict:
+def _stack(node: dict, stack: Callable[[list], Any]) -> dict:
     changed: dict[str, Any] = {}
     stacks: dict[str, dict[int, Any]] = {}
     for key, value in node.items():
-        if found := _LAYER.fullmatch(str(key)):
-            stacks.setdefault(f"{found[1] or ''}h{found[3] or ''}", {})[int(found[2])] = value
-        else:
+        name, layer = in_stack(str(key))
+        if layer is None:
             changed[key] = value
+        else:
+            stacks.setdefault(name, {})[layer] = value
     depth = 1 + max((max(layers) for layers in stacks.values()), default=-1)
     for key, layers in stacks.items():
         if missing := sorted(set(range(depth)) - set(layers)):
             raise ValueError(f"{key} has layers {sorted(layers)} but not {missing}: only all can be stacked")
         parts = [layers[i] for i in range(depth)]
-        if len({(jax.tree.structure(part), str(jax.tree.map(jnp.shape, part))) for part in parts}) > 1:
+        if len({(jax.tree.structure(part), str(jax.tree.map(np.shape, part))) for part in parts}) > 1:
             raise ValueError(f"{key}: the layers differ in their leaves and cannot be stacked")
-        changed[key] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+        changed[key] = jax.tree.map(lambda *leaves: stack(list(leaves)), *parts)
     return type(node)(changed)
 
 

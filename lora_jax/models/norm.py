@@ -1,5 +1,8 @@
 """LayerNorm (Ba et al. 2016)."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
@@ -8,7 +11,14 @@ from jax import Array
 class Norm(nn.LayerNorm):
     """LayerNorm, computed in float32, for any dtype."""
 
+    dtype: Any = jnp.float32
     use_fast_variance: bool = False  # E[x^2] - E[x]^2 would lose digits: some features of GPT-2 are far from zero
 
     def __call__(self, x: Array) -> Array:  # type: ignore[override]
-        return super().__call__(x.astype(jnp.float32)).astype(x.dtype)
+        with jax.numpy_dtype_promotion("standard"):  # of scale and bias that are kept in 16 bits
+            return super().__call__(x.astype(jnp.float32)).astype(x.dtype)
+
+
+def wide(x: Array) -> Array:
+    """x in 32 bits at least, for sums of numbers that are kept in 16."""
+    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x

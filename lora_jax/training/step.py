@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax.training.dynamic_scale import DynamicScale
 from jax import Array
 
 from lora_jax.freezing import partition, rejoin
@@ -27,6 +28,8 @@ class State(NamedTuple):
       optimizer: the state of the optimizer, for the trainable half of the delta.
       key: (2,) uint32, the data of the run's key; step i draws from `fold_in(key, i)`.
       metrics: (7,) float32, see METRICS.
+      scaler: in float16, whose gradients would vanish else: what the loss is multiplied by (Micikevicius et al. 2018,
+        arXiv 1710.03740). A step that overflows halves it and changes nothing else. None: no scaling.
     """
 
     step: Array
@@ -34,20 +37,35 @@ class State(NamedTuple):
     optimizer: Any
     key: Array
     metrics: Array
+    scaler: DynamicScale | None = None
 
 
 def new_state(
-    method: ParamTransform, tx: optax.GradientTransformation, params: Any, key: Array, known: Mapping[str, Any] = {}
+    method: ParamTransform,
+    tx: optax.GradientTransformation,
+    params: Any,
+    key: Array,
+    known: Mapping[str, Any] = {},
+    *,
+    dtype: Any = jnp.float32,
 ) -> State:
-    """The state before the first step; `known` are entries of the delta that start where another run ended."""
+    """The state before the first step.
+
+    Args:
+      known: entries of the delta that start where another run ended.
+      dtype: the model's; in float16 the loss is scaled.
+    """
     for_init, for_steps = jax.random.split(key)
     delta = Delta({**method.init(for_init, params), **known})
+    half = jnp.dtype(dtype) == jnp.float16
     return State(
         step=jnp.zeros((), jnp.int32),
         delta=delta,
         optimizer=tx.init(partition(delta)[0]),
         key=jax.random.key_data(for_steps),
         metrics=jnp.zeros(len(METRICS), jnp.float32),
+        # Losses are sums over hundreds of labels: the usual 2^16 of means would overflow in the first steps.
+        scaler=DynamicScale(fin_steps=jnp.int32(0), scale=jnp.float32(2**10)) if half else None,
     )
 
 
@@ -73,40 +91,65 @@ def make_step(
             adapted = method.apply(params, rejoin(trainable, fixed), key=key, **_strength(micro))
             return objective.loss(adapted, micro, key)
 
-        def add(sums: Any, micro: dict[str, Array]) -> tuple[Any, None]:
-            number, total = sums[0], sums[1:]
-            (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(
-                trainable, jax.random.fold_in(key, number), micro
-            )
-            total = jax.tree.map(jnp.add, total, (loss, count, grads))
-            return (number + 1, *total), None
-
-        zero = jnp.zeros((), jnp.float32)
-        sums = (jnp.zeros((), jnp.int32), zero, zero, jax.tree.map(jnp.zeros_like, trainable))
-        if batch["tokens"].shape[0] == 1:
-            sums, _ = add(sums, jax.tree.map(lambda x: x[0], batch))
-        else:
-            sums, _ = jax.lax.scan(add, sums, batch)
-        _, loss, count, grads = sums
+        scaler, finite, loss, count, grads = _summed(loss_of, trainable, batch, key, state.scaler)
         grads = jax.tree.map(lambda g: (g / jnp.maximum(count, 1)).astype(g.dtype), grads)
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
             updates, optimizer = tx.update(grads, state.optimizer, trainable)
             new_rate = rate(state.step)
-        delta = rejoin(optax.apply_updates(trainable, updates), fixed)
-        metrics = _metrics(state, loss, count, batch, optax.tree.norm(grads), new_rate)
-        return State(state.step + 1, delta, optimizer, state.key, metrics)
+        norm, new = optax.tree.norm(grads), optax.apply_updates(trainable, updates)
+        if scaler is None:
+            finite = jnp.isfinite(norm)
+        else:  # a step that overflowed is left out
+            old = trainable, state.optimizer, _norm_before(state)
+            new, optimizer, norm = jax.tree.map(lambda x, y: jnp.where(finite, x, y), (new, optimizer, norm), old)
+            finite |= scaler.scale >= 1  # else it is not the scale that overflows
+        metrics = _metrics(state, loss, count, batch, norm, new_rate, finite)
+        return State(state.step + 1, rejoin(new, fixed), optimizer, state.key, metrics, scaler)
 
     return step
+
+
+def _summed(
+    loss_of: Callable, trainable: Any, batch: dict[str, Array], key: Array, scaler: DynamicScale | None
+) -> tuple[DynamicScale | None, Any, Array, Array, Any]:
+    """Over the micro-batches of a batch: scaler, whether all gradients were finite (where there is a scaler), and the
+    sums of losses, counts and gradients."""
+
+    def add(sums: Any, micro: dict[str, Array]) -> tuple[Any, None]:
+        number, scaler, finite, *total = sums
+        arguments = trainable, jax.random.fold_in(key, number), micro
+        if scaler is None:
+            (loss, count), grads = jax.value_and_grad(loss_of, has_aux=True)(*arguments)
+        else:
+            scaler, ok, (loss, count), grads = scaler.value_and_grad(loss_of, has_aux=True)(*arguments)
+            finite &= ok
+        total = jax.tree.map(jnp.add, total, [loss, count, grads])
+        return (number + 1, scaler, finite, *total), None
+
+    zero = jnp.zeros((), jnp.float32)
+    finite = None if scaler is None else jnp.array(True)
+    sums = (jnp.zeros((), jnp.int32), scaler, finite, zero, zero, jax.tree.map(jnp.zeros_like, trainable))
+    if batch["tokens"].shape[0] == 1:
+        sums, _ = add(sums, jax.tree.map(lambda x: x[0], batch))
+    else:
+        sums, _ = jax.lax.scan(add, sums, batch)
+    return sums[1:]
 
 
 def _strength(batch: dict[str, Array]) -> dict[str, Array]:
     return {"strength": batch["strength"]} if "strength" in batch else {}
 
 
-def _metrics(state: State, loss: Array, count: Array, batch: dict[str, Array], norm: Array, rate: Any) -> Array:
+def _norm_before(state: State) -> Array:
+    return state.metrics[METRICS.index("gradient_norm")]
+
+
+def _metrics(
+    state: State, loss: Array, count: Array, batch: dict[str, Array], norm: Array, rate: Any, finite: Array
+) -> Array:
     old = dict(zip(METRICS, state.metrics, strict=True))
     mask = batch["mask"]
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    finite = jnp.isfinite(loss) & finite
     number = (state.step + 1).astype(jnp.float32)
     bad = jnp.where(finite, jnp.zeros_like(number), number)
     new = {

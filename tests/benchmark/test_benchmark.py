@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 import pytest
-from flops import equations
 
 import lora_jax as lj
 from experiments import results
 from experiments.benchmark import contests, ours, report, shapes
 from experiments.benchmark.side import Missing, Side
+from experiments.plan.flops import equations
 from lora_jax import training
 
 WORK = {"model": "small_base", "targets": "qv", "batch": 2, "length": 8}

@@ -11,9 +11,9 @@ import pytest
 from core_gpt2 import ADAPTERS, BOTH, CONFIG, IDS, MASK, continued_without_a_cache
 from core_reference import close, filled, normal, same
 from core_sites import LAYERS, PARAMS, TOKENS, TOWERS, WIDTH, invariants, tower
-from flops import equations
 
 import lora_jax as lj
+from experiments.plan.flops import equations
 from lora_jax.models import encoder, gpt2
 
 KEY = jax.random.key(0)

@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-import flops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_jax as lj
+from experiments.plan import flops
 from lora_jax.generation import generate
 from lora_jax.methods.bank import pack, take
 from lora_jax.models import gpt2

@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax.training.train_state import TrainState
-from flops import count, equations
 
 import lora_jax as lj
+from experiments.plan.flops import count, equations
 from lora_jax.dropping import drop
 from lora_jax.models import gpt2
 

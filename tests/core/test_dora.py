@@ -10,11 +10,11 @@ import pytest
 from core_methods import LAYOUTS, USES, both
 from core_models import Stack, Tied, stacked, started
 from core_reference import axes_at, close, dense_delta, filled, leaves, normal, replaced, same, weighted
-from flops import equations
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax as lj
+from experiments.plan.flops import equations
 from lora_jax.selection import CLASS
 
 KEY = jax.random.key(0)

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 from core_reference import agree, normal
-from flops import equations
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 
 import lora_jax as lj
+from experiments.plan.flops import equations
 
 X = normal(3, 8, seed=5)
 W = {"w": normal(8, 12, seed=1)}

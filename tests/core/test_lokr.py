@@ -10,12 +10,12 @@ import pytest
 from core_methods import SHAPES, as_dense, as_peft, as_some_layers, network, randomized, tree
 from core_models import Stack, Tied, started
 from core_reference import close, filled, normal, replaced, same
-from flops import equations
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from test_lift_structure import CASES, X
 
 import lora_jax as lj
+from experiments.plan.flops import equations
 from lora_jax.methods.lokr import factorization
 
 KEY = jax.random.key(0)

@@ -26,10 +26,10 @@ from core_sites import (
     shift,
     tower,
 )
-from flops import equations
 from jax.ad_checkpoint import checkpoint_name as named
 
 import lora_jax as lj
+from experiments.plan.flops import equations
 from lora_jax.taps import Tap
 from lora_jax.transforms import per_site
 

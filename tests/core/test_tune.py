@@ -152,8 +152,11 @@ def test_dtypes_and_integers_stay():
     params = {"half": normal(4).astype(jnp.bfloat16), "ids": jnp.arange(3)}
     method = lj.tune(lj.select("**"))
     delta = method.init(KEY, params)
-    assert set(delta) == {"half"} and delta["half"]["value"].dtype == jnp.bfloat16
+    assert set(delta) == {"half"} and delta["half"]["value"].dtype == jnp.float32  # small updates are kept
     same(lj.merge(method.apply(params, delta)), params)
+    moved = jax.tree.map(lambda x: x + 2.0**-12, delta)
+    assert jnp.all(moved["half"]["value"] != delta["half"]["value"])
+    assert lj.merge(method.apply(params, moved))["half"].dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("scan", [False, True])

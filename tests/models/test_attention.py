@@ -8,6 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.plan.flops import equations
 from lora_jax.models.attention import attend, joined_heads, split_heads
 from lora_jax.models.masks import attention_mask
 
@@ -16,8 +17,8 @@ def inputs(b: int, n: int, heads: int, size: int, seed: int = 0) -> list[Any]:
     return [jax.random.normal(key, (b, n, heads * size)) for key in jax.random.split(jax.random.key(seed), 3)]
 
 
-def own(heads: int, mask: Any, *qkv: Any) -> Any:
-    return joined_heads(attend(*(split_heads(x, heads) for x in qkv), mask))
+def own(heads: int, mask: Any, *qkv: Any, block: int | None = None) -> Any:
+    return joined_heads(attend(*(split_heads(x, heads) for x in qkv), mask, block=block))
 
 
 def of_jax(heads: int, mask: Any, *qkv: Any) -> Any:
@@ -34,6 +35,31 @@ def test_outputs_and_gradients_are_those_of_jax(b: int, n: int, heads: int, size
     for fn in (lambda f: f(heads, mask, *qkv), lambda f: jax.grad(lambda x: (f(heads, mask, *x) ** 3).sum())(qkv)):
         # float32 sums of at most 9 x 5 products in another order
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), fn(own), fn(of_jax))
+
+
+@settings(max_examples=4)
+@given(st.integers(1, 9), st.integers(1, 9), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_blocks_of_queries_change_nothing(n: int, block: int, causal: bool, padded: bool, seed: int) -> None:
+    qkv = inputs(2, n, 2, 3, seed)
+    real = jnp.arange(n)[None] < jax.random.randint(jax.random.key(seed), (2, 1), 1, n + 1)
+    mask = attention_mask(real if padded else None, None, causal=n if causal else 0)
+    whole = jax.value_and_grad(lambda qkv: (own(2, mask, *qkv) ** 3).sum())(qkv)
+    blocks = jax.value_and_grad(lambda qkv: (own(2, mask, *qkv, block=block) ** 3).sum())(qkv)
+    # keys' and values' gradients are summed block by block
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), whole, blocks)
+
+
+def test_with_blocks_no_scores_of_all_pairs_exist() -> None:
+    n = 24
+    qkv, mask = inputs(1, n, 2, 3), attention_mask(None, None, causal=n)
+
+    def largest(block: int | None) -> int:
+        grad = jax.make_jaxpr(jax.grad(lambda qkv: own(2, mask, *qkv, block=block).sum()))(qkv)
+        values = [var.aval for eqn in equations(grad.jaxpr) for var in eqn.outvars]
+        return max(value.size for value in values if value.dtype == jnp.float32)
+
+    assert largest(None) == 2 * n * n
+    assert largest(6) < n * n
 
 
 def test_who_sees_nobody_has_no_nan_and_bfloat16_stays() -> None:

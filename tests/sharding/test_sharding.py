@@ -184,6 +184,50 @@ def test_what_cannot_be_placed_is_said():
         sharding.shardings(tree, mesh, {"g/**": P()})
 
 
+def test_what_does_not_divide_may_stay_whole(caplog):
+    tree = {"h": {"kernel": jnp.zeros((6, 5))}}
+    found = sharding.shardings(tree, mesh_of(1, 2, 4), {"**": P("fsdp", "tensor")}, misfits="replicate")
+    assert found["h"]["kernel"].spec == P("fsdp", None)
+    assert "h/kernel has shape (6, 5): 5 does not divide over the 4 devices of tensor" in caplog.text
+
+
+def test_adapters_are_spread_over_fsdp():
+    mesh = mesh_of(1, 4, 2)
+    _, params, _ = setup(SCANNED)
+    method = lj.adapter({"mlp_out": gpt2.sites(SCANNED)["mlp_out"]}, rank=3)
+    delta = method.init(jax.random.key(0), params)
+    rules = sharding.gpt2_rules(SCANNED.vocab_size, mesh)
+    found = sharding.shardings(delta, mesh, rules, jax.eval_shape(method.apply, params, delta))["@mlp_out/adapter"]
+    assert found["down"].spec == P(None, "fsdp") and found["up"].spec == P(None, None, "fsdp")
+    assert found["down_bias"].spec == P()
+
+
+def test_the_table_says_where_each_array_lies():
+    mesh = mesh_of(1, 2, 4)
+    _, params, _ = setup(CONFIG)
+    places = sharding.shardings(params, mesh, sharding.gpt2_rules(CONFIG.vocab_size, mesh))
+    lines = sharding.table(params, places).splitlines()
+    query = next(line for line in lines if line.startswith("h_0/attn/query/kernel"))
+    assert "float32(16, 16)" in query and "('fsdp', 'tensor')" in query and query.endswith(" 128")
+    placed = jax.device_put(params, places)
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(placed))
+    assert lines[-1].split() == ["all", f"{held:,}"]
+
+
+@pytest.mark.parametrize("config", [CONFIG, SCANNED], ids=["loop", "scanned"])
+def test_activations_between_layers_are_spread_over_the_whole_mesh(config):
+    mesh = mesh_of(2, 2, 2)
+    model, params, tokens = setup(config)
+    placed = jax.device_put(params, sharding.shardings(params, mesh, sharding.gpt2_rules(config.vocab_size, mesh)))
+    spread = sharding.on_mesh(model, mesh)
+    assert sharding.on_mesh(model, mesh_of(1, 1, 1)) is model
+    inputs = jax.device_put(tokens, sharding.batch_sharding(mesh))
+    found = jax.jit(spread.apply)({"params": placed}, inputs)
+    np.testing.assert_allclose(found, model.apply({"params": params}, tokens), atol=1e-5)
+    lowered = jax.jit(spread.apply).lower({"params": placed}, inputs).as_text()
+    assert lowered.count("sharding_constraint") >= 2  # of the embeddings, and of the layers
+
+
 def test_impossible_meshes_are_said():
     with pytest.raises(ValueError, match="needs 16 devices, there are 8"):
         sharding.make_mesh({"data": 16})

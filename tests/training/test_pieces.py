@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flops import count
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_runs import model_and_params, schedule
 
 import lora_jax as lj
 from experiments.methods import filled
+from experiments.plan.flops import count
 from lora_jax import training
 from lora_jax.models import gpt2
 from lora_jax.training import objectives

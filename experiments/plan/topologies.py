@@ -1,0 +1,90 @@
+"""Devices to compile for: slices of TPUs, of which only the compiler is here, or so many that exist nowhere."""
+
+import math
+import os
+import re
+from typing import Any, NamedTuple
+
+import jax
+
+GIB = 2**30
+# What a program may use on each device, as the compiler says where it does not fit (libtpu 0.0.42).
+HBM = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25, "tpu7x": 94.75}
+# The slices to try, smallest first.
+_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8")
+SLICES = {"v4": _CUBES, "v5e": _FLAT, "v5p": _CUBES, "v6e": _FLAT, "tpu7x": _CUBES}
+NAMES = "v5e:16x16 (or v4, v5p, v6e, tpu7x), cpu:8, gpu:1x16GB"
+
+
+class Topology(NamedTuple):
+    """Devices that a program can be compiled for.
+
+    Attributes:
+      limit: bytes that a program may use on each of them; None: nobody says.
+      asks: whether the compiler itself refuses what does not fit.
+    """
+
+    name: str
+    devices: list[Any]
+    chips: int
+    limit: float | None
+    asks: bool
+
+
+def prepare(names: list[str]) -> None:
+    """Before JAX's first use: so many CPU devices as the largest of these topologies wants, and a quiet libtpu."""
+    if counts := [_generic(name)[0] for name in names if _is_generic(name)]:
+        jax.config.update("jax_num_cpu_devices", max(counts))
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_compilation_cache_dir", None)  # what is compiled for other devices cannot be read again
+    quiet = {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
+    # Several processes may ask the compiler at once, and none of them looks for a TPU.
+    own = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_MIN_LOG_LEVEL": "3"}
+    for name, value in (own | quiet).items():
+        os.environ.setdefault(name, value)
+
+
+def slices(name: str) -> list[str]:
+    """The topologies that a name stands for: itself, or of a family ("v5e") all slices, smallest first."""
+    return [f"{name}:{size}" for size in SLICES[name]] if name in SLICES else [name]
+
+
+def named(name: str) -> Topology:
+    """The devices of "v5e:4x8", "cpu:8" or "gpu:2x16GB" (GB of 10^9 bytes; their compiler is the CPU's).
+
+    Raises:
+      ValueError: no such topology, or one of a TPU without libtpu.
+    """
+    if _is_generic(name):
+        count, limit = _generic(name)
+        return Topology(name, jax.devices("cpu")[:count], count, limit, False)
+    family, _, size = name.partition(":")
+    if family not in SLICES or not re.fullmatch(r"\d+(x\d+){1,2}", size):
+        raise ValueError(f"no topology {name!r}: name one such as {NAMES}, or a family alone to search its slices")
+    from jax.experimental import topologies
+
+    dims = [int(part) for part in size.split("x")]
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if family == "v4" else {}
+    if any(side % 2 for side in dims[:2]):  # a host has 2 x 2 chips, unless there are fewer
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    except RuntimeError as error:
+        if "JAX TPU support not installed" in str(error):
+            raise ValueError(f"{name} wants the TPU's compiler: pip install 'lora_jax[tpu]' brings it") from error
+        raise ValueError(f"topology {name!r}: {str(error).splitlines()[0]}") from error
+    return Topology(name, list(found.devices), math.prod(dims), HBM[family] * GIB, True)
+
+
+def _is_generic(name: str) -> bool:
+    return name.partition(":")[0] in ("cpu", "gpu")
+
+
+def _generic(name: str) -> tuple[int, float | None]:
+    """How many devices, and the bytes of each."""
+    found = re.fullmatch(r"cpu:(\d+)|gpu:(\d+)x(\d+)GB", name)
+    if not found:
+        raise ValueError(f"no topology {name!r}: name one such as {NAMES}")
+    count, gpus, size = found.groups()
+    return (int(count), None) if count else (int(gpus), int(size) * 1e9)

@@ -1,0 +1,121 @@
+"""experiments.plan: answers, searches, their cache, and what a user may get wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from plan_config import tiny
+
+from experiments.plan import ask, search, topologies
+from experiments.plan.ask import Choice
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def cpu(count, limit=None):
+    return topologies.Topology(f"cpu:{count}", jax.devices()[:count], count, limit, False)
+
+
+def test_an_answer_has_bytes_flops_and_collectives(tmp_path):
+    config = tiny(tmp_path)
+    answer = ask.ask(config, cpu(8), Choice(1, 4, 2, True, 1))
+    assert answer["fits"] and answer["peak"] > answer["base"] + answer["delta"] + answer["optimizer"]
+    assert answer["optimizer"] == pytest.approx(2 * answer["delta"], abs=64)  # Adam's moments, and counters
+    assert {each["kind"] for each in answer["collectives"]} >= {"all-gather", "all-reduce"}
+    assert "fits: yes" in ask.shown(answer)
+    # the same products on one device
+    assert ask.ask(config, cpu(1), Choice(1, 1, 1, True, 1))["flops"] == answer["flops"]
+
+
+def test_too_small_a_device_is_an_answer(tmp_path):
+    answer = ask.ask(tiny(tmp_path), cpu(1, 1e5), Choice(1, 1, 1, True, 1))
+    assert not answer["fits"] and answer["wanted"] > 1e5
+    assert "fits: no" in ask.shown(answer)
+
+
+def test_what_does_not_divide_is_an_answer(tmp_path):
+    answer = ask.ask(tiny(tmp_path), cpu(3), Choice(1, 1, 3, True, 1))
+    assert not answer["fits"] and "does not divide" in answer["why"] and "fits: no" in ask.shown(answer)
+
+
+def test_what_a_compiler_says_it_wants():
+    message = "RESOURCE_EXHAUSTED: the total memory required (107.17G) exceeds available HBM (95.74G)."
+    assert ask.wanted(message) == int(107.17 * 2**30)
+    assert ask.wanted("INTERNAL: else") is None
+
+
+def test_a_search_finds_the_smallest_and_asks_no_answer_twice(tmp_path, monkeypatch):
+    config, asked, said = tiny(tmp_path), [], []
+    limit = search.ordered(config, cpu(2))[0].estimate
+    assert search.ordered(config, cpu(1))[0].estimate > limit  # by the closed form two devices hold it, one does not
+
+    def compiler(config, topology, choice):
+        asked.append(choice)
+        need = search.sized(config, topology, choice).estimate
+        sent = [{"kind": "all-gather", "axes": ["tensor"], "times": 1, "bytes": 1000 // choice.tensor}]
+        answer = {"topology": topology.name, "chips": topology.chips, "texts": 8, "collectives": sent}
+        return answer | choice._asdict() | {"fits": need <= 2 * limit and topology.chips > 1, "wanted": need}
+
+    monkeypatch.setattr(ask, "ask", compiler)
+    monkeypatch.setattr(topologies, "named", lambda name: cpu(int(name[4:]), 2 * limit))
+    cache = search.Cache(tmp_path / "answers.json")
+    answer = search.smallest(config, ["cpu:1", "cpu:2"], 60, cache, said.append)
+    assert answer["chips"] == 2 and answer["fits"]
+    assert answer["tensor"] == 2  # which sends less, though it does not hold least
+    before = len(asked)
+    assert search.smallest(config, ["cpu:1", "cpu:2"], 60, search.Cache(cache.file), said.append) == answer
+    assert len(asked) == before == len(set(said))
+    assert search.smallest(config, ["cpu:1", "cpu:2"], 0, search.Cache(None), said.append) is None
+    assert "the time was up" in said[-1]
+
+
+def test_layouts_come_in_the_order_of_their_memory(tmp_path):
+    config = tiny(tmp_path)
+    ordered = search.ordered(config, cpu(8))
+    assert [one.estimate for one in ordered] == sorted(one.estimate for one in ordered)
+    for _, held, choice in ordered:
+        assert 0 < held < ordered[-1].estimate
+        assert choice.data * choice.fsdp * choice.tensor == 8
+        assert 8 % (choice.accumulate * choice.data * choice.fsdp) == 0
+
+
+def plan(*args):
+    command = [sys.executable, "-m", "experiments.plan", *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_command(tmp_path):
+    tiny(tmp_path)
+    config = ["--config=configs/e2e.py:small", f"--config.base={tmp_path}", "--config.model.scan_layers=true"]
+    done = plan(*config, "--topology=cpu:4", "--mesh=1,2,2", "--shardings", f"--out={tmp_path / 'answer.json'}")
+    assert done.returncode == 0, done.stderr
+    assert "fits: yes" in done.stdout and "bytes per device" in done.stdout
+    assert "delta/h/attn/query/kernel/a" in done.stdout
+    assert json.loads((tmp_path / "answer.json").read_text())["chips"] == 4
+
+
+def test_without_a_mesh_the_layout_that_holds_least(tmp_path):
+    config, topology = tiny(tmp_path), cpu(8)
+    choice = search.chosen(config, [], topology)
+    assert choice == search.ordered(config, topology)[0].choice and choice.remat
+    assert search.chosen(config, ["2", "2", "2"], topology) == Choice(2, 2, 2, True, 1)
+
+
+@pytest.mark.parametrize(("mesh", "said"), [("1,2", "three numbers"), ("1,2,x", "three numbers"), ("1,2,2", "has 4")])
+def test_a_bad_mesh(tmp_path, mesh, said):
+    with pytest.raises(ValueError, match=said):
+        search.chosen(tiny(tmp_path), mesh.split(","), cpu(8))
+
+
+@pytest.mark.parametrize("name", ["v9:2x2", "gpu:16GB", "cpu:x", "v5e:2", "v5e:axb"])
+def test_a_bad_topology(name):
+    with pytest.raises(ValueError, match=f"no topology '{name}'"):
+        topologies.named(name)
+
+
+def test_bad_input_is_one_error():
+    done = plan("--config=configs/gpt3.py", "--topology=v5e")
+    assert done.returncode == 1 and done.stderr.startswith("error: --topology=v5e is a family")

@@ -1,0 +1,42 @@
+"""GPT-3 175B by the TPU's own compiler, which needs no TPU; `.ci/run` installs it."""
+
+import jax
+import pytest
+
+from configs import gpt3
+from experiments.plan import ask, collectives, topologies
+from experiments.plan.ask import Choice
+from lora_jax import sharding
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("libtpu", reason="needs libtpu: pip install 'lora_jax[tpu]'")
+topologies.prepare([])
+
+
+def config_of(name, batch):
+    config = gpt3.get_config(name)
+    config.data.length, config.data.batch_size = 2048, batch
+    return config
+
+
+def test_lora_fits_on_four_v5p_and_sends_no_gradient_of_a_frozen_weight():
+    config, choice = config_of("lora_qv_r8", 4), Choice(1, 4, 1, True, 1)
+    topology = topologies.named("v5p:2x2x1")
+    step = ask.step(config, choice, choice.mesh(topology))
+    compiled = step.run.lower(step.state, step.params, step.batch).compile()
+    assert compiled.memory_analysis().peak_memory_in_bytes < topology.limit
+    text = compiled.as_text()
+    found = collectives.of_program(text, dict(zip(sharding.AXES, choice[:3], strict=True)))
+    summed = [one for one in found if one.kind in ("all-reduce", "reduce-scatter") and one.axes]
+    assert summed
+    factors = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(step.state.delta))
+    # of factors and losses; one weight of the base, summed in each layer, would be 29 GB more
+    assert sum(one.bytes * one.times for one in summed) <= 2 * factors + 1e6
+    # the compiler hides sums of gradients over fsdp in fusions and loops of these names
+    assert "all-reduce-scatter" not in text and "body_rs" not in text
+
+
+def test_what_does_not_fit_is_an_answer():
+    answer = ask.ask(config_of("full", 4), topologies.named("v5p:2x2x1"), Choice(1, 4, 1, True, 1))
+    assert not answer["fits"] and answer["wanted"] > answer["limit"]
+    assert "fits: no" in ask.shown(answer)
