@@ -1,18 +1,20 @@
 """The base of a config: what train, evaluate and generate begin with."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, Sharding
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from lora_jax import Delta, ParamTransform, checkpoints
+from lora_jax import Delta, ParamTransform, checkpoints, processes, sharding
 from lora_jax.data import glue
 from lora_jax.interop import hf
 from lora_jax.models import encoder, gpt2
-from lora_jax.models.layouts import to_scanned
 
 PUBLIC = "huggingface.co/gpt2, gpt2-medium, gpt2-large, FacebookAI/roberta-base and FacebookAI/roberta-large"
 
@@ -27,15 +29,19 @@ class Base(NamedTuple):
     new: tuple[str, ...] = ()  # globs of what the source lacks and every method has to train
 
 
-def load(config: ConfigDict, source: str | None = None) -> Base:
+def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None) -> Base:
     """The base at `source`, or where the config says; for a task of GLUE with its head, new unless it is there.
+
+    With a mesh of several devices each one's part of each parameter is read from the files by itself, by
+    `sharding.rules_for`: no parameter is whole anywhere. The identity is the same whatever the mesh, the
+    layout and the dtype.
 
     Raises:
       FileNotFoundError: it or its tokenizer is not there. ValueError: a model of another kind than the config's task.
     """
     source = source or config.base
     try:
-        model, params, tokenizer = hf.load(source, **_head(config))
+        model, stored, tokenizer = hf.unread(source, **_head(config))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}. The paper's bases are public: {PUBLIC}") from error
     if tokenizer is None:
@@ -45,11 +51,31 @@ def load(config: ConfigDict, source: str | None = None) -> Base:
             f"{source} is a {model.config.family}, but {config.data.name} needs a GPT-2, which writes texts"
         )
     new = _new_pooler(model, source)
-    known = _identity(model, params, source, new)
+    base = model
     model = type(model)(dataclasses.replace(model.config, **config.model.to_dict()))
-    if model.config.scan_layers:
-        params = to_scanned(params)
+    if mesh is not None and mesh.size == 1:
+        mesh = None
+    model = model if mesh is None else sharding.on_mesh(model, mesh)
+    scan, dtype = model.config.scan_layers, model.config.param_dtype
+    params = hf.read(stored, scan_layers=scan, dtype=dtype, place=None if mesh is None else _places(model, mesh))
+    # Digests are of the loop layout in float32: what was read otherwise is read again for them, tensor by tensor.
+    as_digested = mesh is None and not scan and dtype == "float32"
+
+    def identify() -> dict[str, str]:
+        return _identity(base, params if as_digested else stored, source, new)
+
+    known = processes.by_first(identify)  # no other process reads the whole of it
     return Base(model, params, tokenizer, known, ("pooler/**",) if new else ())
+
+
+def _places(model: Any, mesh: Mesh) -> Callable[[str, tuple[int, ...]], Sharding]:
+    """Where the parameters of a model go on a mesh, for `hf.read`."""
+    rules = sharding.rules_for(model, mesh)
+
+    def place(path: str, shape: tuple[int, ...]) -> Sharding:
+        return sharding.shardings({path: jax.ShapeDtypeStruct(shape, jnp.float32)}, mesh, rules)[path]
+
+    return place
 
 
 def identity(model: Any, params: Any, source: str) -> dict[str, str]:

@@ -14,16 +14,18 @@ With --source, a folder in one of those forms, a new workdir begins with that de
 predict take it as they take a trained run, and train goes on from it where the config's method has the same factors.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import lora_jax as lj
 from experiments import bases, cli, methods, reload, train
-from lora_jax import checkpoints, training
+from lora_jax import checkpoints, sharding, training
 from lora_jax.interop import hf, peft
 from lora_jax.models.layouts import to_loop
 
@@ -55,13 +57,24 @@ def give_away(workdir: Path, form: str, out: Path, source: str | None = None) ->
     if form == "native":
         out = checkpoints.save_adapter(out, method, delta, trained_on)
     else:
-        base = bases.load(config, source)
+        mesh = _mesh(config)
+        base = bases.load(config, source, mesh)
         checkpoints.check_base(trained_on, base.identity, workdir)
         if form == "merged":
-            hf.save(out, base.model, lj.merge(method.apply(base.params, delta)), base.tokenizer)
+            if mesh is not None:
+                adapted = jax.eval_shape(method.apply, base.params, delta)
+                rules = sharding.rules_for(base.model, mesh)
+                delta = jax.device_put(delta, sharding.shardings(delta, mesh, rules, adapted))
+            hf.save(out, base.model, method.apply(base.params, delta), base.tokenizer, merge=True)
         else:
             peft.save(out, method, to_loop(delta), params=to_loop(base.params))
     print(f"written: {out}, of step {step}")
+
+
+def _mesh(config: ConfigDict) -> Mesh | None:
+    """The run's own mesh where it has several devices and they are there: its base may be too large for one."""
+    shape = config.mesh.to_dict() if config.get("mesh") else {}
+    return sharding.make_mesh(shape) if 1 < math.prod(shape.values()) <= jax.device_count() else None
 
 
 def take_in(source: Path, config: ConfigDict, workdir: Path) -> None:
@@ -76,8 +89,8 @@ def take_in(source: Path, config: ConfigDict, workdir: Path) -> None:
     if checkpoints.latest_step(workdir) is not None:
         raise ValueError(f"{workdir} holds a run already: give a new --workdir")
     method.apply(lj.without_tuned(base.params, delta), delta)  # an error where it does not fit
-    tx = training.optimizer(config.optimizer, lambda step: 0.0)
-    state = training.new_state(method, tx, base.params, jax.random.key(config.seed), delta)
+    tx, dtype = training.optimizer(config.optimizer, lambda step: 0.0), base.model.config.dtype
+    state = training.new_state(method, tx, base.params, jax.random.key(config.seed), delta, dtype=dtype)
     with checkpoints.manager(workdir) as manager:
         checkpoints.save(manager, 0, state, spec=method.spec, base=base.identity)
     file = checkpoints.save_adapter(workdir / "adapter", method, delta, base.identity)

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from datasets import Dataset
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import lora_jax as lj
 from experiments import bases, methods
-from lora_jax import training
+from lora_jax import processes, sharding, training
 from lora_jax.data import batches, glue, pairs, tasks
 from lora_jax.data.batches import Schedule
 from lora_jax.metrics.glue import glue as glue_metrics
@@ -26,19 +27,30 @@ class Setup(NamedTuple):
     objective: training.Objective
 
 
-def load(config: ConfigDict) -> Setup:
-    """The setup of a config: a task of generation or one of GLUE.
+def mesh_of(config: ConfigDict) -> Mesh:
+    """The mesh that a config says, over the devices of all processes.
+
+    Raises:
+      ValueError: there are fewer devices, or a process has none of them.
+    """
+    mesh = sharding.make_mesh(config.mesh.to_dict())
+    processes.check_mesh(mesh)
+    return mesh
+
+
+def load(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
+    """The setup of a config: a task of generation or one of GLUE; with a mesh its base is read straight onto it.
 
     Raises:
       FileNotFoundError: no base or no data where the config says.
     """
-    return _classification(config) if config.data.name in glue.TASKS else _generation(config)
+    return (_classification if config.data.name in glue.TASKS else _generation)(config, mesh)
 
 
-def _generation(config: ConfigDict) -> Setup:
+def _generation(config: ConfigDict, mesh: Mesh | None) -> Setup:
     task = tasks.named(config.data.name)
     data = {split: task.load(config.data.path, split) for split in ("train", "valid")}
-    base, spec = _base(config)
+    base, spec = _base(config, mesh)
     model = base.model
     schedules = {}
     for split, examples in data.items():
@@ -54,15 +66,15 @@ def _generation(config: ConfigDict) -> Setup:
     return Setup(base, spec, schedules, training.language_model(model, config.label_smoothing))
 
 
-def _classification(config: ConfigDict) -> Setup:
+def _classification(config: ConfigDict, mesh: Mesh | None) -> Setup:
     data = {split: glue.load(config.data.name, config.data.path, split) for split in ("train", "valid")}
-    base, spec = _base(config)
+    base, spec = _base(config, mesh)
     schedules = {split: texts(config, base, examples, spec) for split, examples in data.items()}
     return Setup(base, spec, schedules, training.classifier(base.model, metrics_of(config.data.name)))
 
 
-def _base(config: ConfigDict) -> tuple[bases.Base, dict[str, Any]]:
-    base = bases.load(config)
+def _base(config: ConfigDict, mesh: Mesh | None) -> tuple[bases.Base, dict[str, Any]]:
+    base = bases.load(config, mesh=mesh)
     return base, {} if config.method == "none" else methods.spec(config, base.model, base.new)
 
 

@@ -2,16 +2,22 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from lora_jax.interop.tensor_files import LARGEST_JSON, parse_json, read_file
+from lora_jax.interop.lazy import Lazy
+from lora_jax.interop.tensor_files import LARGEST_JSON, open_file, parse_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+
+class Recipe(NamedTuple):
+    """How a tensor of a folder is made of parameters."""
+
+    paths: tuple[str, ...]  # in the loop layout
+    make: Callable[..., Any]  # of what stands there, on the host
 
 
 def inside(folder: str | os.PathLike, name: str) -> Path:
@@ -59,18 +65,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_tensors(folder: Path, ignored: re.Pattern) -> dict[str, np.ndarray]:
-    """The tensors of the folder's safetensors files, as float32, but for the ignored names.
+def open_tensors(folder: Path, ignored: re.Pattern) -> dict[str, Lazy]:
+    """The tensors of the folder's safetensors files, to be read as float32, but for the ignored names.
 
     Raises:
       FileNotFoundError: there is no safetensors file (only pickles, perhaps), or a shard is missing.
       ValueError: a file is damaged, lies elsewhere, or does not hold what the index says; a tensor is
-        of another type than float32, float16 and bfloat16, or not finite.
+        of another type than float32, float16 and bfloat16, or (when it is read) not finite.
     """
     if inside(folder, WEIGHTS).is_file():
-        return _read(folder / WEIGHTS, ignored)
+        return _open(folder / WEIGHTS, ignored)
     if inside(folder, INDEX).is_file():
-        return _read_shards(folder, ignored)
+        return _open_shards(folder, ignored)
     if pickles := sorted(path.name for path in folder.glob("*.bin")):
         raise FileNotFoundError(
             f"{folder} holds {', '.join(pickles)} but no {WEIGHTS}. Pickles can run any code and are "
@@ -80,16 +86,16 @@ def read_tensors(folder: Path, ignored: re.Pattern) -> dict[str, np.ndarray]:
     raise FileNotFoundError(f"{folder} holds neither {WEIGHTS} nor {INDEX}")
 
 
-def _read_shards(folder: Path, ignored: re.Pattern) -> dict[str, np.ndarray]:
+def _open_shards(folder: Path, ignored: re.Pattern) -> dict[str, Lazy]:
     index = folder / INDEX
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict):
         raise ValueError(f"{index} has no weight_map")
     if wrong := [name for name, file in where.items() if not isinstance(file, str)]:
         raise ValueError(f"{index}: the file of {wrong[0]} is {where[wrong[0]]!r}, not a name")
-    tensors: dict[str, np.ndarray] = {}
+    tensors: dict[str, Lazy] = {}
     for shard in sorted(set(where.values())):
-        found = _read(inside(folder, shard), ignored)
+        found = _open(inside(folder, shard), ignored)
         named = {name for name, file in where.items() if file == shard and not ignored.fullmatch(name)}
         if differing := sorted(named ^ set(found)):
             raise ValueError(f"{folder / shard} and {index.name} disagree about {', '.join(differing)}")
@@ -97,9 +103,9 @@ def _read_shards(folder: Path, ignored: re.Pattern) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _read(path: Path, ignored: re.Pattern) -> dict[str, np.ndarray]:
-    tensors, _ = read_file(path, ignored=ignored)
-    return {name: tensor.astype(np.float32, copy=False) for name, tensor in tensors.items()}
+def _open(path: Path, ignored: re.Pattern) -> dict[str, Lazy]:
+    tensors, _ = open_file(path, ignored=ignored)
+    return {name: tensor.astype("float32") for name, tensor in tensors.items()}
 
 
 def check_fields(fields: Mapping[str, Any], only: Mapping[str, Any], source: str) -> None:

@@ -1,24 +1,42 @@
 """Hugging Face folders, both ways: config.json, model.safetensors and tokenizer.json."""
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
+from lora_jax import processes, transforms
+from lora_jax.arrays import is_adapted
 from lora_jax.interop import hf_encoder, hf_gpt2
-from lora_jax.interop.folders import INDEX, WEIGHTS, inside, read_json, read_tensors
+from lora_jax.interop.folders import INDEX, WEIGHTS, Recipe, check_shapes, inside, open_tensors, read_json
+from lora_jax.interop.lazy import placed, stacked
+from lora_jax.interop.tensor_files import FLOATS
+from lora_jax.models import shapes
+from lora_jax.models.layouts import in_stack, to_scanned
 
 # By config.json's `model_type`. A family is a module with MODEL, IGNORED, `config_of`, `from_hf` and `to_hf`.
 FAMILIES: dict[str, ModuleType] = {"gpt2": hf_gpt2, "roberta": hf_encoder, "bert": hf_encoder}
+SHARD = 5_000_000_000  # bytes of one file of weights, above which there are several
+
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def load(
@@ -28,6 +46,9 @@ def load(
     labels: int | None = None,
     tie: bool | None = None,
     key: Array | None = None,
+    scan_layers: bool = False,
+    dtype: str = "float32",
+    place: Callable[[str, tuple[int, ...]], Sharding] | None = None,
 ) -> tuple[nn.Module, dict, Tokenizer | None]:
     """A model, its parameters and its tokenizer from a folder or from the Hugging Face Hub.
 
@@ -39,22 +60,71 @@ def load(
       labels: how many classes a classification head has; a head of another number is not used.
       tie: whether GPT-2's head is the token embedding; None: as config.json says. False copies it.
       key: the key of a head that is made anew; an encoder's has one by default.
+      scan_layers, dtype, place: of `read`.
 
     Returns:
-      `(model, params, tokenizer)`: float32 parameters as nested dicts in the loop layout
-      (`h_0`, ...); the tokenizer is None where there is no tokenizer.json. `model.config` has no
-      dropout, whatever config.json says: its rates concern training only.
+      `(model, params, tokenizer)`: the parameters as nested dicts, by default float32 in the loop
+      layout (`h_0`, ...); the tokenizer is None where there is no tokenizer.json. `model.config`
+      has no dropout, whatever config.json says: its rates concern training only.
 
     Raises:
       FileNotFoundError: neither such a folder nor such a model, or files are missing.
       ValueError: damaged files; a missing, extra, misshapen or non-finite tensor; a config field
         that changes the function and is not supported; a missing head that is not asked for.
     """
+    model, stored, tokenizer = unread(folder_or_hub_id, head=head, labels=labels, tie=tie, key=key)
+    if scan_layers:
+        model = type(model)(dataclasses.replace(model.config, scan_layers=True))
+    return model, read(stored, scan_layers=scan_layers, dtype=dtype, place=place), tokenizer
+
+
+def unread(
+    folder_or_hub_id: str | os.PathLike,
+    *,
+    head: str | None = None,
+    labels: int | None = None,
+    tie: bool | None = None,
+    key: Array | None = None,
+) -> tuple[Any, dict, Tokenizer | None]:
+    """As `load`, in float32 and the loop layout, but the leaves are `lazy.Lazy`: the files are open to look at, names,
+    types and shapes are checked, and no weight is read."""
     folder = _folder(folder_or_hub_id)
     family, fields = _described(folder)
-    tensors = read_tensors(folder, family.IGNORED)
-    model, params = family.from_hf(fields, tensors, str(folder), head=head, labels=labels, tie=tie, key=key)
-    return model, params, _tokenizer(folder, model.config.vocab_size)
+    tensors = open_tensors(folder, family.IGNORED)
+    model, flat = family.from_hf(fields, tensors, str(folder), head=head, labels=labels, tie=tie, key=key)
+    return model, unflatten_dict(flat, sep="/"), _tokenizer(folder, model.config.vocab_size)
+
+
+def read(
+    stored: dict,
+    *,
+    scan_layers: bool = False,
+    dtype: str = "float32",
+    place: Callable[[str, tuple[int, ...]], Sharding] | None = None,
+) -> dict:
+    """The parameters of `unread`, one after the other: the host holds little more than one besides what is read.
+
+    Args:
+      stored: of `unread`.
+      scan_layers: the layers as stacks, for a model with `scan_layers`.
+      dtype: "float32", "bfloat16" or "float16". A classification head, and what is made anew, stay
+        float32: they are there to be trained.
+      place: where a parameter goes, by its path and shape in the layout asked for. Each device's
+        part is read from the files by itself: no parameter is whole anywhere, and a process of
+        several reads what its own devices hold. By default JAX's default device.
+
+    Raises:
+      ValueError: a file was damaged since; a tensor is not finite, or too large for the dtype.
+    """
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype {dtype!r} is none of {', '.join(FLOATS)}")
+    flat = {path: leaf.astype(dtype) for path, leaf in flatten_dict(stored, sep="/").items()}
+    if scan_layers:
+        flat = to_scanned(flat, stacked)
+    if place is None:
+        return unflatten_dict({path: jnp.asarray(leaf.read()) for path, leaf in flat.items()}, sep="/")
+    places = {path: place(path, leaf.shape) for path, leaf in flat.items()}  # all, before the first is read
+    return unflatten_dict({path: placed(leaf, places[path]) for path, leaf in flat.items()}, sep="/")
 
 
 def without_weights(folder: str | os.PathLike) -> nn.Module:
@@ -76,31 +146,139 @@ def tensor_names(folder_or_hub_id: str | os.PathLike) -> set[str]:
         return set(file.keys())
 
 
-def save(folder: str | os.PathLike, model: nn.Module, params: Any, tokenizer: Tokenizer | None = None) -> None:
+def save(
+    folder: str | os.PathLike,
+    model: nn.Module,
+    params: Any,
+    tokenizer: Tokenizer | None = None,
+    *,
+    merge: bool = False,
+    shard_size: int = SHARD,
+) -> None:
     """Writes a folder that `load` and transformers' `from_pretrained` read.
 
     Parameters of either layout, of float32, float16 or bfloat16, are stored as they are. Files of
-    the same names are replaced only when all new ones are complete; others stay.
+    the same names are replaced only when all new ones are complete, and weights under other names
+    that the new ones make obsolete are deleted; others stay.
+
+    Args:
+      folder: made where it is missing.
+      model: of `lora_jax.models`.
+      params: its parameters, on one device or on many; the host holds one file's at a time. Where
+        they are spread over several processes, all call this, and the first one writes.
+      tokenizer: for tokenizer.json.
+      merge: the parameters are adapted (`method.apply(params, delta)`), and are merged one by one
+        as they are written: the files are those of `save(..., lora_jax.merge(params))`.
+      shard_size: bytes of weights in one file; where there are more, there are several and an index.
 
     Raises:
-      ValueError: the parameters are not the model's (the names and shapes are shown).
-      TypeError: adapted parameters (merge them first), or a model of no known family.
+      ValueError: the parameters are not the model's (the names and shapes are shown); what is
+        adapted cannot be merged.
+      TypeError: adapted parameters without `merge`, or a model of no known family.
     """
     family = next((f for f in FAMILIES.values() if isinstance(model, f.MODEL)), None)
     if family is None:
         raise TypeError(f"{type(model).__name__} has no Hugging Face form here")
-    fields, tensors = family.to_hf(model, params)
-    folder = Path(folder)
+    fields, recipes = family.to_hf(model)
+    whole = flatten_dict(jax.eval_shape(transforms.merge, params) if merge else params, sep="/")
+    scanned = any(path.startswith("h/") for path in whole)
+    laid_out = type(model)(dataclasses.replace(model.config, scan_layers=scanned))  # type: ignore[attr-defined]
+    check_shapes({path: leaf.shape for path, leaf in whole.items()}, shapes.of_params(laid_out), "params")
+    for leaf in whole.values():
+        if is_adapted(leaf):
+            np.asarray(leaf)  # an error that says how to merge it
+    dtypes = {str(leaf.dtype) for leaf in whole.values()}
+    fields["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
+    tensors = _tensors(flatten_dict(params, sep="/"), recipes, scanned)
+    spread = any(isinstance(x, Array) and not x.is_fully_addressable for x in jax.tree.leaves(params))
+    if not spread or jax.process_index() == 0:
+        _write(Path(folder), fields, tensors, tokenizer, shard_size)
+    else:
+        for _ in tensors:  # takes its part in bringing them together
+            pass
+    if spread:
+        multihost_utils.sync_global_devices(f"written {folder}")
+
+
+def _tensors(flat: dict[str, Any], recipes: dict[str, Recipe], scanned: bool) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of the files one by one; those of one stack follow one another, so that it is merged once."""
+    groups: dict[tuple[str, ...], list[tuple[str, int | None, Recipe]]] = {}
+    for name, recipe in recipes.items():
+        found = [in_stack(path) if scanned else (path, None) for path in recipe.paths]
+        groups.setdefault(tuple(path for path, _ in found), []).append((name, found[0][1], recipe))
+    for paths, tensors in groups.items():
+        leaves = [_merged(flat[path]) for path in paths]
+        for name, layer, recipe in tensors:
+            yield name, recipe.make(*(processes.on_host(leaf if layer is None else leaf[layer]) for leaf in leaves))
+
+
+def _merged(leaf: Any) -> Any:
+    """What is adapted, dense: where its base lies, if that is on many devices."""
+    if not is_adapted(leaf):
+        return leaf
+    place = getattr(leaf.base, "sharding", None)
+    if place is None or len(place.device_set) == 1:
+        return transforms.merge(leaf)
+    return jax.jit(transforms.merge, out_shardings=place)(leaf)
+
+
+def _write(
+    folder: Path,
+    fields: dict[str, Any],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    tokenizer: Tokenizer | None,
+    shard_size: int,
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
         complete = Path(temporary)
-        save_file(tensors, complete / WEIGHTS, metadata={"format": "pt"})
+        (complete / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        _write_weights(complete, tensors, shard_size)
         if tokenizer is not None:
             tokenizer.save(str(complete / "tokenizer.json"))
-        (complete / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-        shutil.copymode(complete / "config.json", complete / WEIGHTS)  # safetensors lets the owner read only
-        for file in complete.iterdir():
-            os.replace(file, folder / file.name)
+        new = sorted((file.name for file in complete.iterdir()), key=lambda name: name == INDEX)
+        if INDEX in new:  # a crash must not leave what would be read in place of the new files
+            for old in (INDEX, WEIGHTS):
+                (folder / old).unlink(missing_ok=True)
+        for name in new:
+            os.replace(complete / name, folder / name)
+    for file in list(folder.iterdir()):
+        if _WEIGHTS.fullmatch(file.name) and file.name not in new:
+            file.unlink()
+
+
+def _write_weights(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_size: int) -> None:
+    """One file, or several and their index."""
+    where: dict[str, int] = {}
+    count = size = parameters = 0
+    for held in _packed(tensors, shard_size):
+        save_file(held, folder / f"{count}.safetensors", metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / f"{count}.safetensors")  # the library: for the owner alone
+        where |= dict.fromkeys(held, count)
+        count, size = count + 1, size + sum(tensor.nbytes for tensor in held.values())
+        parameters += sum(tensor.size for tensor in held.values())
+    if count == 1:
+        (folder / "0.safetensors").rename(folder / WEIGHTS)
+        return
+    names = [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
+    for n, name in enumerate(names):
+        (folder / f"{n}.safetensors").rename(folder / name)
+    index = {
+        "metadata": {"total_parameters": parameters, "total_size": size},
+        "weight_map": {name: names[n] for name, n in where.items()},
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _packed(tensors: Iterable[tuple[str, np.ndarray]], most: int) -> Iterator[dict[str, np.ndarray]]:
+    """As many tensors at a time as fit into `most` bytes, but one at least."""
+    held: dict[str, np.ndarray] = {}
+    for name, tensor in tensors:
+        if held and sum(x.nbytes for x in held.values()) + tensor.nbytes > most:
+            yield held
+            held.clear()  # here, not a new one: the reader still has this one
+        held[name] = tensor
+    yield held
 
 
 def _described(folder: Path) -> tuple[ModuleType, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """RoBERTa's and BERT's names and config fields in Hugging Face folders."""
 
 import dataclasses
+import functools
 import logging
 import re
 from typing import Any
@@ -8,12 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from jax import Array
 
-from lora_jax.interop.folders import check_fields, check_shapes
+from lora_jax.interop import lazy
+from lora_jax.interop.folders import Recipe, check_fields, check_shapes
+from lora_jax.interop.lazy import Lazy
 from lora_jax.models import shapes
-from lora_jax.models.encoder import FAMILIES, HEADS, Encoder, EncoderConfig, to_loop
+from lora_jax.models.encoder import FAMILIES, HEADS, Encoder, EncoderConfig
 
 MODEL = Encoder
 IGNORED = re.compile(r"(\w+\.)?embeddings\.(position_ids|token_type_ids)")  # counters, in older files
@@ -57,15 +60,15 @@ _UNUSED = re.compile(r"(lm_head|cls|pooler)\.")
 
 def from_hf(
     fields: dict,
-    tensors: dict[str, np.ndarray],
+    tensors: dict[str, Lazy],
     source: str,
     *,
     head: str | None,
     labels: int | None,
     tie: bool | None,
     key: Array | None,
-) -> tuple[Encoder, dict]:
-    """The model and its float32 parameters; the arguments are those of `hf.load`."""
+) -> tuple[Encoder, dict[str, Lazy]]:
+    """The model and `{path: parameter}` in the loop layout; the arguments are those of `hf.load`."""
     if tie is not None or head not in HEADS:
         raise ValueError(f"{source}: an encoder has one of the heads {HEADS} and nothing to tie, not {head=}, {tie=}")
     config = config_of(fields, source)
@@ -84,30 +87,25 @@ def from_hf(
         {name: _turned(path, expected[path]) for name, path in names.items() if name not in new},
         source,
     )
-    flat = {names[name]: jnp.asarray(_turned(names[name], tensor)) for name, tensor in tensors.items()}
+    flat = {names[name]: _turned(names[name], _kept(name, tensor)) for name, tensor in tensors.items()}
     if new:
         logging.warning("%s has no %s: made new, random ones", source, ", ".join(sorted(new)))
         flat |= _new(config, {names[name] for name in new}, jax.random.key(0) if key is None else key)
-    return Encoder(config), unflatten_dict(flat, sep="/")
+    return Encoder(config), flat
 
 
-def to_hf(model: Encoder, params: Any) -> tuple[dict, dict[str, np.ndarray]]:
-    """The fields of config.json and the tensors, as transformers' model with that head, or the bare one, has them."""
+def to_hf(model: Encoder) -> tuple[dict, dict[str, Recipe]]:
+    """The fields of config.json, and how the tensors of transformers' model (with that head, or the bare one) are made
+    of our parameters."""
     config = model.config
-    if config.scan_layers:
-        params, config = to_loop(params), dataclasses.replace(config, scan_layers=False)
-    flat = flatten_dict(params, sep="/")
-    check_shapes({path: leaf.shape for path, leaf in flat.items()}, shapes.of_params(Encoder(config)), "params")
     tensors = {
-        _full_name(name, config): np.ascontiguousarray(_turned(path, np.asarray(flat[path])))
+        _full_name(name, config): Recipe((path,), functools.partial(_written, path))
         for name, path in _names(config).items()
     }
-    dtypes = {str(tensor.dtype) for tensor in tensors.values()}
     classes = {"roberta": "Roberta", "bert": "Bert"}
     fields = {
         "architectures": [classes[config.family] + ("ForSequenceClassification" if config.head else "Model")],
         "model_type": config.family,
-        "dtype": dtypes.pop() if len(dtypes) == 1 else "float32",
         "hidden_dropout_prob": config.dropout,
         "attention_probs_dropout_prob": config.attention_dropout,
         **{theirs: getattr(config, ours) for ours, (theirs, *_) in _FIELDS.items()},
@@ -135,9 +133,9 @@ def config_of(fields: dict, source: str) -> EncoderConfig:
         raise ValueError(f"{source}: config.json: {error}") from error
 
 
-def _bare_names(tensors: dict[str, np.ndarray], family: str, source: str) -> dict[str, np.ndarray]:
+def _bare_names(tensors: dict[str, Lazy], family: str, source: str) -> dict[str, Lazy]:
     """Without the prefix of models with a head, and with LayerNorm's newer names."""
-    bare: dict[str, np.ndarray] = {}
+    bare: dict[str, Lazy] = {}
     for name, tensor in tensors.items():
         short = name.removeprefix(f"{family}.")
         short = re.sub(r"(?<=LayerNorm\.)(gamma|beta)$", lambda old: _OLDER[old[0]], short)
@@ -149,7 +147,7 @@ def _bare_names(tensors: dict[str, np.ndarray], family: str, source: str) -> dic
 
 def _with_head(
     config: EncoderConfig,
-    tensors: dict[str, np.ndarray],
+    tensors: dict[str, Lazy],
     fields: dict,
     head: str | None,
     labels: int | None,
@@ -157,7 +155,7 @@ def _with_head(
 ) -> EncoderConfig:
     """The config with the head asked for, or else the file's; takes a head of other labels out of the tensors."""
     stored = tensors.get("classifier.out_proj.weight" if config.family == "roberta" else "classifier.weight")
-    in_file = None if stored is None else len(stored)
+    in_file = stored.shape[0] if stored is not None and stored.shape else None
     if head is None:
         if labels is not None:
             raise ValueError(f"{source}: labels={labels} goes with head='classification'")
@@ -205,7 +203,17 @@ def _turned(path: str, x: Any) -> Any:
     return x[::-1] if isinstance(x, tuple) else x.T
 
 
-def _new(config: EncoderConfig, paths: set[str], key: Array) -> dict[str, Array]:
+def _written(path: str, leaf: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(_turned(path, leaf))
+
+
+def _kept(name: str, tensor: Lazy) -> Lazy:
+    """A head is there to be trained: it stays in float32 in a model of another type."""
+    return dataclasses.replace(tensor, kept=True) if name.startswith("classifier") else tensor
+
+
+def _new(config: EncoderConfig, paths: set[str], key: Array) -> dict[str, Lazy]:
     """New parameters of these paths, which are none of a layer's."""
     params = Encoder(dataclasses.replace(config, layers=1, vocab_size=1)).init(key, jnp.zeros((1, 1), jnp.int32))
-    return {path: leaf for path, leaf in flatten_dict(params["params"], sep="/").items() if path in paths}
+    flat = flatten_dict(params["params"], sep="/")
+    return {path: lazy.of(leaf, f"the new {path}") for path, leaf in flat.items() if path in paths}

@@ -8,12 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from lora_jax.interop.folders import check_fields, check_shapes
+from lora_jax.interop import lazy
+from lora_jax.interop.folders import Recipe, check_fields, check_shapes
+from lora_jax.interop.lazy import Lazy
 from lora_jax.models import shapes
-from lora_jax.models.gpt2 import GPT2, GPT2Config, to_loop
+from lora_jax.models.gpt2 import GPT2, GPT2Config
 
 MODEL = GPT2
 IGNORED = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias")  # causal masks, in older files
@@ -63,15 +64,15 @@ _HEAD = "lm_head.weight"
 
 def from_hf(
     fields: dict,
-    tensors: dict[str, np.ndarray],
+    tensors: dict[str, Lazy],
     source: str,
     *,
     head: str | None,
     labels: int | None,
     tie: bool | None,
     key: Array | None,
-) -> tuple[GPT2, dict]:
-    """The model and its float32 parameters; the arguments are those of `hf.load`."""
+) -> tuple[GPT2, dict[str, Lazy]]:
+    """The model and `{path: parameter}` in the loop layout; the arguments are those of `hf.load`."""
     if head not in (None, "lm") or labels is not None:
         raise ValueError(f"{source}: GPT-2 has the head 'lm' only, not head={head!r}, labels={labels}")
     config = config_of(fields, source)
@@ -79,41 +80,30 @@ def from_hf(
     tensors = _bare_names(tensors, source)
     _check(tensors, config, source)
 
-    flat: dict[str, Any] = {}
+    flat: dict[str, Lazy] = {}
     for name, ours in _names(config).items():
-        flat |= dict(zip(ours, np.split(tensors[name], len(ours), axis=-1), strict=True))
+        flat |= {path: tensors[name].part(k, len(ours)) for k, path in enumerate(ours)}
     stored, wte = tensors.get(_HEAD), tensors["wte.weight"]
     if not tied:
         if stored is None and config.tie:
             stored = wte  # an untied copy
         flat["lm_head/kernel"] = _new_head(config, source, head, key) if stored is None else stored.T
-    elif stored is not None and not np.array_equal(stored, wte):
+    elif stored is not None and not lazy.same(stored, wte):
         raise ValueError(
             f"{source}: {_HEAD} differs from wte.weight, so that the head cannot be tied; tie=False keeps both"
         )
-    params = unflatten_dict({path: jnp.asarray(leaf) for path, leaf in flat.items()}, sep="/")
-    return GPT2(dataclasses.replace(config, tie=tied)), params
+    return GPT2(dataclasses.replace(config, tie=tied)), flat
 
 
-def to_hf(model: GPT2, params: Any) -> tuple[dict, dict[str, np.ndarray]]:
-    """The fields of config.json and the tensors, as GPT2LMHeadModel names them."""
+def to_hf(model: GPT2) -> tuple[dict, dict[str, Recipe]]:
+    """The fields of config.json, and how the tensors that GPT2LMHeadModel names are made of our parameters."""
     config = model.config
-    if config.scan_layers:
-        params, config = to_loop(params), dataclasses.replace(config, scan_layers=False)
-    flat = flatten_dict(params, sep="/")
-    check_shapes({path: leaf.shape for path, leaf in flat.items()}, shapes.of_params(GPT2(config)), "params")
-    flat = {path: np.asarray(leaf) for path, leaf in flat.items()}
-    tensors = {
-        f"transformer.{name}": np.concatenate([flat[path] for path in ours], axis=-1)
-        for name, ours in _names(config).items()
-    }
+    tensors = {f"transformer.{name}": Recipe(ours, _side_by_side) for name, ours in _names(config).items()}
     if not config.tie:
-        tensors[_HEAD] = np.ascontiguousarray(flat["lm_head/kernel"].T)
-    dtypes = {str(tensor.dtype) for tensor in tensors.values()}
+        tensors[_HEAD] = Recipe(("lm_head/kernel",), lambda kernel: np.ascontiguousarray(kernel.T))
     fields = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "dtype": dtypes.pop() if len(dtypes) == 1 else "float32",
         "bos_token_id": config.eos_token_id,
         **{f"{place}_pdrop": 0.0 for place in ("attn", "embd", "resid")},
         **{name: getattr(config, _OUR_NAMES.get(name, name)) for name in _FIELDS},
@@ -134,9 +124,13 @@ def config_of(fields: dict, source: str) -> GPT2Config:
         raise ValueError(f"{source}: config.json: {error}") from error
 
 
-def _bare_names(tensors: dict[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
+def _side_by_side(*parts: np.ndarray) -> np.ndarray:
+    return np.concatenate(parts, axis=-1) if len(parts) > 1 else np.ascontiguousarray(parts[0])
+
+
+def _bare_names(tensors: dict[str, Lazy], source: str) -> dict[str, Lazy]:
     """Without the prefix of GPT2LMHeadModel."""
-    bare: dict[str, np.ndarray] = {}
+    bare: dict[str, Lazy] = {}
     for name, tensor in tensors.items():
         short = name.removeprefix("transformer.")
         if short in bare:
@@ -145,11 +139,13 @@ def _bare_names(tensors: dict[str, np.ndarray], source: str) -> dict[str, np.nda
     return bare
 
 
-def _check(tensors: dict[str, np.ndarray], config: GPT2Config, source: str) -> None:
+def _check(tensors: dict[str, Lazy], config: GPT2Config, source: str) -> None:
     """A ValueError unless these are the tensors of such a model; its head may be there or not."""
-    rows = tensors["wte.weight"].shape[0] if "wte.weight" in tensors else config.vocab_size
-    if rows != config.vocab_size:
-        raise ValueError(f"{source}: config.json says vocab_size {config.vocab_size}, but wte.weight has {rows} rows")
+    rows = tensors["wte.weight"].shape[:1] if "wte.weight" in tensors else ()
+    if rows and rows[0] != config.vocab_size:
+        raise ValueError(
+            f"{source}: config.json says vocab_size {config.vocab_size}, but wte.weight has {rows[0]} rows"
+        )
     ours = shapes.of_params(GPT2(dataclasses.replace(config, tie=True)))
     expected = {
         name: (*ours[paths[0]][:-1], sum(ours[path][-1] for path in paths)) for name, paths in _names(config).items()
@@ -171,11 +167,11 @@ def _names(config: GPT2Config) -> dict[str, tuple[str, ...]]:
     return names
 
 
-def _new_head(config: GPT2Config, source: str, head: str | None, key: Array | None) -> Array:
+def _new_head(config: GPT2Config, source: str, head: str | None, key: Array | None) -> Lazy:
     if head != "lm" or key is None:
         raise ValueError(
             f"{source}: {_HEAD} is missing and config.json does not tie it to wte.weight; "
             "tie=True ties it, head='lm' with key=jax.random.key(...) makes a new one"
         )
     logging.warning("%s has no %s: a new, random head was made", source, _HEAD)
-    return 0.02 * jax.random.normal(key, (config.n_embd, config.vocab_size), jnp.float32)
+    return lazy.of(0.02 * jax.random.normal(key, (config.n_embd, config.vocab_size), jnp.float32), "a new head")

@@ -4,16 +4,20 @@ Stricter than the safetensors library where a file could be read in two ways or 
 more than 16 MiB, entries that are no objects, types and numbers that no weight has. Nothing is unpickled.
 """
 
+import contextlib
 import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from lora_jax.interop.lazy import Index, Lazy
 
 FLOATS = ("float32", "float16", "bfloat16")
 LARGEST_JSON = 16 << 20  # bytes; the headers of models with 100,000 tensors are smaller
@@ -42,14 +46,33 @@ def read_file(
       FileNotFoundError: there is no such file.
       ValueError: it is cut off, damaged or ambiguous, or a tensor is of another type or not finite.
     """
+    tensors, metadata = open_file(path, dtypes=dtypes, ignored=ignored)
+    with _opened(Path(path)) as file:
+        return {name: _tensor(file, name, tensor.dtype, Path(path)) for name, tensor in tensors.items()}, metadata
+
+
+def open_file(
+    path: str | os.PathLike, *, dtypes: Sequence[str] = FLOATS, ignored: re.Pattern | None = None
+) -> tuple[dict[str, Lazy], dict[str, str]]:
+    """As `read_file`, but no tensor is read yet: whether its numbers are finite is seen when they are.
+
+    The file is opened for each reading anew: the memory that it is mapped into is given back after each. To read from a
+    file that was changed in between is a ValueError.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     _check_header(path)
+    with _opened(path) as file:
+        names = [name for name in file.keys() if ignored is None or not ignored.fullmatch(name)]
+        return {name: _lazy(file, name, dtypes, path) for name in names}, file.metadata() or {}
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="np") as file:
-            names = [name for name in file.keys() if ignored is None or not ignored.fullmatch(name)]
-            return {name: _tensor(file, name, dtypes, path) for name in names}, file.metadata() or {}
+            yield file
     except SafetensorError as error:
         raise _damaged(path, error) from error
 
@@ -74,18 +97,40 @@ def _check_header(path: Path) -> None:
             raise _damaged(path, f"the entry of {name} is no object")
 
 
-def _tensor(file: Any, name: str, dtypes: Sequence[str], path: Path) -> np.ndarray:
-    """One tensor of an open file."""
+def _lazy(file: Any, name: str, dtypes: Sequence[str], path: Path) -> Lazy:
+    """One tensor of a file that is open now, and will be opened again to read it."""
     entry = file.get_slice(name)
     dtype = _DTYPES.get(entry.get_dtype(), entry.get_dtype())
     if dtype not in dtypes:
         raise ValueError(f"{path}: {name} is {dtype}, not {', '.join(dtypes[:-1])} or {dtypes[-1]}")
+    stored, shape, version = jnp.dtype(dtype), tuple(entry.get_shape()), _version(path)
+
+    def fetch(index: Index) -> np.ndarray:
+        whole = all((one.start, one.stop) == (0, size) for one, size in zip(index, shape, strict=True))
+        with _opened(path) as file:
+            if _version(path) != version:
+                raise ValueError(f"{path} was changed while it was read: read all of it again")
+            return _tensor(file, name, stored, path, None if whole else index)
+
+    return Lazy(f"{path}: {name}", shape, stored, fetch)
+
+
+def _version(path: Path) -> tuple[int, int, int]:
+    """Another one where the file was written to, or replaced."""
+    found = os.stat(path)
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _tensor(file: Any, name: str, dtype: np.dtype, path: Path, index: Index | None = None) -> np.ndarray:
+    """One tensor of an open file, or a part of it."""
+    entry = file.get_slice(name)
+    shape = entry.get_shape() if index is None else [one.stop - one.start for one in index]
     try:
         # Asked for here first: where the library finds no memory it panics, which is no Exception.
-        np.empty(entry.get_shape(), dtype)
-        tensor = file.get_tensor(name)
+        np.empty(shape, dtype)
+        tensor = file.get_tensor(name) if index is None else entry[index]
     except (ValueError, OverflowError, MemoryError) as error:  # shapes that numpy does not have
-        raise _damaged(path, f"{name} has shape {entry.get_shape()}: {error}") from error
+        raise _damaged(path, f"{name} has shape {shape}: {error}") from error
     if not np.isfinite(tensor).all():
         raise ValueError(f"{path}: {name} has entries that are not finite")
     return tensor

@@ -117,7 +117,7 @@ def index(folder: Path, **where) -> None:
 
 
 def read(folder: Path) -> dict[str, np.ndarray]:
-    return folders.read_tensors(folder, NOTHING)
+    return {name: np.asarray(tensor) for name, tensor in folders.open_tensors(folder, NOTHING).items()}
 
 
 def test_shards(sharded):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 pytest.importorskip("peft")
 
@@ -275,8 +276,9 @@ def merged_by_peft(folder):
 
 
 def merged_here(method, delta):
-    adapted = lj.merge(method.apply(base("gpt2").params, delta))
-    return hf_gpt2.to_hf(base("gpt2").model, adapted)[1]
+    merged = flatten_dict(lj.merge(method.apply(base("gpt2").params, delta)), sep="/")
+    recipes = hf_gpt2.to_hf(base("gpt2").model)[1]
+    return {name: recipe.make(*(np.asarray(merged[path]) for path in recipe.paths)) for name, recipe in recipes.items()}
 
 
 @pytest.fixture(scope="module")
