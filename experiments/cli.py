@@ -1,14 +1,16 @@
-"""What the entry points share: flags, and errors that a user can act on as one message."""
+"""What the entry points share: flags, several processes as one run, errors that a user can act on as one message."""
 
+import contextlib
 import os
 import re
 import shlex
 import statistics
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -17,26 +19,70 @@ flags.DEFINE_string("workdir", None, "Folder of the run: made, or gone on with i
 flags.DEFINE_string("out", None, "What to write: see above.")
 flags.DEFINE_string("data", None, "The data, where they are not where the run's config says.")
 flags.DEFINE_string("split", None, "Of the data: by default test of a task of generation, valid of one of GLUE.")
+# Several processes as one run: docs/distributed.md.
+flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, of a run of several processes.")
+flags.DEFINE_integer("processes", None, "How many processes the run has.", lower_bound=1)
+flags.DEFINE_integer("process", None, "Which of them this one is, from 0.", lower_bound=0)
+flags.DEFINE_enum("distributed", None, ["auto"], "auto: the three above are found (Slurm, Open MPI, TPU pods).")
+flags.DEFINE_integer("heartbeat", 10, "Seconds of silence after which a process counts as dead.", lower_bound=1)
 
 
 def run(main: Callable[[], None]) -> None:
     """absl's `app.run`, but a bad flag or a ValueError, TypeError or OSError of main ends the
-    program with its message alone and exit code 1; -v=1 shows where it came from."""
+    program with its message alone and exit code 1; -v=1 shows where it came from.
+
+    With the flags of several processes it makes them one run first; the first one prints. One that fails ends at once,
+    without waiting for the others, which then end as well."""
 
     def guarded(argv: Sequence[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # orbax and others tell each step they take
+            logging.set_verbosity(logging.WARNING)
+            # orbax tells each step it takes, and every error with its traceback before it raises it
+            logging.get_absl_logger().setLevel("CRITICAL")
+            sys.unraisablehook = _unraisable
         if len(argv) > 1:
             _end(f"{argv[1]!r} is not expected: write --flag=value")
         keep_compiled()
+        connect()
         try:
-            main()
+            with contextlib.ExitStack() as stack:
+                if jax.distributed.is_initialized() and jax.process_index() > 0:
+                    stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+                main()
         except (ValueError, TypeError, OSError) as error:
             if flags.FLAGS.verbosity > 0:
                 traceback.print_exc()
-            _end(str(error))
+            _end(str(error), at_once=isinstance(error, OSError))
+        except (Exception, KeyboardInterrupt) as error:
+            if not jax.distributed.is_initialized():
+                raise
+            if flags.FLAGS.verbosity > 0 or not isinstance(error, jax.errors.JaxRuntimeError):
+                traceback.print_exc()
+            said = (str(error).splitlines() or [""])[0]
+            _end(f"{type(error).__name__} {said} (has another process of the run ended?)")
 
     app.run(guarded, flags_parser=_parse)
+
+
+def connect() -> None:
+    """Makes this process one of several, as the flags say; before anything uses a device."""
+    values = flags.FLAGS
+    given: dict[str, Any] = {name: values[name].value for name in ("coordinator", "processes", "process")}
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if values.distributed and len(missing) < len(given):
+        _end("--distributed=auto finds coordinator, processes and process itself: leave them out")
+    if not values.distributed and len(missing) == len(given):
+        return
+    if not values.distributed and missing:
+        _end(f"several processes need --coordinator=HOST:PORT, --processes=N and --process=I: {missing[0]} is missing")
+    if not values.distributed and given["process"] >= given["processes"]:
+        _end(f"--process={given['process']} of --processes={given['processes']}: they are counted from 0")
+    try:
+        coordinator, count, number = given.values()
+        jax.distributed.initialize(coordinator, count, number, heartbeat_timeout_seconds=values.heartbeat)
+    except (ValueError, RuntimeError) as error:
+        hint = " Say it with --coordinator, --processes and --process" if values.distributed else ""
+        _end(f"the processes do not find each other: {str(error).splitlines()[0].rstrip('.')}.{hint}")
 
 
 def keep_compiled() -> None:
@@ -71,6 +117,19 @@ def _parse(argv: Sequence[str]) -> list[str]:
         _end(str(error).strip().splitlines()[-1])
 
 
-def _end(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+def _end(message: str, *, at_once: bool = False) -> NoReturn:
+    """Ends the program with a message. At once: without what usual exits do, which waits for the other processes, and
+    tells of what orbax could not finish."""
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized() and jax.process_index() == 0:
+        time.sleep(1)  # the end of this process ends the others: let them say their word
+    if at_once or jax.distributed.is_initialized():
+        os._exit(1)
     sys.exit(1)
+
+
+def _unraisable(found: Any) -> None:
+    # 2026-11-29: a read or write that fails leaves tensorstore's others to a loop that orbax has closed.
+    if "Event loop is closed" not in str(found.exc_value):
+        sys.__unraisablehook__(found)

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 import lora_jax as lj
 from experiments import cli
-from lora_jax import checkpoints, sharding, training
+from lora_jax import checkpoints, processes, sharding, training
 from lora_jax.data import text
 from lora_jax.data.batches import Schedule, packed
 from lora_jax.interop import hf
@@ -45,8 +45,9 @@ def main() -> None:
     result = training.train(job)
     if not result.finished:
         return print(f"saved at step {result.step} of {job.total}: the same command goes on")
-    params = lj.merge(job.method.apply(job.params, result.delta))
-    hf.save(workdir / "model", model, params, tokenizer)
+    hf.save(workdir / "model", model, job.method.apply(job.params, result.delta), tokenizer, merge=True)
+    if not processes.first():
+        return None
     loss = next(e["validation_loss"] for e in reversed(training.read_metrics(workdir)) if "validation_loss" in e)
     print(f"validation: {loss:.4f} nats, perplexity {math.exp(loss):.1f} a token")
     print(f"model: {workdir / 'model'}")
@@ -59,10 +60,14 @@ def load(config: ConfigDict, workdir: Path) -> tuple[Tokenizer, int, dict[str, S
     kept = workdir / "tokenizer.json"
     if config.tokenizer and not Path(config.tokenizer).is_file():
         raise FileNotFoundError(f"{config.tokenizer}: no such file; GPT-2's is in the hub's gpt2")
-    if checkpoints.latest_step(workdir) is None:
-        given = Tokenizer.from_file(config.tokenizer) if config.tokenizer else None
-        tokenizer = given or text.train_tokenizer(paths, config.vocab_size)
-        checkpoints.write_atomically(kept, tokenizer.to_str().encode())
+
+    def make() -> None:
+        if checkpoints.latest_step(workdir) is None:
+            given = Tokenizer.from_file(config.tokenizer) if config.tokenizer else None
+            made = given or text.train_tokenizer(paths, config.vocab_size)
+            checkpoints.write_atomically(kept, made.to_str().encode())
+
+    processes.by_first(make)
     tokenizer = Tokenizer.from_file(str(kept))
     eos = tokenizer.token_to_id(text.END)
     if eos is None:
@@ -77,11 +82,18 @@ def load(config: ConfigDict, workdir: Path) -> tuple[Tokenizer, int, dict[str, S
 
 def ready(config: ConfigDict, workdir: Path, model: gpt2.GPT2, batches: dict[str, Schedule]) -> training.Job:
     """The run, ready to train: the base is random weights, all of which are tuned."""
-    tokens = jnp.zeros((1, 8), jnp.int32)
-    params: Any = jax.jit(model.init)(jax.random.key(config.seed), tokens)["params"]
+    mesh = sharding.make_mesh(config.mesh.to_dict())
+    processes.check_mesh(mesh)
+    model = sharding.on_mesh(model, mesh)
+    rules = sharding.gpt2_rules(model.config.vocab_size, mesh)
+
+    def init(key: jax.Array) -> Any:
+        return model.init(key, jnp.zeros((1, 8), jnp.int32))["params"]
+
+    key = jax.random.key(config.seed)
+    params = jax.jit(init, out_shardings=sharding.shardings(jax.eval_shape(init, key), mesh, rules))(key)
     method = lj.tune(lj.select("**"))
     print(lj.check(method, params))
-    mesh = sharding.make_mesh(config.mesh.to_dict())
     return training.prepare(
         config,
         workdir,
@@ -92,7 +104,7 @@ def ready(config: ConfigDict, workdir: Path, model: gpt2.GPT2, batches: dict[str
         batches=batches["train"],
         validation=batches["valid"],
         mesh=mesh,
-        rules=sharding.gpt2_rules(model.config.vocab_size, mesh),
+        rules=rules,
     )
 
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 import lora_jax as lj
 from experiments import bases, methods, results, setups, summaries
-from lora_jax import checkpoints, sharding, training
+from lora_jax import checkpoints, processes, sharding, training
 from lora_jax.training import sweep
 
 KEYS = {"learning_rate": "optimizer.learning_rate", "weight_decay": "optimizer.weight_decay", "seed": "seed"}
@@ -27,19 +27,19 @@ def train(config: ConfigDict, workdir: Path) -> None:
         raise ValueError("a sweep trains new adapters: no method 'none', no warm_start")
     configs = members(config)
     first, *_ = configs.values()
-    setup = setups.load(first)
+    mesh = setups.mesh_of(config)
+    setup = setups.load(first, mesh)
     base = setup.base
     params = {first.seed: base.params}
     found = []
     for name, own in configs.items():
         if own.seed not in params:  # draws its own head, where there is a new one
-            params[own.seed] = bases.load(own).params if own.get("head") else base.params
+            params[own.seed] = bases.load(own, mesh=mesh).params if own.get("head") else base.params
         method = lj.from_spec(methods.spec(own, base.model, base.new))
         batches = dataclasses.replace(setup.batches["train"], seed=own.seed)
         found.append(sweep.Member(name, own, method, params[own.seed], batches))
     reports = [lj.check(member.method, base.params) for member in found]
     print(f"{reports[0]}\n{len(found)} members: {'; '.join(configs)}")
-    mesh = sharding.make_mesh(config.mesh.to_dict())
     ready = sweep.prepare(
         config,
         workdir,
@@ -54,6 +54,12 @@ def train(config: ConfigDict, workdir: Path) -> None:
     if done is None:
         print(f"saved before step {ready.total}: the same command goes on")
         return
+    if processes.first():
+        write(workdir, found, reports, done)
+
+
+def write(workdir: Path, found: list[sweep.Member], reports: list[lj.Report], done: list) -> None:
+    """The members' summaries, and the table and the plot of all."""
     rows = []
     for member, report, result in zip(found, reports, done, strict=True):
         folder = workdir / member.name
@@ -65,7 +71,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             summaries.write(folder, row, show=False)
         rows.append(row)
     checkpoints.write_atomically(workdir / "sweep.json", (json.dumps({"rows": rows}, indent=2) + "\n").encode())
-    plot(workdir, list(configs))
+    plot(workdir, [member.name for member in found])
     print(results.table([row | {"command": None} for row in rows]))
     print(f"plot: {workdir / 'sweep.png'}")
 

@@ -14,6 +14,8 @@ Several values train at once, in one program, every combination in a folder of i
 
     python -m experiments.train --config=configs/e2e.py:medium --workdir=runs/sweep \\
       --config.sweep.learning_rate=1e-4,2e-4,5e-4 --config.sweep.rank=4,8
+
+One run on many devices, and of many processes: docs/distributed.md.
 """
 
 import json
@@ -25,7 +27,7 @@ from ml_collections import ConfigDict, config_flags
 
 import lora_jax as lj
 from experiments import cli, setups, summaries, sweeps
-from lora_jax import checkpoints, sharding, training
+from lora_jax import checkpoints, processes, sharding, training
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py or FILE.py:NAME; see above.")
 flags.declare_key_flag("workdir")
@@ -56,9 +58,10 @@ def train(config: ConfigDict, workdir: Path) -> bool:
     file = workdir / "adapter" / "adapter.safetensors"
     if not config.get("best"):  # else the best is there already
         checkpoints.save_adapter(file, job.method, result.delta, job.base)
-    trained = {"trained": report.trained, "total": report.total}
-    numbers = trained | {"adapter_bytes": file.stat().st_size, "steps": result.step}
-    summaries.write(workdir, summaries.of(config, workdir, **numbers))
+    if processes.first():
+        trained = {"trained": report.trained, "total": report.total}
+        numbers = trained | {"adapter_bytes": file.stat().st_size, "steps": result.step}
+        summaries.write(workdir, summaries.of(config, workdir, **numbers))
     print(f"adapter: {file}")
     return True
 
@@ -70,13 +73,16 @@ def train_seeds(config: ConfigDict, workdir: Path) -> None:
         runs[workdir / f"seed_{seed}"] = own = config.copy_and_resolve_references()
         own.seed, own.seeds = seed, ()
     for folder, own in runs.items():
-        if folder.is_dir():
+        if processes.by_first(folder.is_dir):
             training.claim(folder, own)  # before anything is written: another config is refused
     training.claim(workdir, config)
     for folder, own in runs.items():
-        if not (folder / "summary.json").is_file() and not train(own, folder):
+        file = folder / "summary.json"
+        if not processes.by_first(file.is_file) and not train(own, folder):
             return
-        found.append(json.loads((folder / "summary.json").read_text()))
+        found.append(json.loads(processes.by_first(file.read_text)))
+    if not processes.first():
+        return
     scores = {name: [summary[name] for summary in found] for name in found[0]["validation"]}
     spreads = {name: cli.spread(values) for name, values in scores.items()}
     summaries.write(workdir, found[0] | spreads | {"seed": list(config.seeds), "command": cli.command("train")})
@@ -84,12 +90,12 @@ def train_seeds(config: ConfigDict, workdir: Path) -> None:
 
 def ready(config: ConfigDict, workdir: Path) -> tuple[training.Job, lj.Report]:
     """The run, ready to train, and the table of what trains (printed)."""
-    setup = setups.load(config)
+    mesh = setups.mesh_of(config)
+    setup = setups.load(config, mesh)
     model, params = setup.base.model, setup.base.params
     method = lj.from_spec(setup.spec)
     report = lj.check(method, params)
     print(report)
-    mesh = sharding.make_mesh(config.mesh.to_dict())
     job = training.prepare(
         config,
         workdir,
@@ -109,14 +115,16 @@ def ready(config: ConfigDict, workdir: Path) -> tuple[training.Job, lj.Report]:
 
 def evaluate_base(config: ConfigDict, workdir: Path) -> None:
     """Method "none": the validation loss, and the task's metrics, of the base."""
-    setup = setups.load(config)
-    params, mesh = setup.base.params, sharding.make_mesh(config.mesh.to_dict())
+    mesh = setups.mesh_of(config)
+    setup = setups.load(config, mesh)
+    params = setup.base.params
     rules = sharding.rules_for(setup.base.model, mesh)
     found = training.validate(setup.objective, params, setup.batches["valid"], mesh=mesh, rules=rules)
     with training.Log(workdir, step=-1) as log:
         log.write(0, **found)
-    total = sum(leaf.size for leaf in jax.tree.leaves(params))
-    summaries.write(workdir, summaries.of(config, workdir, trained=0, total=total, adapter_bytes=0, steps=0))
+    if processes.first():
+        total = sum(leaf.size for leaf in jax.tree.leaves(params))
+        summaries.write(workdir, summaries.of(config, workdir, trained=0, total=total, adapter_bytes=0, steps=0))
 
 
 if __name__ == "__main__":

@@ -37,11 +37,12 @@ LAYERS = {
     "data": (set(), {"numpy", "datasets", "tokenizers", "huggingface_hub"}),
     "metrics": (set(), {"numpy", "sacrebleu", "scipy", "sklearn"}),
     "sharding": (CORE | {"models"}, CORE_OUTSIDE),
-    "checkpoints": (CORE | {"models", "sharding"}, CORE_OUTSIDE | HEAVY),
-    "interop": (CORE | {"models", "checkpoints"}, CORE_OUTSIDE | HEAVY),
+    "processes": (set(), {"jax", "numpy"}),
+    "checkpoints": (CORE | {"models", "sharding", "processes"}, CORE_OUTSIDE | HEAVY),
+    "interop": (CORE | {"models", "processes", "checkpoints"}, CORE_OUTSIDE | HEAVY),
     "generation": (CORE | {"models"}, CORE_OUTSIDE | {"flax", "tokenizers", "tqdm"}),
     "training": (
-        CORE | {"models", "data", "metrics", "sharding", "checkpoints", "interop", "generation"},
+        CORE | {"models", "data", "metrics", "sharding", "processes", "checkpoints", "interop", "generation"},
         CORE_OUTSIDE | HEAVY | {"tqdm", "tensorboardX", "matplotlib", "ml_collections"},
     ),
 }

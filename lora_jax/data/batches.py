@@ -45,6 +45,8 @@ class Schedule:
       batch_size: b, the rows of a batch.
       seed: seeds the order.
       collate: makes a batch: (rows, l, n) -> Batch, with -1 for an empty row.
+      held: which rows of a batch are made, by their numbers below b; None for all. The processes of one run each make
+        those that their devices hold.
     """
 
     buckets: tuple[np.ndarray, ...]
@@ -52,6 +54,7 @@ class Schedule:
     batch_size: int
     seed: int
     collate: Callable[[np.ndarray, int, int], Batch]
+    held: np.ndarray | None = None
 
     def __len__(self) -> int:
         return -(-sum(len(bucket) for bucket in self.buckets) // self.batch_size)
@@ -78,7 +81,7 @@ class Epoch(Sequence):
     """The batches of one epoch, each made when asked for.
 
     Attributes:
-      rows: (steps, batch_size), -1 for none.
+      rows: (steps, batch_size), -1 for none; of whole batches.
       bucket_of: (steps,) each batch's bucket.
     """
 
@@ -92,7 +95,12 @@ class Epoch(Sequence):
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
-        return self.schedule.collate(self.rows[i], *self.schedule.shapes[self.bucket_of[i]])
+        return self.padded(i, self.bucket_of[i])
+
+    def padded(self, i: int, bucket: int) -> Batch:
+        """Batch i, padded to the shape of another bucket, a longer one."""
+        rows, held = self.rows[i], self.schedule.held
+        return self.schedule.collate(rows if held is None else rows[held], *self.schedule.shapes[bucket])
 
 
 def bucketed(examples: Encoded, batch_size: int, seed: int = 0, *, buckets: int = 8) -> Schedule:

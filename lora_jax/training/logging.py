@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from lora_jax import processes
 from lora_jax.checkpoints import write_atomically
 
 # What differs between two runs of one config: everything else in metrics.jsonl is equal.
@@ -27,13 +28,18 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
 
 
 class Log:
-    """Writes metrics of a workdir; on resuming from `step`, what came after it is dropped first."""
+    """Writes metrics of a workdir; on resuming from `step`, what came after it is dropped first.
+
+    Of several processes the first one writes; each knows all entries.
+    """
 
     def __init__(self, workdir: str | Path, step: int) -> None:
-        from tensorboardX import SummaryWriter  # slow to import: takes torch along
-
         self.workdir = Path(workdir)
         self.entries = [e for e in read_metrics(workdir) if e["step"] <= step]
+        if not processes.first():
+            return
+        from tensorboardX import SummaryWriter  # slow to import: takes torch along
+
         path = Path(workdir) / "metrics.jsonl"
         write_atomically(path, "".join(json.dumps(e) + "\n" for e in self.entries).encode())
         self._file = path.open("a")
@@ -42,6 +48,8 @@ class Log:
     def write(self, step: int, **values: float) -> None:
         """One entry, on disk before this returns: what a checkpoint of this step counts on."""
         self.entries.append({"step": step} | values)
+        if not processes.first():
+            return
         self._file.write(json.dumps(self.entries[-1]) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -60,12 +68,15 @@ class Log:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._file.close()
-        self._board.close()
+        if processes.first():
+            self._file.close()
+            self._board.close()
 
 
 def plot_loss(workdir: str | Path) -> None:
-    """Draws loss.png from metrics.jsonl: training loss and validation loss."""
+    """Draws loss.png from metrics.jsonl: training loss and validation loss; the first of several processes does."""
+    if not processes.first():
+        return
     from matplotlib.figure import Figure  # slow to import
 
     entries = read_metrics(workdir)

@@ -4,6 +4,7 @@ Nothing in it waits for the device: metrics are summed there and fetched once a 
 """
 
 import contextlib
+import itertools
 import json
 import math
 import signal
@@ -15,21 +16,24 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from lora_jax import checkpoints
+from lora_jax import checkpoints, processes
 from lora_jax.data.batches import Batch, Schedule
-from lora_jax.sharding import Rules, batch_sharding, make_mesh, shardings
+from lora_jax.sharding import Rules, make_mesh, shardings
 from lora_jax.training import step as steps
+from lora_jax.training.feeding import Put, putter, seen, validation_putter
 from lora_jax.training.logging import Log, plot_loss
-from lora_jax.training.meter import Meter, check
+from lora_jax.training.meter import Labels, Meter, check
 from lora_jax.training.objectives import Objective, language_model
 from lora_jax.training.optimizers import optimizer, schedule
 from lora_jax.training.workdir import claim, difference
 from lora_jax.transforms import Delta, ParamTransform, from_spec, without_tuned
 
+_ASKED = itertools.count(1)
 EVERYWHERE: Rules = {"**": P()}
 
 
@@ -47,7 +51,7 @@ class Job(NamedTuple):
     batches: Schedule
     step: Callable[[steps.State, Any, Any], steps.State]
     validate: Callable[[Delta], dict[str, float]] | None
-    put: Callable[[Batch], dict[str, jax.Array]]
+    put: Put
 
 
 class Result(NamedTuple):
@@ -75,7 +79,8 @@ def prepare(
 ) -> Job:
     """A run of this config in this workdir, from its start or from its newest good checkpoint.
 
-    Drop the params afterwards: the job has all that it needs, each tuned leaf once.
+    Drop the params afterwards: the job has all that it needs, each tuned leaf once. With several processes
+    (`jax.distributed`) all of them call this with the same arguments; the workdir is one that all see.
 
     Args:
       config: a ConfigDict with `seed`, `epochs`, `steps`, `label_smoothing` (without an objective), `accumulate`,
@@ -83,7 +88,8 @@ def prepare(
         has `best`, the delta with the highest validation metric of that name is kept in adapter/.
       workdir: created where it does not exist.
       method: what trains.
-      model: a GPT-2 of `lora_jax.models`; with an objective any.
+      model: a GPT-2 of `lora_jax.models`; with an objective any. Where its `config.dtype` is float16, the loss is
+        scaled.
       params: the base.
       base: its `checkpoints.identity`.
       batches, validation: schedules of `lora_jax.data`.
@@ -93,18 +99,22 @@ def prepare(
 
     Raises:
       ValueError: the workdir holds another config's run or another base's or method's, no checkpoint
-        of it is good, or the batch does not divide over micro-batches and devices.
+        of it is good, the batch does not divide over micro-batches and devices, or a process has no
+        device on the mesh.
     """
     workdir = Path(workdir).absolute()
     claim(workdir, config)
     mesh = make_mesh({}) if mesh is None else mesh
+    processes.check_mesh(mesh)
     total = config.steps or config.epochs * len(batches)
     rate = schedule(config.optimizer, total)
     tx = optimizer(config.optimizer, rate)
-    params = jax.device_put(params, shardings(params, mesh, rules))
+    params = processes.place(params, shardings(params, mesh, rules))
+    put, batches = putter(mesh, batches, config.accumulate)
+    dtype = getattr(getattr(model, "config", None), "dtype", "float32")
 
     def start(params: Any) -> steps.State:
-        return steps.new_state(method, tx, params, jax.random.key(config.seed), known)
+        return steps.new_state(method, tx, params, jax.random.key(config.seed), known, dtype=dtype)
 
     state = _state(workdir, method, start, params, base, mesh, rules)
     params = without_tuned(params, state.delta)
@@ -120,10 +130,15 @@ def prepare(
         start=int(state.step),
         total=total,
         batches=batches,
-        step=jax.jit(step, donate_argnums=0),
+        step=jax.jit(step, donate_argnums=0, out_shardings=where(state)),
         validate=_validator(objective, method, params, validation, mesh) if validation is not None else None,
-        put=putter(mesh, batches.batch_size, config.accumulate),
+        put=put,
     )
+
+
+def where(state: Any) -> Any:
+    """The shardings of a state, in which a step leaves it: else the compiler chooses others, and compiles again."""
+    return jax.tree.map(lambda x: x.sharding, state)
 
 
 def _state(
@@ -139,7 +154,7 @@ def _state(
     shapes = jax.eval_shape(start, params)
     adapted = jax.eval_shape(method.apply, params, shapes.delta)
     places = shardings(shapes, mesh, rules, adapted)
-    if checkpoints.latest_step(workdir) is None:
+    if processes.by_first(lambda: checkpoints.latest_step(workdir)) is None:
         return jax.jit(start, out_shardings=places)(params)
 
     def placed(x: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -161,36 +176,43 @@ def train(job: Job) -> Result:
     Raises:
       ValueError: a batch has no labels, or loss or gradient are not finite; names the step. The
         checkpoints before it stay.
+      OSError: the workdir cannot be written; names the newest checkpoint that is whole.
     """
     config, state, done = job.config, job.state, job.start
     if done == job.total:  # launched again
         plot_loss(job.workdir)
         return Result(state.delta, done, True)
     epoch_steps = len(job.batches)
+    labels = Labels(job.workdir, epoch_steps, done)
     with (
+        written(job.workdir),
         sigterm() as stopping,
-        contextlib.closing(checkpoints.manager(job.workdir, keep=config.keep)) as manager,
+        checkpoints.opened(job.workdir, keep=config.keep) as manager,
         Log(job.workdir, done) as log,
-        tqdm(total=job.total, initial=done, unit="step", mininterval=1.0) as bar,
+        progress(done, job.total) as bar,
     ):
         checkpoints.forget_after(manager, done)
         meter = Meter([log], bar, epoch_steps, state)
-        for done, batch in enumerate(batches(job.batches, job.start, job.total, job.workdir), job.start + 1):
+        for done, batch in enumerate(batches(job.batches, job.start, job.total, labels), job.start + 1):
             state = job.step(state, job.params, job.put(batch))
             bar.update()
-            stop = bool(stopping)
-            last = done == job.total
+            stop, last = stopping(done), done == job.total
             epoch_ends = last or done % epoch_steps == 0
-            if last or due(done, config.log_every):
+            logs = last or due(done, config.log_every)
+            measures = epoch_ends or due(done, config.eval_every)
+            saves = stop or epoch_ends or due(done, config.save_every)
+            if logs or measures or saves:
+                labels.check()
+            if logs:
                 state = meter.write(done, state)
                 if meter.bad:
                     check(state, job.workdir)
-            if job.validate and (epoch_ends or due(done, config.eval_every)):
+            if job.validate and measures:
                 with meter.paused(state):
                     found = job.validate(state.delta)
                     record(config, job.workdir, job.method, job.base, log, done, found, state.delta)
-                    bar.write(f"step {done}: {shown(found)}")
-            if stop or epoch_ends or due(done, config.save_every):
+                    meter.say(f"step {done}: {shown(found)}")
+            if saves:
                 with meter.paused(state):
                     _save(job, manager, done, state)
             if stop:
@@ -213,7 +235,7 @@ def record(
     name = config.get("best")
     if name and name not in found:
         raise ValueError(f"best={name!r} is no metric of validation: it has {', '.join(found)}")
-    if name and found[name] > log.highest(name):
+    if name and processes.by_first(lambda: bool(found[name] > log.highest(name))):
         checkpoints.save_adapter(workdir / "adapter", method, delta, base)
     log.write(done, **found)
 
@@ -227,18 +249,14 @@ def due(done: int, every: int | None) -> bool:
     return every is not None and done % every == 0
 
 
-def batches(schedule: Schedule, start: int, total: int, workdir: Path) -> Iterator[Batch]:
+def batches(schedule: Schedule, start: int, total: int, labels: Labels) -> Iterator[Batch]:
     """The batches of the steps from start to total."""
     for done in range(start, total):
         epoch, index = divmod(done, len(schedule))
         if done == start or index == 0:
             order = schedule(epoch)
         batch = order[index]
-        if not batch["weights"].any():
-            raise ValueError(
-                f"step {done + 1}: batch {index} of epoch {epoch} has no labels; the checkpoints "
-                f"from before stay in {workdir}"
-            )
+        labels.note(batch)
         yield batch
 
 
@@ -255,15 +273,36 @@ def _save(job: Job, manager: ocp.CheckpointManager, done: int, state: steps.Stat
 
 
 @contextlib.contextmanager
-def sigterm() -> Iterator[list[int]]:
-    """A list that is no longer empty once the process is told to end."""
+def written(workdir: Path) -> Iterator[None]:
+    """What fails inside because a file cannot be written (the disk is full) says what of the run is whole."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # says so already
+            raise
+        checkpoints.raise_unwritten(workdir, error)
+
+
+def progress(done: int, total: int) -> tqdm:
+    """The bar of a run, shown by the first process."""
+    return tqdm(total=total, initial=done, unit="step", mininterval=1.0, disable=not processes.first())
+
+
+@contextlib.contextmanager
+def sigterm() -> Iterator[Callable[[int], bool]]:
+    """`stopping(step)`, to be asked after each step: whether the run has been told to end. Of several processes one may
+    have been told: then it is true for all of them, after the same step."""
+    if jax.distributed.is_initialized():  # its preemption service takes the signal
+        # It wants a number that grows as long as the process lives, whichever run a step is of.
+        yield lambda step: multihost_utils.reached_preemption_sync_point(next(_ASKED))
+        return
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # no signals arrive elsewhere
-        yield received
+        yield lambda step: False
         return
     before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     try:
-        yield received
+        yield lambda step: bool(received)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -278,7 +317,8 @@ def validate(
 ) -> dict[str, float]:
     """Loss and metrics of parameters that do not train (a frozen base): see `Job.validate`."""
     mesh = make_mesh({}) if mesh is None else mesh
-    params = jax.device_put(params, shardings(params, mesh, rules))
+    processes.check_mesh(mesh)
+    params = processes.place(params, shardings(params, mesh, rules))
     return _validator(objective, None, params, validation, mesh)(Delta())
 
 
@@ -292,14 +332,15 @@ def _validator(
     """`delta -> {"validation_loss": nats per label, ...}` and the objective's metrics, over all of validation: every
     label weighs the same, without smoothing or dropout."""
     validate = jax.jit(steps.make_validation(objective, method))
-    sharding = batch_sharding(mesh)
+    put, validation = validation_putter(mesh, validation)
 
     def measure(delta: Delta) -> dict[str, float]:
-        sums = jax.device_put(np.zeros(2, np.float32), NamedSharding(mesh, P()))
+        sums = processes.place(np.zeros(2, np.float32), NamedSharding(mesh, P()))
         outputs = []
         for batch in validation(0):
-            sums, output = validate(sums, delta, params, jax.device_put(batch, sharding))
-            outputs.append((output, batch))
+            placed = put(batch)
+            sums, output = validate(sums, delta, params, placed)
+            outputs.append(seen(output, batch, placed))
         found = figures(objective, jax.device_get(sums), jax.device_get(outputs))
         if found is None:
             raise ValueError("the validation loss is not finite")
@@ -323,23 +364,3 @@ def figures(
         labels = [batch["labels"][batch["weights"] > 0] for _, batch in outputs]
         found |= objective.metrics(np.concatenate(predicted), np.concatenate(labels))
     return found
-
-
-def putter(mesh: Mesh, rows: int, micro: int, members: int | None = None) -> Callable[[Batch], dict[str, jax.Array]]:
-    """Puts a batch on the mesh as `micro` batches of equal size: (k, b, ...), b over the devices; one for each of the
-    members where there are such: (members, k, b, ...)."""
-    spec = batch_sharding(mesh).spec
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    if micro < 1 or rows % (micro * devices):
-        raise ValueError(
-            f"a batch of {rows} does not divide into accumulate={micro} micro-batches over "
-            f"{devices} devices (data x fsdp)"
-        )
-    before = () if members is None else (members,)
-    sharding = NamedSharding(mesh, P(*(None for _ in before), None, *spec))
-
-    def put(batch: Batch) -> dict[str, jax.Array]:
-        parts = {n: x.reshape(*before, micro, rows // micro, *x.shape[1 + len(before) :]) for n, x in batch.items()}
-        return jax.device_put(parts, sharding)
-
-    return put

@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from lora_jax import processes
+from lora_jax.data.batches import Batch
 from lora_jax.training.logging import Log
 from lora_jax.training.step import METRICS, State
 
@@ -28,6 +30,37 @@ def check(state: State, workdir: Path) -> None:
             f"step {metrics['bad_step']:.0f}: the loss or its gradient is not finite; the "
             f"checkpoints from before stay in {workdir}"
         )
+
+
+class Labels:
+    """Finds a batch without labels.
+
+    Several processes see each their own rows of a batch. To ask the others at every step would be to wait for them:
+    they are asked when something is written, and nothing is written of such a batch.
+    """
+
+    def __init__(self, workdir: Path, epoch_steps: int, start: int) -> None:
+        self._workdir, self._epoch_steps, self._checked = workdir, epoch_steps, start
+        self._found: list[bool] = []
+
+    def note(self, batch: Batch) -> None:
+        """Of every step's batch, in order."""
+        self._found.append(bool(batch["weights"].any()))
+        if jax.process_count() == 1:
+            self.check()
+
+    def check(self) -> None:
+        """A ValueError on all processes that names the first batch without labels since the last check."""
+        found = processes.anywhere(self._found)
+        if not all(found):
+            step = self._checked + found.index(False)
+            epoch, index = divmod(step, self._epoch_steps)
+            raise ValueError(
+                f"step {step + 1}: batch {index} of epoch {epoch} has no labels; the checkpoints "
+                f"from before stay in {self._workdir}"
+            )
+        self._checked += len(self._found)
+        self._found = []
 
 
 class Meter:
@@ -74,7 +107,12 @@ class Meter:
         zeros = np.zeros(state.metrics.shape, np.float32)
         for number, step in self.bad.items():
             np.atleast_2d(zeros)[number, METRICS.index("bad_step")] = step
-        return state._replace(metrics=jax.device_put(zeros, state.metrics.sharding))
+        return state._replace(metrics=processes.place(zeros, state.metrics.sharding))
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if processes.first():
+            self._bar.write(text)
 
     @contextlib.contextmanager
     def paused(self, state: State) -> Iterator[None]:

@@ -9,6 +9,8 @@ folder there with its adapter, its checkpoint and its metrics, a workdir as any 
 import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,15 +21,15 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tqdm import tqdm
 
-from lora_jax import checkpoints
-from lora_jax.data.batches import Batch, Schedule
-from lora_jax.sharding import Rules, batch_sharding, make_mesh, shardings
+from lora_jax import checkpoints, processes
+from lora_jax.data.batches import Schedule
+from lora_jax.sharding import Rules, make_mesh, shardings
 from lora_jax.training import loop
 from lora_jax.training import step as steps
+from lora_jax.training.feeding import Put, putter, seen, validation_putter
 from lora_jax.training.logging import Log, plot_loss
-from lora_jax.training.meter import Meter, fetch
+from lora_jax.training.meter import Labels, Meter, fetch
 from lora_jax.training.objectives import Objective
 from lora_jax.training.optimizers import optimizer, schedule
 from lora_jax.training.workdir import claim
@@ -70,7 +72,7 @@ class Sweep(NamedTuple):
     total: int
     step: Callable[[steps.State, dict[str, Array], Any, Any], steps.State]
     validate: Callable[[steps.State], list[dict[str, float] | None]] | None
-    put: Callable[[Batch], dict[str, jax.Array]]
+    put: Put
 
 
 def prepare(
@@ -101,6 +103,7 @@ def prepare(
     for member in members:
         claim(workdir / member.name, member.config)
     mesh = make_mesh({}) if mesh is None else mesh
+    processes.check_mesh(mesh)
     first = members[0]
     total = first.config.steps or first.config.epochs * len(first.batches)
     spec, values = _common([member.method.spec for member in members])
@@ -119,14 +122,16 @@ def prepare(
 
     together = jax.default_backend() != "cpu" if together is None else together
     apart = len({member.batches.seed for member in members}) > 1
+    put, held = putter(mesh, first.batches, first.config.accumulate, len(members) if apart else None)
     states, shapes = _states(workdir, members, base, NamedSharding(mesh, P()))
     params = without_tuned(first.params, states.delta)
-    params = jax.device_put(params, shardings(params, mesh, rules))
+    params = processes.place(params, shardings(params, mesh, rules))
+    values = processes.place(values, NamedSharding(mesh, P()))
     step = _over_members(one, (0, 0, None, 0 if apart else None), together)
     sweep = Sweep(
         config=config,
         workdir=workdir,
-        members=tuple(member._replace(params=None) for member in members),
+        members=tuple(m._replace(params=None, batches=replace(m.batches, held=held.held)) for m in members),
         shapes=shapes,
         base=base,
         params=params,
@@ -134,9 +139,9 @@ def prepare(
         states=states,
         start=int(states.step[0]),
         total=total,
-        step=jax.jit(step, donate_argnums=0),
+        step=jax.jit(step, donate_argnums=0, out_shardings=loop.where(states)),
         validate=None,
-        put=loop.putter(mesh, first.batches.batch_size, first.config.accumulate, len(members) if apart else None),
+        put=put,
     )
     if validation is None:
         return sweep
@@ -166,11 +171,12 @@ def _states(
 ) -> tuple[steps.State, list[steps.State]]:
     """The states of all members, stacked, new or of the newest good checkpoint; and the shapes of each."""
     tx = optimizer(members[0].config.optimizer, optax.constant_schedule(0.0))
+    dtype = members[0].config.get("model", {}).get("dtype", "float32")
     starts: dict[str, Callable] = {}  # members that differ in the seed alone share a compiled start
     for member in members:
 
         def start(params: Any, key: Array, method: ParamTransform = member.method) -> steps.State:
-            return steps.new_state(method, tx, params, key)
+            return steps.new_state(method, tx, params, key, dtype=dtype)
 
         starts.setdefault(json.dumps(member.method.spec), jax.jit(start))
     calls = [
@@ -179,7 +185,7 @@ def _states(
     ]
     shapes = [jax.eval_shape(start, params, key) for start, params, key in calls]
     largest = jax.tree.map(lambda *xs: tuple(map(max, zip(*(x.shape for x in xs), strict=True))), *shapes)
-    if checkpoints.latest_step(workdir) is not None:
+    if processes.by_first(lambda: checkpoints.latest_step(workdir)) is not None:
 
         def stacked(x: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((len(members), *shape), x.dtype, sharding=place)
@@ -191,7 +197,7 @@ def _states(
         return jax.lax.pad(x, jnp.zeros((), x.dtype), edges)
 
     states = [jax.tree.map(padded, start(params, key), largest) for start, params, key in calls]
-    return jax.device_put(jax.tree.map(lambda *xs: jnp.stack(xs), *states), place), shapes
+    return processes.place(jax.tree.map(lambda *xs: jnp.stack(xs), *states), place), shapes
 
 
 def _member(sweep: Sweep, states: Any, number: int, shapes: Any) -> Any:
@@ -207,29 +213,37 @@ def train(sweep: Sweep) -> list[loop.Result | None] | None:
 
     Raises:
       ValueError: a batch has no labels, or every member diverged.
+      OSError: the workdir cannot be written; names the newest checkpoint that is whole.
     """
     config, states, done = sweep.config, sweep.states, sweep.start
     epoch_steps = len(sweep.members[0].batches)
+    labels = Labels(sweep.workdir, epoch_steps, done)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(loop.written(sweep.workdir))
         stopping = stack.enter_context(loop.sigterm())
-        manager = stack.enter_context(contextlib.closing(checkpoints.manager(sweep.workdir, keep=config.keep)))
-        logs = [stack.enter_context(Log(sweep.workdir / member.name, done)) for member in sweep.members]
-        bar = stack.enter_context(tqdm(total=sweep.total, initial=done, unit="step", mininterval=1.0))
+        manager = stack.enter_context(checkpoints.opened(sweep.workdir, keep=config.keep))
+        entries = [stack.enter_context(Log(sweep.workdir / member.name, done)) for member in sweep.members]
+        bar = stack.enter_context(loop.progress(done, sweep.total))
         checkpoints.forget_after(manager, done)
-        meter = Meter(logs, bar, epoch_steps, states)
-        for done, batch in enumerate(_batches(sweep), sweep.start + 1):
+        meter = Meter(entries, bar, epoch_steps, states)
+        for done, batch in enumerate(_batches(sweep, labels), sweep.start + 1):
             states = sweep.step(states, sweep.values, sweep.params, sweep.put(batch))
             bar.update()
-            stop = bool(stopping)
+            stop = stopping(done)
             epoch_ends = done == sweep.total or done % epoch_steps == 0
-            if done == sweep.total or loop.due(done, config.log_every):
+            logs = done == sweep.total or loop.due(done, config.log_every)
+            measures = epoch_ends or loop.due(done, config.eval_every)
+            saves = stop or epoch_ends or loop.due(done, config.save_every)
+            if logs or measures or saves:
+                labels.check()
+            if logs:
                 states = meter.write(done, states)
                 if len(meter.bad) == len(sweep.members):
                     raise ValueError(f"every member of {sweep.workdir} diverged: {meter.bad}")
-            if sweep.validate and (epoch_ends or loop.due(done, config.eval_every)):
+            if sweep.validate and measures:
                 with meter.paused(states):
-                    _record(sweep, logs, bar, done, states)
-            if stop or epoch_ends or loop.due(done, config.save_every):
+                    _record(sweep, entries, meter, done, states)
+            if saves:
                 with meter.paused(states):
                     _save(sweep, manager, done, states)
             if stop:
@@ -237,7 +251,7 @@ def train(sweep: Sweep) -> list[loop.Result | None] | None:
     return _finish(sweep, states) if done == sweep.total else None
 
 
-def _record(sweep: Sweep, logs: list[Log], bar: tqdm, done: int, states: steps.State) -> None:
+def _record(sweep: Sweep, logs: list[Log], meter: Meter, done: int, states: steps.State) -> None:
     assert sweep.validate is not None
     for number, found in enumerate(sweep.validate(states)):
         member = sweep.members[number]
@@ -246,7 +260,7 @@ def _record(sweep: Sweep, logs: list[Log], bar: tqdm, done: int, states: steps.S
         delta = _member(sweep, states.delta, number, sweep.shapes[number].delta)
         folder = sweep.workdir / member.name
         loop.record(member.config, folder, member.method, sweep.base, logs[number], done, found, delta)
-        bar.write(f"step {done}, {member.name}: {loop.shown(found)}")
+        meter.say(f"step {done}, {member.name}: {loop.shown(found)}")
 
 
 def _save(sweep: Sweep, manager: Any, done: int, states: steps.State) -> None:
@@ -265,8 +279,8 @@ def _finish(sweep: Sweep, states: steps.State) -> list[loop.Result | None]:
             results.append(None)
             continue
         state = _member(sweep, states, number, sweep.shapes[number])
-        if checkpoints.latest_step(folder) != sweep.total:
-            with contextlib.closing(checkpoints.manager(folder)) as manager:
+        if processes.by_first(partial(checkpoints.latest_step, folder)) != sweep.total:
+            with checkpoints.opened(folder) as manager:
                 position = divmod(sweep.total, len(member.batches))
                 spec = member.method.spec
                 checkpoints.save(manager, sweep.total, state, spec=spec, base=sweep.base, position=position)
@@ -276,12 +290,12 @@ def _finish(sweep: Sweep, states: steps.State) -> list[loop.Result | None]:
     return results
 
 
-def _batches(sweep: Sweep) -> Any:
+def _batches(sweep: Sweep, labels: Labels) -> Any:
     """The batches from the sweep's start to its end: one for all members, or where their seeds differ one for each,
     stacked and padded to the longest."""
     schedules = [member.batches for member in sweep.members]
     if len({each.seed for each in schedules}) == 1:
-        yield from loop.batches(schedules[0], sweep.start, sweep.total, sweep.workdir)
+        yield from loop.batches(schedules[0], sweep.start, sweep.total, labels)
         return
     epoch_steps = len(schedules[0])
     for done in range(sweep.start, sweep.total):
@@ -289,25 +303,25 @@ def _batches(sweep: Sweep) -> Any:
         if done == sweep.start or index == 0:
             orders = [each(epoch) for each in schedules]
         bucket = max(order.bucket_of[index] for order in orders)  # the lengths ascend
-        own = [
-            each.collate(order.rows[index], *each.shapes[bucket]) for each, order in zip(schedules, orders, strict=True)
-        ]
-        yield {name: np.stack([batch[name] for batch in own]) for name in own[0]}
+        own = [order.padded(index, bucket) for order in orders]
+        batch = {name: np.stack([batch[name] for batch in own]) for name in own[0]}
+        labels.note(batch)
+        yield batch
 
 
 def _validator(
     sweep: Sweep, measure: Callable, objective: Objective, validation: Schedule, mesh: Mesh
 ) -> Callable[[steps.State], list[dict[str, float] | None]]:
     """The members' figures of all of validation; None for one whose loss is not finite."""
+    put, validation = validation_putter(mesh, validation)
 
     def validate(states: steps.State) -> list[dict[str, float] | None]:
-        sums = jax.device_put(np.zeros((len(sweep.members), 2), np.float32), NamedSharding(mesh, P()))
+        sums = processes.place(np.zeros((len(sweep.members), 2), np.float32), NamedSharding(mesh, P()))
         outputs = []
         for batch in validation(0):
-            sums, output = measure(
-                sums, states, sweep.values, sweep.params, jax.device_put(batch, batch_sharding(mesh))
-            )
-            outputs.append((output, batch))
+            placed = put(batch)
+            sums, output = measure(sums, states, sweep.values, sweep.params, placed)
+            outputs.append(seen(output, batch, placed))
         per_member = jax.device_get(sums)
         outputs = jax.device_get(outputs)
         return [

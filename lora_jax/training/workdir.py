@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax import processes
 from lora_jax.arrays import is_adapted
 from lora_jax.checkpoints import latest_step, write_atomically
 from lora_jax.selection import flatten
@@ -21,11 +22,15 @@ MAY_CHANGE = ("base", "decode", "log_every", "save_every", "keep", "mesh")
 def claim(workdir: str | Path, config: Any) -> None:
     """Writes config.json, the whole resolved config (a ConfigDict), into the workdir.
 
-    A config that left nothing else there (it failed at once) is replaced.
+    A config that left nothing else there (it failed at once) is replaced. Of several processes the first one does it.
 
     Raises:
-      ValueError: the workdir holds a run of another config; shows every difference.
+      ValueError: the workdir holds a run of another config; shows every difference; on all processes.
     """
+    processes.by_first(lambda: _claim(workdir, config))
+
+
+def _claim(workdir: str | Path, config: Any) -> None:
     path = Path(workdir) / "config.json"
     new = json.loads(config.to_json())
     if path.exists() and (latest_step(workdir) is not None or read_metrics(workdir)):

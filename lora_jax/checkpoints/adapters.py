@@ -1,0 +1,117 @@
+"""Adapters as files: one `adapter.safetensors` with names `path:factor`, spec and base identity in its metadata."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from lora_jax import processes
+from lora_jax.checkpoints.files import as_json, digest, named, nested, raw_bytes, table_of, write_atomically
+from lora_jax.transforms import Delta, ParamTransform, from_spec
+
+_ADAPTER = "adapter.safetensors"
+# What an adapter may be of, as numpy and as the file calls it; in the file the widest come first.
+_DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+def _adapter_file(path: str | Path) -> Path:
+    return Path(path) if Path(path).suffix == ".safetensors" else Path(path) / _ADAPTER
+
+
+def save_adapter(path: str | Path, method: ParamTransform, delta: Delta, base_id: Mapping[str, str]) -> Path:
+    """Writes an adapter as one file; equal adapters give equal bytes.
+
+    With several processes all of them call it, and the first one writes. One factor at a time is in their memory.
+
+    Args:
+      path: a folder (for `adapter.safetensors`) or a file that ends in `.safetensors`.
+      method: the transform; its spec is stored.
+      delta: its trained delta, on any mesh.
+      base_id: of `identity`.
+
+    Returns: the file.
+    """
+    arrays, table = named(delta), {}
+    for name in sorted(arrays):
+        x = processes.on_host(arrays[name])
+        if x.dtype.name not in _DTYPES:
+            raise ValueError(f"{path}: {name} is {x.dtype}; an adapter is floating-point")
+        if not np.isfinite(x.astype(np.float32)).all():
+            raise ValueError(f"{path}: {name} is not finite; an adapter like that is not saved")
+        table[name] = [list(x.shape), str(x.dtype), digest(x)]
+    info = {"format": 1, "spec": method.spec, "base": dict(base_id)}
+    info["digest"] = digest(as_json([info, table]))
+    pieces = _pieces(arrays, table, as_json(info))
+    file = _adapter_file(path)
+    if processes.first():
+        write_atomically(file, pieces)
+    else:
+        for _ in pieces:  # takes part in gathering them
+            pass
+    processes.everywhere(True)  # the file is there, for all
+    return file
+
+
+def _pieces(arrays: Mapping[str, Any], table: Mapping[str, list], info: str) -> Iterator[bytes | memoryview]:
+    """A safetensors file, as the library writes it (https://huggingface.co/docs/safetensors), an array at a time."""
+    order = sorted(table, key=lambda name: (list(_DTYPES).index(table[name][1]), name))
+    header: dict[str, Any] = {"__metadata__": {"lora_jax": info}}
+    at = 0
+    for name in order:
+        shape, dtype, _ = table[name]
+        end = at + math.prod(shape) * jnp.dtype(dtype).itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [at, end]}
+        at = end
+    said = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    said += b" " * (-len(said) % 8)
+    yield len(said).to_bytes(8, "little") + said
+    for name in order:
+        yield raw_bytes(processes.on_host(arrays[name]))
+
+
+def load_adapter(path: str | Path) -> tuple[ParamTransform, Delta, dict[str, Any]]:
+    """`(method, delta, info)` of a file of `save_adapter`; info has format, spec, base, digest.
+
+    Raises:
+      FileNotFoundError: no such file. ValueError: cut off, changed, of another kind, or an array
+      is not floating-point or not finite.
+    """
+    file = _adapter_file(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: is {path} an adapter of save_adapter?")
+    try:
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            text = (opened.metadata() or {}).get("lora_jax")
+            arrays = {name: opened.get_tensor(name) for name in opened.keys()}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
+    if text is None:
+        raise ValueError(f"{file} was not written by save_adapter: its metadata lacks 'lora_jax'")
+    for name, array in arrays.items():
+        if array.dtype.name not in _DTYPES:
+            raise ValueError(f"{file}: {name} is {array.dtype}; an adapter is floating-point")
+        if not np.isfinite(array.astype(np.float32)).all():
+            raise ValueError(f"{file}: {name} is not finite")
+    info = _whole(text, arrays, file)
+    delta = nested({name: jnp.asarray(x) for name, x in arrays.items()})
+    return from_spec(info["spec"]), delta, info
+
+
+def _whole(text: str, arrays: Mapping[str, np.ndarray], file: Path) -> dict[str, Any]:
+    """The metadata of an adapter's file, where it and the arrays are as they were written."""
+    try:
+        info = json.loads(text)
+        said = info.pop("digest")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        said = info = None
+    table = table_of(arrays)
+    if said is None or said != digest(as_json([info, table])):
+        raise ValueError(f"{file} differs from its digest: it was changed or damaged")
+    if info["format"] != 1:
+        raise ValueError(f"{file} is of format {info['format']}; this version reads format 1")
+    return info | {"digest": said}

@@ -1,0 +1,301 @@
+"""Checkpoints of a run, which resume it on any mesh and by any number of processes.
+
+A checkpoint (orbax) holds the delta and the rest of the training state, the transform's spec, the
+identity of the base and a checksum of every array, never the base's weights. Each process writes
+and reads what its own devices hold. Orbax keeps no checksum of array data: a flipped bit would be
+read silently, so every reader here compares the checksums, says what is damaged
+(`logging.warning`) and takes the checkpoint before it.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from lora_jax import processes
+from lora_jax.checkpoints.checksums import checksums
+from lora_jax.checkpoints.files import as_json, check_base, digest, named, nested
+from lora_jax.transforms import Delta, ParamTransform, from_spec
+
+S = TypeVar("S")
+
+
+class Run(NamedTuple):
+    """A trained run, without its base."""
+
+    method: ParamTransform
+    delta: Delta
+    step: int
+    config: dict[str, Any]
+
+
+# --- writing ----------------------------------------------------------------------------------
+
+
+def manager(workdir: str | Path, *, keep: int = 3) -> ocp.CheckpointManager:
+    """Orbax's manager of `workdir/checkpoints` for writing: saves in the background, keeps `keep`.
+
+    What earlier writers left unfinished is removed: one run at a time writes a workdir. With several
+    processes all of them make one, of one folder that all of them see.
+    """
+    folder = _folder(workdir)
+
+    def clear() -> None:
+        for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    processes.by_first(clear)
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    return ocp.CheckpointManager(folder, options=options)
+
+
+@contextlib.contextmanager
+def opened(workdir: str | Path, *, keep: int = 3) -> Iterator[ocp.CheckpointManager]:
+    """`manager` for a block, at whose end it waits for what is being written.
+
+    Raises:
+      OSError: it could not be written; names the newest checkpoint that is whole.
+    """
+    made = manager(workdir, keep=keep)
+    try:
+        yield made
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is the one to see
+            made.close()
+        raise
+    try:
+        made.close()
+    except Exception as error:  # whatever orbax and tensorstore raise
+        raise_unwritten(workdir, error)
+
+
+def raise_unwritten(workdir: str | Path, error: Exception) -> NoReturn:
+    """An OSError that says which checkpoint of a run is whole, where something of it could not be written."""
+    step = latest_step(workdir)
+    kept = "there is no checkpoint yet" if step is None else f"the checkpoint of step {step} is whole"
+    raise OSError(f"{workdir} cannot be written: {_first_line(error)}. {kept}; the same command goes on") from error
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    state: Any,
+    *,
+    spec: Mapping[str, Any],
+    base: Mapping[str, str],
+    position: Sequence[int] = (),
+) -> None:
+    """Begins to save a training state; `manager.wait_until_finished()` waits for it.
+
+    With several processes all of them call it; each writes what its devices hold.
+
+    Args:
+      manager: of `manager(workdir)`.
+      step: must be larger than every step that is there.
+      state: a NamedTuple of pytrees with a field `delta`, on any mesh; everything in it comes back.
+        Keys in it are raw data (`jax.random.key_data`).
+      spec: of the transform.
+      base: of `identity`.
+      position: in the data (epoch, batch), for the reader.
+
+    Raises:
+      OSError: this checkpoint, or the one before, could not be written; names the one that is whole.
+    """
+    parts = {"delta": named(state.delta), "rest": named(state._replace(delta=None))}
+    parts = {part: {name: jnp.asarray(x) for name, x in arrays.items()} for part, arrays in parts.items()}
+    meta: dict[str, Any] = {"step": step, "spec": dict(spec), "base": dict(base)}
+    meta["position"] = list(position)
+    meta["arrays"] = {part: _table(arrays) for part, arrays in parts.items()}
+    items = {part: ocp.args.StandardSave(arrays) for part, arrays in parts.items()}
+    items["meta"] = ocp.args.JsonSave(meta | {"digest": digest(as_json(meta))})
+    try:
+        saved = manager.save(step, args=ocp.args.Composite(**items))
+    except Exception as error:  # whatever orbax and tensorstore raise, of this save or the one before
+        raise_unwritten(Path(manager.directory).parent, error)
+    if not saved:  # orbax only returns False
+        raise ValueError(f"{manager.directory}: step {step} cannot be saved after step {manager.latest_step()}")
+
+
+def _table(arrays: Mapping[str, jax.Array]) -> dict[str, list]:
+    """`{name: [shape, dtype, checksum]}`."""
+    return {n: [list(arrays[n].shape), str(arrays[n].dtype), said] for n, said in checksums(arrays).items()}
+
+
+def forget_after(manager: ocp.CheckpointManager, step: int) -> None:
+    """Deletes the checkpoints after `step`, which orbax would not let a resumed run write again."""
+    for later in manager.all_steps():
+        if later > step:
+            manager.delete(later)
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+def restore(workdir: str | Path, like: S, *, base: Mapping[str, str] | None = None) -> S:
+    """The newest good checkpoint as a state to go on training with.
+
+    With several processes all of them call it, and each reads what its devices will hold.
+
+    Args:
+      workdir: of the run.
+      like: a state of the same structure, of arrays or ShapeDtypeStructs; their shardings say
+        where each array goes (any mesh).
+      base: the identity of the base at hand; another than the checkpoint's is a ValueError.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint. ValueError: none is good, or another structure.
+    """
+    parts = {"delta": like.delta, "rest": like._replace(delta=None)}  # type: ignore[attr-defined]
+    for step, meta in _good_steps(workdir):
+        if base is not None:
+            check_base(meta["base"], base, workdir)
+        wanted = {part: _wanted(tree, meta["arrays"][part], workdir) for part, tree in parts.items()}
+        found = _read(workdir, step, meta, wanted)
+        if found is not None:
+            delta, rest = (jax.tree.unflatten(jax.tree.structure(parts[p]), found[p].values()) for p in parts)
+            return rest._replace(delta=delta)
+    raise ValueError(f"{_folder(workdir)}: no checkpoint is readable; start again in a new workdir")
+
+
+def load(workdir: str | Path, *, step: int | None = None) -> Run:
+    """A run from its workdir, without its base: the newest good checkpoint, or that of `step`.
+
+    >>> run = load("runs/e2e")  # doctest: +SKIP
+    >>> adapted = run.method.apply(params, run.delta)  # doctest: +SKIP
+    """
+    config = json.loads(_required(Path(workdir) / "config.json").read_text())
+    for found_step, meta in _good_steps(workdir, step):
+        table = meta["arrays"]["delta"]
+        wanted = {n: np.empty(shape, jnp.dtype(dtype)) for n, (shape, dtype, _) in table.items()}
+        found = _read(workdir, found_step, meta, {"delta": wanted})
+        if found is not None:
+            return Run(from_spec(meta["spec"]), nested(found["delta"]), found_step, config)
+    raise ValueError(f"{_folder(workdir)}: no checkpoint is readable{_of(step)}")
+
+
+def meta_of(workdir: str | Path) -> dict[str, Any]:
+    """What the newest good checkpoint says of itself: "step", "spec" of the transform, "base" for `check_base`, ..."""
+    for _, meta in _good_steps(workdir):
+        return meta
+    raise ValueError(f"{_folder(workdir)}: no checkpoint is readable")
+
+
+def latest_step(workdir: str | Path) -> int | None:
+    """The step of the newest checkpoint, unread; None where there is none."""
+    return max(_steps(workdir), default=None)
+
+
+def _folder(workdir: str | Path) -> Path:
+    return Path(workdir).absolute() / "checkpoints"
+
+
+def _steps(workdir: str | Path) -> list[int]:
+    return [int(path.name) for path in _folder(workdir).glob("*") if path.name.isdecimal()]
+
+
+def _of(step: int | None) -> str:
+    return "" if step is None else f" at step {step}"
+
+
+def _required(path: Path) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: is {path.parent} the workdir of a run?")
+    return path
+
+
+def _good_steps(workdir: str | Path, step: int | None = None) -> Iterator[tuple[int, dict]]:
+    """`(step, meta)` of the checkpoints whose meta is whole, newest first; the same on all processes."""
+    folder = _folder(workdir)
+    steps = processes.by_first(lambda: sorted(_steps(workdir), reverse=True))
+    if not steps or (step is not None and step not in steps):
+        raise FileNotFoundError(f"{folder}: no checkpoint{_of(step)}; there are steps {steps}")
+    for each in steps if step is None else [step]:
+        meta = processes.by_first(functools.partial(_meta, folder / str(each)))
+        if meta is not None:
+            yield each, meta
+
+
+def _meta(folder: Path) -> dict | None:
+    """What a checkpoint says of itself, or None (and a warning) where that is damaged."""
+    try:
+        meta = dict(json.loads((folder / "meta" / "metadata").read_text()))
+        if meta.pop("digest", "") != digest(as_json(meta)):
+            raise ValueError("its meta differs from its digest")
+    except (ValueError, TypeError, OSError) as error:
+        _warn(folder, error)
+        return None
+    return meta
+
+
+def _read(workdir: str | Path, step: int, meta: dict, wanted: dict[str, dict[str, Any]]) -> Any:
+    """`{part: {name: array}}` as wanted, or None (and a warning) where the checkpoint is damaged; one process that
+    finds it so is enough."""
+    folder, found, error = _folder(workdir) / str(step), {}, None
+    for part, arrays in wanted.items():
+        try:
+            if not (folder / part).is_dir():
+                raise FileNotFoundError(f"{part} is missing")
+            # no Checkpointer: after an error here it would let the other processes wait
+            found[part] = ocp.StandardCheckpointHandler().restore(folder / part, args=ocp.args.StandardRestore(arrays))
+        except Exception as caught:  # whatever orbax and tensorstore raise on damaged files
+            error = error or caught
+    if error is None and processes.everywhere(True):
+        found = {part: {name: jnp.asarray(found[part][name]) for name in arrays} for part, arrays in wanted.items()}
+        bad = [f"{part}/{n}" for part in found for n in _differing(found[part], meta["arrays"][part])]
+        if not bad:
+            return found
+        error = ValueError(f"{len(bad)} arrays differ from their checksums, {bad[0]} first")
+    elif error is not None:
+        processes.everywhere(False)
+    _warn(folder, error or ValueError("another process cannot read its part"))
+    return None
+
+
+def _differing(arrays: Mapping[str, jax.Array], table: Mapping[str, list]) -> list[str]:
+    """The names of the arrays that are not what was saved."""
+    if other := [
+        n for n, (shape, dtype, _) in table.items() if (list(arrays[n].shape), str(arrays[n].dtype)) != (shape, dtype)
+    ]:
+        return other
+    if any(len(said) == 32 for _, _, said in table.values()):  # written before 2026-11-29: digests of whole arrays
+        return [n for n, (_, _, said) in table.items() if digest(processes.on_host(arrays[n])) != said]
+    sums = checksums(arrays)
+    return [n for n, (_, _, said) in table.items() if sums[n] != said]
+
+
+def _warn(folder: Path, error: Exception) -> None:
+    logging.warning("%s is damaged (%s): the checkpoint before it is used", folder, _first_line(error))
+
+
+def _first_line(error: Exception) -> str:
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 300 else f"{line[:200]} ... {line[-90:]}"  # which file, and why
+
+
+def _wanted(like: Any, table: Mapping[str, list], where: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """What to read, by name, in the order, dtypes and shardings of `like`, where the checkpoint has it."""
+    leaves = named(like)
+    if leaves.keys() != table.keys():
+        raise ValueError(
+            f"{where}: the checkpoint lacks {sorted(leaves.keys() - table.keys())[:5]} and has in "
+            f"excess {sorted(table.keys() - leaves.keys())[:5]}: another method or optimizer"
+        )
+    wanted = {}
+    for name, leaf in leaves.items():
+        shape, dtype, _ = table[name]
+        if (tuple(shape), dtype) != (leaf.shape, str(leaf.dtype)):
+            raise ValueError(
+                f"{where}: {name} is {dtype}{shape} in the checkpoint, {leaf.dtype}{list(leaf.shape)} in this run"
+            )
+        sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return wanted

@@ -1,0 +1,159 @@
+"""Several processes as one run (`jax.distributed`): what each holds, what the first does for all, what all agree on.
+
+All processes call these functions in the same order; with one process each is the plain thing that it stands for.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
+
+T = TypeVar("T")
+# What one process raises, all raise; the first of these that it is.
+_ERRORS = (FileNotFoundError, OSError, TypeError, ValueError)
+_PIECE = 1024  # sizes are rounded up to it: each size of what is sent is a compiled program
+
+
+# --- agreement --------------------------------------------------------------------------------
+
+
+def first() -> bool:
+    """Whether this process is the one that writes files and prints."""
+    return jax.process_index() == 0
+
+
+def by_first(function: Callable[[], T]) -> T:
+    """What the function gives on the first process, on all of them; it can be written as JSON.
+
+    No process goes on before the function has ended.
+
+    Raises: the function's ValueError, TypeError or OSError, with its message, on every process.
+    """
+    if jax.process_count() == 1:
+        return function()
+    said: dict[str, Any] = {}
+    if first():
+        try:
+            said = {"value": function()}
+        except _ERRORS as error:
+            kind = next(kind for kind in _ERRORS if isinstance(error, kind))
+            said = {"error": kind.__name__, "message": str(error)}
+    content = np.frombuffer(json.dumps(said).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    padded = np.zeros(_padded(size), np.uint8)
+    padded[: len(content)] = content if first() else 0
+    said = json.loads(multihost_utils.broadcast_one_to_all(padded)[:size].tobytes())
+    if "error" in said:
+        raise next(kind for kind in _ERRORS if kind.__name__ == said["error"])(said["message"])
+    return said["value"]
+
+
+def anywhere(flags: Sequence[bool]) -> list[bool]:
+    """Which of the flags is set on some process; every process gives equally many."""
+    if jax.process_count() == 1:
+        return list(flags)
+    padded = np.zeros(_padded(len(flags)), np.uint8)
+    padded[: len(flags)] = flags
+    return multihost_utils.process_allgather(padded).any(0)[: len(flags)].tolist()
+
+
+def everywhere(flag: bool) -> bool:
+    """Whether the flag is set on all processes."""
+    return not anywhere([not flag])[0]
+
+
+def _padded(size: int) -> int:
+    return -(-size // _PIECE) * _PIECE
+
+
+def check_mesh(mesh: jax.sharding.Mesh) -> None:
+    """A ValueError where a process has no device on the mesh: all of them take part in every step."""
+    left_out = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
+    if left_out:
+        raise ValueError(
+            f"the mesh {dict(mesh.shape)} leaves out the devices of process {min(left_out)}: spread data, fsdp and "
+            f"tensor over all {jax.device_count()} devices of the {jax.process_count()} processes"
+        )
+
+
+# --- arrays -----------------------------------------------------------------------------------
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """`jax.device_put` of arrays that every process has whole, or that lie on the mesh already.
+
+    Args:
+      shardings: one, or one for each leaf. Each process puts there what its own devices hold.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    if isinstance(shardings, Sharding):
+        return jax.tree.map(lambda leaf: _place(leaf, shardings), tree)
+    return jax.tree.map(_place, tree, shardings)
+
+
+def _place(leaf: Any, sharding: Sharding) -> jax.Array:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def own_rows(sharding: Sharding, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Which rows of a batch this process's devices hold; None for all, with one process.
+
+    Args:
+      sharding: of an array of the batch.
+      shape: the first axes of the array, over which its rows lie in order.
+
+    Returns: (own,) the rows' numbers, ascending. Two processes may hold the same ones.
+    """
+    if jax.process_count() == 1:
+        return None
+    held = np.zeros(shape, bool)
+    for index in sharding.addressable_devices_indices_map(shape).values():
+        held[index] = True
+    return np.flatnonzero(held)
+
+
+def put_rows(batch: Mapping[str, np.ndarray], sharding: Sharding, axis: int, rows: int) -> dict[str, jax.Array]:
+    """The batch on the mesh, out of each process's own rows of it.
+
+    Args:
+      batch: arrays with this process's rows along `axis`; with one process all rows.
+      rows: of the whole batch along `axis`.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, x, (*x.shape[:axis], rows, *x.shape[axis + 1 :]))
+        for name, x in batch.items()
+    }
+
+
+def replicate(tree: Any) -> Any:
+    """Arrays of one mesh, whole on every device of it, so that each process can fetch them."""
+    sharding = jax.tree.leaves(tree)[0].sharding
+    found = jax.jit(_same, out_shardings=NamedSharding(sharding.mesh, P()))(tree)
+    # CPU devices of several processes may deadlock where small programs that wait for each other run at once
+    return jax.block_until_ready(found) if jax.default_backend() == "cpu" else found
+
+
+def _same(tree: Any) -> Any:
+    return tree
+
+
+def on_host(leaf: Any) -> np.ndarray:
+    """An array whole in this process's memory, wherever it lies; all processes call it."""
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf)
+    if not leaf.is_fully_addressable:
+        return multihost_utils.process_allgather(leaf, tiled=True)
+    # An array keeps what it once gave the host, for as long as it lives: this one of the same buffers soon ends.
+    parts = [shard.data for shard in leaf.addressable_shards]
+    return np.asarray(jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts))
