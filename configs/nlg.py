@@ -128,7 +128,7 @@ def _common() -> ConfigDict:
     config.model = model = ConfigDict()
     model.dtype = "float32"  # computes in; what trains is float32 always
     model.param_dtype = "float32"  # the base is kept in
-    model.query_block = config_dict.placeholder(int)  # attention takes so many queries at a time: for long texts
+    model.query_block = 0  # attention takes so many queries at a time, for long texts; 0: all
     model.scan_layers = False
     model.remat = False  # on a CPU together with scan_layers alone: in a loop XLA undoes it
 

@@ -243,11 +243,11 @@ def _read(workdir: str | Path, step: int, meta: dict, wanted: dict[str, dict[str
     for part, arrays in wanted.items():
         try:
             if not (folder / part).is_dir():
-                raise FileNotFoundError(f"{part} is missing")
+                raise FileNotFoundError("the folder is missing")
             # no Checkpointer: after an error here it would let the other processes wait
             found[part] = ocp.StandardCheckpointHandler().restore(folder / part, args=ocp.args.StandardRestore(arrays))
         except Exception as caught:  # whatever orbax and tensorstore raise on damaged files
-            error = error or caught
+            error = error or ValueError(f"its {part}: {caught}")
     if error is None and processes.everywhere(True):
         found = {part: {name: jnp.asarray(found[part][name]) for name in arrays} for part, arrays in wanted.items()}
         bad = [f"{part}/{n}" for part in found for n in _differing(found[part], meta["arrays"][part])]

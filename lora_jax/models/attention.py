@@ -14,7 +14,7 @@ def attend(
     value: Array,
     mask: Array | None = None,
     dropped: Callable[[Array], Array] = lambda weights: weights,
-    block: int | None = None,
+    block: int = 0,
 ) -> Array:
     """What each place takes of the others' values, (batch, heads, n, size); scores and softmax in float32.
 
@@ -26,10 +26,10 @@ def attend(
       mask: bool, broadcasts to (batch, heads, n, s): who sees whom.
       dropped: what becomes of the weights (batch, heads, n, s).
       block: so many queries at a time: scores are (batch, heads, block, s) at most, in the backward pass too, which
-        computes them again (Rabe & Staats 2021, arXiv 2112.05682). None: all at once. `dropped` gets block by block.
+        computes them again (Rabe & Staats 2021, arXiv 2112.05682). 0: all at once. `dropped` gets block by block.
     """
     n = query.shape[2]
-    if block is None or n <= block:
+    if not block or n <= block:
         return _attend(query, key, value, mask, dropped)
     blocks = -(-n // block)
     size = -(-n // blocks)

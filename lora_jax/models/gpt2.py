@@ -39,7 +39,7 @@ class GPT2Config:
     """The shape of a GPT-2, and how to compute it: in `dtype`, from parameters that start in `param_dtype`.
 
     Attributes:
-      query_block: attention takes so many queries at a time, so that a long text's scores are never whole; None: all.
+      query_block: attention takes so many queries at a time, so that a long text's scores are never whole; 0: all.
       residual: where activations (batch, length, n_embd) live between layers, and queries, keys and values (batch,
         heads, ...) inside; None: the compiler says (`lora_jax.sharding.on_mesh`).
     """
@@ -58,7 +58,7 @@ class GPT2Config:
     remat: bool = False  # recomputes each layer in the backward pass instead of storing its inside
     dtype: str = "float32"
     param_dtype: str = "float32"
-    query_block: int | None = None
+    query_block: int = 0
     residual: Sharding | None = None
 
     def __post_init__(self) -> None:

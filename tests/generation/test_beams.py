@@ -100,6 +100,7 @@ def test_as_transformers(
     check_against_transformers(pair, (3, 6, 9), seed, eos, **how)
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 999), eos=EOS, length_penalty=PENALTIES)
 @settings(max_examples=12)
 def test_a_cache_that_grows(pair: tuple[Any, Any, Any], seed: int, eos: list[int], length_penalty: float) -> None:
@@ -119,6 +120,7 @@ def test_a_cache_that_grows(pair: tuple[Any, Any, Any], seed: int, eos: list[int
     assert grown in ([5 + 3, 5 + 6, 5 + 12, 5 + 24], [])  # [] where it was compiled before
 
 
+@pytest.mark.slow
 @given(shape=st.sampled_from([(1, 1, 1), (4, 2, 13), (2, 11, 3)]), seed=st.integers(0, 999), eos=EOS)
 @settings(max_examples=9)
 def test_other_shapes(pair: tuple[Any, Any, Any], shape: tuple, seed: int, eos: list[int]) -> None:

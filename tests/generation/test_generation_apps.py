@@ -190,6 +190,7 @@ def test_scores_of_seen_and_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(scoring.scores([{**row, "seen": True} for row in rows], named("webnlg"))) == ["all", "seen"]
 
 
+@pytest.mark.slow
 def test_compare(run: Made, tmp_path: Path) -> None:
     references = [["the cat sat on the mat"], ["a dog barked at the moon"]]
     for name, predictions in (("good", ["the cat sat on the mat", "a dog barked"]), ("bad", ["cat", "dog"])):

@@ -17,7 +17,7 @@ def inputs(b: int, n: int, heads: int, size: int, seed: int = 0) -> list[Any]:
     return [jax.random.normal(key, (b, n, heads * size)) for key in jax.random.split(jax.random.key(seed), 3)]
 
 
-def own(heads: int, mask: Any, *qkv: Any, block: int | None = None) -> Any:
+def own(heads: int, mask: Any, *qkv: Any, block: int = 0) -> Any:
     return joined_heads(attend(*(split_heads(x, heads) for x in qkv), mask, block=block))
 
 
@@ -53,12 +53,12 @@ def test_with_blocks_no_scores_of_all_pairs_exist() -> None:
     n = 24
     qkv, mask = inputs(1, n, 2, 3), attention_mask(None, None, causal=n)
 
-    def largest(block: int | None) -> int:
+    def largest(block: int) -> int:
         grad = jax.make_jaxpr(jax.grad(lambda qkv: own(2, mask, *qkv, block=block).sum()))(qkv)
         values = [var.aval for eqn in equations(grad.jaxpr) for var in eqn.outvars]
         return max(value.size for value in values if value.dtype == jnp.float32)
 
-    assert largest(None) == 2 * n * n
+    assert largest(0) == 2 * n * n
     assert largest(6) < n * n
 
 

@@ -199,6 +199,7 @@ def test_a_new_pooler_trains_with_the_head_and_goes_to_peft(inputs: Path, tmp_pa
     np.testing.assert_allclose(got.numpy(), want, rtol=0, atol=1e-4 * np.abs(want).max())
 
 
+@pytest.mark.slow
 def test_a_converted_adapter_is_one_of_the_same_base(inputs: Path, tmp_path: Path) -> None:
     """A checkpoint of loralib with a classifier: converted, it starts a run and is taken into a workdir."""
     torch = pytest.importorskip("torch")

@@ -84,6 +84,7 @@ def kill_at(inputs: Path, workdir: Path, moment: str, delay: float, kind: int) -
     return None if process.returncode == 0 and kind == signal.SIGKILL else process.returncode
 
 
+@pytest.mark.slow
 def test_killed_three_times_and_told_to_end_once(inputs: Path, straight: Path) -> None:
     workdir = inputs / "killed"
     assert kill_at(inputs, workdir, "train", 0.1, signal.SIGKILL) == -signal.SIGKILL

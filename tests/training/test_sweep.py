@@ -75,7 +75,11 @@ CHAIN = {"method": "chain", "of": [LORA, {"method": "tune", "select": ["**/mlp/*
     ("values", "spec"),
     [
         ([{"learning_rate": 1e-2, "seed": 3}, {"learning_rate": 3e-3, "seed": 4}], LORA),
-        ([{"rank": 1, "alpha": 4.0, "weight_decay": 0.0}, {"rank": 3, "alpha": 8.0, "weight_decay": 0.1}], CHAIN),
+        pytest.param(
+            [{"rank": 1, "alpha": 4.0, "weight_decay": 0.0}, {"rank": 3, "alpha": 8.0, "weight_decay": 0.1}],
+            CHAIN,
+            marks=pytest.mark.slow,
+        ),
         pytest.param([{"rank": 3}, {"rank": 1}], LORA | {"dropout": 0.3}, marks=pytest.mark.slow),
         pytest.param([{"rank": 3}, {"rank": 1}], LORA | {"scale_rule": "alpha/sqrt(r)"}, marks=pytest.mark.slow),
         *(
