@@ -19,11 +19,6 @@ from tests.distributed.distributed_runs import CASES, QUICK, figures, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 MESHES = [(8, 1, 1), (2, 4, 1), (1, 2, 4), (2, 2, 2)]
-MESH_CASES = [
-    pytest.param(case, sizes, marks=() if (case, sizes) == (QUICK, (1, 2, 4)) else pytest.mark.slow)
-    for case in CASES
-    for sizes in MESHES
-]
 SAVED = {"save_every": 2}
 
 
@@ -85,7 +80,9 @@ def both(tmp_path_factory: pytest.TempPathFactory, one: Any) -> Two:
     return two(folder)
 
 
-@pytest.mark.parametrize(("case", "sizes"), MESH_CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("case", CASES)
 def test_eight_devices_have_the_losses_of_one(case: str, sizes: tuple, one: Any, tmp_path: Path) -> None:
     training.train(prepare(case, tmp_path, dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))))
     np.testing.assert_allclose(figures(tmp_path), figures(one(case)), rtol=1e-5)

@@ -13,6 +13,12 @@ pytest.importorskip("libtpu", reason="needs libtpu: pip install 'lora_jax[tpu]'"
 topologies.prepare([])
 
 
+@pytest.fixture(autouse=True)
+def free_promotion():
+    with jax.numpy_dtype_promotion("standard"):  # jax lowers products of mixed types so
+        yield
+
+
 def config_of(name, batch):
     config = gpt3.get_config(name)
     config.data.length, config.data.batch_size = 2048, batch
