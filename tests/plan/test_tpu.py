@@ -38,8 +38,8 @@ def test_lora_fits_on_four_v5p_and_sends_no_gradient_of_a_frozen_weight():
     factors = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(step.state.delta))
     # of factors and losses; one weight of the base, summed in each layer, would be 29 GB more
     assert sum(one.bytes * one.times for one in summed) <= 2 * factors + 1e6
-    # the compiler hides sums of gradients over fsdp in fusions and loops of these names
-    assert "all-reduce-scatter" not in text and "body_rs" not in text
+    # sums that the compiler splits over a loop's steps, which send to the next device, have this name
+    assert "body_rs" not in text
 
 
 def test_what_does_not_fit_is_an_answer():
