@@ -29,6 +29,17 @@ class Base(NamedTuple):
     new: tuple[str, ...] = ()  # globs of what the source lacks and every method has to train
 
 
+def mesh_of(config: ConfigDict) -> Mesh:
+    """The mesh that a config says, over the devices of all processes.
+
+    Raises:
+      ValueError: there are fewer devices, or a process has none of them.
+    """
+    mesh = sharding.make_mesh(config.mesh.to_dict())
+    processes.check_mesh(mesh)
+    return mesh
+
+
 def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None) -> Base:
     """The base at `source`, or where the config says; for a task of GLUE with its head, new unless it is there.
 

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 from tokenizers import Tokenizer
 
 import lora_jax as lj
-from experiments import cli
+from experiments import bases, cli
 from lora_jax import checkpoints, processes, sharding, training
 from lora_jax.data import text
 from lora_jax.data.batches import Schedule, packed
@@ -82,8 +82,7 @@ def load(config: ConfigDict, workdir: Path) -> tuple[Tokenizer, int, dict[str, S
 
 def ready(config: ConfigDict, workdir: Path, model: gpt2.GPT2, batches: dict[str, Schedule]) -> training.Job:
     """The run, ready to train: the base is random weights, all of which are tuned."""
-    mesh = sharding.make_mesh(config.mesh.to_dict())
-    processes.check_mesh(mesh)
+    mesh = bases.mesh_of(config)
     model = sharding.on_mesh(model, mesh)
     rules = sharding.gpt2_rules(model.config.vocab_size, mesh)
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 import lora_jax as lj
 from experiments import bases, methods
-from lora_jax import processes, sharding, training
+from lora_jax import training
 from lora_jax.data import batches, glue, pairs, tasks
 from lora_jax.data.batches import Schedule
 from lora_jax.metrics.glue import glue as glue_metrics
@@ -25,17 +25,6 @@ class Setup(NamedTuple):
     spec: dict[str, Any]  # of what trains; {} of method "none"
     batches: dict[str, Schedule]  # "train" and "valid"
     objective: training.Objective
-
-
-def mesh_of(config: ConfigDict) -> Mesh:
-    """The mesh that a config says, over the devices of all processes.
-
-    Raises:
-      ValueError: there are fewer devices, or a process has none of them.
-    """
-    mesh = sharding.make_mesh(config.mesh.to_dict())
-    processes.check_mesh(mesh)
-    return mesh
 
 
 def load(config: ConfigDict, mesh: Mesh | None = None) -> Setup:

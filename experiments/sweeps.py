@@ -27,7 +27,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         raise ValueError("a sweep trains new adapters: no method 'none', no warm_start")
     configs = members(config)
     first, *_ = configs.values()
-    mesh = setups.mesh_of(config)
+    mesh = bases.mesh_of(config)
     setup = setups.load(first, mesh)
     base = setup.base
     params = {first.seed: base.params}

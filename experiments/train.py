@@ -26,7 +26,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import lora_jax as lj
-from experiments import cli, setups, summaries, sweeps
+from experiments import bases, cli, setups, summaries, sweeps
 from lora_jax import checkpoints, processes, sharding, training
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py or FILE.py:NAME; see above.")
@@ -90,7 +90,7 @@ def train_seeds(config: ConfigDict, workdir: Path) -> None:
 
 def ready(config: ConfigDict, workdir: Path) -> tuple[training.Job, lj.Report]:
     """The run, ready to train, and the table of what trains (printed)."""
-    mesh = setups.mesh_of(config)
+    mesh = bases.mesh_of(config)
     setup = setups.load(config, mesh)
     model, params = setup.base.model, setup.base.params
     method = lj.from_spec(setup.spec)
@@ -115,7 +115,7 @@ def ready(config: ConfigDict, workdir: Path) -> tuple[training.Job, lj.Report]:
 
 def evaluate_base(config: ConfigDict, workdir: Path) -> None:
     """Method "none": the validation loss, and the task's metrics, of the base."""
-    mesh = setups.mesh_of(config)
+    mesh = bases.mesh_of(config)
     setup = setups.load(config, mesh)
     params = setup.base.params
     rules = sharding.rules_for(setup.base.model, mesh)

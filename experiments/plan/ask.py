@@ -48,7 +48,6 @@ class Step(NamedTuple):
     state: training.State
     params: Any
     batch: dict[str, jax.ShapeDtypeStruct]
-    method: lj.ParamTransform
     model: Any
 
 
@@ -59,8 +58,7 @@ def step(config: ConfigDict, choice: Choice, mesh: Mesh) -> Step:
       ValueError: something does not divide over the mesh.
     """
     model = model_of(config, choice)
-    spec = methods.spec(config, model)
-    method = lj.from_spec(spec)
+    method = lj.from_spec(methods.spec(config, model))
     placed = sharding.on_mesh(model, mesh)
     encodes = isinstance(model, encoder.Encoder)
     smoothing = config.get("label_smoothing", 0.0)
@@ -84,7 +82,6 @@ def step(config: ConfigDict, choice: Choice, mesh: Mesh) -> Step:
         _at(state, places),
         _at(params, sharding.shardings(params, mesh, rules)),
         {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spread) for name, x in shapes.items()},
-        method,
         model,
     )
 
