@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from lora_jax.arrays import factor_axes, is_adapted
 from lora_jax.models.encoder import Encoder
-from lora_jax.selection import flatten, look_up, path_of
+from lora_jax.selection import flatten, look_up, matches, path_of
 from lora_jax.taps import untapped
 
 AXES = ("data", "fsdp", "tensor")
@@ -79,13 +79,13 @@ def gpt2_rules(vocab_size: int, mesh: Mesh) -> Rules:
     """
     rows = _table(vocab_size, mesh)
     tables = {"**/wte/embedding": rows, "**/lm_head/kernel": P(*reversed(rows)), "**/wpe/embedding": _FEATURES}
-    return _layers() | tables | {"**": P()}
+    return _layers() | tables | _WHOLE
 
 
 def encoder_rules(vocab_size: int, mesh: Mesh) -> Rules:
     """Rules for `models.encoder`, as GPT-2's; the head is replicated."""
     tables = {"**/word/embedding": _table(vocab_size, mesh), "**/position/embedding": _FEATURES}
-    return _layers() | tables | {"**": P()}
+    return _layers() | tables | _WHOLE
 
 
 def rules_for(model: Any, mesh: Mesh) -> Rules:
@@ -95,6 +95,19 @@ def rules_for(model: Any, mesh: Mesh) -> Rules:
 
 
 _FEATURES = P(None, ("fsdp", "tensor"))
+# On every device, being small. What no rule names is an error.
+_WHOLE = dict.fromkeys(
+    (
+        "**/{ln_*,norm}/{scale,bias}",
+        "**/{out,down}/bias",
+        "**/token_type/embedding",
+        "**/{pooler,classifier}/**",
+        "**/kernel/l",  # of IA3
+        "**/@*/**",  # of taps, in a delta and on a tree, and what weights share
+        "taps/**",
+    ),
+    P(),
+)
 
 
 def _table(rows: int, mesh: Mesh) -> P:
@@ -123,7 +136,8 @@ def shardings(
     Args:
       tree: parameters, adapted parameters, a delta, an optimizer's state, or what holds such.
       mesh: from `make_mesh`.
-      rules: glob -> PartitionSpec of a parameter, the first match wins. Scalars are replicated.
+      rules: glob -> PartitionSpec of a parameter, the first match wins. Scalars are replicated, and so is, with a
+        warning, what a method keeps under a weight's path along no axis of it, where no rule names it.
       adapted: `method.apply(params, delta)`, of which shapes suffice (`jax.eval_shape`): says how
         the factors of a delta, and what has their path in an optimizer's state, follow the
         weights. Not needed for parameters.
@@ -137,7 +151,7 @@ def shardings(
 
     def place(keys: tuple, leaf: Any) -> NamedSharding:
         path = path_of(keys)
-        spec = _find(path, known, rules) if leaf.ndim else P()
+        spec = _find(path, known, rules, mesh) if leaf.ndim else P()
         return NamedSharding(mesh, _fitting(path, leaf.shape, spec, mesh, misfits))
 
     return jax.tree_util.tree_map_with_path(place, tree)
@@ -158,12 +172,17 @@ def _specs(tree: Any, rules: Rules) -> Iterator[tuple[str, P]]:
             yield f"{path}/{name}", P(*(of_axis.get(axis) for axis in axes))
 
 
-def _find(path: str, known: Mapping[str, P], rules: Rules) -> P:
-    """That of the longest known end of the path (`0/mu/h_0/...` ends in `h_0/...`), or by rule."""
+def _find(path: str, known: Mapping[str, P], rules: Rules, mesh: Mesh) -> P:
+    """That of the longest known end of the path (`0/mu/h_0/...` ends in `h_0/...`), or by rule; whole where it is what
+    a method keeps under a weight's path beside the factors."""
     parts = path.split("/")
-    for start in range(len(parts)):
-        if (end := "/".join(parts[start:])) in known:
-            return known[end]
+    ends = ["/".join(parts[start:]) for start in range(len(parts))]
+    if end := next((end for end in ends if end in known), None):
+        return known[end]
+    if any(end.rpartition("/")[0] in known for end in ends) and not any(matches(glob, path) for glob in rules):
+        if mesh.size > 1:
+            logging.warning("%s lies along no axis of its weight, and no rule names it: it stays whole", path)
+        return P()
     return look_up(rules, path, "sharding rules")
 
 

@@ -74,7 +74,7 @@ def step(config: ConfigDict, choice: Choice, mesh: Mesh) -> Step:
     state = jax.eval_shape(start, params)
     adapted = jax.eval_shape(method.apply, params, state.delta)
     params = lj.without_tuned(params, state.delta)
-    places = sharding.shardings(state, mesh, rules, adapted)
+    places = training.state_shardings(state, mesh, rules, adapted)
     shapes = _batch(config, choice, mesh, model)
     spread = NamedSharding(mesh, P(None, *sharding.batch_sharding(mesh).spec))
     return Step(

@@ -41,6 +41,17 @@ class Run(NamedTuple):
 # --- writing ----------------------------------------------------------------------------------
 
 
+class _Manager(ocp.CheckpointManager):
+    """Leaves it to the training loop to ask whether the run has been told to end (`training.loop.sigterm`).
+
+    JAX's service plans the stop for the step after the last number that it was asked with. Orbax asks too, with the
+    step that it saves, also late and from another thread: the stop could then be planned for a step that is past.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 def manager(workdir: str | Path, *, keep: int = 3) -> ocp.CheckpointManager:
     """Orbax's manager of `workdir/checkpoints` for writing: saves in the background, keeps `keep`.
 
@@ -55,7 +66,7 @@ def manager(workdir: str | Path, *, keep: int = 3) -> ocp.CheckpointManager:
 
     processes.by_first(clear)
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-    return ocp.CheckpointManager(folder, options=options)
+    return _Manager(folder, options=options)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from lora_jax.training.loop import Job, Result, prepare, train, validate
 from lora_jax.training.loss import cross_entropy, squared_error
 from lora_jax.training.objectives import Objective, classifier, language_model
 from lora_jax.training.optimizers import optimizer, schedule
-from lora_jax.training.step import METRICS, State, make_step, new_state
+from lora_jax.training.step import METRICS, State, make_step, new_state, state_shardings
 from lora_jax.training.workdir import claim, difference
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "read_metrics",
     "schedule",
     "squared_error",
+    "state_shardings",
     "train",
     "validate",
 ]

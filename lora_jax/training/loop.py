@@ -153,7 +153,7 @@ def _state(
     """The newest good checkpoint, or where there is none the start; placed on the mesh."""
     shapes = jax.eval_shape(start, params)
     adapted = jax.eval_shape(method.apply, params, shapes.delta)
-    places = shardings(shapes, mesh, rules, adapted)
+    places = steps.state_shardings(shapes, mesh, rules, adapted)
     if processes.by_first(lambda: checkpoints.latest_step(workdir)) is None:
         return jax.jit(start, out_shardings=places)(params)
 
@@ -293,7 +293,8 @@ def sigterm() -> Iterator[Callable[[int], bool]]:
     """`stopping(step)`, to be asked after each step: whether the run has been told to end. Of several processes one may
     have been told: then it is true for all of them, after the same step."""
     if jax.distributed.is_initialized():  # its preemption service takes the signal
-        # It wants a number that grows as long as the process lives, whichever run a step is of.
+        # It wants numbers that grow as long as the process lives, whichever run a step is of, and from one asker: the
+        # stop is planned for the step after the largest last number (`checkpoints.manager` keeps orbax from asking).
         yield lambda step: multihost_utils.reached_preemption_sync_point(next(_ASKED))
         return
     received: list[int] = []

@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import optax
 from flax.training.dynamic_scale import DynamicScale
 from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lora_jax.freezing import partition, rejoin
+from lora_jax.sharding import Rules, shardings
 from lora_jax.training.objectives import Objective
 from lora_jax.transforms import Delta, ParamTransform
 
@@ -67,6 +70,13 @@ def new_state(
         # Losses are sums over hundreds of labels: the usual 2^16 of means would overflow in the first steps.
         scaler=DynamicScale(fin_steps=jnp.int32(0), scale=jnp.float32(2**10)) if half else None,
     )
+
+
+def state_shardings(state: State, mesh: Mesh, rules: Rules, adapted: Any) -> State:
+    """Where a state lies: delta and optimizer by `sharding.shardings`, the rest on every device."""
+    delta, optimizer = shardings((state.delta, state.optimizer), mesh, rules, adapted)
+    whole = NamedSharding(mesh, P())
+    return jax.tree.map(lambda _: whole, state)._replace(delta=delta, optimizer=optimizer)
 
 
 def make_step(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -179,6 +180,14 @@ def test_after_the_previous_was_used_the_step_can_be_saved_again(written: Path, 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     write(tmp_path, 1, 2, 3, 4, keep=2)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]
+
+
+def test_saving_does_not_ask_whether_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a save asks JAX's service would make it forget the loop's own, larger numbers."""
+    asked: list[int] = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    write(tmp_path, 1, 2)
+    assert not asked
 
 
 def test_another_base_is_refused(written: Path) -> None:

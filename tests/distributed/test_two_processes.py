@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,11 @@ def two(folder: Path, *cases: str) -> Two:
             environment = os.environ | {"PYTHONPATH": str(ROOT)}
             started.append(subprocess.Popen(own, cwd=ROOT, env=environment, stdout=file, stderr=file))
     try:
+        if not cases:
+            while not all((folder / f"ready_{process}").exists() for process in (0, 1)):
+                assert all(process.poll() is None for process in started), [log.read_text()[-3000:] for log in logs]
+                time.sleep(0.05)
+            started[1].terminate()
         codes = [process.wait(timeout=310) for process in started]
     finally:
         for process in started:
@@ -115,6 +121,12 @@ def test_one_process_writes_the_files(both: Two) -> None:
     assert names == {"adapter", "checkpoints", "config", "events", "loss", "metrics"}
     assert len(list(folder.glob("events*"))) == 1
     assert set(checkpoints.load_adapter(folder / "adapter")[1]) == set(checkpoints.load(folder).delta)
+
+
+def test_both_stop_after_the_same_step_when_one_is_told_to(both: Two) -> None:
+    (step, finished), other = (found["told"] for found in both.found)
+    assert [step, finished] == other and not finished and 0 < step < 1000
+    assert checkpoints.load(both.folder / "told").step == step
 
 
 def close(a: Any, b: Any) -> None:
