@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict, config_dict
 
 import lora_jax as lj
 from lora_jax import checkpoints, training
@@ -17,6 +16,7 @@ from lora_jax.data.pairs import Encoded
 from lora_jax.data.sentences import Texts
 from lora_jax.models import encoder, gpt2
 from lora_jax.sharding import make_mesh, on_mesh, rules_for
+from tests.training.training_runs import run_config
 
 VOCAB, PREFIX, ROWS = 64, 2, 8
 MODELS = {
@@ -70,22 +70,6 @@ def schedule_of(case: str, seed: int, count: int = 2 * ROWS) -> Schedule:
     return classified(Texts(tokens, np.zeros_like(tokens), offsets, labels), ROWS, seed, buckets=1)
 
 
-def run_config(**changes: Any) -> ConfigDict:
-    config = ConfigDict()
-    config.seed, config.base, config.epochs = 3, "tiny", 2
-    for name in ("steps", "eval_every", "save_every"):
-        config[name] = config_dict.placeholder(int)
-    config.log_every, config.keep, config.accumulate, config.label_smoothing = 1, 3, 1, 0.1
-    config.best = config_dict.placeholder(str)
-    config.optimizer = optimizer = ConfigDict()
-    optimizer.learning_rate, optimizer.schedule, optimizer.final_share = 1e-2, "linear", 0.0
-    optimizer.warmup_steps, optimizer.b1, optimizer.b2, optimizer.eps = 1, 0.9, 0.999, 1e-6
-    optimizer.weight_decay, optimizer.decay = 0.01, ("**",)
-    optimizer.clip_norm = config_dict.placeholder(float)
-    config.update_from_flattened_dict(changes)
-    return config
-
-
 def prepare(case: str, workdir: Path, sizes: dict[str, int], **options: Any) -> training.Job:
     """A run of two epochs of two batches, on a mesh of these sizes."""
     name = case.partition("/")[0]
@@ -93,9 +77,11 @@ def prepare(case: str, workdir: Path, sizes: dict[str, int], **options: Any) -> 
     model = on_mesh(MODELS[name], mesh)
     if name == "encoder":
         options.setdefault("objective", training.classifier(model, metrics))
-    changes = {"best": "right"} if name == "encoder" else {}
+    config = run_config(**({"log_every": 1, "optimizer.warmup_steps": 1} | options.pop("changes", {})))
+    if name == "encoder":
+        config.best = "right"
     return training.prepare(
-        run_config(**(changes | options.pop("changes", {}))),
+        config,
         workdir,
         method=method_of(case),
         model=model,

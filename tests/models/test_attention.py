@@ -32,9 +32,13 @@ def test_outputs_and_gradients_are_those_of_jax(b: int, n: int, heads: int, size
     qkv = inputs(b, n, heads, size, seed)
     real = jnp.arange(n)[None] < jax.random.randint(jax.random.key(seed), (b, 1), 1, n + 1)
     mask = attention_mask(real, None, causal=n if causal else 0)
-    for fn in (lambda f: f(heads, mask, *qkv), lambda f: jax.grad(lambda x: (f(heads, mask, *x) ** 3).sum())(qkv)):
-        # float32 sums of at most 9 x 5 products in another order
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), fn(own), fn(of_jax))
+
+    def both(fn: Any) -> Any:
+        cubes = jax.jit(jax.grad(lambda qkv: (fn(heads, mask, *qkv) ** 3).sum()))
+        return jax.jit(lambda qkv: fn(heads, mask, *qkv))(qkv), cubes(qkv)
+
+    # float32 sums of at most 9 x 5 products in another order
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), both(own), both(of_jax))
 
 
 @settings(max_examples=4)
@@ -43,8 +47,8 @@ def test_blocks_of_queries_change_nothing(n: int, block: int, causal: bool, padd
     qkv = inputs(2, n, 2, 3, seed)
     real = jnp.arange(n)[None] < jax.random.randint(jax.random.key(seed), (2, 1), 1, n + 1)
     mask = attention_mask(real if padded else None, None, causal=n if causal else 0)
-    whole = jax.value_and_grad(lambda qkv: (own(2, mask, *qkv) ** 3).sum())(qkv)
-    blocks = jax.value_and_grad(lambda qkv: (own(2, mask, *qkv, block=block) ** 3).sum())(qkv)
+    whole = jax.jit(jax.value_and_grad(lambda qkv: (own(2, mask, *qkv) ** 3).sum()))(qkv)
+    blocks = jax.jit(jax.value_and_grad(lambda qkv: (own(2, mask, *qkv, block=block) ** 3).sum()))(qkv)
     # keys' and values' gradients are summed block by block
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), whole, blocks)
 

@@ -85,7 +85,7 @@ def test_padding_changes_nothing(config: EncoderConfig, lengths: list[int], seed
     alone = np.zeros((1, LENGTH), np.int32)
     for row, length in enumerate(lengths):
         alone[0, :length] = tokens[row, :length]
-        expected = Encoder(bare).apply({"params": params_of(bare)}, tokens[row : row + 1, :length])
+        expected = run(bare, tokens[row : row + 1, :length])
         np.testing.assert_allclose(hidden[row : row + 1, :length], expected, rtol=1e-5, atol=1e-5)
 
 

@@ -23,7 +23,7 @@ METHOD = lj.lora(
     a_init="gaussian",
 )
 MESHES = [(8, 1, 1), (2, 4, 1), (1, 2, 4), (2, 2, 2)]
-RUNS = [(SCANNED, sizes) for sizes in MESHES] + [(CONFIG, (2, 2, 2))]
+RUNS = [*(pytest.param(SCANNED, sizes, marks=pytest.mark.slow) for sizes in MESHES), (CONFIG, (2, 2, 2))]
 
 
 def mesh_of(*sizes: int) -> jax.sharding.Mesh:

@@ -133,6 +133,7 @@ def test_a_seed_alone_is_the_same_run(seeds: Path, inputs: Path, tmp_path: Path)
     assert one == two
 
 
+@pytest.mark.slow
 def test_a_warm_start_takes_what_fits(seeds: Path, inputs: Path, tmp_path: Path) -> None:
     """MNLI's classifier has three labels, CoLA's two: the low-rank factors go over, the head starts anew."""
     flags = ("--config.steps=1", "--config.seeds=()", "--config.optimizer.learning_rate=0.0")

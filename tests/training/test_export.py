@@ -64,10 +64,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 CASES: dict[str, Callable[[Path], ConfigDict]] = {
     "q and v": lambda folder: config_of(folder, **{"lora.rank": 2}),
     "scanned": lambda folder: config_of(folder, **{"lora.rank": 2, "model.scan_layers": True}),
+    "on a mesh": lambda folder: config_of(folder, **{"lora.rank": 2, "mesh.fsdp": 2, "mesh.tensor": 2}),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["q and v", pytest.param("scanned", marks=pytest.mark.slow), "on a mesh"])
 def test_every_form_goes_out_and_comes_back(case: str, folder: Path, tmp_path: Path) -> None:
     """1e-5 of the largest logit: sums in another order; the native form has the same bits."""
     config = CASES[case](folder)

@@ -48,6 +48,7 @@ KINDS = (
     "ia3",
     "lokr",
 )
+SLOWER = ("prefix_embedding", "compacter", "lora_pl", "dora", "lora_bitfit")
 FIRST = ("lora_pl", "vera")  # the others in `make test-all`
 ALL = [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in METHODS]
 
@@ -92,10 +93,8 @@ def test_a_run_of_each_method(name: str, folder: Path, tmp_path: Path) -> None:
     check_texts(base, method, delta)
 
 
-MESHED = [pytest.param(name, marks=() if name == "lora_pl" else pytest.mark.slow) for name in KINDS]
-
-
-@pytest.mark.parametrize("name", MESHED)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
 def test_the_same_on_eight_devices(name: str, folder: Path, tmp_path: Path) -> None:
     """1e-4 of the largest entry after four steps of Adam at a rate of 0.01: sums in another order."""
     deltas = []
@@ -127,9 +126,8 @@ def check_texts(base: bases.Base, method: lj.ParamTransform, delta: lj.Delta) ->
     "name",
     [
         "adapter_p",
-        "prefix_embedding",
         "ia3",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("compacter", "lora_pl", "dora", "lora_bitfit")),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in SLOWER),
     ],
 )
 def test_a_classifier_of_each_kind(name: str, folder: Path, tmp_path: Path) -> None:

@@ -51,6 +51,10 @@ def test_the_readmes_method(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     done = command(folder, "generate", f"--workdir={folder}/run", "--context=name : Alba", "--max_new_tokens=2")
     assert done.returncode == 0 and "name : Alba" in done.stdout, done.stderr
 
+
+@pytest.mark.slow
+def test_the_readmes_method_is_counted_and_timed(folder: Path) -> None:
+    own = f"--config.method={folder}/mine.py:method"
     config = ["--config=configs/e2e.py:small", own, f"--config.base={folder}/base"]
     done = command(folder, "count", *config)
     assert done.returncode == 0, done.stderr

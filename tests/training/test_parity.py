@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+@pytest.mark.parametrize("kind", ["gpt2", pytest.param("bert", marks=pytest.mark.slow)])
 def test_losses_and_factors_agree_with_peft(kind: str, tmp_path: Path) -> None:
     """1e-4 of the losses and 1e-3 of the factors, as for the real models; float32 sums in another order."""
     if kind == "gpt2":
