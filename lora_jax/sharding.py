@@ -177,8 +177,9 @@ def _find(path: str, known: Mapping[str, P], rules: Rules, mesh: Mesh) -> P:
     a method keeps under a weight's path beside the factors."""
     parts = path.split("/")
     ends = ["/".join(parts[start:]) for start in range(len(parts))]
-    if end := next((end for end in ends if end in known), None):
-        return known[end]
+    for end in ends:
+        if end in known:
+            return known[end]
     if any(end.rpartition("/")[0] in known for end in ends) and not any(matches(glob, path) for glob in rules):
         if mesh.size > 1:
             logging.warning("%s lies along no axis of its weight, and no rule names it: it stays whole", path)

@@ -95,9 +95,8 @@ def on_one_device(config: EncoderConfig) -> tuple:
     return adam_losses(config, None)
 
 
-@pytest.mark.parametrize(
-    ("config", "sizes"), [RUNS[0], pytest.param(*RUNS[1], marks=pytest.mark.slow)], ids=["roberta", "bert"]
-)
+@pytest.mark.slow  # tests/distributed has a quick one
+@pytest.mark.parametrize(("config", "sizes"), RUNS, ids=["roberta", "bert"])
 def test_an_encoder_trains_as_on_one_device(config, sizes):
     """Sums over devices round otherwise; Adam's first steps go by the gradient's sign, however small it is."""
     expected, delta = on_one_device(config)

@@ -144,12 +144,14 @@ def test_missing_base_names_the_public_one(inputs: Path) -> None:
     assert "no/base" in said and "huggingface.co/gpt2, gpt2-medium" in said
 
 
-def test_another_config_is_refused(inputs: Path, straight: Path) -> None:
-    before = (straight / "metrics.jsonl").read_bytes()
-    done = run(inputs, straight, EPOCHS, "--config.lora.rank=2")
+def test_another_config_is_refused(inputs: Path) -> None:
+    workdir = inputs / "refused"
+    assert run(inputs, workdir, "--config.epochs=1").returncode == 0
+    before = (workdir / "metrics.jsonl").read_bytes()
+    done = run(inputs, workdir, "--config.epochs=1", "--config.lora.rank=2")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "lora.rank is 4 there and 2 here" in done.stderr
-    assert (straight / "metrics.jsonl").read_bytes() == before
+    assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("variant", ["frozen", pytest.param("full", marks=pytest.mark.slow)])

@@ -50,8 +50,8 @@ def test_the_sum_and_every_gradient_are_those_of_the_whole(b: int, n: int, piece
 @pytest.mark.parametrize("around", [jax.jit, jax.checkpoint, lambda f: lambda *xs: 3 * f(*xs) / 3])
 def test_its_gradient_is_taken_from_outside_too(around: Any) -> None:
     given_ = made(2, 7)
-    found = jax.grad(around(functools.partial(in_pieces, loss, pieces=3)), (0, 1))(*given_)
-    jax.tree.map(close, found, jax.grad(loss, (0, 1))(*given_))
+    found = jax.jit(jax.grad(around(functools.partial(in_pieces, loss, pieces=3)), (0, 1)))(*given_)
+    jax.tree.map(close, found, jax.jit(jax.grad(loss, (0, 1)))(*given_))
 
 
 def test_in_bfloat16_gradients_keep_their_dtypes() -> None:
@@ -123,7 +123,8 @@ def test_a_language_model_s_loss_in_pieces_is_that_of_its_logits(head: str, tie:
     key = jax.random.key(0)
     assert batch["labels"].shape[1] % 4  # the last piece is filled up
     in_parts = lambda delta: objective.loss(method.apply(params, delta, key=key), batch)[0]  # noqa: E731
-    jax.tree.map(close, jax.value_and_grad(in_parts)(delta), jax.value_and_grad(whole)(delta))
+    found, expected = (jax.jit(jax.value_and_grad(fn))(delta) for fn in (in_parts, whole))
+    jax.tree.map(close, found, expected)
     expected = cross_entropy(
         objective.forward(method.apply(params, delta, key=key), batch), batch["labels"], batch["weights"]
     )
