@@ -1,6 +1,7 @@
 """What memory big weights take: read onto a mesh, and written, in processes of their own."""
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -37,10 +38,14 @@ def wide(tmp_path_factory):
 
 
 def ran(folder, out, *arguments) -> list[dict]:
-    """What processes with these arguments said, all at once."""
+    """What processes with these arguments said, all at once. What they free, the C library gives back at once: else it
+    keeps up to three tensors' parts, some of the time."""
     command = [sys.executable, "-m", "tests.interop.big_process", str(folder), str(out)]
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
     processes = [
-        subprocess.Popen([*command, *each], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            [*command, *each], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         for each in arguments
     ]
     outputs = [process.communicate(timeout=300)[0] for process in processes]
@@ -54,13 +59,12 @@ def test_one_process_holds_the_model_and_little_more(wide, tmp_path, layout, dty
     """Of four CPU devices one process holds all shards: the model once, where a plain load and a copy hold it twice.
 
     Loading may take two tensors more (the file's pages of one, which count as resident, and one device's part on its
-    way); writing one file, and four tensors (one more waits for the next file, one is on its way, and what the C
-    library does not give back).
+    way); writing one file, and a tensor twice (on its way from the devices).
     """
     (said,) = ran(wide, tmp_path, [layout, dtype])
     assert 1 <= said["own"] / (269_621_248 * np.dtype(dtype).itemsize) < 1.01  # biases lie on several devices
     assert said["loading"] < said["own"] + 2 * TENSOR + MORE, said
-    assert said["saving"] < 150e6 + 4 * TENSOR + MORE, said
+    assert said["saving"] < 150e6 + 2 * TENSOR + MORE, said
 
 
 @pytest.mark.slow
