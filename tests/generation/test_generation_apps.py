@@ -127,6 +127,7 @@ def test_generate(run: Made, tmp_path: Path) -> None:
     assert [row["prediction"] for row in rows] == texts(run, lj.merge(run.adapted), contexts)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_at_the_next_batch(run: Made, tmp_path: Path) -> None:
     """What it left is taken over as it is, but for a line that was cut off; other settings are refused."""
     contexts = ["name : Y", "name : Q", "name : Z"]

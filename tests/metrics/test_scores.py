@@ -47,6 +47,7 @@ def test_published_meteor_and_ter(shared: Path) -> None:
     assert scores == pytest.approx({"bleu": 48.56, "meteor": 0.39, "ter": 0.45}, abs=0.005)
 
 
+@pytest.mark.slow
 def test_an_empty_prediction(request: pytest.FixtureRequest) -> None:
     hypotheses = ["", "The cat sat on the mat."]
     references = [["A dog barks at the big moon."], ["The cat sat on the mat.", None]]

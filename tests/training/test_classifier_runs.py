@@ -108,6 +108,7 @@ def test_a_test_split_is_written_for_the_server(seeds: Path, inputs: Path) -> No
     assert len({line.split("\t")[1] for line in lines[1:]}) == 1  # the same text
 
 
+@pytest.mark.slow
 def test_a_launch_goes_on_where_it_stopped(seeds: Path, inputs: Path, tmp_path: Path) -> None:
     """One seed is done and the other stands at its second epoch: the same figures, bit for bit."""
     workdir = tmp_path / "cola"

@@ -68,7 +68,9 @@ CASES: dict[str, Callable[[Path], ConfigDict]] = {
 }
 
 
-@pytest.mark.parametrize("case", ["q and v", pytest.param("scanned", marks=pytest.mark.slow), "on a mesh"])
+@pytest.mark.parametrize(
+    "case", [*(pytest.param(case, marks=pytest.mark.slow) for case in ("q and v", "scanned")), "on a mesh"]
+)
 def test_every_form_goes_out_and_comes_back(case: str, folder: Path, tmp_path: Path) -> None:
     """1e-5 of the largest logit: sums in another order; the native form has the same bits."""
     config = CASES[case](folder)

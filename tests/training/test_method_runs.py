@@ -48,7 +48,7 @@ KINDS = (
     "ia3",
     "lokr",
 )
-SLOWER = ("prefix_embedding", "compacter", "lora_pl", "dora", "lora_bitfit")
+SLOWER = ("adapter_p", "prefix_embedding", "compacter", "lora_pl", "dora", "lora_bitfit")
 FIRST = ("lora_pl", "vera")  # the others in `make test-all`
 ALL = [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in METHODS]
 
@@ -122,14 +122,7 @@ def check_texts(base: bases.Base, method: lj.ParamTransform, delta: lj.Delta) ->
     np.testing.assert_array_equal(np.asarray(logits).argmax(-1)[:, longest - 1 : -1], new)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "adapter_p",
-        "ia3",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in SLOWER),
-    ],
-)
+@pytest.mark.parametrize("name", ["ia3", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOWER)])
 def test_a_classifier_of_each_kind(name: str, folder: Path, tmp_path: Path) -> None:
     config = glue.get_config(f"base,cola,{name}")
     config.base, config.data.path = str(folder / "glue" / "base"), str(folder / "glue" / "glue")
