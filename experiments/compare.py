@@ -11,9 +11,10 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import cli, scoring
+from experiments import cli
 from lora_jax.data.tasks import named
 from lora_jax.metrics import paired
+from lora_jax.runs import scoring
 
 flags.DEFINE_list("runs", None, "Two workdirs.")
 flags.declare_key_flag("split")

@@ -19,10 +19,11 @@ import numpy as np
 from absl import flags
 
 import lora_jax as lj
-from experiments import bases, cli, torch_files
+from experiments import cli
 from lora_jax import checkpoints
-from lora_jax.interop import hf, loralib
+from lora_jax.interop import hf, loralib, torch_files
 from lora_jax.interop.tensor_files import read_file
+from lora_jax.runs import bases
 
 flags.DEFINE_string("checkpoint", None, "The torch file: a state dict, or {'model_state_dict': ...}.")
 flags.declare_key_flag("out")

@@ -28,13 +28,14 @@ from ml_collections import ConfigDict
 
 import lora_jax as lj
 from configs import nlg
-from experiments import cli, methods, train
+from experiments import cli, train
 from experiments.paper_rows import ROWS, PaperRow
 from lora_jax.checkpoints import write_atomically
+from lora_jax.core.selection import flatten, matches
 from lora_jax.data import glue
 from lora_jax.interop import hf
 from lora_jax.models import encoder, gpt2
-from lora_jax.selection import flatten, matches
+from lora_jax.runs import methods
 
 flags.DEFINE_bool("all", False, "Counts every row of the paper's Tables 2, 3, 4 and 15.")
 flags.declare_key_flag("config")

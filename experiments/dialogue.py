@@ -12,11 +12,12 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import bases, reload
-from experiments.methods import placeholders
+from experiments import reload
 from lora_jax import Delta, ParamTransform, checkpoints
 from lora_jax.data.pairs import prompts
 from lora_jax.generation import complete, end_tokens
+from lora_jax.runs import bases
+from lora_jax.runs.methods import placeholders
 
 HELP = """A line is a context, which the model completes. Besides:
   :adapter NAME     another adapter: {names}

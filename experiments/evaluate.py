@@ -18,12 +18,13 @@ import jax
 from absl import flags
 from datasets import Dataset
 
-from experiments import cli, methods, reload, scoring
+from experiments import cli, reload
 from lora_jax import checkpoints, training
 from lora_jax.data.batches import bucketed
 from lora_jax.data.pairs import contexts, encode
 from lora_jax.data.tasks import named
 from lora_jax.metrics.scores import FILLED
+from lora_jax.runs import methods, scoring
 
 flags.declare_key_flag("split")
 flags.declare_key_flag("data")

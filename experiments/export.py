@@ -24,10 +24,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import lora_jax as lj
-from experiments import bases, cli, methods, reload, train
-from lora_jax import checkpoints, sharding, training
+from experiments import cli, reload, train
+from lora_jax import checkpoints, training
+from lora_jax.distributed import sharding
 from lora_jax.interop import hf, peft
 from lora_jax.models.layouts import to_loop
+from lora_jax.runs import bases, methods
 
 flags.DEFINE_enum("form", None, ["merged", "peft", "native"], "What to write.")
 flags.DEFINE_string("source", None, "A folder to take in: its form is found.")

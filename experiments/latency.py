@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 import lora_jax as lj
 from experiments import cli, results, summaries
-from experiments.methods import filled
 from lora_jax.models import gpt2
+from lora_jax.runs.methods import filled
 
 flags.DEFINE_enum("size", "medium", ["small", "medium", "large", "xl"], "Of GPT-2.")
 flags.DEFINE_list("settings", ["32x512:0.5", "16x256:11", "1x128:11"], "BATCHxLENGTH:MILLIONS, of adapters.")

@@ -23,9 +23,10 @@ from absl import flags
 from ml_collections import ConfigDict
 
 import lora_jax as lj
-from experiments import cli, setups, summaries, train
+from experiments import cli, summaries, train
 from lora_jax import training
 from lora_jax.interop import hf, peft
+from lora_jax.runs import tasks as setups
 from lora_jax.training import METRICS
 
 flags.DEFINE_integer("steps", 50, "Steps of both.", lower_bound=1)

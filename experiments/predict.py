@@ -18,11 +18,12 @@ from absl import flags
 from datasets import Dataset
 from tqdm import tqdm
 
-from experiments import cli, reload, setups
+from experiments import cli, reload
 from lora_jax import checkpoints, training
 from lora_jax.data import glue
 from lora_jax.data.batches import in_order
 from lora_jax.metrics.glue import glue as metrics
+from lora_jax.runs import tasks as setups
 
 flags.declare_key_flag("split")
 flags.declare_key_flag("data")

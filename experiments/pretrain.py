@@ -18,12 +18,14 @@ from ml_collections import ConfigDict, config_flags
 from tokenizers import Tokenizer
 
 import lora_jax as lj
-from experiments import bases, cli
-from lora_jax import checkpoints, processes, sharding, training
+from experiments import cli
+from lora_jax import checkpoints, training
 from lora_jax.data import text
 from lora_jax.data.batches import Schedule, packed
+from lora_jax.distributed import processes, sharding
 from lora_jax.interop import hf
 from lora_jax.models import gpt2
+from lora_jax.runs import bases
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py or FILE.py:NAME; see above.")
 flags.declare_key_flag("workdir")

@@ -11,11 +11,11 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import lora_jax as lj
-from experiments import bases, methods
 from lora_jax import checkpoints, training
 from lora_jax.data import glue
 from lora_jax.data.pairs import prompts
 from lora_jax.generation import completions, end_tokens
+from lora_jax.runs import bases, methods
 
 flags.DEFINE_enum(
     "params",

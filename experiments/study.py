@@ -27,13 +27,14 @@ from ml_collections import ConfigDict
 
 import lora_jax as lj
 from configs import e2e, glue
-from experiments import bases, cli, methods, train
+from experiments import cli, train
 from lora_jax import checkpoints, training
 from lora_jax.data import pairs, tasks
 from lora_jax.generation import complete, end_tokens
 from lora_jax.interop import hf
 from lora_jax.metrics import bleu
 from lora_jax.models import gpt2
+from lora_jax.runs import bases, methods
 
 flags.DEFINE_enum("task", "e2e", ["e2e", "mrpc"], "What is learnt.")
 flags.DEFINE_string("base", None, "A folder: a GPT-2 for E2E, a RoBERTa or BERT for MRPC.")

@@ -9,8 +9,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import lora_jax as lj
-from experiments import bases, methods, results, setups, summaries
-from lora_jax import checkpoints, processes, sharding, training
+from experiments import results, summaries
+from lora_jax import checkpoints, training
+from lora_jax.distributed import processes, sharding
+from lora_jax.runs import bases, methods
+from lora_jax.runs import tasks as setups
 from lora_jax.training import sweep
 
 KEYS = {"learning_rate": "optimizer.learning_rate", "weight_decay": "optimizer.weight_decay", "seed": "seed"}

@@ -26,8 +26,11 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import lora_jax as lj
-from experiments import bases, cli, setups, summaries, sweeps
-from lora_jax import checkpoints, processes, sharding, training
+from experiments import cli, summaries, sweeps
+from lora_jax import checkpoints, training
+from lora_jax.distributed import processes, sharding
+from lora_jax.runs import bases
+from lora_jax.runs import tasks as setups
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py or FILE.py:NAME; see above.")
 flags.declare_key_flag("workdir")

@@ -1,9 +1,25 @@
 """Adapting a large model as a transform of its parameter tree: LoRA and its relatives, in JAX."""
 
-from lora_jax import arithmetic, controlflow, products  # noqa: F401  (their rules register themselves)
-from lora_jax.arrays import Adapted, LowRank, Tuned
-from lora_jax.freezing import freeze_base, labels, partition, rejoin
-from lora_jax.lifting import DenseWeight, lift
+from lora_jax.core.arrays import Adapted, LowRank, Tuned
+from lora_jax.core.freezing import freeze_base, labels, partition, rejoin
+from lora_jax.core.lifting import control_flow, rules  # noqa: F401  (they register the rules of primitives)
+from lora_jax.core.lifting.interpreter import DenseWeight, lift
+from lora_jax.core.lifting.taps import Tapped, sites
+from lora_jax.core.selection import Absent, Selection, select
+from lora_jax.core.transforms import (
+    Delta,
+    ParamTransform,
+    Report,
+    chain,
+    check,
+    from_spec,
+    merge,
+    register,
+    stable_hash,
+    unmerge,
+    without_tuned,
+)
+from lora_jax.methods import arithmetic
 from lora_jax.methods.adapter import adapter
 from lora_jax.methods.bank import bank
 from lora_jax.methods.compacter import compacter
@@ -17,21 +33,6 @@ from lora_jax.methods.rows import rows
 from lora_jax.methods.shift import shift
 from lora_jax.methods.tune import tune
 from lora_jax.methods.vera import vera
-from lora_jax.selection import Absent, Selection, select
-from lora_jax.taps import Tapped, sites
-from lora_jax.transforms import (
-    Delta,
-    ParamTransform,
-    Report,
-    chain,
-    check,
-    from_spec,
-    merge,
-    register,
-    stable_hash,
-    unmerge,
-    without_tuned,
-)
 
 __all__ = [
     "Absent",

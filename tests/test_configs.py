@@ -10,10 +10,11 @@ import pytest
 
 import lora_jax as lj
 from configs import dart, e2e, nlg, webnlg
-from experiments import methods, setups
 from lora_jax.data import text
 from lora_jax.interop import hf
 from lora_jax.models import gpt2
+from lora_jax.runs import methods
+from lora_jax.runs import tasks as setups
 
 CONFIGS = {"e2e": e2e, "webnlg": webnlg, "dart": dart}
 

@@ -8,8 +8,8 @@ import pytest
 
 import lora_jax as lj
 from configs import glue
-from experiments import methods
 from lora_jax.models.encoder import SIZES, Encoder, dataclasses
+from lora_jax.runs import methods
 
 # Table 9 by columns, in the paper's order of tasks.
 ORDER = ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb")

@@ -12,10 +12,10 @@ import numpy as np
 
 import lora_jax as lj
 from configs import e2e
-from experiments import methods
 from experiments.benchmark import shapes
 from lora_jax import checkpoints, training
 from lora_jax.models import encoder, gpt2
+from lora_jax.runs import methods
 
 Parts = dict[str, Callable[[], float | None]]
 TARGETS = {"qv": "**/attn/{query,value}/kernel", "all": "h_*/**/kernel"}

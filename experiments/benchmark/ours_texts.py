@@ -15,13 +15,14 @@ import numpy as np
 
 import lora_jax as lj
 from configs import e2e, glue
-from experiments import bases, methods, setups
 from experiments.benchmark.ours import Parts, trainer
 from lora_jax import training
 from lora_jax.data import batches, pairs
 from lora_jax.generation import generate
 from lora_jax.generation.texts import batches_of
 from lora_jax.interop import hf
+from lora_jax.runs import bases, methods
+from lora_jax.runs import tasks as setups
 
 
 def epoch(work: dict[str, Any]) -> Parts:

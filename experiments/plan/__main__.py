@@ -30,9 +30,10 @@ import jax
 from absl import flags
 
 from experiments import cli, train
-from experiments.plan import ask, search, topologies
-from lora_jax import sharding
+from experiments.plan import ask, search
 from lora_jax.checkpoints import write_atomically
+from lora_jax.distributed import sharding
+from lora_jax.planning import topologies
 
 flags.DEFINE_string("topology", None, "What to compile for: v5e:4x8, cpu:8, gpu:1x16GB, or with --search v5e.")
 flags.DEFINE_list("mesh", [], "data,fsdp,tensor: their product is the number of devices.")

@@ -14,11 +14,13 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 import lora_jax as lj
-from experiments import count, methods
-from experiments.plan import collectives, flops
-from experiments.plan.topologies import GIB, Topology
-from lora_jax import sharding, training
+from experiments import count
+from lora_jax import training
+from lora_jax.distributed import sharding
 from lora_jax.models import encoder
+from lora_jax.planning import collectives, flops
+from lora_jax.planning.topologies import GIB, Topology
+from lora_jax.runs import methods
 
 VOCABULARY = 128  # a token table is filled up to a multiple of so many rows, so that it divides over a tensor axis
 

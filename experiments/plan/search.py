@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments.plan import ask, topologies
+from experiments.plan import ask
 from experiments.plan.ask import Choice
-from experiments.plan.topologies import Topology
 from lora_jax.checkpoints import write_atomically
 from lora_jax.models import encoder
+from lora_jax.planning import topologies
+from lora_jax.planning.topologies import Topology
 
 flags.DEFINE_float("minutes", 20, "How long to search.", lower_bound=0)
 flags.DEFINE_string("cache", None, "A JSON file that keeps answers.")

@@ -24,8 +24,9 @@ from absl import flags
 
 from configs import e2e, glue, gpt3
 from experiments import cli, summaries
-from experiments.plan import ask, search, topologies
+from experiments.plan import ask, search
 from experiments.plan.ask import Choice
+from lora_jax.planning import topologies
 
 flags.DEFINE_list("only", ["pods", "gpus"], "Which tables.")
 flags.declare_key_flag("out")

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from lora_jax import processes
 from lora_jax.checkpoints.files import as_json, digest, named, nested, raw_bytes, table_of, write_atomically
-from lora_jax.transforms import Delta, ParamTransform, from_spec
+from lora_jax.core.transforms import Delta, ParamTransform, from_spec
+from lora_jax.distributed import processes
 
 _ADAPTER = "adapter.safetensors"
 # What an adapter may be of, as numpy and as the file calls it; in the file the widest come first.

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax import processes
-from lora_jax.transforms import Delta
+from lora_jax.core.transforms import Delta
+from lora_jax.distributed import processes
 
 
 def digest(content: str | np.ndarray) -> str:

@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lora_jax import processes
 from lora_jax.checkpoints.checksums import checksums
 from lora_jax.checkpoints.files import as_json, check_base, digest, named, nested
-from lora_jax.transforms import Delta, ParamTransform, from_spec
+from lora_jax.core.transforms import Delta, ParamTransform, from_spec
+from lora_jax.distributed import processes
 
 S = TypeVar("S")
 

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from lora_jax.core.lifting.interpreter import lift
 from lora_jax.generation import beam_rules
 from lora_jax.generation.bans import ban_repeats
-from lora_jax.lifting import lift
 from lora_jax.models.gpt2 import init_cache
 
 _ROOM = 16  # the cache begins with so many slots a beam besides the prompt's, then has twice as many, and so on

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from lora_jax.core.lifting.interpreter import lift
 from lora_jax.generation.bans import ban_repeats
-from lora_jax.lifting import lift
 from lora_jax.models.gpt2 import init_cache
 
 

@@ -15,12 +15,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.interop.peft_modules import Model, Module, model_of, prefix_in
+from lora_jax.core.selection import select
+from lora_jax.core.transforms import Delta, ParamTransform, chain
+from lora_jax.interop.peft.modules import Model, Module, model_of, prefix_in
 from lora_jax.interop.tensor_files import read_file
 from lora_jax.methods.lora import lora
 from lora_jax.methods.tune import tune
-from lora_jax.selection import select
-from lora_jax.transforms import Delta, ParamTransform, chain
 
 # Buffers: GPT-2's causal masks, whose name lora_state_dict(bias="all") takes for a bias, and position counters.
 IGNORED = re.compile(r"(.*\.)?(h\.\d+\.attn\.(masked_)?bias|embeddings\.position_ids)")

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.arrays import Adapted, LowRank, adapted_array, subscripts, widened
-from lora_jax.selection import flatten
-from lora_jax.taps import untapped
-from lora_jax.transforms import Delta, ParamTransform, from_spec, register
+from lora_jax.core.arrays import Adapted, LowRank, adapted_array, subscripts, widened
+from lora_jax.core.lifting.taps import untapped
+from lora_jax.core.selection import flatten
+from lora_jax.core.transforms import Delta, ParamTransform, from_spec, register
 
 
 @adapted_array

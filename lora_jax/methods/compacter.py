@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from lora_jax.core.transforms import Delta, ParamTransform, need_factors, per_site, register
 from lora_jax.methods.adapter import Bottleneck, occurrences
-from lora_jax.transforms import Delta, ParamTransform, need_factors, per_site, register
 
 RULE = "@shared/compacter"
 

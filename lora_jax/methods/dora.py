@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.arrays import Adapted, Label, LowRank, Op, adapted_array, static, subscripts, widened
+from lora_jax.core.arrays import Adapted, Label, LowRank, Op, adapted_array, static, subscripts, widened
+from lora_jax.core.selection import Selection
+from lora_jax.core.transforms import ParamTransform, need_factors, register
 from lora_jax.methods.lora import Options
-from lora_jax.selection import Selection
-from lora_jax.transforms import ParamTransform, need_factors, register
 
 
 @adapted_array

@@ -7,9 +7,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.arrays import Adapted, Label, Op, Tuned, adapted_array, factor_axes, map_adapted, scaled, static, widened
-from lora_jax.selection import CLASS, Absent, Selection, flatten, matches
-from lora_jax.transforms import Delta, ParamTransform, all_layers, need_factors, per_leaf, register, sizes
+from lora_jax.core.arrays import (
+    Adapted,
+    Label,
+    Op,
+    Tuned,
+    adapted_array,
+    factor_axes,
+    map_adapted,
+    scaled,
+    static,
+    widened,
+)
+from lora_jax.core.selection import CLASS, Absent, Selection, flatten, matches
+from lora_jax.core.transforms import Delta, ParamTransform, all_layers, need_factors, per_leaf, register, sizes
 
 _SHARED = "@shared/"
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.arrays import Adapted, Label, Op, adapted_array, rounded_sum, sides, static, widened
-from lora_jax.products import Dot, LookUp
-from lora_jax.selection import Absent, Selection, look_up
-from lora_jax.transforms import ParamTransform, all_layers, need_factors, per_leaf, register, sizes
+from lora_jax.core.arrays import Adapted, Label, Op, adapted_array, rounded_sum, sides, static, widened
+from lora_jax.core.lifting.rules import Dot, LookUp
+from lora_jax.core.selection import Absent, Selection, look_up
+from lora_jax.core.transforms import ParamTransform, all_layers, need_factors, per_leaf, register, sizes
 
 Chain = list[Array]  # matrices (in, out), to be multiplied
 

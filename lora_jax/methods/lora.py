@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lora_jax.arrays import Label, LowRank
-from lora_jax.selection import Absent, Selection, look_up, matches
-from lora_jax.transforms import Delta, ParamTransform, all_layers, need_factors, per_leaf, register, sizes
+from lora_jax.core.arrays import Label, LowRank
+from lora_jax.core.selection import Absent, Selection, look_up, matches
+from lora_jax.core.transforms import Delta, ParamTransform, all_layers, need_factors, per_leaf, register, sizes
 
 _SCALE_RULES = {"alpha/r": lambda alpha, r: alpha / r, "alpha/sqrt(r)": lambda alpha, r: alpha / math.sqrt(r)}
 _A_INITS = ("kaiming_uniform", "gaussian")

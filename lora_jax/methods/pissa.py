@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.arrays import Adapted, Label, LowRank, adapted_array, static, widened
+from lora_jax.core.arrays import Adapted, Label, LowRank, adapted_array, static, widened
+from lora_jax.core.selection import CLASS, Selection
+from lora_jax.core.transforms import ParamTransform, need_factors, per_leaf, register, sizes
 from lora_jax.methods.lora import Options
-from lora_jax.selection import CLASS, Selection
-from lora_jax.transforms import ParamTransform, need_factors, per_leaf, register, sizes
 
 
 @adapted_array

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.arrays import Adapted, Label, Op, adapted_array, static
+from lora_jax.core.arrays import Adapted, Label, Op, adapted_array, static
+from lora_jax.core.lifting.taps import Tap
+from lora_jax.core.selection import Absent, Selection
+from lora_jax.core.transforms import ParamTransform, need_factors, per_leaf, per_site, register
 from lora_jax.methods.adapter import occurrences
-from lora_jax.selection import Absent, Selection
-from lora_jax.taps import Tap
-from lora_jax.transforms import ParamTransform, need_factors, per_leaf, per_site, register
 
 
 @adapted_array

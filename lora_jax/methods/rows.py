@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.arrays import Adapted, Label, LowRank, adapted_array, static
-from lora_jax.selection import Absent, Selection
-from lora_jax.transforms import ParamTransform, need_factors, per_leaf, register
+from lora_jax.core.arrays import Adapted, Label, LowRank, adapted_array, static
+from lora_jax.core.selection import Absent, Selection
+from lora_jax.core.transforms import ParamTransform, need_factors, per_leaf, register
 
 
 @adapted_array

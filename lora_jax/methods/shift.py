@@ -6,9 +6,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.arrays import Adapted, Label, Tuned, adapted_array, rounded_sum, static, widened
-from lora_jax.selection import Absent, Selection, look_up
-from lora_jax.transforms import ParamTransform, need_factors, per_leaf, register
+from lora_jax.core.arrays import Adapted, Label, Tuned, adapted_array, rounded_sum, static, widened
+from lora_jax.core.selection import Absent, Selection, look_up
+from lora_jax.core.transforms import ParamTransform, need_factors, per_leaf, register
 
 
 @adapted_array

@@ -5,9 +5,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from lora_jax.arrays import Label, Tuned
-from lora_jax.selection import Absent, Selection
-from lora_jax.transforms import ParamTransform, need_factors, per_leaf, register
+from lora_jax.core.arrays import Label, Tuned
+from lora_jax.core.selection import Absent, Selection
+from lora_jax.core.transforms import ParamTransform, need_factors, per_leaf, register
 
 
 def tune(selection: Selection) -> ParamTransform:

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.arrays import Adapted, Label, LowRank, adapted_array, map_adapted, static
-from lora_jax.selection import Absent, Selection, flatten, matches
-from lora_jax.transforms import (
+from lora_jax.core.arrays import Adapted, Label, LowRank, adapted_array, map_adapted, static
+from lora_jax.core.selection import Absent, Selection, flatten, matches
+from lora_jax.core.transforms import (
     Delta,
     ParamTransform,
     all_layers,

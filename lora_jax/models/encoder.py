@@ -13,7 +13,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Sharding
 
-from lora_jax.dropping import drop
+from lora_jax.core.dropout import drop
 from lora_jax.models import activations, masks, shapes
 from lora_jax.models.attention import attend, joined_heads, placed, split_heads
 from lora_jax.models.layouts import to_loop, to_scanned

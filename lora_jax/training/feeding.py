@@ -9,9 +9,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lora_jax import processes
 from lora_jax.data.batches import Batch, Schedule
-from lora_jax.sharding import batch_sharding
+from lora_jax.distributed import processes
+from lora_jax.distributed.sharding import batch_sharding
 
 Put = Callable[[Batch], dict[str, jax.Array]]
 

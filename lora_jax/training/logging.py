@@ -7,8 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lora_jax import processes
 from lora_jax.checkpoints import write_atomically
+from lora_jax.distributed import processes
 
 # What differs between two runs of one config: everything else in metrics.jsonl is equal.
 TIMES = ("seconds", "tokens_per_second")

@@ -21,9 +21,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from lora_jax import checkpoints, processes
+from lora_jax import checkpoints
+from lora_jax.core.transforms import Delta, ParamTransform, from_spec, without_tuned
 from lora_jax.data.batches import Batch, Schedule
-from lora_jax.sharding import Rules, make_mesh, shardings
+from lora_jax.distributed import processes
+from lora_jax.distributed.sharding import Rules, make_mesh, shardings
 from lora_jax.training import step as steps
 from lora_jax.training.feeding import Put, putter, seen, validation_putter
 from lora_jax.training.logging import Log, plot_loss
@@ -31,7 +33,6 @@ from lora_jax.training.meter import Labels, Meter, check
 from lora_jax.training.objectives import Objective, language_model
 from lora_jax.training.optimizers import optimizer, schedule
 from lora_jax.training.workdir import claim, difference
-from lora_jax.transforms import Delta, ParamTransform, from_spec, without_tuned
 
 _ASKED = itertools.count(1)
 EVERYWHERE: Rules = {"**": P()}

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.arrays import scaled
+from lora_jax.core.arrays import scaled
 
 
 def cross_entropy(logits: Array, labels: Array, weights: Array, smoothing: float = 0.0) -> tuple[Array, Array]:

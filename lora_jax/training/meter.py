@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from lora_jax import processes
 from lora_jax.data.batches import Batch
+from lora_jax.distributed import processes
 from lora_jax.training.logging import Log
 from lora_jax.training.step import METRICS, State
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lora_jax.arrays import map_adapted
-from lora_jax.lifting import lift
-from lora_jax.taps import untapped
+from lora_jax.core.arrays import map_adapted
+from lora_jax.core.lifting.interpreter import lift
+from lora_jax.core.lifting.taps import untapped
+from lora_jax.core.transforms import stable_hash
 from lora_jax.training.loss import cross_entropy, in_pieces, squared_error
-from lora_jax.transforms import stable_hash
 
 
 class Forward(Protocol):

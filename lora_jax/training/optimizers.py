@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import optax
 
-from lora_jax.freezing import freeze_base
-from lora_jax.selection import matches
+from lora_jax.core.freezing import freeze_base
+from lora_jax.core.selection import matches
 
 
 def schedule(config: Any, steps: int, peak: Any = None) -> optax.Schedule:

@@ -11,10 +11,10 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.freezing import partition, rejoin
-from lora_jax.sharding import Rules, shardings
+from lora_jax.core.freezing import partition, rejoin
+from lora_jax.core.transforms import Delta, ParamTransform
+from lora_jax.distributed.sharding import Rules, shardings
 from lora_jax.training.objectives import Objective
-from lora_jax.transforms import Delta, ParamTransform
 
 # What a step adds up on the device since the metrics were last fetched, all at once: the loss and
 # the labels (sums), the tokens computed and the real ones (sums), the newest gradient norm and

@@ -22,9 +22,11 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lora_jax import checkpoints, processes
+from lora_jax import checkpoints
+from lora_jax.core.transforms import ParamTransform, from_spec, without_tuned
 from lora_jax.data.batches import Schedule
-from lora_jax.sharding import Rules, make_mesh, shardings
+from lora_jax.distributed import processes
+from lora_jax.distributed.sharding import Rules, make_mesh, shardings
 from lora_jax.training import loop
 from lora_jax.training import step as steps
 from lora_jax.training.feeding import Put, putter, seen, validation_putter
@@ -33,7 +35,6 @@ from lora_jax.training.meter import Labels, Meter, fetch
 from lora_jax.training.objectives import Objective
 from lora_jax.training.optimizers import optimizer, schedule
 from lora_jax.training.workdir import claim
-from lora_jax.transforms import ParamTransform, from_spec, without_tuned
 
 # Of these, more rank is more zeros: what the padding computes is zero, and so is its gradient.
 PADDED = ("adapter", "dora", "lora", "pissa", "vera")

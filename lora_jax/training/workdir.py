@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax import processes
-from lora_jax.arrays import is_adapted
 from lora_jax.checkpoints import latest_step, write_atomically
-from lora_jax.selection import flatten
-from lora_jax.taps import untapped
+from lora_jax.core.arrays import is_adapted
+from lora_jax.core.lifting.taps import untapped
+from lora_jax.core.selection import flatten
+from lora_jax.distributed import processes
 from lora_jax.training.logging import read_metrics
 
 # What may change when a run goes on. How the base is called may; its identity is compared.

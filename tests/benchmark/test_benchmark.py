@@ -15,8 +15,8 @@ import lora_jax as lj
 from experiments import results
 from experiments.benchmark import contests, ours, report, shapes
 from experiments.benchmark.side import Missing, Side
-from experiments.plan.flops import equations
 from lora_jax import training
+from lora_jax.planning.flops import equations
 
 WORK = {"model": "small_base", "targets": "qv", "batch": 2, "length": 8}
 

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from lora_jax import checkpoints
-from lora_jax.sharding import make_mesh
+from lora_jax.distributed.sharding import make_mesh
 
 # 2026-11-25: a read that fails leaves tensorstore's other reads to a loop that orbax has closed.
 pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax.checkpoints import checksums
-from lora_jax.sharding import make_mesh
+from lora_jax.distributed.sharding import make_mesh
 
 DTYPES = ("float32", "bfloat16", "float16", "int32", "uint32", "int8", "uint16", "bool", "complex64", "float8_e4m3fn")
 

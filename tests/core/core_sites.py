@@ -14,7 +14,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name as named
 
 import lora_jax as lj
-from lora_jax.transforms import per_site
+from lora_jax.core.transforms import per_site
 
 KEY = jax.random.key(0)
 LAYERS, WIDTH, VOCABULARY = 4, 4, 6

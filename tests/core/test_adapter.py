@@ -13,8 +13,8 @@ from core_reference import close, filled, normal, same
 from core_sites import LAYERS, PARAMS, TOKENS, TOWERS, WIDTH, invariants, tower
 
 import lora_jax as lj
-from experiments.plan.flops import equations
 from lora_jax.models import encoder, gpt2
+from lora_jax.planning.flops import equations
 
 KEY = jax.random.key(0)
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_jax as lj
-from lora_jax.arithmetic import add, difference, truncate
 from lora_jax.checkpoints import load_adapter, save_adapter
+from lora_jax.methods.arithmetic import add, difference, truncate
 
 KEY = jax.random.key(0)
 X = normal(4, 8, seed=5)

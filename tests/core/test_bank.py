@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_jax as lj
-from experiments.plan import flops
 from lora_jax.generation import generate
 from lora_jax.methods.bank import pack, take
 from lora_jax.models import gpt2
+from lora_jax.planning import flops
 
 
 def lora(glob: str, rank: int, **options: Any) -> lj.ParamTransform:

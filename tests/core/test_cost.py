@@ -26,9 +26,9 @@ import pytest
 from flax.training.train_state import TrainState
 
 import lora_jax as lj
-from experiments.plan.flops import count, equations
-from lora_jax.dropping import drop
+from lora_jax.core.dropout import drop
 from lora_jax.models import gpt2
+from lora_jax.planning.flops import count, equations
 
 BATCH, LENGTH, LABELLED, RANK = 2, 12, 5, 2
 CONFIG = gpt2.GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=3, n_head=2)

@@ -14,8 +14,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax as lj
-from experiments.plan.flops import equations
-from lora_jax.selection import CLASS
+from lora_jax.core.selection import CLASS
+from lora_jax.planning.flops import equations
 
 KEY = jax.random.key(0)
 X = normal(3, 8, seed=5)

@@ -76,7 +76,7 @@ def test_bfloat16_compute_on_float32_parameters():
 
 
 def _dot_inputs(fn, *args):
-    from experiments.plan.flops import equations
+    from lora_jax.planning.flops import equations
 
     for eqn in equations(jax.make_jaxpr(fn)(*args).jaxpr):
         if eqn.primitive.name == "dot_general":

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import lora_jax as lj
-from experiments.plan.flops import equations
+from lora_jax.planning.flops import equations
 
 X = normal(3, 8, seed=5)
 W = {"w": normal(8, 12, seed=1)}

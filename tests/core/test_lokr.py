@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 from test_lift_structure import CASES, X
 
 import lora_jax as lj
-from experiments.plan.flops import equations
 from lora_jax.methods.lokr import factorization
+from lora_jax.planning.flops import equations
 
 KEY = jax.random.key(0)
 

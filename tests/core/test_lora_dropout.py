@@ -9,7 +9,7 @@ import pytest
 from core_reference import close, filled, normal, same
 
 import lora_jax as lj
-from lora_jax.dropping import drop
+from lora_jax.core.dropout import drop
 
 N, RATE = 8, 0.25
 KEY = jax.random.key(3)

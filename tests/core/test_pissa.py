@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax as lj
-from lora_jax.selection import CLASS
+from lora_jax.core.selection import CLASS
 
 KEY = jax.random.key(0)
 X = normal(3, 8, seed=5)

@@ -16,7 +16,7 @@ from core_reference import close, filled, normal, same
 from core_sites import LAYERS, PARAMS, TOWERS, VOCABULARY, WIDTH, invariants
 
 import lora_jax as lj
-from lora_jax import sharding
+from lora_jax.distributed import sharding
 from lora_jax.methods.prefix import inserted
 from lora_jax.models import gpt2
 

@@ -29,9 +29,9 @@ from core_sites import (
 from jax.ad_checkpoint import checkpoint_name as named
 
 import lora_jax as lj
-from experiments.plan.flops import equations
-from lora_jax.taps import Tap
-from lora_jax.transforms import per_site
+from lora_jax.core.lifting.taps import Tap
+from lora_jax.core.transforms import per_site
+from lora_jax.planning.flops import equations
 
 
 def by_hand(p, tokens, delta, layers=None, strength=None):

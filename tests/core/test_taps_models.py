@@ -27,9 +27,9 @@ from jax.ad_checkpoint import checkpoint_name as named
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
-from lora_jax import sharding
+from lora_jax.core.transforms import per_site
+from lora_jax.distributed import sharding
 from lora_jax.models import encoder, gpt2
-from lora_jax.transforms import per_site
 
 
 class Block(nn.Module):

@@ -18,9 +18,9 @@ from jax.ad_checkpoint import checkpoint_name as named
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
-from lora_jax import sharding
-from lora_jax.taps import Tap
-from lora_jax.transforms import per_site
+from lora_jax.core.lifting.taps import Tap
+from lora_jax.core.transforms import per_site
+from lora_jax.distributed import sharding
 
 
 @pytest.mark.parametrize("name", ["loop", "scan", "remat", "scan in scan", "jit"])

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 import lora_jax as lj
 from configs.e2e import get_config
-from experiments import bases, dialogue, reload, scoring
+from experiments import dialogue, reload
 from lora_jax import checkpoints, training
 from lora_jax.data import batches, e2e, text
 from lora_jax.data.tasks import named
@@ -23,6 +23,7 @@ from lora_jax.generation import complete
 from lora_jax.interop import hf
 from lora_jax.metrics import bleu, java
 from lora_jax.models import gpt2
+from lora_jax.runs import bases, scoring
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = """name : X | area : riverside||X is by the river .

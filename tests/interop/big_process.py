@@ -17,9 +17,9 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from safetensors import safe_open
 
-from experiments import bases
-from lora_jax import sharding
+from lora_jax.distributed import sharding
 from lora_jax.interop import hf
+from lora_jax.runs import bases
 
 LAYERS = "h/mlp/up/kernel", "h_0/mlp/up/kernel"
 

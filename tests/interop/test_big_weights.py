@@ -15,10 +15,10 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
 
 import lora_jax as lj
-from experiments import bases
-from lora_jax import sharding
+from lora_jax.distributed import sharding
 from lora_jax.interop import hf
 from lora_jax.models import encoder, gpt2, layouts
+from lora_jax.runs import bases
 
 GPT2 = gpt2.GPT2Config(vocab_size=40, n_positions=16, n_embd=24, n_layer=2, n_head=3, eos_token_id=0)
 BERT = encoder.EncoderConfig(

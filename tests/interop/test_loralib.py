@@ -13,16 +13,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
-from experiments import bases
 from lora_jax import checkpoints
 from lora_jax.interop import hf, loralib
 from lora_jax.models import gpt2
+from lora_jax.runs import bases
 
 torch = pytest.importorskip("torch")
 theirs = pytest.importorskip("loralib")
 transformers = pytest.importorskip("transformers")
 
-from experiments import torch_files  # noqa: E402  (imports torch)
+from lora_jax.interop import torch_files  # noqa: E402  (imports torch)
 
 ROOT = Path(__file__).resolve().parents[2]
 D, ALPHA = 12, 7.0

@@ -17,10 +17,10 @@ from peft_models import adapter, assert_close, base, ours, quietly, theirs, writ
 
 import lora_jax as lj  # noqa: E402
 from lora_jax.interop import peft as peft_here  # noqa: E402
-from lora_jax.interop import peft_config  # noqa: E402
-from lora_jax.interop.peft_lora import LORA  # noqa: E402
-from lora_jax.interop.peft_modules import model_of, resolve  # noqa: E402
-from lora_jax.interop.peft_tensors import PREFIX, planned  # noqa: E402
+from lora_jax.interop.peft import config as peft_config  # noqa: E402
+from lora_jax.interop.peft.kinds.lora import LORA  # noqa: E402
+from lora_jax.interop.peft.modules import model_of, resolve  # noqa: E402
+from lora_jax.interop.peft.tensors import PREFIX, planned  # noqa: E402
 
 KINDS = ["gpt2 untied", "gpt2 bare", "gpt2 score", "roberta", "roberta bare", "bert", "bert bare"]
 NAMES = {

@@ -18,7 +18,8 @@ import peft as theirs
 from peft_models import adapter, base, quietly, written
 
 import lora_jax as lj
-from lora_jax.interop import hf_gpt2, peft
+from lora_jax.interop import peft
+from lora_jax.interop.hf import gpt2 as hf_gpt2
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FIELDS = {

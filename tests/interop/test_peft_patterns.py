@@ -16,9 +16,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lora_jax.interop import peft_config
-from lora_jax.interop.peft_lora import LORA
-from lora_jax.interop.peft_patterns import steps
+from lora_jax.interop.peft import config as peft_config
+from lora_jax.interop.peft.kinds.lora import LORA
+from lora_jax.interop.peft.patterns import steps
 
 ROLES = ("query", "key", "value")
 LAYERS = [rf"roberta\.encoder\.layer\.{n}\.attention\.self\.{role}" for n in range(48) for role in ROLES]

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 torch = pytest.importorskip("torch")
 
-from experiments import torch_files  # noqa: E402  (needs torch)
+from lora_jax.interop import torch_files  # noqa: E402  (needs torch)
 
 
 def test_every_tensor_arrives(tmp_path):

@@ -8,9 +8,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments.plan.flops import equations
 from lora_jax.models.attention import attend, joined_heads, split_heads
 from lora_jax.models.masks import attention_mask
+from lora_jax.planning.flops import equations
 
 
 def inputs(b: int, n: int, heads: int, size: int, seed: int = 0) -> list[Any]:

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_jax as lj
+from lora_jax.core.selection import flatten, matches
 from lora_jax.models import encoder, shapes
 from lora_jax.models.encoder import Encoder, EncoderConfig
-from lora_jax.selection import flatten, matches
 
 TINY = EncoderConfig(
     vocab_size=41,

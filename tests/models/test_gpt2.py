@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from lora_jax.core.selection import flatten, matches
 from lora_jax.models import gpt2
-from lora_jax.selection import flatten, matches
 
 TINY = gpt2.GPT2Config(vocab_size=53, n_positions=24, n_embd=24, n_layer=2, n_head=3)
 LAYOUTS = [{"scan_layers": scan, "remat": remat} for scan in (False, True) for remat in (False, True)]

@@ -7,8 +7,8 @@ import optax
 import pytest
 from flax.training.train_state import TrainState
 
+from lora_jax.core.transforms import Delta
 from lora_jax.models.layouts import to_loop, to_scanned
-from lora_jax.transforms import Delta
 
 
 def layers(n: int = 12, seed: int = 0):

@@ -10,9 +10,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from plan_config import tiny
 
-from experiments.plan import ask, collectives, topologies
+from experiments.plan import ask
 from experiments.plan.ask import Choice
-from lora_jax import sharding
+from lora_jax.distributed import sharding
+from lora_jax.planning import collectives, topologies
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 

@@ -9,8 +9,9 @@ import jax
 import pytest
 from plan_config import tiny
 
-from experiments.plan import ask, search, topologies
+from experiments.plan import ask, search
 from experiments.plan.ask import Choice
+from lora_jax.planning import topologies
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -4,9 +4,10 @@ import jax
 import pytest
 
 from configs import gpt3
-from experiments.plan import ask, collectives, topologies
+from experiments.plan import ask
 from experiments.plan.ask import Choice
-from lora_jax import sharding
+from lora_jax.distributed import sharding
+from lora_jax.planning import collectives, topologies
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("libtpu", reason="needs libtpu: pip install 'lora_jax[tpu]'")

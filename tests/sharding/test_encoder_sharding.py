@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from test_sharding import mesh_of
 
 import lora_jax as lj
-from lora_jax import sharding
+from lora_jax.distributed import sharding
 from lora_jax.models.encoder import AXES, Encoder, EncoderConfig
 from lora_jax.training import objectives
 

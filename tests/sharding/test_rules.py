@@ -14,10 +14,11 @@ from test_sharding import CONFIG, SCANNED, mesh_of
 import lora_jax as lj
 from configs import e2e, glue
 from configs.methods import METHODS
-from experiments import methods
-from lora_jax import sharding, training
+from lora_jax import training
+from lora_jax.distributed import sharding
 from lora_jax.models.encoder import Encoder
 from lora_jax.models.gpt2 import GPT2
+from lora_jax.runs import methods
 
 MODELS = {"gpt2": GPT2(CONFIG), "gpt2 scanned": GPT2(SCANNED), "roberta": Encoder(ROBERTA), "bert": Encoder(BERT)}
 SMALL = {"lora.rank": 2, "dora.rank": 2, "pissa.rank": 2, "vera.rank": 8, "adapter.rank": 4, "compacter.rank": 8}

@@ -18,10 +18,10 @@ from training_cli import ROOT, environment
 
 import lora_jax as lj
 from configs import e2e
-from experiments import bases
 from lora_jax import checkpoints, training
 from lora_jax.interop import hf
 from lora_jax.models.encoder import Encoder
+from lora_jax.runs import bases
 
 
 @pytest.fixture(scope="module")

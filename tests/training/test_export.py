@@ -14,10 +14,11 @@ from training_cli import make_inputs
 
 import lora_jax as lj
 from configs import e2e
-from experiments import bases, export, methods, train
+from experiments import export, train
 from lora_jax import checkpoints, training
 from lora_jax.interop import hf
 from lora_jax.models.gpt2 import to_loop
+from lora_jax.runs import bases, methods
 
 FORMS = ("merged", "peft", "native")
 

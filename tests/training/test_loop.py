@@ -25,7 +25,7 @@ from training_runs import (
 import lora_jax as lj
 from lora_jax import checkpoints, training
 from lora_jax.data.batches import Batch, Schedule
-from lora_jax.sharding import gpt2_rules, make_mesh
+from lora_jax.distributed.sharding import gpt2_rules, make_mesh
 from lora_jax.training import Job
 
 # 2026-11-25: a read that fails leaves tensorstore's other reads to a loop that orbax has closed.

@@ -15,10 +15,11 @@ from training_cli import make_inputs
 import lora_jax as lj
 from configs import e2e, glue
 from configs.methods import METHODS
-from experiments import bases, methods, train
+from experiments import train
 from lora_jax import checkpoints, training
 from lora_jax.data.pairs import prompts
 from lora_jax.generation import generate
+from lora_jax.runs import bases, methods
 
 SMALL: dict[str, Any] = {
     "lora.rank": 2,

@@ -9,9 +9,10 @@ import pytest
 from training_cli import ROOT, environment, make_inputs, run
 
 from configs import e2e
-from experiments import methods
-from lora_jax import checkpoints, training, transforms
+from lora_jax import checkpoints, training
+from lora_jax.core import transforms
 from lora_jax.models import gpt2
+from lora_jax.runs import methods
 
 BLOCK = next(
     block

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from training_runs import model_and_params, schedule
 
 import lora_jax as lj
-from experiments.methods import filled
-from experiments.plan.flops import count
 from lora_jax import training
 from lora_jax.models import gpt2
+from lora_jax.planning.flops import count
+from lora_jax.runs.methods import filled
 from lora_jax.training import objectives
 from lora_jax.training.loss import cross_entropy, in_pieces
 

@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.interop.peft_config import (
+from lora_jax.core.selection import look_up
+from lora_jax.core.transforms import Delta, ParamTransform, from_spec
+from lora_jax.interop.peft.config import (
     BOOL,
     COMMON,
     EXCLUDE,
@@ -20,12 +22,10 @@ from lora_jax.interop.peft_config import (
     Schema,
     is_int,
 )
-from lora_jax.interop.peft_family import Family, Leaves, alpha_of, parts, ranked, with_patterns
-from lora_jax.interop.peft_modules import Meant, Model, Rules, rank_and_alpha
-from lora_jax.interop.peft_tensors import Tensor
+from lora_jax.interop.peft.kind import Family, Leaves, alpha_of, parts, ranked, with_patterns
+from lora_jax.interop.peft.modules import Meant, Model, Rules, rank_and_alpha
+from lora_jax.interop.peft.tensors import Tensor
 from lora_jax.methods.lokr import Kronecker, lokr
-from lora_jax.selection import look_up
-from lora_jax.transforms import Delta, ParamTransform, from_spec
 
 _DECOMPOSE = ("decompose_both", "decompose_factor")
 _FIELDS: dict[str, Field] = {

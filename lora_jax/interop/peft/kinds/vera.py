@@ -9,23 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.interop.peft_config import (
-    BOOL,
-    COMMON,
-    FAN_IN_FAN_OUT,
-    LAYERS,
-    NUMBER,
-    RANK,
-    RATE,
-    Field,
-    Schema,
-    is_int,
-)
-from lora_jax.interop.peft_family import Family, Leaves, globs_of, parts, selected
-from lora_jax.interop.peft_modules import Meant, Model, Module, Rules
-from lora_jax.interop.peft_tensors import Tensor
+from lora_jax.core.transforms import Delta, ParamTransform
+from lora_jax.interop.peft.config import BOOL, COMMON, FAN_IN_FAN_OUT, LAYERS, NUMBER, RANK, RATE, Field, Schema, is_int
+from lora_jax.interop.peft.kind import Family, Leaves, globs_of, parts, selected
+from lora_jax.interop.peft.modules import Meant, Model, Module, Rules
+from lora_jax.interop.peft.tensors import Tensor
 from lora_jax.methods.vera import Vera, vera
-from lora_jax.transforms import Delta, ParamTransform
 
 _PROJECTIONS = "@shared/vera"
 _FIELDS: dict[str, Field] = {

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lora_jax import structure
-from lora_jax.arrays import Adapted, is_adapted, scaled, sides
-from lora_jax.lifting import Report, rule
-from lora_jax.selection import CLASS
+from lora_jax.core.arrays import Adapted, is_adapted, scaled, sides
+from lora_jax.core.lifting import axis_ops as structure
+from lora_jax.core.lifting.interpreter import Report, rule
+from lora_jax.core.selection import CLASS
 
 
 @dataclasses.dataclass(frozen=True)

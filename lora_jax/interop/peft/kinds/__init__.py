@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.interop.peft_family import Family
-from lora_jax.interop.peft_ia3 import IA3
-from lora_jax.interop.peft_lokr import LOKR
-from lora_jax.interop.peft_lora import LORA
-from lora_jax.interop.peft_vera import VERA
+from lora_jax.interop.peft.kind import Family
+from lora_jax.interop.peft.kinds.ia3 import IA3
+from lora_jax.interop.peft.kinds.lokr import LOKR
+from lora_jax.interop.peft.kinds.lora import LORA
+from lora_jax.interop.peft.kinds.vera import VERA
 
 FAMILIES: dict[str, Family] = {"LORA": LORA, "VERA": VERA, "IA3": IA3, "LOKR": LOKR}
 

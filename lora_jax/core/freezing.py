@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import optax
 
-from lora_jax.arrays import Adapted
-from lora_jax.taps import Tap
-from lora_jax.transforms import Delta
+from lora_jax.core.arrays import Adapted
+from lora_jax.core.lifting.taps import Tap
+from lora_jax.core.transforms import Delta
 
 
 def labels(tree: Any) -> Any:

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.arrays import Tuned
-from lora_jax.interop.peft_config import Schema
-from lora_jax.interop.peft_modules import Meant, Model, Rules
-from lora_jax.interop.peft_tensors import Tensor
+from lora_jax.core.arrays import Tuned
+from lora_jax.core.selection import Selection, select
+from lora_jax.core.transforms import Delta, ParamTransform
+from lora_jax.interop.peft.config import Schema
+from lora_jax.interop.peft.modules import Meant, Model, Rules
+from lora_jax.interop.peft.tensors import Tensor
 from lora_jax.methods.rows import Rows
 from lora_jax.methods.shift import Shift
-from lora_jax.selection import Selection, select
-from lora_jax.transforms import Delta, ParamTransform
 
 # so that a method of a looped model also meets params in the scanned layout
 _SCANNED = {"h/**/kernel": "sio", "h/**/{bias,scale}": "so"}

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.dropping import drop
-from lora_jax.selection import CLASS
+from lora_jax.core.dropout import drop
+from lora_jax.core.selection import CLASS
 
 T = TypeVar("T")
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.interop.peft_modules import Meant, Model, Module, expanded
-from lora_jax.transforms import Delta
+from lora_jax.core.transforms import Delta
+from lora_jax.interop.peft.modules import Meant, Model, Module, expanded
 
 PREFIX = "base_model.model."
 

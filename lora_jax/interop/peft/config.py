@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_jax.interop import peft_patterns
 from lora_jax.interop.folders import inside
+from lora_jax.interop.peft import patterns as peft_patterns
 
 CONFIG = "adapter_config.json"
 TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")

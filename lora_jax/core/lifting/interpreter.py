@@ -17,8 +17,8 @@ import jax
 import jax.extend.core as jex
 from jax import Array
 
-from lora_jax.arrays import Adapted, Tuned, is_adapted
-from lora_jax.taps import Sites, untapped
+from lora_jax.core.arrays import Adapted, Tuned, is_adapted
+from lora_jax.core.lifting.taps import Sites, untapped
 
 RULES: dict[str, Callable] = {}  # primitive name -> rule(equation, values, report) -> outputs, or None for "dense"
 TAPPED = ("scan", "checkpoint", "remat", "remat2")  # primitives whose rules know taps, besides jit's

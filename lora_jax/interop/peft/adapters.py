@@ -18,12 +18,15 @@ import numpy as np
 import safetensors.numpy
 
 from lora_jax.checkpoints import write_atomically
-from lora_jax.interop import peft_config, peft_export
+from lora_jax.core.selection import select
+from lora_jax.core.transforms import Delta, ParamTransform, chain
 from lora_jax.interop.folders import inside, read_json
-from lora_jax.interop.peft_families import family_of
-from lora_jax.interop.peft_family import Family, selected
-from lora_jax.interop.peft_modules import Meant, Model, model_of, prefix_in, resolve
-from lora_jax.interop.peft_tensors import (
+from lora_jax.interop.peft import config as peft_config
+from lora_jax.interop.peft import export as peft_export
+from lora_jax.interop.peft.kind import Family, selected
+from lora_jax.interop.peft.kinds import family_of
+from lora_jax.interop.peft.modules import Meant, Model, model_of, prefix_in, resolve
+from lora_jax.interop.peft.tensors import (
     PREFIX,
     Tensor,
     alike,
@@ -37,8 +40,6 @@ from lora_jax.interop.peft_tensors import (
 from lora_jax.interop.tensor_files import FLOATS, read_file
 from lora_jax.methods.rows import rows
 from lora_jax.methods.tune import tune
-from lora_jax.selection import select
-from lora_jax.transforms import Delta, ParamTransform, chain
 
 _WEIGHTS = "adapter_model.safetensors"
 

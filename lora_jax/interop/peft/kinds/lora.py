@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.arrays import Adapted, LowRank
-from lora_jax.interop.peft_config import (
+from lora_jax.core.arrays import Adapted, LowRank
+from lora_jax.core.selection import select
+from lora_jax.core.transforms import Delta, ParamTransform
+from lora_jax.interop.peft.config import (
     BOOL,
     COMMON,
     EXCLUDE,
@@ -37,7 +39,7 @@ from lora_jax.interop.peft_config import (
     list_of,
     or_null,
 )
-from lora_jax.interop.peft_family import (
+from lora_jax.interop.peft.kind import (
     Family,
     Leaves,
     alpha_of,
@@ -48,14 +50,12 @@ from lora_jax.interop.peft_family import (
     selected,
     with_patterns,
 )
-from lora_jax.interop.peft_modules import Meant, Model, Module, Rules, rank_and_alpha
-from lora_jax.interop.peft_tensors import Tensor
+from lora_jax.interop.peft.modules import Meant, Model, Module, Rules, rank_and_alpha
+from lora_jax.interop.peft.tensors import Tensor
 from lora_jax.methods.dora import Dora, dora
 from lora_jax.methods.lora import lora
 from lora_jax.methods.pissa import Pissa, pissa
 from lora_jax.methods.shift import Shift, shift
-from lora_jax.selection import select
-from lora_jax.transforms import Delta, ParamTransform
 
 _INITS = ("gaussian", "eva", "orthogonal", "mica")  # these leave the base as it is
 _CHANGES_BASE = re.compile(r"(pissa|olora|loftq|corda|lora_ga)", re.IGNORECASE)

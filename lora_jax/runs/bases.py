@@ -11,8 +11,9 @@ from jax.sharding import Mesh, Sharding
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from lora_jax import Delta, ParamTransform, checkpoints, processes, sharding
+from lora_jax import Delta, ParamTransform, checkpoints
 from lora_jax.data import glue
+from lora_jax.distributed import processes, sharding
 from lora_jax.interop import hf
 from lora_jax.models import encoder, gpt2
 

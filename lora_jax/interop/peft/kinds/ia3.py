@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.interop.peft_config import BOOL, COMMON, EXCLUDE, FAN_IN_FAN_OUT, NAMES, Field, Schema
-from lora_jax.interop.peft_family import Family, Leaves, globs_of, selected, targets
-from lora_jax.interop.peft_modules import Meant, Model, Module, Rules
-from lora_jax.interop.peft_tensors import Tensor
+from lora_jax.core.transforms import Delta, ParamTransform
+from lora_jax.interop.peft.config import BOOL, COMMON, EXCLUDE, FAN_IN_FAN_OUT, NAMES, Field, Schema
+from lora_jax.interop.peft.kind import Family, Leaves, globs_of, selected, targets
+from lora_jax.interop.peft.modules import Meant, Model, Module, Rules
+from lora_jax.interop.peft.tensors import Tensor
 from lora_jax.methods.ia3 import Rescaled, ia3
-from lora_jax.transforms import Delta, ParamTransform
 
 _FEEDFORWARD = {"gpt2": ["mlp.c_proj"], "encoder": ["output.dense"]}  # PEFT's, where none are named
 _FIELDS: dict[str, Field] = {

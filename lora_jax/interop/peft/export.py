@@ -3,17 +3,17 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lora_jax.arrays import Tuned, is_adapted
-from lora_jax.interop import peft_config
-from lora_jax.interop.peft_families import FAMILIES
-from lora_jax.interop.peft_family import Leaves, shortest, targets
-from lora_jax.interop.peft_modules import Model, model_of
+from lora_jax.core.arrays import Tuned, is_adapted
+from lora_jax.core.lifting.taps import untapped
+from lora_jax.core.selection import flatten
+from lora_jax.core.transforms import Delta, ParamTransform
+from lora_jax.interop.peft import config as peft_config
+from lora_jax.interop.peft.kind import Leaves, shortest, targets
+from lora_jax.interop.peft.kinds import FAMILIES
+from lora_jax.interop.peft.modules import Model, model_of
 from lora_jax.methods.prefix import Extended
 from lora_jax.methods.rows import Rows
 from lora_jax.methods.shift import Shift
-from lora_jax.selection import flatten
-from lora_jax.taps import untapped
-from lora_jax.transforms import Delta, ParamTransform
 
 HEADS = ("classifier", "score")
 _NATIVE = "lora_jax.checkpoints.save_adapter(path, method, delta, base_id) saves it"

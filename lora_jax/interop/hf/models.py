@@ -23,10 +23,12 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from lora_jax import processes, transforms
-from lora_jax.arrays import is_adapted
-from lora_jax.interop import hf_encoder, hf_gpt2
+from lora_jax.core import transforms
+from lora_jax.core.arrays import is_adapted
+from lora_jax.distributed import processes
 from lora_jax.interop.folders import INDEX, WEIGHTS, Recipe, check_shapes, inside, open_tensors, read_json
+from lora_jax.interop.hf import encoder as hf_encoder
+from lora_jax.interop.hf import gpt2 as hf_gpt2
 from lora_jax.interop.lazy import placed, stacked
 from lora_jax.interop.tensor_files import FLOATS
 from lora_jax.models import shapes

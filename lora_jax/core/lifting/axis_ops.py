@@ -11,8 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.arrays import Adapted, factor_axes
-from lora_jax.selection import CLASS
+from lora_jax.core.arrays import Adapted, factor_axes
+from lora_jax.core.selection import CLASS
 
 Ints = Sequence[int]
 

@@ -11,8 +11,8 @@ import jax.extend.core as jex
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from lora_jax.arrays import Adapted, factor_axes, is_adapted
-from lora_jax.lifting import Report, evaluate, rule
+from lora_jax.core.arrays import Adapted, factor_axes, is_adapted
+from lora_jax.core.lifting.interpreter import Report, evaluate, rule
 
 
 def _apart(report: Report) -> Report:

@@ -1,8 +1,7 @@
 """Adapting a model as a transform of its parameter tree: `init` makes a small Delta, `apply` puts it on the base."""
 
-import difflib
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lora_jax.arrays import Adapted, is_adapted, map_adapted
-from lora_jax.selection import CLASS, Absent, Selection, flatten
-from lora_jax.taps import Tap, Tapped, untapped
+from lora_jax.core.arrays import Adapted, is_adapted, map_adapted
+from lora_jax.core.lifting.taps import Tap, Tapped, untapped
+from lora_jax.core.selection import CLASS, Absent, flatten
 
 
 class Delta(dict):
@@ -110,7 +109,7 @@ def per_leaf(
     """
 
     def init_all(key: Array, params: Any) -> Delta:
-        _need_params(params, "init")
+        need_params(params, "init")
         key, leaves = typed_key(key), dict(flatten(params)[0])
         return Delta(
             {
@@ -120,7 +119,7 @@ def per_leaf(
         )
 
     def apply(params: Any, delta: Delta, *, key: Array | None = None, strength: Any = 1.0) -> Any:
-        _need_params(params, "apply")
+        need_params(params, "apply")
         _need_delta(delta)
         chosen = targets(map_adapted(lambda w: w.base, params))
         if set(chosen) != set(delta):
@@ -165,13 +164,13 @@ def per_site(
     names = {f"@{site}/{spec['method']}": site for site in sites}
 
     def init_all(key: Array, params: Any) -> Delta:
-        _need_params(params, "init")
+        need_params(params, "init")
         counts = {site: count if chosen is None else len(chosen) for site, count in sites.items()}
         keys = {name: jax.random.fold_in(typed_key(key), stable_hash(name)) for name in names}
         return Delta({name: init(keys[name], site, counts[site]) for name, site in names.items()})
 
     def apply(params: Any, delta: Delta, *, key: Array | None = None, strength: Any = 1.0) -> Any:
-        _need_params(params, "apply")
+        need_params(params, "apply")
         _need_delta(delta)
         shapes = jax.eval_shape(init_all, jax.random.key(0), {})
         if wrong := set(shapes) ^ set(delta):
@@ -198,7 +197,7 @@ def per_site(
     return ParamTransform(init_all, apply, spec)
 
 
-def _need_params(params: Any, what: str) -> None:
+def need_params(params: Any, what: str) -> None:
     if isinstance(params, Delta):
         raise TypeError(f"{what} takes the base's params here, got a Delta")
     if isinstance(params, Tapped):
@@ -210,44 +209,7 @@ def _need_delta(delta: Any) -> None:
         raise TypeError(f"apply takes a Delta (from init) as second argument, got {type(delta).__name__}")
 
 
-_METHODS: dict[str, Callable[..., ParamTransform]] = {}
-
-
-def register(name: str, factory: Callable[..., ParamTransform]) -> None:
-    """Makes a method known to `from_spec` and to configs: `factory(selection, **options)`, options JSON."""
-    _METHODS[name] = factory
-
-
-def from_spec(spec: dict[str, Any]) -> ParamTransform:
-    """The transform of a spec: `{"method": name, "select": [globs], "axes", "layers", "exclude", **options}`. What is
-    under "peft" (`interop.peft`) stays in the spec and changes nothing.
-
-    >>> import lora_jax as lj
-    >>> lj.from_spec({"method": "lora", "select": ["**/kernel"], "rank": 4}).spec["rank"]
-    4
-    """
-    options = dict(spec)
-    name, peft = options.pop("method", None), options.pop("peft", None)
-    if name not in _METHODS:
-        near = difflib.get_close_matches(str(name), _METHODS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it is one of {sorted(_METHODS)}"
-        raise ValueError(f"the spec's method {name!r} is not known; {hint}")
-    first = []
-    if "select" in options:
-        globs = options.pop("select")
-        globs = [globs] if isinstance(globs, str) else globs
-        layers, exclude = options.pop("layers", None), options.pop("exclude", ())
-        layers = None if layers is None else tuple(layers)
-        exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude or ())
-        first = [Selection(tuple(globs), options.pop("axes", None), layers, exclude)]
-    try:
-        method = _METHODS[name](*first, **options)
-    except TypeError as error:
-        raise ValueError(f"the spec of {name!r} does not fit: {error}") from error
-    return method if peft is None else method._replace(spec=method.spec | {"peft": peft})
-
-
-def _shapes(method: ParamTransform, params: Any) -> tuple[Delta, dict[str, Adapted]]:
+def shapes_of(method: ParamTransform, params: Any) -> tuple[Delta, dict[str, Adapted]]:
     """Delta and adapted leaves as shapes, without touching a weight."""
     flat, treedef = jax.tree.flatten(params, is_leaf=lambda leaf: isinstance(leaf, Absent))
     arrays = {
@@ -290,7 +252,7 @@ def chain(*methods: ParamTransform) -> ParamTransform:
         base, rest = params, Delta(delta)
         taps: list[Tap] = []
         for method in methods:
-            wanted = _shapes(method, base)[0]
+            wanted = shapes_of(method, base)[0]
             part = Delta({path: rest.pop(path) for path in wanted if path in rest})
             params, own = untapped(method.apply(params, part, key=key, strength=strength))
             taps += own
@@ -299,88 +261,3 @@ def chain(*methods: ParamTransform) -> ParamTransform:
         return Tapped(params, tuple(taps)) if taps else params
 
     return ParamTransform(init, apply, {"method": "chain", "of": [method.spec for method in methods]})
-
-
-register("chain", lambda of: chain(*map(from_spec, of)))
-
-
-def merge(adapted: Any) -> Any:
-    """Plain params: every adapted array dense, summed in float32 and rounded once to the base's dtype. The other leaves
-    are the base's own; under `jax.jit` they are copied."""
-    if isinstance(adapted, Delta):
-        raise TypeError("merge takes adapted params (method.apply(params, delta)), got a Delta")
-    return map_adapted(lambda w: w.materialize(), _weights_alone(adapted))
-
-
-def _weights_alone(adapted: Any) -> Any:
-    params, taps = untapped(adapted)
-    if taps:
-        sites = ", ".join(sorted({tap.site for tap in taps}))
-        raise ValueError(
-            f"what changes activations ({sites}) has no weight to go into: keep it beside the base, and lift"
-        )
-    return params
-
-
-def unmerge(merged: Any, method: ParamTransform, delta: Delta) -> Any:
-    """The base of merged params, within one rounding of max(|merged|, |delta|); a ValueError where a method cannot be
-    undone (tuned leaves). Exact switching is `method.apply(base, other_delta)`."""
-    return map_adapted(lambda w: w.remove(), _weights_alone(method.apply(merged, delta)))
-
-
-def without_tuned(params: Any, delta: Delta) -> Any:
-    """Params with `Absent` for the leaves that the delta holds itself (`tune`), so that memory holds them once."""
-    _need_params(params, "without_tuned")
-    flat, treedef = flatten(params, is_adapted)
-    return jax.tree.unflatten(
-        treedef,
-        [Absent(leaf.shape, leaf.dtype) if "value" in delta.get(path, ()) else leaf for path, leaf in flat],
-    )
-
-
-class Row(NamedTuple):
-    path: str
-    shape: tuple[int, ...]
-    axes: str
-    method: str
-    factors: str
-    trained: int
-
-
-class Report(NamedTuple):
-    """What trains; prints as a table. `total` counts the base's parameters."""
-
-    rows: list[Row]
-    trained: int
-    total: int
-
-    def __str__(self) -> str:
-        header = ("path", "shape", "axes", "method", "factors", "trained", "share")
-        lines = [(*map(str, row[:-1]), f"{row.trained:,}", f"{row.trained / self.total:.4%}") for row in self.rows]
-        lines = [header, *lines]
-        widths = [max(len(line[n]) for line in lines) for n in range(len(header))]
-        table = ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-        share = f"{self.trained / self.total:.4%}"
-        return "\n".join([*table, f"trained: {self.trained:,} of {self.total:,} parameters ({share})"])
-
-
-def check(method: ParamTransform, params: Any) -> Report:
-    """What a method would train on these params (arrays or ShapeDtypeStructs); raises on what cannot work."""
-    delta, adapted = _shapes(method, params)
-    names = {path: name for name, paths in _methods(method, params) for path in paths}
-    rows = []
-    for path, factors in delta.items():
-        w = adapted.get(path)
-        shown = ", ".join(f"{name} {tuple(leaf.shape)}" for name, leaf in sorted(factors.items()))
-        trained = sum(leaf.size for name, leaf in factors.items() if not name.startswith("fixed_"))
-        shape, axes = (tuple(w.shape), w.axes) if w is not None else ((), "")
-        rows.append(Row(path, shape, axes, names.get(path, ""), shown, trained))
-    sizes = (int(np.prod(leaf.shape)) for _, leaf in flatten(params)[0] if hasattr(leaf, "shape"))
-    return Report(rows, sum(row.trained for row in rows), max(sum(sizes), 1))
-
-
-def _methods(method: ParamTransform, params: Any) -> Iterable[tuple[str, Iterable[str]]]:
-    """(name, paths) of a transform, or of each in a chain."""
-    for spec in method.spec["of"] if method.spec["method"] == "chain" else [method.spec]:
-        part = from_spec(spec) if spec is not method.spec else method
-        yield spec["method"], _shapes(part, params)[0]

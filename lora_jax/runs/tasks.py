@@ -10,12 +10,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import lora_jax as lj
-from experiments import bases, methods
 from lora_jax import training
+from lora_jax.core.selection import flatten
 from lora_jax.data import batches, glue, pairs, tasks
 from lora_jax.data.batches import Schedule
 from lora_jax.metrics.glue import glue as glue_metrics
-from lora_jax.selection import flatten
+from lora_jax.runs import bases, methods
 
 
 class Setup(NamedTuple):

@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from lora_jax.arrays import is_adapted
-from lora_jax.interop.peft_config import ALL_LINEAR, TASK_HEADS, pattern_of
-from lora_jax.selection import flatten
+from lora_jax.core.arrays import is_adapted
+from lora_jax.core.selection import flatten
+from lora_jax.interop.peft.config import ALL_LINEAR, TASK_HEADS, pattern_of
 
 _WEIGHT = {"Linear": "kernel", "Conv1D": "kernel", "Embedding": "embedding", "LayerNorm": "scale"}
 

@@ -1,0 +1,1 @@
+"""`lift`: an interpreter of jaxprs, its rules for products, axes and control flow, and taps at named activations."""

@@ -1,0 +1,58 @@
+"""What a method would train, as a table."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lora_jax.core.selection import flatten
+from lora_jax.core.transforms.registry import from_spec
+from lora_jax.core.transforms.transform import ParamTransform, shapes_of
+
+
+class Row(NamedTuple):
+    path: str
+    shape: tuple[int, ...]
+    axes: str
+    method: str
+    factors: str
+    trained: int
+
+
+class Report(NamedTuple):
+    """What trains; prints as a table. `total` counts the base's parameters."""
+
+    rows: list[Row]
+    trained: int
+    total: int
+
+    def __str__(self) -> str:
+        header = ("path", "shape", "axes", "method", "factors", "trained", "share")
+        lines = [(*map(str, row[:-1]), f"{row.trained:,}", f"{row.trained / self.total:.4%}") for row in self.rows]
+        lines = [header, *lines]
+        widths = [max(len(line[n]) for line in lines) for n in range(len(header))]
+        table = ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+        share = f"{self.trained / self.total:.4%}"
+        return "\n".join([*table, f"trained: {self.trained:,} of {self.total:,} parameters ({share})"])
+
+
+def check(method: ParamTransform, params: Any) -> Report:
+    """What a method would train on these params (arrays or ShapeDtypeStructs); raises on what cannot work."""
+    delta, adapted = shapes_of(method, params)
+    names = {path: name for name, paths in _methods(method, params) for path in paths}
+    rows = []
+    for path, factors in delta.items():
+        w = adapted.get(path)
+        shown = ", ".join(f"{name} {tuple(leaf.shape)}" for name, leaf in sorted(factors.items()))
+        trained = sum(leaf.size for name, leaf in factors.items() if not name.startswith("fixed_"))
+        shape, axes = (tuple(w.shape), w.axes) if w is not None else ((), "")
+        rows.append(Row(path, shape, axes, names.get(path, ""), shown, trained))
+    sizes = (int(np.prod(leaf.shape)) for _, leaf in flatten(params)[0] if hasattr(leaf, "shape"))
+    return Report(rows, sum(row.trained for row in rows), max(sum(sizes), 1))
+
+
+def _methods(method: ParamTransform, params: Any) -> Iterable[tuple[str, Iterable[str]]]:
+    """(name, paths) of a transform, or of each in a chain."""
+    for spec in method.spec["of"] if method.spec["method"] == "chain" else [method.spec]:
+        part = from_spec(spec) if spec is not method.spec else method
+        yield spec["method"], shapes_of(part, params)[0]

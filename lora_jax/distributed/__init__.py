@@ -1,0 +1,1 @@
+"""Devices and processes: meshes, where each array lies, runs of several processes."""

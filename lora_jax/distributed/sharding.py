@@ -1,0 +1,224 @@
+"""Where each array lives on a mesh: ordered rules over paths, as NamedShardings for `jax.jit`.
+
+    mesh = make_mesh({"data": 2, "fsdp": 4})
+    rules = gpt2_rules(config.vocab_size, mesh)
+    adapted = jax.eval_shape(method.apply, params, delta)
+    params = jax.device_put(params, shardings(params, mesh, rules))
+    delta = jax.device_put(delta, shardings(delta, mesh, rules, adapted))
+
+A low-rank A takes the input sharding of its kernel, B the output sharding, and the optimizer's
+state follows the delta. The compiler adds the communication; nothing here does. `table` shows what
+lies where.
+"""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lora_jax.core.arrays import factor_axes, is_adapted
+from lora_jax.core.lifting.taps import untapped
+from lora_jax.core.selection import flatten, look_up, matches, path_of
+from lora_jax.models.encoder import Encoder
+
+AXES = ("data", "fsdp", "tensor")
+
+Rules = Mapping[str, P]  # glob -> PartitionSpec, the first match wins
+
+
+def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes `data`, `fsdp` and `tensor` over the first devices.
+
+    Args:
+      shape: the size of each axis; an axis that is left out has size 1.
+      devices: all of this process group's, unless said.
+
+    Raises:
+      ValueError: an axis of another name, a size below 1, or more devices asked for than there are.
+    """
+    devices = jax.devices() if devices is None else devices
+    if unknown := set(shape) - set(AXES):
+        raise ValueError(f"mesh axes are {', '.join(AXES)}, not {', '.join(sorted(unknown))}")
+    sizes = tuple(shape.get(name, 1) for name in AXES)
+    count = math.prod(sizes)
+    if min(sizes) < 1 or count > len(devices):
+        named = dict(zip(AXES, sizes, strict=True))
+        raise ValueError(f"a mesh {named} needs {count} devices, there are {len(devices)}")
+    # Auto: the compiler propagates shardings through models that name none.
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices[:count])
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """For every array of a batch: its examples spread over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def on_mesh(model: Any, mesh: Mesh) -> Any:
+    """One of our models with its activations between layers spread over the mesh: examples over `data` and `fsdp`,
+    places of the text over `tensor` (sequence parallelism, Korthikanti et al. 2022, arXiv 2205.05198). Without it the
+    compiler keeps what remat stores whole on each device of `tensor`. Under `jax.jit` lengths need not divide."""
+    if mesh.size == 1:
+        return model
+    residual = NamedSharding(mesh, P(("data", "fsdp"), "tensor"))
+    return type(model)(dataclasses.replace(model.config, residual=residual))
+
+
+def gpt2_rules(vocab_size: int, mesh: Mesh) -> Rules:
+    """Rules for `models.gpt2`, in both layouts.
+
+    Kernels shard one axis over `fsdp` and the other over `tensor`: query, key, value and up end in
+    `tensor`, out and down begin with it (Shoeybi et al. 2019, Megatron-LM, section 3). The token
+    table shards its rows over `tensor` where they divide (a padded vocabulary; GPT-2's 50,257 does
+    not), else its features.
+    """
+    rows = _table(vocab_size, mesh)
+    tables = {"**/wte/embedding": rows, "**/lm_head/kernel": P(*reversed(rows)), "**/wpe/embedding": _FEATURES}
+    return _layers() | tables | _WHOLE
+
+
+def encoder_rules(vocab_size: int, mesh: Mesh) -> Rules:
+    """Rules for `models.encoder`, as GPT-2's; the head is replicated."""
+    tables = {"**/word/embedding": _table(vocab_size, mesh), "**/position/embedding": _FEATURES}
+    return _layers() | tables | _WHOLE
+
+
+def rules_for(model: Any, mesh: Mesh) -> Rules:
+    """The rules of one of our models."""
+    make = encoder_rules if isinstance(model, Encoder) else gpt2_rules
+    return make(model.config.vocab_size, mesh)
+
+
+_FEATURES = P(None, ("fsdp", "tensor"))
+# On every device, being small. What no rule names is an error.
+_WHOLE = dict.fromkeys(
+    (
+        "**/{ln_*,norm}/{scale,bias}",
+        "**/{out,down}/bias",
+        "**/token_type/embedding",
+        "**/{pooler,classifier}/**",
+        "**/kernel/l",  # of IA3
+        "**/@*/**",  # of taps, in a delta and on a tree, and what weights share
+        "taps/**",
+    ),
+    P(),
+)
+
+
+def _table(rows: int, mesh: Mesh) -> P:
+    return P("tensor", "fsdp") if rows % mesh.shape["tensor"] == 0 else _FEATURES
+
+
+def _layers() -> dict[str, P]:
+    block = {
+        "attn/{query,key,value}/kernel": P("fsdp", "tensor"),
+        "attn/{query,key,value}/bias": P("tensor"),
+        "attn/out/kernel": P("tensor", "fsdp"),
+        "mlp/up/kernel": P("fsdp", "tensor"),
+        "mlp/up/bias": P("tensor"),
+        "mlp/down/kernel": P("tensor", "fsdp"),
+    }
+    adapters = {"**/@*/adapter/down": P(None, "fsdp"), "**/@*/adapter/up": P(None, None, "fsdp")}
+    loop = {f"**/h_*/{glob}": spec for glob, spec in block.items()}
+    return loop | {f"**/h/{glob}": P(None, *spec) for glob, spec in block.items()} | adapters
+
+
+def shardings(
+    tree: Any, mesh: Mesh, rules: Rules, adapted: Any = None, *, misfits: Literal["error", "replicate"] = "error"
+) -> Any:
+    """A NamedSharding for every leaf, in the structure of the tree.
+
+    Args:
+      tree: parameters, adapted parameters, a delta, an optimizer's state, or what holds such.
+      mesh: from `make_mesh`.
+      rules: glob -> PartitionSpec of a parameter, the first match wins. Scalars are replicated, and so is, with a
+        warning, what a method keeps under a weight's path along no axis of it, where no rule names it.
+      adapted: `method.apply(params, delta)`, of which shapes suffice (`jax.eval_shape`): says how
+        the factors of a delta, and what has their path in an optimizer's state, follow the
+        weights. Not needed for parameters.
+      misfits: what becomes of an axis that does not divide over the devices of its rule. "replicate": it stays whole,
+        and a warning says so.
+
+    Raises:
+      ValueError: no rule matches, a rule names more axes than its leaf has, or one does not divide.
+    """
+    known = dict(_specs(tree if adapted is None else adapted, rules))
+
+    def place(keys: tuple, leaf: Any) -> NamedSharding:
+        path = path_of(keys)
+        spec = _find(path, known, rules, mesh) if leaf.ndim else P()
+        return NamedSharding(mesh, _fitting(path, leaf.shape, spec, mesh, misfits))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _specs(tree: Any, rules: Rules) -> Iterator[tuple[str, P]]:
+    """(path, spec) of every parameter; of an adapted one also those of base and factors."""
+    for path, leaf in flatten(untapped(tree)[0], is_leaf=is_adapted)[0]:
+        spec = look_up(rules, path, "sharding rules") if leaf.ndim else P()
+        yield path, spec
+        if not is_adapted(leaf):
+            continue
+        yield f"{path}/base", spec
+        yield f"{path}/value", spec
+        of_axis: dict[Any, Any] = dict(enumerate(spec))
+        for name, layout in leaf.layout.items():
+            axes = factor_axes(layout, leaf.axes)
+            yield f"{path}/{name}", P(*(of_axis.get(axis) for axis in axes))
+
+
+def _find(path: str, known: Mapping[str, P], rules: Rules, mesh: Mesh) -> P:
+    """That of the longest known end of the path (`0/mu/h_0/...` ends in `h_0/...`), or by rule; whole where it is what
+    a method keeps under a weight's path beside the factors."""
+    parts = path.split("/")
+    ends = ["/".join(parts[start:]) for start in range(len(parts))]
+    for end in ends:
+        if end in known:
+            return known[end]
+    if any(end.rpartition("/")[0] in known for end in ends) and not any(matches(glob, path) for glob in rules):
+        if mesh.size > 1:
+            logging.warning("%s lies along no axis of its weight, and no rule names it: it stays whole", path)
+        return P()
+    return look_up(rules, path, "sharding rules")
+
+
+def _fitting(path: str, shape: Sequence[int], spec: P, mesh: Mesh, misfits: str) -> P:
+    if len(spec) > len(shape):
+        raise ValueError(f"{path} has shape {shape}, but its rule {spec} names {len(spec)} axes")
+    fitting = list(spec)
+    for axis, (size, names) in enumerate(zip(shape, spec, strict=False)):
+        names = (names,) if isinstance(names, str) else names or ()
+        ways = math.prod(mesh.shape[name] for name in names)
+        if size % ways == 0:
+            continue
+        said = f"{path} has shape {shape}: {size} does not divide over the {ways} devices of {', '.join(names)}"
+        if misfits == "error":
+            raise ValueError(f"{said}; pad it, change its rule {spec} or the mesh, or say misfits='replicate'")
+        logging.warning("%s: it stays whole along this axis", said)
+        fitting[axis] = None
+    return P(*fitting)
+
+
+def table(tree: Any, places: Any) -> str:
+    """What lies where, for reading: path, type and shape, spec, and bytes on each device, with their sum.
+
+    Args:
+      tree: arrays or ShapeDtypeStructs.
+      places: their NamedShardings, as `shardings` gives them.
+    """
+    rows, total = [], 0
+    for (path, leaf), place in zip(flatten(tree)[0], jax.tree.leaves(places), strict=True):
+        size = math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        total += size
+        rows.append((path, f"{leaf.dtype}{tuple(leaf.shape)}", str(tuple(place.spec)), f"{size:,}"))
+    rows.append(("all", "", "", f"{total:,}"))
+    rows.insert(0, ("path", "array", "spec", "bytes per device"))
+    widths = [max(len(row[n]) for row in rows) for n in range(3)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows
+    )

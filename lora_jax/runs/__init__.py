@@ -1,0 +1,1 @@
+"""From a config to a run, and from a workdir back to a model."""
