@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_gpt2 import ADAPTERS, BOTH, CONFIG, IDS, MASK, continued_without_a_cache
-from core_reference import close, filled, normal, same
-from core_sites import LAYERS, PARAMS, TOKENS, TOWERS, WIDTH, invariants, tower
 
 import lora_jax as lj
 from lora_jax.models import encoder, gpt2
 from lora_jax.planning.flops import equations
+from tests.helpers.gpt2 import ADAPTERS, BOTH, CONFIG, IDS, MASK, continued_without_a_cache
+from tests.helpers.reference import close, filled, normal, same
+from tests.helpers.sites import LAYERS, PARAMS, TOKENS, TOWERS, WIDTH, invariants, tower
 
 KEY = jax.random.key(0)
 

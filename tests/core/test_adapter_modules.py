@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_gpt2 import ADAPTERS, IDS, MASK
-from core_reference import close, filled
 
 import lora_jax as lj
+from tests.helpers.gpt2 import ADAPTERS, IDS, MASK
+from tests.helpers.reference import close, filled
 
 KEY = jax.random.key(0)
 

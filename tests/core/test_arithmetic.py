@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_models import Stack, Tied, stacked, started
-from core_reference import close, digest, filled, leaves, normal, same
 from hypothesis import given
 from hypothesis import strategies as st
 
 import lora_jax as lj
 from lora_jax.checkpoints import load_adapter, save_adapter
 from lora_jax.methods.arithmetic import add, difference, truncate
+from tests.helpers.networks import Stack, Tied, stacked, started
+from tests.helpers.reference import close, digest, filled, leaves, normal, same
 
 KEY = jax.random.key(0)
 X = normal(4, 8, seed=5)

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from core_gpt2 import CONFIG, IDS, MASK, D
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from lora_jax.generation import generate
 from lora_jax.methods.bank import pack, take
 from lora_jax.models import gpt2
 from lora_jax.planning import flops
+from tests.helpers.gpt2 import CONFIG, IDS, MASK, D
 
 
 def lora(glob: str, rank: int, **options: Any) -> lj.ParamTransform:

@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from core_reference import normal
 
 import lora_jax as lj
+from tests.helpers.reference import normal
 
 KEY = jax.random.key(0)
 

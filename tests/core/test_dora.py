@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from core_methods import LAYOUTS, USES, both
-from core_models import Stack, Tied, stacked, started
-from core_reference import axes_at, close, dense_delta, filled, leaves, normal, replaced, same, weighted
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax as lj
 from lora_jax.core.selection import CLASS
 from lora_jax.planning.flops import equations
+from tests.helpers.methods import LAYOUTS, USES, both
+from tests.helpers.networks import Stack, Tied, stacked, started
+from tests.helpers.reference import axes_at, close, dense_delta, filled, leaves, normal, replaced, same, weighted
 
 KEY = jax.random.key(0)
 X = normal(3, 8, seed=5)

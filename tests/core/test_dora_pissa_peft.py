@@ -11,11 +11,11 @@ pytest.importorskip("peft")
 
 import peft
 import torch
-from core_reference import close, normal, same
 from jax import lax
 from transformers.pytorch_utils import Conv1D
 
 import lora_jax as lj
+from tests.helpers.reference import close, normal, same
 
 KEY = jax.random.key(0)
 

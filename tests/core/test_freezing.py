@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from core_reference import close, digest, filled, normal, same
 from flax.training.train_state import TrainState
 
 import lora_jax as lj
+from tests.helpers.reference import close, digest, filled, normal, same
 
 KEY = jax.random.key(0)
 X, Y = normal(5, 8, seed=5), normal(5, 3, seed=6)

@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-from core_reference import close, densely, filled, leaves, same
 
 import lora_jax as lj
 from lora_jax.models import gpt2
+from tests.helpers.reference import close, densely, filled, leaves, same
 
 CONFIG = gpt2.GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=2)
 TOKENS = jnp.array([[1, 2, 3, 4, 5, 6], [7, 8, 9, 0, 0, 0]])

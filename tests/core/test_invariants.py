@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from core_models import Stack, stacked, started
-from core_reference import close, digest, filled, leaves, normal, same
 
 import lora_jax as lj
 from lora_jax.methods.shift import shift
+from tests.helpers.networks import Stack, stacked, started
+from tests.helpers.reference import close, digest, filled, leaves, normal, same
 
 KEY = jax.random.key(0)
 X = normal(4, 8, seed=5)

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_reference import agree, close, densely, filled, normal
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax as lj
+from tests.helpers.reference import agree, close, densely, filled, normal
 
 KEY = jax.random.key(0)
 X = normal(4, 8, seed=5)

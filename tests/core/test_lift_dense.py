@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_models import Stack, started
-from core_reference import agree, close, densely, filled, normal
 
 import lora_jax as lj
+from tests.helpers.networks import Stack, started
+from tests.helpers.reference import agree, close, densely, filled, normal
 
 KEY = jax.random.key(0)
 X = normal(4, 8, seed=5)

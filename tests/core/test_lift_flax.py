@@ -4,11 +4,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from core_models import Stack, Tied, stacked, started
-from core_reference import agree, close, filled, leaves, normal
 from flax import nnx
 
 import lora_jax as lj
+from tests.helpers.networks import Stack, Tied, stacked, started
+from tests.helpers.reference import agree, close, filled, leaves, normal
 
 X = normal(3, 5, 8, seed=5)
 

@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from core_reference import agree, normal
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 
 import lora_jax as lj
 from lora_jax.planning.flops import equations
+from tests.helpers.reference import agree, normal
 
 X = normal(3, 8, seed=5)
 W = {"w": normal(8, 12, seed=1)}

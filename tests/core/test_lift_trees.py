@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_reference import agree, close, densely, filled, normal, same
 
 import lora_jax as lj
+from tests.helpers.reference import agree, close, densely, filled, normal, same
 
 KEY = jax.random.key(0)
 X = normal(3, 8, seed=5)

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_reference import close, filled, normal, same
 
 import lora_jax as lj
 from lora_jax.core.dropout import drop
+from tests.helpers.reference import close, filled, normal, same
 
 N, RATE = 8, 0.25
 KEY = jax.random.key(3)

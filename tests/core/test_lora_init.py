@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_reference import close, dense_delta, filled, normal, same
 
 import lora_jax as lj
+from tests.helpers.reference import close, dense_delta, filled, normal, same
 
 KEY = jax.random.key(7)
 SHAPES = {

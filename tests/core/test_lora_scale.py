@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_reference import close, densely, filled, normal, same
 
 import lora_jax as lj
+from tests.helpers.reference import close, densely, filled, normal, same
 
 KEY = jax.random.key(0)
 PARAMS = {"q": {"kernel": normal(6, 5, seed=1)}, "v": {"kernel": normal(6, 7, seed=2)}}

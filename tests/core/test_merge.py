@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_reference import close, dense_delta, densely, digest, filled, normal, same
 
 import lora_jax as lj
+from tests.helpers.reference import close, dense_delta, densely, digest, filled, normal, same
 
 KEY = jax.random.key(0)
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]

@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_gpt2 import CONFIG, EMBED, LAYER, LORA, PREFIXES, D, V, continued_without_a_cache
-from core_gpt2 import PREFIXED as IDS
-from core_gpt2 import PREFIXED_MASK as MASK
-from core_reference import close, filled, normal, same
-from core_sites import LAYERS, PARAMS, TOWERS, VOCABULARY, WIDTH, invariants
 
 import lora_jax as lj
 from lora_jax.distributed import sharding
 from lora_jax.methods.prefix import inserted
 from lora_jax.models import gpt2
+from tests.helpers.gpt2 import CONFIG, EMBED, LAYER, LORA, PREFIXES, D, V, continued_without_a_cache
+from tests.helpers.gpt2 import PREFIXED as IDS
+from tests.helpers.gpt2 import PREFIXED_MASK as MASK
+from tests.helpers.reference import close, filled, normal, same
+from tests.helpers.sites import LAYERS, PARAMS, TOWERS, VOCABULARY, WIDTH, invariants
 
 KEY = jax.random.key(0)
 

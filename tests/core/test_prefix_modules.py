@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_gpt2 import EMBED, LAYER, SIZES, D, V
-from core_gpt2 import PREFIXED as IDS
-from core_gpt2 import PREFIXED_MASK as MASK
-from core_reference import close, filled
 
 import lora_jax as lj
+from tests.helpers.gpt2 import EMBED, LAYER, SIZES, D, V
+from tests.helpers.gpt2 import PREFIXED as IDS
+from tests.helpers.gpt2 import PREFIXED_MASK as MASK
+from tests.helpers.reference import close, filled
 
 KEY = jax.random.key(0)
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from core_models import Tied, started
-from core_reference import close, filled, same
 
 import lora_jax as lj
 from lora_jax.methods.rows import rows
+from tests.helpers.networks import Tied, started
+from tests.helpers.reference import close, filled, same
 
 KEY = jax.random.key(0)
 IDS = jnp.asarray([[1, 4, 10], [4, 4, 0]], jnp.int32)

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_models import Stack, started
-from core_reference import normal
 from flax import nnx
 
 import lora_jax as lj
+from tests.helpers.networks import Stack, started
+from tests.helpers.reference import normal
 
 
 class Pair(NamedTuple):

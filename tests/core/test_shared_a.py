@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_reference import close, filled, leaves, normal, same
 
 import lora_jax as lj
 from lora_jax.checkpoints import load_adapter, save_adapter
 from lora_jax.models.gpt2 import GPT2, GPT2Config
 from lora_jax.models.layouts import to_loop, to_scanned
+from tests.helpers.reference import close, filled, leaves, normal, same
 
 KEY = jax.random.key(0)
 CONFIG = GPT2Config(vocab_size=13, n_positions=8, n_embd=8, n_layer=2, n_head=2)

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_models import Stack, stacked, started
-from core_reference import close, filled, normal, same
 
 import lora_jax as lj
 from lora_jax.methods.shift import shift
+from tests.helpers.networks import Stack, stacked, started
+from tests.helpers.reference import close, filled, normal, same
 
 KEY = jax.random.key(0)
 X = normal(4, 8)

@@ -9,8 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from core_reference import close, filled, normal, same, weighted
-from core_sites import (
+from jax.ad_checkpoint import checkpoint_name as named
+
+import lora_jax as lj
+from lora_jax.core.lifting.taps import Tap
+from lora_jax.core.transforms import per_site
+from lora_jax.planning.flops import equations
+from tests.helpers.reference import close, filled, normal, same, weighted
+from tests.helpers.sites import (
     KEY,
     LAYERS,
     PARAMS,
@@ -26,12 +32,6 @@ from core_sites import (
     shift,
     tower,
 )
-from jax.ad_checkpoint import checkpoint_name as named
-
-import lora_jax as lj
-from lora_jax.core.lifting.taps import Tap
-from lora_jax.core.transforms import per_site
-from lora_jax.planning.flops import equations
 
 
 def by_hand(p, tokens, delta, layers=None, strength=None):

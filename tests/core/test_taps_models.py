@@ -10,8 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from core_reference import close, filled, normal
-from core_sites import (
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name as named
+from jax.sharding import PartitionSpec as P
+
+import lora_jax as lj
+from lora_jax.core.transforms import per_site
+from lora_jax.distributed import sharding
+from lora_jax.models import encoder, gpt2
+from tests.helpers.reference import close, filled, normal
+from tests.helpers.sites import (
     KEY,
     LAYERS,
     PARAMS,
@@ -22,14 +30,6 @@ from core_sites import (
     shift,
     tower,
 )
-from flax import nnx
-from jax.ad_checkpoint import checkpoint_name as named
-from jax.sharding import PartitionSpec as P
-
-import lora_jax as lj
-from lora_jax.core.transforms import per_site
-from lora_jax.distributed import sharding
-from lora_jax.models import encoder, gpt2
 
 
 class Block(nn.Module):

@@ -3,16 +3,6 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from core_reference import close, filled, normal
-from core_sites import (
-    KEY,
-    PARAMS,
-    TOKENS,
-    WIDTH,
-    mix,
-    shift,
-    tower,
-)
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name as named
 from jax.sharding import PartitionSpec as P
@@ -21,6 +11,16 @@ import lora_jax as lj
 from lora_jax.core.lifting.taps import Tap
 from lora_jax.core.transforms import per_site
 from lora_jax.distributed import sharding
+from tests.helpers.reference import close, filled, normal
+from tests.helpers.sites import (
+    KEY,
+    PARAMS,
+    TOKENS,
+    WIDTH,
+    mix,
+    shift,
+    tower,
+)
 
 
 @pytest.mark.parametrize("name", ["loop", "scan", "remat", "scan in scan", "jit"])

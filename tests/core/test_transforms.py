@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from core_reference import close, filled, normal, same
 
 import lora_jax as lj
+from tests.helpers.reference import close, filled, normal, same
 
 KEY = jax.random.key(0)
 PARAMS = {

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_models import Stack, started
-from core_reference import close, filled, normal, same
 from flax import nnx
 
 import lora_jax as lj
+from tests.helpers.networks import Stack, started
+from tests.helpers.reference import close, filled, normal, same
 
 KEY = jax.random.key(0)
 X = normal(4, 8, seed=5)

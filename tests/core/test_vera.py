@@ -8,9 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from core_methods import SHAPES, as_dense, as_peft, as_some_layers, network, randomized, tree
-from core_models import Stack, Tied, started
-from core_reference import close, dense_delta, filled, normal, replaced, same
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from test_lift_structure import CASES, X
@@ -18,6 +15,9 @@ from test_lift_structure import CASES, X
 import lora_jax as lj
 from lora_jax.checkpoints import load_adapter, save_adapter
 from lora_jax.models.layouts import to_scanned
+from tests.helpers.methods import SHAPES, as_dense, as_peft, as_some_layers, network, randomized, tree
+from tests.helpers.networks import Stack, Tied, started
+from tests.helpers.reference import close, dense_delta, filled, normal, replaced, same
 
 KEY = jax.random.key(0)
 SHARED = "@shared/vera"

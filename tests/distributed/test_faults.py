@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from lora_jax import checkpoints
-from tests.training.training_cli import ROOT, command, environment, make_inputs
+from tests.helpers.cli import ROOT, command, environment, make_inputs
 
 EPOCHS, TOTAL, HEARTBEAT = 5, 60, 5  # saved every 3 steps
 FLAGS = (f"--config.epochs={EPOCHS}", "--config.mesh.data=2", "--config.mesh.fsdp=2")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from lora_jax import checkpoints, training
-from tests.distributed.distributed_runs import CASES, QUICK, figures, prepare
+from tests.helpers.mesh_runs import CASES, QUICK, figures, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 MESHES = [(8, 1, 1), (2, 4, 1), (1, 2, 4), (2, 2, 2)]
@@ -36,7 +36,7 @@ def free_port() -> int:
 
 
 def two(folder: Path, *cases: str) -> Two:
-    command = [sys.executable, "tests/distributed/distributed_worker.py", str(free_port())]
+    command = [sys.executable, "-m", "tests.helpers.mesh_worker", str(free_port())]
     logs, started = [folder / f"log_{process}" for process in (0, 1)], []
     for process, log in enumerate(logs):
         with log.open("w") as file:

@@ -40,7 +40,7 @@ def wide(tmp_path_factory):
 def ran(folder, out, *arguments) -> list[dict]:
     """What processes with these arguments said, all at once. What they free, the C library gives back at once: else it
     keeps up to three tensors' parts, some of the time."""
-    command = [sys.executable, "-m", "tests.interop.big_process", str(folder), str(out)]
+    command = [sys.executable, "-m", "tests.helpers.big_process", str(folder), str(out)]
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
     processes = [
         subprocess.Popen(

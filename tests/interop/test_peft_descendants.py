@@ -13,7 +13,6 @@ pytest.importorskip("peft")
 
 import peft as their_peft
 import torch
-from peft_models import adapter, assert_close, base, ours, quietly, read_by_peft, theirs, written
 from safetensors.numpy import load_file, save_file
 from test_peft_export import QV, out
 from test_peft_round_trips import CLS, LM, config_of, names, there_and_back
@@ -22,6 +21,7 @@ import lora_jax as lj
 from lora_jax.interop import peft
 from lora_jax.methods.shift import shift
 from lora_jax.models.layouts import to_scanned
+from tests.helpers.peft_models import adapter, assert_close, base, ours, quietly, read_by_peft, theirs, written
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DORA = {"use_dora": True}

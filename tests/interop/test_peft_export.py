@@ -10,7 +10,6 @@ import pytest
 
 pytest.importorskip("peft")
 
-from peft_models import adapter, assert_close, base, ours, read_by_peft, theirs, written
 from safetensors.numpy import load_file
 
 import lora_jax as lj
@@ -18,6 +17,7 @@ from lora_jax.interop import peft
 from lora_jax.methods.rows import rows
 from lora_jax.methods.shift import shift
 from lora_jax.models.layouts import to_scanned
+from tests.helpers.peft_models import adapter, assert_close, base, ours, read_by_peft, theirs, written
 
 QV = "**/attn/{query,value}/kernel"
 QKV = "**/attn/{query,key,value}/kernel"

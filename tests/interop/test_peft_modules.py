@@ -8,12 +8,10 @@ import pytest
 
 peft = pytest.importorskip("peft")
 
-import peft_models  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from peft.tuners.lora import LoraLayer  # noqa: E402
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper  # noqa: E402
-from peft_models import adapter, assert_close, base, ours, quietly, theirs, written  # noqa: E402
 
 import lora_jax as lj  # noqa: E402
 from lora_jax.interop import peft as peft_here  # noqa: E402
@@ -21,6 +19,8 @@ from lora_jax.interop.peft import config as peft_config  # noqa: E402
 from lora_jax.interop.peft.kinds.lora import LORA  # noqa: E402
 from lora_jax.interop.peft.modules import model_of, resolve  # noqa: E402
 from lora_jax.interop.peft.tensors import PREFIX, planned  # noqa: E402
+from tests.helpers import peft_models  # noqa: E402
+from tests.helpers.peft_models import adapter, assert_close, base, ours, quietly, theirs, written  # noqa: E402
 
 KINDS = ["gpt2 untied", "gpt2 bare", "gpt2 score", "roberta", "roberta bare", "bert", "bert bare"]
 NAMES = {

@@ -15,11 +15,11 @@ from flax.traverse_util import flatten_dict
 pytest.importorskip("peft")
 
 import peft as theirs
-from peft_models import adapter, base, quietly, written
 
 import lora_jax as lj
 from lora_jax.interop import peft
 from lora_jax.interop.hf import gpt2 as hf_gpt2
+from tests.helpers.peft_models import adapter, base, quietly, written
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FIELDS = {

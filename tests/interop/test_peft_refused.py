@@ -15,12 +15,12 @@ import pytest
 
 pytest.importorskip("peft")
 
-from peft_models import adapter, base, written
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
 from lora_jax.interop import hf, peft
 from lora_jax.models.layouts import to_scanned
+from tests.helpers.peft_models import adapter, base, written
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 A0 = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"

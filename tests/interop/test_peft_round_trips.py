@@ -8,7 +8,11 @@ import pytest
 
 pytest.importorskip("peft")
 
-from peft_models import (
+from safetensors.numpy import load_file
+
+import lora_jax as lj
+from lora_jax.interop import hf, peft
+from tests.helpers.peft_models import (
     TOKENS,
     adapter,
     assert_close,
@@ -18,10 +22,6 @@ from peft_models import (
     theirs,
     written,
 )
-from safetensors.numpy import load_file
-
-import lora_jax as lj
-from lora_jax.interop import hf, peft
 
 LM = {"task_type": "CAUSAL_LM", "r": 3, "lora_alpha": 7, "fan_in_fan_out": True}
 CLS = {"task_type": "SEQ_CLS", "r": 3, "lora_alpha": 7}

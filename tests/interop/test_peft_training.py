@@ -13,11 +13,11 @@ pytest.importorskip("peft")
 import peft as theirs
 import torch
 from flax import linen as nn
-from peft_models import TOKENS, adapter, base, ours, quietly, written
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lj
 from lora_jax.interop import peft
+from tests.helpers.peft_models import TOKENS, adapter, base, ours, quietly, written
 
 WEIGHTS = "adapter_model.safetensors"
 

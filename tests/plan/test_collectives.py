@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from plan_config import tiny
 
 from experiments.plan import ask
 from experiments.plan.ask import Choice
 from lora_jax.distributed import sharding
 from lora_jax.planning import collectives, topologies
+from tests.helpers.plan_config import tiny
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 

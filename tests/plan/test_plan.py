@@ -7,11 +7,11 @@ from pathlib import Path
 
 import jax
 import pytest
-from plan_config import tiny
 
 from experiments.plan import ask, search
 from experiments.plan.ask import Choice
 from lora_jax.planning import topologies
+from tests.helpers.plan_config import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 

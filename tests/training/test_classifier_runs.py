@@ -13,8 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from glue_inputs import CONFIG, make_inputs
-from training_cli import ROOT, environment
 
 import lora_jax as lj
 from configs import e2e
@@ -22,6 +20,8 @@ from lora_jax import checkpoints, training
 from lora_jax.interop import hf
 from lora_jax.models.encoder import Encoder
 from lora_jax.runs import bases
+from tests.helpers.cli import ROOT, environment
+from tests.helpers.glue_inputs import CONFIG, make_inputs
 
 
 @pytest.fixture(scope="module")

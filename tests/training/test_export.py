@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from training_cli import make_inputs
 
 import lora_jax as lj
 from configs import e2e
@@ -19,6 +18,7 @@ from lora_jax import checkpoints, training
 from lora_jax.interop import hf
 from lora_jax.models.gpt2 import to_loop
 from lora_jax.runs import bases, methods
+from tests.helpers.cli import make_inputs
 
 FORMS = ("merged", "peft", "native")
 

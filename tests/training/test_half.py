@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_runs import QV, model_and_params, run_config, schedule
 
 import lora_jax as lj
 from lora_jax import training
 from lora_jax.training import METRICS
+from tests.helpers.runs import QV, model_and_params, run_config, schedule
 
 
 def make(dtype: str) -> tuple[Any, Any, training.State, dict]:

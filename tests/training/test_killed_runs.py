@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training_cli import ROOT, command, environment, make_inputs, run
-from training_runs import without_times
 
 from lora_jax import checkpoints
+from tests.helpers.cli import ROOT, command, environment, make_inputs, run
+from tests.helpers.runs import without_times
 
 EPOCHS, TOTAL = "--config.epochs=10", 120  # saved every 3
 

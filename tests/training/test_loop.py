@@ -12,7 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_runs import (
+
+import lora_jax as lj
+from lora_jax import checkpoints, training
+from lora_jax.data.batches import Batch, Schedule
+from lora_jax.distributed.sharding import gpt2_rules, make_mesh
+from lora_jax.training import Job
+from tests.helpers.runs import (
     VOCAB,
     equal_bits,
     model_and_params,
@@ -21,12 +27,6 @@ from training_runs import (
     schedule,
     without_times,
 )
-
-import lora_jax as lj
-from lora_jax import checkpoints, training
-from lora_jax.data.batches import Batch, Schedule
-from lora_jax.distributed.sharding import gpt2_rules, make_mesh
-from lora_jax.training import Job
 
 # 2026-11-25: a read that fails leaves tensorstore's other reads to a loop that orbax has closed.
 pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")

@@ -4,13 +4,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import glue_inputs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from training_cli import make_inputs
 
 import lora_jax as lj
 from configs import e2e, glue
@@ -20,6 +18,8 @@ from lora_jax import checkpoints, training
 from lora_jax.data.pairs import prompts
 from lora_jax.generation import generate
 from lora_jax.runs import bases, methods
+from tests.helpers import glue_inputs
+from tests.helpers.cli import make_inputs
 
 SMALL: dict[str, Any] = {
     "lora.rank": 2,

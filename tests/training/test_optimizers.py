@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training_runs import model_and_params, run_config
 
 import lora_jax as lj
 from lora_jax.training import optimizer, schedule
+from tests.helpers.runs import model_and_params, run_config
 
 
 @pytest.fixture(autouse=True)

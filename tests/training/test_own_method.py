@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from training_cli import ROOT, environment, make_inputs, run
 
 from configs import e2e
 from lora_jax import checkpoints, training
 from lora_jax.core import transforms
 from lora_jax.models import gpt2
 from lora_jax.runs import methods
+from tests.helpers.cli import ROOT, environment, make_inputs, run
 
 BLOCK = next(
     block

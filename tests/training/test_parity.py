@@ -5,9 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import glue_inputs
 import pytest
-import training_cli
+
+from tests.helpers import cli, glue_inputs
 
 pytest.importorskip("torch")
 pytest.importorskip("peft")
@@ -17,7 +17,7 @@ pytest.importorskip("peft")
 def test_losses_and_factors_agree_with_peft(kind: str, tmp_path: Path) -> None:
     """1e-4 of the losses and 1e-3 of the factors, as for the real models; float32 sums in another order."""
     if kind == "gpt2":
-        training_cli.make_inputs(tmp_path)
+        cli.make_inputs(tmp_path)
         flags = ["--config=configs/e2e.py:small", f"--config.data.path={tmp_path}/data"]
         flags += ["--config.optimizer.warmup_steps=2"]
     else:
@@ -26,8 +26,8 @@ def test_losses_and_factors_agree_with_peft(kind: str, tmp_path: Path) -> None:
     flags += ["--steps=8", "--config.data.batch_size=4", "--config.data.buckets=1", f"--config.base={tmp_path}/base"]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "experiments.parity", f"--out={tmp_path}/parity.json", *flags],
-        cwd=training_cli.ROOT,
-        env=training_cli.environment(tmp_path),
+        cwd=cli.ROOT,
+        env=cli.environment(tmp_path),
         capture_output=True,
         text=True,
         timeout=300,

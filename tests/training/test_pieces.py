@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from training_runs import model_and_params, schedule
 
 import lora_jax as lj
 from lora_jax import training
@@ -18,6 +17,7 @@ from lora_jax.planning.flops import count
 from lora_jax.runs.methods import filled
 from lora_jax.training import objectives
 from lora_jax.training.loss import cross_entropy, in_pieces
+from tests.helpers.runs import model_and_params, schedule
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)  # float32, summed in another order
 

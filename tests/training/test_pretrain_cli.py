@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from training_cli import ROOT, environment
 
 from lora_jax import training
 from lora_jax.interop import hf
+from tests.helpers.cli import ROOT, environment
 
 
 def test_a_base_from_text(tmp_path: Path) -> None:

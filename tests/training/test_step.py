@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training_runs import QV, VOCAB, equal_bits, model_and_params, run_config, schedule
 
 import lora_jax as lj
 from lora_jax import training
 from lora_jax.methods.bank import take
 from lora_jax.training import METRICS, State
+from tests.helpers.runs import QV, VOCAB, equal_bits, model_and_params, run_config, schedule
 
 pytestmark = pytest.mark.usefixtures("logits_in_pieces")
 

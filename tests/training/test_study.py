@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from training_cli import ROOT, environment, make_inputs
 
 from lora_jax import training
+from tests.helpers.cli import ROOT, environment, make_inputs
 
 
 def study(folder: Path, *flags: str) -> subprocess.CompletedProcess:

@@ -10,14 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from training_cli import ROOT, environment, make_inputs, run
-from training_runs import QV, model_and_params, prepare, run_config, schedule, without_times
 
 import lora_jax as lj
 from configs import glue
 from experiments import sweeps
 from lora_jax import checkpoints, training
 from lora_jax.training import sweep
+from tests.helpers.cli import ROOT, environment, make_inputs, run
+from tests.helpers.runs import QV, model_and_params, prepare, run_config, schedule, without_times
 
 LORA = {"method": "lora", **QV, "dropout": 0.0}
 

@@ -1,6 +1,6 @@
 """One process of tests/interop/test_big_memory.py: loads a folder onto a mesh, and writes it.
 
-    python -m tests.interop.big_process FOLDER OUT LAYOUT DTYPE [PROCESS PORT]
+    python -m tests.helpers.big_process FOLDER OUT LAYOUT DTYPE [PROCESS PORT]
 
 With PROCESS and PORT it is one of two, each with half of the mesh's four devices. Into OUT/PROCESS.json go
 the bytes of resident memory that loading and saving needed at their peaks, those of its own shards, and of two

@@ -17,7 +17,7 @@ jax.config.update("jax_num_cpu_devices", 4)
 from lora_jax import checkpoints, training  # noqa: E402
 from lora_jax.data.batches import Batch, Schedule  # noqa: E402
 from lora_jax.distributed import processes  # noqa: E402
-from tests.distributed.distributed_runs import QUICK, prepare, schedule_of  # noqa: E402
+from tests.helpers.mesh_runs import QUICK, prepare, schedule_of  # noqa: E402
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 

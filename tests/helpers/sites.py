@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from core_reference import close, digest, filled, normal, same, weighted
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name as named
 
 import lora_jax as lj
 from lora_jax.core.transforms import per_site
+from tests.helpers.reference import close, digest, filled, normal, same, weighted
 
 KEY = jax.random.key(0)
 LAYERS, WIDTH, VOCABULARY = 4, 4, 6

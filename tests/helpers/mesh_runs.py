@@ -16,7 +16,7 @@ from lora_jax.data.pairs import Encoded
 from lora_jax.data.sentences import Texts
 from lora_jax.distributed.sharding import make_mesh, on_mesh, rules_for
 from lora_jax.models import encoder, gpt2
-from tests.training.training_runs import run_config
+from tests.helpers.runs import run_config
 
 VOCAB, PREFIX, ROWS = 64, 2, 8
 MODELS = {

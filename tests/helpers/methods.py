@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_models import Stack, stacked
-from core_reference import close, filled, normal, same, weighted
 from jax import lax
 
 import lora_jax as lj
 from lora_jax.models.layouts import to_scanned
+from tests.helpers.networks import Stack, stacked
+from tests.helpers.reference import close, filled, normal, same, weighted
 
 SHAPES = [(5, 7, 6, 3), (1, 9, 4, 2), (12, 8, 16, 5)]  # what each layer of a network takes, and what the last gives
 

@@ -1,0 +1,1 @@
+"""What several test files share: small models, small runs, references to compare with."""
