@@ -14,47 +14,22 @@ figure, and whether they are equal to the digits that it prints. Where they are 
 config was made to fit a figure. --out writes these rows as JSON, for experiments.results.
 """
 
-import dataclasses
 import functools
 import importlib
 import json
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 from absl import flags
-from ml_collections import ConfigDict
 
-import lora_jax as lj
-from configs import nlg
+from configs.paper_rows import ROWS, PaperRow
 from experiments import cli, train
-from experiments.paper_rows import ROWS, PaperRow
 from lora_jax.checkpoints import write_atomically
-from lora_jax.core.selection import flatten, matches
-from lora_jax.data import glue
-from lora_jax.interop import hf
-from lora_jax.models import encoder, gpt2
-from lora_jax.runs import methods
+from lora_jax.runs import shapes
 
 flags.DEFINE_bool("all", False, "Counts every row of the paper's Tables 2, 3, 4 and 15.")
 flags.declare_key_flag("config")
 flags.declare_key_flag("out")
-
-# The bases that the configs name, by these names.
-NAMED: dict[str, Any] = {
-    **{name: gpt2.SIZES[size] for size, name in nlg.SIZES.items()},
-    "gpt3": gpt2.SIZES["gpt3"],
-    **{f"FacebookAI/{size}": encoder.SIZES[size] for size in ("roberta-base", "roberta-large")},
-}
 UNITS = {"M": 1e6, "B": 1e9}
-
-
-class Counted(NamedTuple):
-    """What trains without the head, as the paper counts, and how many numbers of the head train besides."""
-
-    report: lj.Report
-    head: int
 
 
 def main() -> None:
@@ -69,66 +44,18 @@ def main() -> None:
         if out:
             write_atomically(out, (json.dumps({"rows": rows}, indent=2) + "\n").encode())
         return
-    counted = count(config)
-    print(counted.report)
-    if counted.head:
-        print(f"head ({', '.join(config.head)}), which the paper does not count: {counted.head:,} more")
-
-
-def count(config: ConfigDict) -> Counted:
-    """What a config trains.
-
-    Raises:
-      ValueError: it names no base whose shape is known, or one of another kind than its task; the method does not fit.
-    """
-    model = of_base(config)
-    params, heads = shapes(model), config.get("head", ())
-    in_head = lambda path: any(matches(glob, path) for glob in heads)  # noqa: E731
-    rows: list[Any] = []
-    if config.method != "none":
-        rows = lj.check(lj.from_spec(methods.spec(config, model)), params).rows
-    own = [row for row in rows if not in_head(row.path)]
-    total = sum(leaf.size for path, leaf in flatten(params)[0] if not in_head(path))
-    trained = sum(row.trained for row in own)
-    return Counted(lj.Report(own, trained, total), sum(row.trained for row in rows) - trained)
-
-
-def of_base(config: ConfigDict) -> Any:
-    """The model of a config's base, as the config's `model` says, with the head of its task."""
-    shape, task, changes = shape_of(config.base), glue.TASKS.get(config.data.name), config.model.to_dict()
-    kind: Any = encoder.EncoderConfig if task else gpt2.GPT2Config
-    if not isinstance(shape, kind):
-        raise ValueError(f"{config.base} is of {type(shape).__name__}, but {config.data.name} needs {kind.__name__}")
-    if task is None:
-        return gpt2.GPT2(dataclasses.replace(shape, **changes))
-    changes |= {"head": "classification" if task.labels else "regression", "labels": task.outputs}
-    return encoder.Encoder(dataclasses.replace(shape, **changes, pooler=shape.family == "bert"))
-
-
-def shape_of(base: str) -> Any:
-    """The model config of a base: its folder's, or that of the size it names."""
-    if Path(base).is_dir():
-        return hf.without_weights(base).config
-    if base in NAMED:
-        return NAMED[base]
-    raise ValueError(
-        f"the shape of the base {base!r} is not known: give a folder with its config.json (--config.base=FOLDER), "
-        f"or one of {', '.join(NAMED)}"
-    )
-
-
-@functools.cache
-def shapes(model: Any) -> Any:
-    """The parameters of a model as shapes."""
-    return jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
+    report, head = shapes.count(config)
+    print(report)
+    if head:
+        print(f"head ({', '.join(config.head)}), which the paper does not count: {head:,} more")
 
 
 @functools.cache
 def trained(config: str) -> int:
-    """What "FILE.py:NAME" trains, without a head."""
+    """The number of parameters that "FILE.py:NAME" trains, without a head."""
     file, _, name = config.partition(":")
     module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
-    return count(module.get_config(name)).report.trained
+    return shapes.count(module.get_config(name)).report.trained
 
 
 def paper_row(row: PaperRow) -> dict[str, Any]:
@@ -144,8 +71,8 @@ def paper_row(row: PaperRow) -> dict[str, Any]:
         verdict = row.note
     else:
         raise ValueError(f"Table {row.table}, {row.label}: {number:,} is not {row.printed}, and no note says why")
-    found = {"label": row.label, "table": row.table, "config": row.config, "trained": number}
-    return found | {"printed": row.printed, "verdict": verdict}
+    counted = {"label": row.label, "table": row.table, "config": row.config, "trained": number}
+    return counted | {"printed": row.printed, "verdict": verdict}
 
 
 def agrees(number: int, printed: str) -> bool:
@@ -161,14 +88,12 @@ def agrees(number: int, printed: str) -> bool:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows for a terminal."""
-    header = ("table", "row", "config", "trained", "paper", "verdict")
-    lines = [header]
+    lines = [("table", "row", "config", "trained", "paper", "verdict")]
     for row in rows:
         number = "-" if row["trained"] is None else f"{row['trained']:,}"
         lines.append((str(row["table"]), row["label"], row["config"] or "-", number, row["printed"], row["verdict"]))
-    widths = [max(len(line[n]) for line in lines) for n in range(len(header))]
-    sides = ["<", "<", "<", ">", ">", "<"]
-    form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    form = "  ".join(f"{{:{side}{width}}}" for side, width in zip("<<<>><", widths, strict=True))
     return "\n".join(form.format(*line).rstrip() for line in lines)
 
 

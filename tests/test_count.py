@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from configs import e2e, glue, gpt3
+from configs.paper_rows import ROWS
 from experiments import count
-from experiments.paper_rows import ROWS
+from lora_jax.runs import shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -199,13 +200,13 @@ def test_a_base_by_its_config_json_alone(tmp_path: Path) -> None:
     config.base = str(tmp_path)
     fields = {"model_type": "gpt2", "vocab_size": 50257, "n_embd": 64, "n_layer": 3, "n_head": 2}
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    assert count.count(config).report.trained == gpt(64, 3)
+    assert shapes.count(config).report.trained == gpt(64, 3)
     config.method = "none"
-    assert count.count(config).report == ([], 0, gpt(64, 3))
+    assert shapes.count(config).report == ([], 0, gpt(64, 3))
     with pytest.raises(ValueError, match="GPT2Config, but mrpc needs EncoderConfig"):
         glued = glue.get_config("base,mrpc")
         glued.base = config.base
-        count.count(glued)
+        shapes.count(glued)
 
 
 def test_a_bert_has_its_head_apart(tmp_path: Path) -> None:
@@ -215,7 +216,7 @@ def test_a_bert_has_its_head_apart(tmp_path: Path) -> None:
     for name, outputs in (("base,mnli,full", 3), ("base,stsb,full", 1)):
         config = glue.get_config(name)
         config.base = str(tmp_path)
-        report, head = count.count(config)
+        report, head = shapes.count(config)
         pooler = 64 * 64 + 64
         assert head == outputs * (64 + 1)
         assert report.trained == report.total == (90 + 50 + 2) * 64 + 2 * 64 + 2 * layer(64) + pooler
@@ -225,7 +226,7 @@ def test_what_has_no_known_shape() -> None:
     config = e2e.get_config("small")
     config.base = "no-such-base"
     with pytest.raises(ValueError, match=r"'no-such-base' is not known: give a folder .* or one of gpt2, gpt2-medium"):
-        count.count(config)
+        shapes.count(config)
 
 
 def run(*flags: str) -> subprocess.CompletedProcess:

@@ -50,10 +50,8 @@ LAYERS = {
         CORE_OUTSIDE | HEAVY | {"tqdm", "tensorboardX", "matplotlib", "ml_collections"},
     ),
 }
-LAYERS["planning"] = LAYERS["runs"] = (
-    LAYERS["training"][0] | {"training", "planning", "runs"},
-    LAYERS["training"][1],
-)
+LAYERS["planning"] = (CORE | {"models", "distributed", "checkpoints", "training"}, CORE_OUTSIDE)
+LAYERS["runs"] = (LAYERS["training"][0] | {"training", "planning"}, LAYERS["training"][1])
 SHORT = {"sharding": "distributed.sharding", "arithmetic": "methods.arithmetic"}  # names that stay importable
 
 

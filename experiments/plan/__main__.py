@@ -30,18 +30,18 @@ import jax
 from absl import flags
 
 from experiments import cli, train
-from experiments.plan import ask, search
 from lora_jax.checkpoints import write_atomically
 from lora_jax.distributed import sharding
-from lora_jax.planning import topologies
+from lora_jax.planning import asking, search, topologies
+from lora_jax.runs import shapes
 
 flags.DEFINE_string("topology", None, "What to compile for: v5e:4x8, cpu:8, gpu:1x16GB, or with --search v5e.")
 flags.DEFINE_list("mesh", [], "data,fsdp,tensor: their product is the number of devices.")
 flags.DEFINE_bool("search", False, "Tries meshes, remat, micro-batches, and slices.")
+flags.DEFINE_float("minutes", 20, "How long to search.", lower_bound=0)
+flags.DEFINE_string("cache", None, "A JSON file that keeps answers.")
 flags.DEFINE_bool("shardings", False, "Prints where each array lies.")
-flags.declare_key_flag("cache")
 flags.declare_key_flag("config")
-flags.declare_key_flag("minutes")
 flags.declare_key_flag("out")
 
 
@@ -53,26 +53,27 @@ def main() -> None:
     if values.search and values.mesh:
         raise ValueError("--search tries meshes: leave --mesh out")
     topologies.prepare(names)
+    workload = shapes.workload(config)
     cache = search.Cache(Path(values.cache) if values.cache else None)
     if values.search:
-        said = lambda line: print(line, file=sys.stderr)  # noqa: E731
-        answer = search.smallest(config, names, 60 * values.minutes, cache, said)
+        answer = search.smallest(workload, names, 60 * values.minutes, cache, lambda line: print(line, file=sys.stderr))
         if answer is None:
             return print(f"fits: no (no layout of {', '.join(names)} could hold it, or was asked in the time)")
     else:
         topology = topologies.named(names[0])
-        choice = search.chosen(config, values.mesh, topology)
+        if values.mesh:
+            options = {"remat": config.model.remat, "accumulate": config.accumulate}
+            layout = asking.layout_on(topology, values.mesh, **options)
+        else:
+            layout = search.least(workload, topology)
         if values.shardings:
-            print(_table(ask.step(config, choice, choice.mesh(topology))))
-        answer = cache.ask(config, topology, choice)
-    print(ask.shown(answer))
+            step = asking.step(workload, layout, layout.mesh(topology))
+            tree = {"base": step.params, "delta": step.state.delta, "optimizer": step.state.optimizer}
+            print(sharding.table(tree, jax.tree.map(lambda x: x.sharding, tree)))
+        answer = cache.ask(workload, topology, layout)
+    print(asking.shown(answer))
     if values.out:
         write_atomically(values.out, (json.dumps(answer, indent=2) + "\n").encode())
-
-
-def _table(step: ask.Step) -> str:
-    tree = {"base": step.params, "delta": step.state.delta, "optimizer": step.state.optimizer}
-    return sharding.table(tree, jax.tree.map(lambda x: x.sharding, tree))
 
 
 if __name__ == "__main__":

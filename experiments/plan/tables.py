@@ -24,18 +24,18 @@ from absl import flags
 
 from configs import e2e, glue, gpt3
 from experiments import cli, summaries
-from experiments.plan import ask, search
-from experiments.plan.ask import Choice
-from lora_jax.planning import topologies
+from lora_jax.planning import asking, search, topologies
+from lora_jax.planning.asking import Layout
+from lora_jax.runs import shapes
 
 flags.DEFINE_list("only", ["pods", "gpus"], "Which tables.")
+flags.DEFINE_float("minutes", 20, "How long to search.", lower_bound=0)
+flags.DEFINE_string("cache", None, "A JSON file that keeps answers.")
 flags.declare_key_flag("out")
-flags.declare_key_flag("cache")
-flags.declare_key_flag("minutes")
 
 PODS = {"LoRA, q and v, r = 8": "lora_qv_r8", "AdapterH, r = 8": "adapter_h_r8", "full fine-tuning": "full"}
 FAMILIES = ("v5e", "v5p", "v6e")
-SENT_ON, SENT_AS = "v5e:16x16", Choice(1, 16, 16, True, 1)
+SENT_ON, SENT_AS = "v5e:16x16", Layout(1, 16, 16, True, 1)
 GPUS = {
     "GPT-2 small": (e2e, "small"),
     "GPT-2 medium": (e2e, "medium"),
@@ -65,27 +65,29 @@ def pod(label: str, name: str, cache: search.Cache, seconds: float) -> dict[str,
     """A row of GPT-3 175B."""
     config = gpt3.get_config(name)
     config.data.length, config.data.batch_size = 2048, 0
-    one = ask.step(config, SENT_AS, SENT_AS.mesh(topologies.named(SENT_ON)))
+    workload, topology = shapes.workload(config), topologies.named(SENT_ON)
+    step = asking.step(workload, SENT_AS, SENT_AS.mesh(topology))
     size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
-    sent = cache.ask(config, topologies.named(SENT_ON), SENT_AS)
+    answer = cache.ask(workload, topology, SENT_AS)
     row: dict[str, Any] = {
         "label": f"pods: {label}",
-        "held_gb": (size(one.params) + 2 * size(one.state.delta) + size(one.state.optimizer)) / 1e9,
-        "saved_mb": size(one.state.delta) / 2 / 1e6,
-        "petaflops": ask.products(config, SENT_AS) / 1e15,
-        "petaflops_kept": ask.products(config, SENT_AS._replace(remat=False)) / 1e15,
+        "held_gb": (size(step.params) + 2 * size(step.state.delta) + size(step.state.optimizer)) / 1e9,
+        "saved_mb": size(step.state.delta) / 2 / 1e6,
+        "petaflops": asking.step_flops(workload, SENT_AS) / 1e15,
+        "petaflops_kept": asking.step_flops(workload, SENT_AS._replace(remat=False)) / 1e15,
     }
-    along = {axis: [e for e in sent.get("collectives", ()) if axis in e["axes"]] for axis in ("fsdp", "tensor")}
-    row |= {f"sent_{axis}": sum(each["bytes"] for each in found) / 1e9 for axis, found in along.items()}
-    row["times_tensor"] = sum(each["times"] for each in along["tensor"])
+    for axis in ("fsdp", "tensor"):
+        along = [sent for sent in answer.get("collectives", ()) if axis in sent["axes"]]
+        row[f"sent_{axis}"] = sum(sent["bytes"] for sent in along) / 1e9
+    row["times_tensor"] = sum(sent["times"] for sent in along)
     for family in FAMILIES:
-        said = lambda line: print(f"{label}: {line}", file=sys.stderr)  # noqa: E731
-        found = search.smallest(config, topologies.slices(family), seconds, cache, said)
-        if found and found["fits"]:
-            mesh = f"{found['data']},{found['fsdp']},{found['tensor']}"
-            room = f"{found['peak'] / 2**30:.2f} of {found['limit'] / 2**30:.2f} GiB"
-            row[family] = f"{found['chips']} ({mesh}; {room})"
-    return row | {"command": _command(), **summaries.machine("jax", "libtpu")}
+        log = lambda line: print(f"{label}: {line}", file=sys.stderr)  # noqa: E731
+        best = search.smallest(workload, topologies.slices(family), seconds, cache, log)
+        if best and best["fits"]:
+            mesh = f"{best['data']},{best['fsdp']},{best['tensor']}"
+            room = f"{best['peak'] / 2**30:.2f} of {best['limit'] / 2**30:.2f} GiB"
+            row[family] = f"{best['chips']} ({mesh}; {room})"
+    return row | {"command": cli.command("plan.tables"), **summaries.machine("jax", "libtpu")}
 
 
 def gpu(label: str, method: str, cache: search.Cache) -> dict[str, Any]:
@@ -96,18 +98,13 @@ def gpu(label: str, method: str, cache: search.Cache) -> dict[str, Any]:
     config.model.scan_layers = True
     if method == "LoRA":
         config.model.param_dtype = "float16"
-    here = topologies.named("gpu:1x16GB")
-    batch = config.data.batch_size
+    workload, topology, batch = shapes.workload(config), topologies.named("gpu:1x16GB"), config.data.batch_size
     row: dict[str, Any] = {"label": f"gpus: {label}, {method}", "texts": f"{batch} x {config.data.length}"}
-    for column, choice in (("batch", Choice(1, 1, 1, False, 1)), ("text", Choice(1, 1, 1, True, batch))):
-        found = cache.ask(config, here, choice)
-        row[f"peak_{column}"] = found["peak"] / 1e9
-        row[f"fits_{column}"] = " and ".join(f"{size / 1e9:.0f} GB" for size in SIZES if found["peak"] <= size) or "-"
-    return row | {"command": _command(), **summaries.machine("jax")}
-
-
-def _command() -> str:
-    return cli.command("plan.tables")
+    for column, layout in (("batch", Layout(1, 1, 1, False, 1)), ("text", Layout(1, 1, 1, True, batch))):
+        peak = cache.ask(workload, topology, layout)["peak"]
+        row[f"peak_{column}"] = peak / 1e9
+        row[f"fits_{column}"] = " and ".join(f"{size / 1e9:.0f} GB" for size in SIZES if peak <= size) or "-"
+    return row | {"command": cli.command("plan.tables"), **summaries.machine("jax")}
 
 
 if __name__ == "__main__":

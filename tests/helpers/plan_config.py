@@ -1,9 +1,10 @@
-"""A config to plan, of a tiny GPT-2."""
+"""A workload to plan, of a tiny GPT-2."""
 
 import json
 from pathlib import Path
 
 from configs import e2e
+from lora_jax.runs import shapes
 
 
 def tiny(folder: Path):
@@ -14,4 +15,4 @@ def tiny(folder: Path):
     config.base = str(folder)
     config.model.scan_layers = config.model.remat = True
     config.data.length, config.data.batch_size = 32, 8
-    return config
+    return shapes.workload(config)

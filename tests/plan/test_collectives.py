@@ -9,10 +9,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.plan import ask
-from experiments.plan.ask import Choice
+import lora_jax as lj
 from lora_jax.distributed import sharding
-from lora_jax.planning import collectives, topologies
+from lora_jax.planning import asking, collectives, topologies
+from lora_jax.planning.asking import Layout
 from tests.helpers.plan_config import tiny
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -76,11 +76,11 @@ def test_pairs_of_devices():
     assert (found.axes, found.sent) == (("tensor",), 16)
 
 
-def reduced(config, axes=("data", "fsdp")):
+def reduced(workload, axes=("data", "fsdp")):
     """The bytes that are summed over data and fsdp in a step, and the shapes of what is."""
-    choice = Choice(2, 2, 2, True, 1)
+    layout = Layout(2, 2, 2, True, 1)
     topology = topologies.Topology("cpu:8", jax.devices()[:8], 8, None, False)
-    step = ask.step(config, choice, choice.mesh(topology))
+    step = asking.step(workload, layout, layout.mesh(topology))
     text = step.run.lower(step.state, step.params, step.batch).compile().as_text()
     found = [
         one
@@ -91,24 +91,23 @@ def reduced(config, axes=("data", "fsdp")):
 
 
 def test_no_gradient_of_a_frozen_weight_is_sent(tmp_path):
-    config = tiny(tmp_path)
-    sent, shapes = reduced(config)
+    workload = tiny(tmp_path)
+    sent, shapes = reduced(workload)
     factors = 2 * 2 * (64 * 4 + 4 * 64) * 4  # two layers, q and v
     losses = 64
     # what is summed over data and then over fsdp is counted twice
     assert 0 < sent <= 2 * factors + losses
     assert not any(min(shape, default=0) >= 16 and len(shape) > 1 for shape in shapes)
 
-    config.method, config.tune.select = "tune", ("**",)
-    full, shapes = reduced(config)
+    full, shapes = reduced(workload._replace(method=lj.tune(lj.select("**"))))
     assert full > 4 * sent and any(min(shape, default=0) >= 16 and len(shape) > 1 for shape in shapes)
 
 
 def test_bytes_held_are_those_of_the_shards(tmp_path):
-    config = tiny(tmp_path)
-    choice = Choice(1, 2, 4, True, 1)
-    step = ask.step(config, choice, choice.mesh(topologies.Topology("cpu:8", jax.devices()[:8], 8, None, False)))
+    workload = tiny(tmp_path)
+    layout = Layout(1, 2, 4, True, 1)
+    step = asking.step(workload, layout, layout.mesh(topologies.Topology("cpu:8", jax.devices()[:8], 8, None, False)))
     real = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), step.params))()
     placed = jax.device_put(real, jax.tree.map(lambda x: x.sharding, step.params))
     held = [np.sum([s.data.nbytes for s in x.addressable_shards]) / 8 for x in jax.tree.leaves(placed)]
-    assert ask.held(step.params) == sum(held)
+    assert asking.bytes_per_device(step.params) == sum(held)

@@ -1,4 +1,4 @@
-"""experiments.plan: answers, searches, their cache, and what a user may get wrong."""
+"""lora_jax.planning and its command: answers, searches, their cache, and what a user may get wrong."""
 
 import json
 import subprocess
@@ -8,9 +8,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments.plan import ask, search
-from experiments.plan.ask import Choice
-from lora_jax.planning import topologies
+from lora_jax.planning import asking, search, topologies
+from lora_jax.planning.asking import Layout
 from tests.helpers.plan_config import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,66 +20,66 @@ def cpu(count, limit=None):
 
 
 def test_an_answer_has_bytes_flops_and_collectives(tmp_path):
-    config = tiny(tmp_path)
-    answer = ask.ask(config, cpu(8), Choice(1, 4, 2, True, 1))
+    workload = tiny(tmp_path)
+    answer = asking.ask(workload, cpu(8), Layout(1, 4, 2, True, 1))
     assert answer["fits"] and answer["peak"] > answer["base"] + answer["delta"] + answer["optimizer"]
     assert answer["optimizer"] == pytest.approx(2 * answer["delta"], abs=64)  # Adam's moments, and counters
     assert {each["kind"] for each in answer["collectives"]} >= {"all-gather", "all-reduce"}
-    assert "fits: yes" in ask.shown(answer)
+    assert "fits: yes" in asking.shown(answer)
     # the same products on one device
-    assert ask.ask(config, cpu(1), Choice(1, 1, 1, True, 1))["flops"] == answer["flops"]
+    assert asking.ask(workload, cpu(1), Layout(1, 1, 1, True, 1))["flops"] == answer["flops"]
 
 
 def test_too_small_a_device_is_an_answer(tmp_path):
-    answer = ask.ask(tiny(tmp_path), cpu(1, 1e5), Choice(1, 1, 1, True, 1))
+    answer = asking.ask(tiny(tmp_path), cpu(1, 1e5), Layout(1, 1, 1, True, 1))
     assert not answer["fits"] and answer["wanted"] > 1e5
-    assert "fits: no" in ask.shown(answer)
+    assert "fits: no" in asking.shown(answer)
 
 
 def test_what_does_not_divide_is_an_answer(tmp_path):
-    answer = ask.ask(tiny(tmp_path), cpu(3), Choice(1, 1, 3, True, 1))
-    assert not answer["fits"] and "does not divide" in answer["why"] and "fits: no" in ask.shown(answer)
+    answer = asking.ask(tiny(tmp_path), cpu(3), Layout(1, 1, 3, True, 1))
+    assert not answer["fits"] and "does not divide" in answer["why"] and "fits: no" in asking.shown(answer)
 
 
 def test_what_a_compiler_says_it_wants():
     message = "RESOURCE_EXHAUSTED: the total memory required (107.17G) exceeds available HBM (95.74G)."
-    assert ask.wanted(message) == int(107.17 * 2**30)
-    assert ask.wanted("INTERNAL: else") is None
+    assert asking.bytes_wanted(message) == int(107.17 * 2**30)
+    assert asking.bytes_wanted("INTERNAL: else") is None
 
 
 def test_a_search_finds_the_smallest_and_asks_no_answer_twice(tmp_path, monkeypatch):
-    config, asked, said = tiny(tmp_path), [], []
-    limit = search.ordered(config, cpu(2))[0].estimate
-    assert search.ordered(config, cpu(1))[0].estimate > limit  # by the closed form two devices hold it, one does not
+    workload, asked, said = tiny(tmp_path), [], []
+    limit = search.ordered(workload, cpu(2))[0].estimate
+    assert search.ordered(workload, cpu(1))[0].estimate > limit  # by the closed form two devices hold it, one does not
 
-    def compiler(config, topology, choice):
-        asked.append(choice)
-        need = search.sized(config, topology, choice).estimate
-        sent = [{"kind": "all-gather", "axes": ["tensor"], "times": 1, "bytes": 1000 // choice.tensor}]
+    def compiler(workload, topology, layout):
+        asked.append(layout)
+        need = search.size_of(workload, topology, layout).estimate
+        sent = [{"kind": "all-gather", "axes": ["tensor"], "times": 1, "bytes": 1000 // layout.tensor}]
         answer = {"topology": topology.name, "chips": topology.chips, "texts": 8, "collectives": sent}
-        return answer | choice._asdict() | {"fits": need <= 2 * limit and topology.chips > 1, "wanted": need}
+        return answer | layout._asdict() | {"fits": need <= 2 * limit and topology.chips > 1, "wanted": need}
 
-    monkeypatch.setattr(ask, "ask", compiler)
+    monkeypatch.setattr(asking, "ask", compiler)
     monkeypatch.setattr(topologies, "named", lambda name: cpu(int(name[4:]), 2 * limit))
     cache = search.Cache(tmp_path / "answers.json")
-    answer = search.smallest(config, ["cpu:1", "cpu:2"], 60, cache, said.append)
+    answer = search.smallest(workload, ["cpu:1", "cpu:2"], 60, cache, said.append)
     assert answer["chips"] == 2 and answer["fits"]
     assert answer["tensor"] == 2  # which sends less, though it does not hold least
     before = len(asked)
-    assert search.smallest(config, ["cpu:1", "cpu:2"], 60, search.Cache(cache.file), said.append) == answer
+    assert search.smallest(workload, ["cpu:1", "cpu:2"], 60, search.Cache(cache.file), said.append) == answer
     assert len(asked) == before == len(set(said))
-    assert search.smallest(config, ["cpu:1", "cpu:2"], 0, search.Cache(None), said.append) is None
+    assert search.smallest(workload, ["cpu:1", "cpu:2"], 0, search.Cache(None), said.append) is None
     assert "the time was up" in said[-1]
 
 
 def test_layouts_come_in_the_order_of_their_memory(tmp_path):
-    config = tiny(tmp_path)
-    ordered = search.ordered(config, cpu(8))
+    workload = tiny(tmp_path)
+    ordered = search.ordered(workload, cpu(8))
     assert [one.estimate for one in ordered] == sorted(one.estimate for one in ordered)
-    for _, held, choice in ordered:
+    for _, held, layout in ordered:
         assert 0 < held < ordered[-1].estimate
-        assert choice.data * choice.fsdp * choice.tensor == 8
-        assert 8 % (choice.accumulate * choice.data * choice.fsdp) == 0
+        assert layout.data * layout.fsdp * layout.tensor == 8
+        assert 8 % (layout.accumulate * layout.data * layout.fsdp) == 0
 
 
 def plan(*args):
@@ -99,16 +98,22 @@ def test_the_command(tmp_path):
 
 
 def test_without_a_mesh_the_layout_that_holds_least(tmp_path):
-    config, topology = tiny(tmp_path), cpu(8)
-    choice = search.chosen(config, [], topology)
-    assert choice == search.ordered(config, topology)[0].choice and choice.remat
-    assert search.chosen(config, ["2", "2", "2"], topology) == Choice(2, 2, 2, True, 1)
+    workload, topology = tiny(tmp_path), cpu(8)
+    layout = search.least(workload, topology)
+    assert layout == search.ordered(workload, topology)[0].layout and layout.remat
+    with pytest.raises(ValueError, match="no layout of 8 devices divides a batch of 9"):
+        search.least(workload._replace(batch_size=9), topology)
+
+
+def test_a_mesh_as_it_is_written():
+    layout = asking.layout_on(cpu(8), ["2", "2", "2"], remat=True, accumulate=3)
+    assert layout == Layout(2, 2, 2, True, 3)
 
 
 @pytest.mark.parametrize(("mesh", "said"), [("1,2", "three numbers"), ("1,2,x", "three numbers"), ("1,2,2", "has 4")])
-def test_a_bad_mesh(tmp_path, mesh, said):
+def test_a_bad_mesh(mesh, said):
     with pytest.raises(ValueError, match=said):
-        search.chosen(tiny(tmp_path), mesh.split(","), cpu(8))
+        asking.layout_on(cpu(8), mesh.split(","), remat=True, accumulate=1)
 
 
 @pytest.mark.parametrize("name", ["v9:2x2", "gpu:16GB", "cpu:x", "v5e:2", "v5e:axb"])

@@ -4,10 +4,10 @@ import jax
 import pytest
 
 from configs import gpt3
-from experiments.plan import ask
-from experiments.plan.ask import Choice
 from lora_jax.distributed import sharding
-from lora_jax.planning import collectives, topologies
+from lora_jax.planning import asking, collectives, topologies
+from lora_jax.planning.asking import Layout
+from lora_jax.runs import shapes
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("libtpu", reason="needs libtpu: pip install 'lora_jax[tpu]'")
@@ -20,20 +20,20 @@ def free_promotion():
         yield
 
 
-def config_of(name, batch):
+def workload_of(name, batch):
     config = gpt3.get_config(name)
     config.data.length, config.data.batch_size = 2048, batch
-    return config
+    return shapes.workload(config)
 
 
 def test_lora_fits_on_four_v5p_and_sends_no_gradient_of_a_frozen_weight():
-    config, choice = config_of("lora_qv_r8", 4), Choice(1, 4, 1, True, 1)
+    workload, layout = workload_of("lora_qv_r8", 4), Layout(1, 4, 1, True, 1)
     topology = topologies.named("v5p:2x2x1")
-    step = ask.step(config, choice, choice.mesh(topology))
+    step = asking.step(workload, layout, layout.mesh(topology))
     compiled = step.run.lower(step.state, step.params, step.batch).compile()
     assert compiled.memory_analysis().peak_memory_in_bytes < topology.limit
     text = compiled.as_text()
-    found = collectives.of_program(text, dict(zip(sharding.AXES, choice[:3], strict=True)))
+    found = collectives.of_program(text, dict(zip(sharding.AXES, layout[:3], strict=True)))
     summed = [one for one in found if one.kind in ("all-reduce", "reduce-scatter") and one.axes]
     assert summed
     factors = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(step.state.delta))
@@ -44,6 +44,6 @@ def test_lora_fits_on_four_v5p_and_sends_no_gradient_of_a_frozen_weight():
 
 
 def test_what_does_not_fit_is_an_answer():
-    answer = ask.ask(config_of("full", 4), topologies.named("v5p:2x2x1"), Choice(1, 4, 1, True, 1))
+    answer = asking.ask(workload_of("full", 4), topologies.named("v5p:2x2x1"), Layout(1, 4, 1, True, 1))
     assert not answer["fits"] and answer["wanted"] > answer["limit"]
-    assert "fits: no" in ask.shown(answer)
+    assert "fits: no" in asking.shown(answer)

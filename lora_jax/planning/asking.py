@@ -1,0 +1,237 @@
+"""The compiler's answer on a training step for devices that are not at hand: memory, FLOPs, collectives."""
+
+import dataclasses
+import functools
+import math
+import re
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lora_jax as lj
+from lora_jax import training
+from lora_jax.distributed import sharding
+from lora_jax.models import encoder
+from lora_jax.planning import collectives, flops
+from lora_jax.planning.topologies import GIB, Topology
+
+VOCABULARY_MULTIPLE = 128  # rows of the token table are padded to a multiple, which divides over a tensor axis
+
+Answer = dict[str, Any]  # JSON, see `ask`
+
+
+class Workload(NamedTuple):
+    """A model, what of it trains, and the batch of a step.
+
+    Attributes:
+      model: one of `lora_jax.models`; the layout decides on its `remat`.
+      method: the transform whose delta trains.
+      optimizer: the options that `training.optimizer` and `training.schedule` take.
+      batch_size: examples of a step, all micro-batches together; 0: one for each part of the axes data and fsdp.
+      length: tokens of each example.
+    """
+
+    model: Any
+    method: lj.ParamTransform
+    optimizer: Any
+    batch_size: int
+    length: int
+    label_smoothing: float = 0.0
+
+
+class Layout(NamedTuple):
+    """The size of each mesh axis, rematerialization, and the number of micro-batches of a step."""
+
+    data: int
+    fsdp: int
+    tensor: int
+    remat: bool
+    accumulate: int
+
+    def mesh(self, topology: Topology) -> Mesh:
+        return Mesh(np.array(topology.devices).reshape(self.data, self.fsdp, self.tensor), sharding.AXES)
+
+    def examples(self, workload: Workload) -> int:
+        """Examples of a step."""
+        return workload.batch_size or self.data * self.fsdp
+
+    def __str__(self) -> str:
+        remat = "remat" if self.remat else "no remat"
+        axes = f"data {self.data} x fsdp {self.fsdp} x tensor {self.tensor}"
+        return f"{axes}, {remat}, {self.accumulate} micro-batches"
+
+
+class Step(NamedTuple):
+    """A jitted training step and its arguments, as ShapeDtypeStructs with shardings."""
+
+    run: Any
+    state: training.State
+    params: Any
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+
+@functools.cache
+def param_shapes(model: Any) -> Any:
+    """The parameters of one of our models, as ShapeDtypeStructs."""
+    return jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
+
+
+def padded(model: Any) -> Any:
+    """The model with its token table padded to a multiple of VOCABULARY_MULTIPLE rows."""
+    rows = -(-model.config.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    return type(model)(dataclasses.replace(model.config, vocab_size=rows))
+
+
+def layout_on(topology: Topology, mesh: Sequence[str], *, remat: bool, accumulate: int) -> Layout:
+    """The layout of a mesh written as data, fsdp, tensor.
+
+    Raises:
+      ValueError: these are not three numbers, or their product is not the topology's number of devices.
+    """
+    devices, written = len(topology.devices), ",".join(mesh)
+    if len(mesh) != 3 or not all(size.isdecimal() for size in mesh):
+        raise ValueError(f"mesh={written}: three numbers, data,fsdp,tensor")
+    data, fsdp, tensor = map(int, mesh)
+    if data * fsdp * tensor != devices:
+        raise ValueError(f"mesh={written} has {data * fsdp * tensor} devices, {topology.name} has {devices}")
+    return Layout(data, fsdp, tensor, remat, accumulate)
+
+
+def step(workload: Workload, layout: Layout, mesh: Mesh) -> Step:
+    """The step that `training.prepare` would compile.
+
+    Raises:
+      ValueError: an axis of an array, or the batch, does not divide over the mesh.
+    """
+    method = workload.method
+    model = type(workload.model)(dataclasses.replace(workload.model.config, remat=layout.remat))
+    placed = sharding.on_mesh(model, mesh)
+    if isinstance(model, encoder.Encoder):
+        objective = training.classifier(placed)
+    else:
+        objective = training.language_model(placed, workload.label_smoothing)
+    rate = training.schedule(workload.optimizer, 10_000)
+    tx = training.optimizer(workload.optimizer, rate)
+    params = param_shapes(model)
+    rules = sharding.rules_for(model, mesh)
+
+    def start(params: Any) -> training.State:
+        return training.new_state(method, tx, params, jax.random.key(0), dtype=model.config.dtype)
+
+    state = jax.eval_shape(start, params)
+    adapted = jax.eval_shape(method.apply, params, state.delta)
+    params = lj.without_tuned(params, state.delta)
+    places = training.state_shardings(state, mesh, rules, adapted)
+    batch = _batch(workload, layout)
+    over_rows = NamedSharding(mesh, P(None, *sharding.batch_sharding(mesh).spec))
+    return Step(
+        jax.jit(training.make_step(objective, method, tx, rate), donate_argnums=0, out_shardings=places),
+        _with_shardings(state, places),
+        _with_shardings(params, sharding.shardings(params, mesh, rules)),
+        _with_shardings(batch, dict.fromkeys(batch, over_rows)),
+    )
+
+
+def _batch(workload: Workload, layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
+    """Arrays (micro-batches, rows, ...); of a language model every position has a target."""
+    shards, size = layout.data * layout.fsdp, layout.examples(workload)
+    if size % (layout.accumulate * shards):
+        raise ValueError(f"a batch of {size} does not divide into {layout.accumulate} x {shards} rows")
+    rows = (layout.accumulate, size // layout.accumulate)
+    model, sequences = workload.model, (*rows, workload.length)
+    inputs: dict[str, Any] = {"tokens": (sequences, jnp.int32), "mask": (sequences, jnp.bool_)}
+    if isinstance(model, encoder.Encoder):
+        target = jnp.float32 if model.config.head == "regression" else jnp.int32
+        inputs |= {"token_types": (sequences, jnp.int32), "labels": (rows, target), "weights": (rows, jnp.float32)}
+    else:
+        inputs |= dict.fromkeys(("labelled", "labels"), (sequences, jnp.int32))
+        inputs |= {"weights": (sequences, jnp.float32)}
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in inputs.items()}
+
+
+def _with_shardings(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, shardings)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes on each device of arrays, or ShapeDtypeStructs, that have a sharding."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def ask(workload: Workload, topology: Topology, layout: Layout) -> Answer:
+    """The compiler's answer as JSON: `fits`, bytes on each device, FLOPs of the whole step, collectives; where the step
+    does not fit or cannot be laid out so, `why`.
+
+    Bytes are those of one device: `base` (frozen), `delta`, `optimizer`, `temporary` and `peak`; `wanted` is the peak,
+    or, where the compiler refuses, the bytes that its message names.
+    """
+    answer: Answer = {"topology": topology.name, "chips": topology.chips, **layout._asdict()}
+    answer["texts"] = layout.examples(workload)
+    try:
+        one = step(workload, layout, layout.mesh(topology))
+        traced = one.run.trace(one.state, one.params, one.batch)
+    except ValueError as error:
+        return answer | {"fits": False, "why": str(error)}
+    parts = {"base": one.params, "delta": one.state.delta, "optimizer": one.state.optimizer}
+    answer |= {name: bytes_per_device(tree) for name, tree in parts.items()}
+    answer |= {"flops": flops.of_jaxpr(traced.jaxpr.jaxpr), "limit": topology.limit}
+    begin = time.monotonic()
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        return answer | {"fits": False, "wanted": bytes_wanted(str(error)), "why": str(error).splitlines()[0][:300]}
+    memory = compiled.memory_analysis()
+    arrays = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak = (topology.asks and memory.peak_memory_in_bytes) or arrays + memory.temp_size_in_bytes
+    sent = collectives.of_program(compiled.as_text(), dict(zip(sharding.AXES, layout[:3], strict=True)))
+    return answer | {
+        "fits": topology.asks or topology.limit is None or peak <= topology.limit,
+        "temporary": memory.temp_size_in_bytes,
+        "peak": peak,
+        "wanted": peak,
+        "collectives": collectives.summary(sent),
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+
+
+def step_flops(workload: Workload, layout: Layout) -> int:
+    """FLOPs of a step's matrix products, counted from its jaxpr; nothing is compiled."""
+    workload = workload._replace(batch_size=layout.examples(workload))
+    one = step(workload, layout._replace(data=1, fsdp=1, tensor=1), sharding.make_mesh({}))
+    return flops.of_jaxpr(one.run.trace(one.state, one.params, one.batch).jaxpr.jaxpr)
+
+
+def bytes_wanted(message: str) -> int | None:
+    """The bytes that a program needs, from the TPU compiler's message that it does not fit."""
+    needs = re.search(r"\(([\d.]+)([KMGT])\) exceeds available", message)
+    return int(float(needs[1]) * 1024 ** ("KMGT".index(needs[2]) + 1)) if needs else None
+
+
+def shown(answer: Answer) -> str:
+    """An answer as text."""
+    layout = Layout(*(answer[name] for name in Layout._fields))
+    lines = [f"{answer['topology']} ({answer['chips']} chips), {layout}, {answer['texts']} texts a step"]
+    for name in ("base", "delta", "optimizer", "temporary", "peak"):
+        if name in answer:
+            lines.append(f"  {name:<10} {answer[name] / GIB:10.3f} GiB on each device")
+    if "flops" in answer:
+        lines.append(f"  {'products':<10} {answer['flops']:10.3e} FLOPs a step")
+    for sent in answer.get("collectives", ()):
+        along, size = " and ".join(sent["axes"]), sent["bytes"] / GIB
+        lines.append(f"  {sent['kind']} over {along}: {sent['times']:,} a step, {size:.3f} GiB sent by each device")
+    lines.append(f"fits: {'yes' if answer['fits'] else 'no'}{needed(answer)}")
+    return "\n".join(lines)
+
+
+def needed(answer: Answer) -> str:
+    """What an answer needs of the device's memory, in parentheses, or why it does not fit; "" if neither is known."""
+    limit, need = answer.get("limit"), answer.get("wanted")
+    if need is None:
+        return f" ({answer['why']})" if "why" in answer else ""
+    return f" ({need / GIB:.2f} GiB wanted" + (f" of {limit / GIB:.2f})" if limit else ")")

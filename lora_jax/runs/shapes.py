@@ -1,0 +1,89 @@
+"""What a config trains and what its step holds, from shapes alone: no weights are read or made."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+import lora_jax as lj
+from lora_jax.core.selection import flatten, matches
+from lora_jax.data import glue
+from lora_jax.interop import hf
+from lora_jax.models import encoder, gpt2
+from lora_jax.planning import asking
+from lora_jax.runs import methods
+
+# The shapes of public bases by their names on the Hub, and of GPT-3, whose weights are not public.
+PUBLIC: dict[str, Any] = {
+    "gpt2": gpt2.SIZES["small"],
+    "gpt2-medium": gpt2.SIZES["medium"],
+    "gpt2-large": gpt2.SIZES["large"],
+    "gpt3": gpt2.SIZES["gpt3"],
+    "FacebookAI/roberta-base": encoder.SIZES["roberta-base"],
+    "FacebookAI/roberta-large": encoder.SIZES["roberta-large"],
+}
+
+
+class Count(NamedTuple):
+    """What trains without the head, as the paper counts, and the number of the head's parameters that train."""
+
+    report: lj.Report
+    head: int
+
+
+def count(config: ConfigDict) -> Count:
+    """What a config trains.
+
+    Raises:
+      ValueError: the shape of its base is not known or of another family than its task needs; the method does not fit.
+    """
+    model = model_of(config)
+    params, heads = asking.param_shapes(model), config.get("head", ())
+    in_head = lambda path: any(matches(glob, path) for glob in heads)  # noqa: E731
+    rows: list[Any] = []
+    if config.method != "none":
+        rows = lj.check(lj.from_spec(methods.spec(config, model)), params).rows
+    below_head = [row for row in rows if not in_head(row.path)]
+    total = sum(leaf.size for path, leaf in flatten(params)[0] if not in_head(path))
+    trained = sum(row.trained for row in below_head)
+    return Count(lj.Report(below_head, trained, total), sum(row.trained for row in rows) - trained)
+
+
+def workload(config: ConfigDict) -> asking.Workload:
+    """A config's training step as `lora_jax.planning` takes it: its token table padded, each example as long as the
+    config and the model allow."""
+    model = asking.padded(model_of(config))
+    longest = model.config.max_length if isinstance(model, encoder.Encoder) else model.config.n_positions
+    return asking.Workload(
+        model,
+        lj.from_spec(methods.spec(config, model)),
+        config.optimizer,
+        config.data.batch_size,
+        min(config.data.length, longest),
+        config.get("label_smoothing", 0.0),
+    )
+
+
+def model_of(config: ConfigDict) -> Any:
+    """The model of a config's base, with the options of the config's `model` and the head of its task."""
+    shape, task, options = model_config(config.base), glue.TASKS.get(config.data.name), config.model.to_dict()
+    kind: Any = encoder.EncoderConfig if task else gpt2.GPT2Config
+    if not isinstance(shape, kind):
+        raise ValueError(f"{config.base} is of {type(shape).__name__}, but {config.data.name} needs {kind.__name__}")
+    if task is None:
+        return gpt2.GPT2(dataclasses.replace(shape, **options))
+    options |= {"head": "classification" if task.labels else "regression", "labels": task.outputs}
+    return encoder.Encoder(dataclasses.replace(shape, **options, pooler=shape.family == "bert"))
+
+
+def model_config(base: str) -> Any:
+    """The model config of a base: that of its folder's config.json, or of a public base by its name."""
+    if Path(base).is_dir():
+        return hf.without_weights(base).config
+    if base in PUBLIC:
+        return PUBLIC[base]
+    raise ValueError(
+        f"the shape of the base {base!r} is not known: give a folder with its config.json (--config.base=FOLDER), "
+        f"or one of {', '.join(PUBLIC)}"
+    )
