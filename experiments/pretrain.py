@@ -86,7 +86,7 @@ def ready(config: ConfigDict, workdir: Path, model: gpt2.GPT2, batches: dict[str
     """The run, ready to train: the base is random weights, all of which are tuned."""
     mesh = bases.mesh_of(config)
     model = sharding.on_mesh(model, mesh)
-    rules = sharding.gpt2_rules(model.config.vocab_size, mesh)
+    rules = sharding.rules_for(model, mesh)
 
     def init(key: jax.Array) -> Any:
         return model.init(key, jnp.zeros((1, 8), jnp.int32))["params"]

@@ -1,7 +1,7 @@
 """Where each array lives on a mesh: ordered rules over paths, as NamedShardings for `jax.jit`.
 
     mesh = make_mesh({"data": 2, "fsdp": 4})
-    rules = gpt2_rules(config.vocab_size, mesh)
+    rules = rules_for(model, mesh)
     adapted = jax.eval_shape(method.apply, params, delta)
     params = jax.device_put(params, shardings(params, mesh, rules))
     delta = jax.device_put(delta, shardings(delta, mesh, rules, adapted))
@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from lora_jax.core.arrays import factor_axes, is_adapted
 from lora_jax.core.lifting.taps import untapped
 from lora_jax.core.selection import flatten, look_up, matches, path_of
-from lora_jax.models.encoder import Encoder
+from lora_jax.models.family import family_of
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -69,63 +69,19 @@ def on_mesh(model: Any, mesh: Mesh) -> Any:
     return type(model)(dataclasses.replace(model.config, residual=residual))
 
 
-def gpt2_rules(vocab_size: int, mesh: Mesh) -> Rules:
-    """Rules for `models.gpt2`, in both layouts.
-
-    Kernels shard one axis over `fsdp` and the other over `tensor`: query, key, value and up end in
-    `tensor`, out and down begin with it (Shoeybi et al. 2019, Megatron-LM, section 3). The token
-    table shards its rows over `tensor` where they divide (a padded vocabulary; GPT-2's 50,257 does
-    not), else its features.
-    """
-    rows = _table(vocab_size, mesh)
-    tables = {"**/wte/embedding": rows, "**/lm_head/kernel": P(*reversed(rows)), "**/wpe/embedding": _FEATURES}
-    return _layers() | tables | _WHOLE
-
-
-def encoder_rules(vocab_size: int, mesh: Mesh) -> Rules:
-    """Rules for `models.encoder`, as GPT-2's; the head is replicated."""
-    tables = {"**/word/embedding": _table(vocab_size, mesh), "**/position/embedding": _FEATURES}
-    return _layers() | tables | _WHOLE
+# What methods keep beside the weights. What no rule names is an error.
+_METHOD_RULES: Rules = {
+    "**/@*/adapter/down": P(None, "fsdp"),
+    "**/@*/adapter/up": P(None, None, "fsdp"),
+    "**/kernel/l": P(),  # of IA3
+    "**/@*/**": P(),  # of taps, in a delta and on a tree, and what weights share
+    "taps/**": P(),
+}
 
 
 def rules_for(model: Any, mesh: Mesh) -> Rules:
-    """The rules of one of our models."""
-    make = encoder_rules if isinstance(model, Encoder) else gpt2_rules
-    return make(model.config.vocab_size, mesh)
-
-
-_FEATURES = P(None, ("fsdp", "tensor"))
-# On every device, being small. What no rule names is an error.
-_WHOLE = dict.fromkeys(
-    (
-        "**/{ln_*,norm}/{scale,bias}",
-        "**/{out,down}/bias",
-        "**/token_type/embedding",
-        "**/{pooler,classifier}/**",
-        "**/kernel/l",  # of IA3
-        "**/@*/**",  # of taps, in a delta and on a tree, and what weights share
-        "taps/**",
-    ),
-    P(),
-)
-
-
-def _table(rows: int, mesh: Mesh) -> P:
-    return P("tensor", "fsdp") if rows % mesh.shape["tensor"] == 0 else _FEATURES
-
-
-def _layers() -> dict[str, P]:
-    block = {
-        "attn/{query,key,value}/kernel": P("fsdp", "tensor"),
-        "attn/{query,key,value}/bias": P("tensor"),
-        "attn/out/kernel": P("tensor", "fsdp"),
-        "mlp/up/kernel": P("fsdp", "tensor"),
-        "mlp/up/bias": P("tensor"),
-        "mlp/down/kernel": P("tensor", "fsdp"),
-    }
-    adapters = {"**/@*/adapter/down": P(None, "fsdp"), "**/@*/adapter/up": P(None, None, "fsdp")}
-    loop = {f"**/h_*/{glob}": spec for glob, spec in block.items()}
-    return loop | {f"**/h/{glob}": P(None, *spec) for glob, spec in block.items()} | adapters
+    """The rules of a model, by its family, and those of what methods keep beside its weights."""
+    return {**family_of(model).sharding_rules(model.config, mesh), **_METHOD_RULES}
 
 
 def shardings(

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Sharding
+from jax.sharding import Mesh, PartitionSpec, Sharding
 
 from lora_jax.core.dropout import drop
-from lora_jax.models import activations, masks, shapes
+from lora_jax.models import activations, masks, partitioning, shapes
 from lora_jax.models.attention import attend, joined_heads, placed, split_heads
+from lora_jax.models.family import Dimensions, Family, Sites, register_family
 from lora_jax.models.layouts import to_loop, to_scanned
 from lora_jax.models.norm import Norm, wide
 
@@ -251,6 +252,34 @@ def _dropped(module: nn.Module, x: Array, rate: float) -> Array:
     return drop(module.make_rng("dropout"), x, rate) if rate and module.has_rng("dropout") else x
 
 
-def sites(config: EncoderConfig) -> dict[str, tuple[int, tuple[int, ...], str]]:
+def sites(config: EncoderConfig) -> Sites:
     """The activations that the model names: `{name: (occurrences, shape, dtype)}`, as `gpt2.sites` gives them."""
     return shapes.of_sites(config.layers, config.hidden, config.dtype)
+
+
+def sharding_rules(config: EncoderConfig, mesh: Mesh) -> dict[str, PartitionSpec]:
+    """glob -> PartitionSpec of every parameter, in both layouts; the head is replicated."""
+    replicated = ("**/token_type/embedding", "**/{pooler,classifier}/**")
+    return partitioning.LAYERS | {
+        "**/word/embedding": partitioning.table(config.vocab_size, mesh),
+        "**/position/embedding": partitioning.FEATURES,
+        **dict.fromkeys(replicated, PartitionSpec()),
+    }
+
+
+def dimensions(config: EncoderConfig) -> Dimensions:
+    """The size of the model, by the names that all families share."""
+    return Dimensions(config.layers, config.hidden, config.heads, config.inner, config.max_length)
+
+
+def with_head(config: EncoderConfig, head: str, labels: int) -> EncoderConfig:
+    """The config with a head of so many outputs, and the pooler that a BERT needs for it."""
+    return dataclasses.replace(config, head=head, labels=labels, pooler=config.family == "bert")
+
+
+# A pooler takes part in BERT's classification alone: RoBERTa's, where a file has one, is no part of its base.
+_HEAD_PARAMS = {"roberta": ("classifier", "pooler"), "bert": ("classifier",)}
+for _name, _params in _HEAD_PARAMS.items():
+    register_family(
+        Family(_name, Encoder, AXES, sites, sharding_rules, dimensions, with_head=with_head, head_params=_params)
+    )

@@ -7,16 +7,17 @@ of their own, so that they can be adapted one by one.
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Sharding
+from jax.sharding import Mesh, PartitionSpec, Sharding
 
-from lora_jax.models import activations, masks, shapes
+from lora_jax.models import activations, masks, partitioning, shapes
 from lora_jax.models.attention import attend, joined_heads, placed, split_heads
+from lora_jax.models.family import Dimensions, Family, Sites, register_family
 from lora_jax.models.layouts import to_loop, to_scanned
 from lora_jax.models.norm import Norm, wide
 
@@ -60,6 +61,7 @@ class GPT2Config:
     param_dtype: str = "float32"
     query_block: int = 0
     residual: Sharding | None = None
+    family: ClassVar[str] = "gpt2"
 
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head:
@@ -305,9 +307,27 @@ def init_cache(config: GPT2Config, batch: int, length: int, dtype: Any = None) -
     }
 
 
-def sites(config: GPT2Config) -> dict[str, tuple[int, tuple[int, ...], str]]:
+def sites(config: GPT2Config) -> Sites:
     """The activations that the model names: `{name: (occurrences, shape, dtype)}`.
 
     The shape is without batch and length; occurrences are in the order of the layers.
     """
     return shapes.of_sites(config.n_layer, config.n_embd, config.dtype)
+
+
+def sharding_rules(config: GPT2Config, mesh: Mesh) -> dict[str, PartitionSpec]:
+    """glob -> PartitionSpec of every parameter, in both layouts."""
+    table = partitioning.table(config.vocab_size, mesh)
+    return partitioning.LAYERS | {
+        "**/wte/embedding": table,
+        "**/lm_head/kernel": PartitionSpec(*reversed(table)),
+        "**/wpe/embedding": partitioning.FEATURES,
+    }
+
+
+def dimensions(config: GPT2Config) -> Dimensions:
+    """The size of the model, by the names that all families share."""
+    return Dimensions(config.n_layer, config.n_embd, config.n_head, config.inner, config.n_positions)
+
+
+register_family(Family("gpt2", GPT2, AXES, sites, sharding_rules, dimensions, init_cache))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax.distributed import sharding
+from lora_jax import sharding
 from lora_jax.methods.prefix import inserted
 from lora_jax.models import gpt2
 from tests.helpers.gpt2 import CONFIG, EMBED, LAYER, LORA, PREFIXES, D, V, continued_without_a_cache

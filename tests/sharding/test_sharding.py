@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
-from lora_jax.distributed import sharding
+from lora_jax import sharding
 from lora_jax.models import gpt2
 
 CONFIG = gpt2.GPT2Config(vocab_size=51, n_positions=16, n_embd=16, n_layer=2, n_head=4)

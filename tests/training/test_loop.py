@@ -16,7 +16,7 @@ import pytest
 import lora_jax as lj
 from lora_jax import checkpoints, training
 from lora_jax.data.batches import Batch, Schedule
-from lora_jax.distributed.sharding import gpt2_rules, make_mesh
+from lora_jax.sharding import gpt2_rules, make_mesh
 from lora_jax.training import Job
 from tests.helpers.runs import (
     VOCAB,

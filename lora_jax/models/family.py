@@ -1,0 +1,100 @@
+"""Model families: what the rest of the library asks of a model, said once, beside the model.
+
+A model is a Flax module with a `config`, a frozen dataclass. The config's `family` is the name of its family, Hugging
+Face's `model_type`; `vocab_size`, `scan_layers`, `remat`, `dtype`, `param_dtype` and `residual` mean what they mean in
+`gpt2.GPT2Config`, and so does `eos_token_id` of a model that generates. A family from outside is registered in the same
+way as ours:
+
+    register_family(Family("llama", Llama, AXES, sites, sharding_rules, dimensions, init_cache))
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh, PartitionSpec
+
+Sites = dict[str, tuple[int, tuple[int, ...], str]]
+
+
+class Dimensions(NamedTuple):
+    """The size of a model.
+
+    Attributes:
+      depth: layers.
+      width: features between the layers.
+      heads: attention heads of a layer.
+      inner: features inside an MLP.
+      max_length: tokens of the longest input.
+    """
+
+    depth: int
+    width: int
+    heads: int
+    inner: int
+    max_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One family of models. Every function takes the model's config first.
+
+    Attributes:
+      name: Hugging Face's `model_type`.
+      model: the class; `model(config)` is a model.
+      axes: glob -> axes of every parameter, in both layouts of the layers (`lora_jax.select`'s `axes`).
+      sites: `(config) -> {site: (occurrences, shape without batch and length, dtype)}` of the named activations.
+      sharding_rules: `(config, mesh) -> {glob: PartitionSpec}` of every parameter, the first match wins.
+      dimensions: `(config) -> Dimensions`.
+      init_cache: `(config, batch, length) -> cache`, as `gpt2.init_cache`'s; None: the model generates no text.
+      with_head: `(config, head, labels) -> config` with that head, "classification" or "regression"; None: the model
+        does not classify.
+      head_params: the top-level parameters that belong to a task's head rather than to the pretrained base.
+    """
+
+    name: str
+    model: Callable[[Any], Any]
+    axes: Mapping[str, str]
+    sites: Callable[[Any], Sites]
+    sharding_rules: Callable[[Any, Mesh], Mapping[str, PartitionSpec]]
+    dimensions: Callable[[Any], Dimensions]
+    init_cache: Callable[..., dict] | None = None
+    with_head: Callable[[Any, str, int], Any] | None = None
+    head_params: tuple[str, ...] = ()
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model predicts the next token, and so can write text."""
+        return self.init_cache is not None
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the model can have a head that classifies a sequence."""
+        return self.with_head is not None
+
+
+_FAMILIES: dict[str, Family] = {}
+_MODULES = ("lora_jax.models.gpt2", "lora_jax.models.encoder")  # they register their families
+
+
+def register_family(family: Family) -> None:
+    """Makes a family known by its name, in place of an earlier one of that name."""
+    _FAMILIES[family.name] = family
+
+
+def family_of(model: Any) -> Family:
+    """The family of a model, of a model's config, or of that name.
+
+    Raises:
+      TypeError: the model names no family. ValueError: no family of that name is registered.
+    """
+    name = model if isinstance(model, str) else getattr(getattr(model, "config", model), "family", None)
+    if not isinstance(name, str):
+        raise TypeError(f"{type(model).__name__} has no config that names its family (lora_jax.models.family)")
+    if name not in _FAMILIES:
+        for module in _MODULES:
+            importlib.import_module(module)
+    if name not in _FAMILIES:
+        raise ValueError(f"the model family {name!r} is none of {', '.join(_FAMILIES)}: register_family makes it known")
+    return _FAMILIES[name]
