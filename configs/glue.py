@@ -173,7 +173,7 @@ def _common() -> ConfigDict:
     optimizer.b2 = 0.999
     optimizer.eps = 1e-8
     optimizer.weight_decay = 0.1
-    optimizer.decay = methods.MATRICES
+    optimizer.decay = ("matrices",)  # what the method's traits name; no biases and norms
     optimizer.clip_norm = 1.0
     optimizer.b_ratio = 1.0  # LoRA+: the rate of B over that of A
 

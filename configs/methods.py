@@ -14,13 +14,6 @@ EVERY = ("**/{attn,mlp}/*/kernel",)
 ATTENTION_AND_MLP = ("attention_out", "mlp_out")
 MLP = ("mlp_out",)
 
-# What decays where biases and norms do not: matrices, of a method or trained themselves, and no vectors. IA3's and
-# VeRA's have another neutral value than 0, or are all that there is.
-MATRICES = (
-    "**/{kernel,embedding}/{value,a,b,w1,w1_a,w1_b,w2,w2_a,w2_b,rows}",
-    "@shared/**/a",
-    "@*/*/{down,up,down_left,down_right,up_left,up_right,values}",
-)
 NOTHING = {"optimizer.decay": ()}
 
 # What each name changes in the config of LoRA; sizes are the paper's where it has one, and else near LoRA's.
@@ -38,7 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "adapter.sites": MLP,
         "adapter.norm": True,
         "adapter.activation": "relu",
-        "optimizer.decay": MATRICES,
+        "optimizer.decay": ("matrices",),
     },
     "adapter_p": {"method": "adapter", "adapter.sites": MLP, "adapter.activation": "relu"},
     "compacter": {"method": "compacter"},
@@ -49,7 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora_bitfit": {"method": "lora+tune", "tune.select": ("**/bias",)},
     "rslora": {"lora.scale_rule": "alpha/sqrt(r)"},
     "lora_plus": {"optimizer.b_ratio": 16.0},
-    "dora": {"method": "dora", "optimizer.decay": MATRICES},
+    "dora": {"method": "dora", "optimizer.decay": ("matrices",)},
     "pissa": {"method": "pissa"},
     "vera": {"method": "vera", **NOTHING},
     "ia3": {"method": "ia3", **NOTHING},

@@ -91,7 +91,7 @@ def take_in(source: Path, config: ConfigDict, workdir: Path) -> None:
     if checkpoints.latest_step(workdir) is not None:
         raise ValueError(f"{workdir} holds a run already: give a new --workdir")
     method.apply(lj.without_tuned(base.params, delta), delta)  # an error where it does not fit
-    tx, dtype = training.optimizer(config.optimizer, lambda step: 0.0), base.model.config.dtype
+    tx, dtype = training.optimizer(config.optimizer, lambda step: 0.0, spec=method.spec), base.model.config.dtype
     state = training.new_state(method, tx, base.params, jax.random.key(config.seed), delta, dtype=dtype)
     with checkpoints.manager(workdir) as manager:
         checkpoints.save(manager, 0, state, spec=method.spec, base=base.identity)

@@ -44,7 +44,7 @@ def main() -> None:
     batches = setup.batches["train"](0)[: flags.FLAGS.steps]
     method = lj.from_spec(setup.spec)
     rate = training.schedule(config.optimizer, config.epochs * len(setup.batches["train"]))
-    tx = training.optimizer(config.optimizer, rate)
+    tx = training.optimizer(config.optimizer, rate, spec=method.spec)
     state = training.new_state(method, tx, setup.base.params, jax.random.key(config.seed))
     with tempfile.TemporaryDirectory() as folder:
         hf.save(f"{folder}/base", setup.base.model, setup.base.params)

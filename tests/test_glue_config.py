@@ -1,14 +1,20 @@
 """configs/glue.py: the rows of Table 9 and what they train."""
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 import lora_jax as lj
 from configs import glue
-from lora_jax.models.encoder import SIZES, Encoder, dataclasses
+from configs.methods import METHODS
+from lora_jax import training
+from lora_jax.models.encoder import SIZES, Encoder
 from lora_jax.runs import methods
 
 # Table 9 by columns, in the paper's order of tasks.
@@ -77,11 +83,15 @@ def test_what_trains_is_counted_as_in_table_2() -> None:
 def test_weight_decay_leaves_out_biases_and_norms() -> None:
     config = glue.get_config("base,mrpc,full")
     assert (config.optimizer.weight_decay, config.optimizer.clip_norm, config.optimizer.eps) == (0.1, 1.0, 1e-8)
-    globs = tuple(config.optimizer.decay)
+    parts = ("lora", "tune", "dora", "ia3", "adapter")
+    select = {"lora": ["**/query/kernel"], "tune": ["**/{bias,scale,embedding,out/kernel}"], "dora": ["**/key/kernel"]}
+    spec = {"method": "chain", "of": [{"method": name, "select": select.get(name, [])} for name in parts]}
+    tx = training.optimizer(config.optimizer, lambda step: 1.0, spec=spec)
     for path, decays in [
-        ("h_0/attn/query/kernel/value", True),
+        ("h_0/attn/out/kernel/value", True),
         ("h_0/attn/query/kernel/a", True),
-        ("h_0/attn/query/kernel/m", False),
+        ("h_0/attn/key/kernel/b", True),
+        ("h_0/attn/key/kernel/m", False),
         ("embeddings/word/embedding/value", True),
         ("classifier/out/kernel/value", True),
         ("classifier/out/bias/value", False),
@@ -92,7 +102,44 @@ def test_weight_decay_leaves_out_biases_and_norms() -> None:
         ("@mlp_out/adapter/up", True),
         ("@mlp_out/adapter/up_bias", False),
     ]:
-        assert any(lj.selection.matches(glob, path) for glob in globs) == decays, path
+        owner, _, name = path.rpartition("/")
+        delta = lj.Delta({owner: {name: jnp.ones((2, 2))}})
+        updates, _ = tx.update(jax.tree.map(jnp.zeros_like, delta), tx.init(delta), delta)
+        assert updates[owner][name].any() == decays, path
+
+
+FORMER = (  # the globs that configs had before methods had traits
+    "**/{kernel,embedding}/{value,a,b,w1,w1_a,w1_b,w2,w2_a,w2_b,rows}",
+    "@shared/**/a",
+    "@*/*/{down,up,down_left,down_right,up_left,up_right,values}",
+)
+
+
+@pytest.mark.parametrize("name", ["full", *METHODS])
+def test_what_decays_is_what_decayed_before(name: str, tmp_path: Path) -> None:
+    """And a workdir whose config has the former globs is one of the same run."""
+    config = glue.get_config(f"base,mrpc,{name}")
+    config.update_from_flattened_dict({"compacter.rank": 4, "prefix_embedding.infix": 0})
+    small = {"vocab_size": 32, "hidden": 16, "heads": 2, "inner": 32, "layers": 2}
+    model = Encoder(dataclasses.replace(SIZES["roberta-base"], **small, head="classification"))
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    method = lj.from_spec(methods.spec(config, model))
+    delta = jax.tree.map(lambda x: jnp.ones(x.shape), jax.eval_shape(method.init, jax.random.key(0), params))
+
+    def decay(globs: tuple[str, ...]) -> Any:
+        options = ConfigDict({**config.optimizer, "decay": globs})
+        tx = training.optimizer(options, lambda step: 1.0, spec=method.spec)
+        return tx.update(jax.tree.map(jnp.zeros_like, delta), tx.init(delta), delta)[0]
+
+    now = tuple(config.optimizer.decay)
+    before = FORMER if now == ("matrices",) else now
+    jax.tree.map(np.testing.assert_array_equal, decay(now), decay(before))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with config.unlocked():
+        config.optimizer.decay = before
+    (tmp_path / "config.json").write_text(config.to_json())
+    config.optimizer.decay = now
+    training.claim(tmp_path, config)
 
 
 def test_no_such_name() -> None:

@@ -87,7 +87,7 @@ def trainer(
 ) -> Callable[[dict[str, Any]], training.State]:
     """`step(batch) -> state` from a new state on, with a config's optimizer; it does not wait."""
     rate = training.schedule(options, 10**5)
-    tx = training.optimizer(options, rate)
+    tx = training.optimizer(options, rate, spec=method.spec)
     state = jax.jit(lambda params: training.new_state(method, tx, params, jax.random.key(0)))(params)
     base = lj.without_tuned(params, state.delta)
     one = jax.jit(training.make_step(objective, method, tx, rate), donate_argnums=0)

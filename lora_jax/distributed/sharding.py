@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from lora_jax.core.arrays import factor_axes, is_adapted
 from lora_jax.core.lifting.taps import untapped
 from lora_jax.core.selection import flatten, look_up, matches, path_of
+from lora_jax.core.transforms import method_shardings
 from lora_jax.models.family import family_of
 
 AXES = ("data", "fsdp", "tensor")
@@ -69,19 +70,9 @@ def on_mesh(model: Any, mesh: Mesh) -> Any:
     return type(model)(dataclasses.replace(model.config, residual=residual))
 
 
-# What methods keep beside the weights. What no rule names is an error.
-_METHOD_RULES: Rules = {
-    "**/@*/adapter/down": P(None, "fsdp"),
-    "**/@*/adapter/up": P(None, None, "fsdp"),
-    "**/kernel/l": P(),  # of IA3
-    "**/@*/**": P(),  # of taps, in a delta and on a tree, and what weights share
-    "taps/**": P(),
-}
-
-
 def rules_for(model: Any, mesh: Mesh) -> Rules:
-    """The rules of a model, by its family, and those of what methods keep beside its weights."""
-    return {**family_of(model).sharding_rules(model.config, mesh), **_METHOD_RULES}
+    """The rules of a model, by its family. What no rule names, and no method's traits, is an error."""
+    return family_of(model).sharding_rules(model.config, mesh)
 
 
 def shardings(
@@ -104,6 +95,8 @@ def shardings(
       ValueError: no rule matches, a rule names more axes than its leaf has, or one does not divide.
     """
     known = dict(_specs(tree if adapted is None else adapted, rules))
+    # factors of taps, in a delta and on a tree, and what weights share are replicated unless a method's traits say else
+    rules = {**rules, **method_shardings(), "**/@*/**": P(), "taps/**": P()}
 
     def place(keys: tuple, leaf: Any) -> NamedSharding:
         path = path_of(keys)

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 
-from lora_jax.core.transforms import ParamTransform, per_site, register
+from lora_jax.core.transforms import ParamTransform, Traits, per_site, register
 
 ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu, "tanh": jnp.tanh}
 
@@ -112,4 +113,16 @@ def occurrences(sites: Mapping[str, Sequence[Any]]) -> tuple[dict[str, int], dic
     return {name: count for name, (count, *_) in sites.items()}, widths
 
 
-register("adapter", adapter)
+register(
+    "adapter",
+    adapter,
+    Traits(
+        at_rank=lambda spec, rank: spec | {"rank": rank},
+        decays=("**/{down,up}",),
+        fast=(),
+        sharding={
+            "**/@*/adapter/down": PartitionSpec(None, "fsdp"),
+            "**/@*/adapter/up": PartitionSpec(None, None, "fsdp"),
+        },
+    ),
+)

@@ -16,19 +16,13 @@ from jax import Array, lax
 
 from lora_jax.core.arrays import LowRank, Tuned, is_adapted
 from lora_jax.core.selection import CLASS, Selection, flatten, look_up, matches, select
-from lora_jax.core.transforms import Delta, ParamTransform, chain, from_spec
+from lora_jax.core.transforms import Delta, ParamTransform, chain, from_spec, traits_of
 from lora_jax.methods.lora import lora
 from lora_jax.methods.shift import Shift, shift
 from lora_jax.methods.tune import tune
 
 Pair = tuple[ParamTransform, Delta]
 Terms = list[tuple[Any, Any]]  # (weight, adapted leaf) of every pair that has a path
-
-_NO_SUM = {
-    "dora": "a norm of base and change together divides both; merge it into the base",
-    "ia3": "it multiplies the base; merge it into the base",
-    "prefix_embedding": "its rows are those of tokens behind the vocabulary, and change no weight",
-}
 
 
 class Residual(NamedTuple):
@@ -113,16 +107,11 @@ def truncate(
 
 def _need_sum(method: ParamTransform, delta: Delta) -> None:
     """An error where the changes of a method do not add."""
-    for spec in _specs(method.spec):
-        if why := _NO_SUM.get(spec["method"]):
-            raise ValueError(f"{spec['method']!r} does not add: {why}")
+    for spec, traits in traits_of(method.spec):
+        if traits.not_additive:
+            raise ValueError(f"{spec['method']!r} does not add: {traits.not_additive}")
     if sites := [path for path in delta if path.startswith("@") and not path.startswith("@shared/")]:
         raise ValueError(f"{sites[0]} does not add: it changes activations, and no weight")
-
-
-def _specs(spec: dict[str, Any]) -> list[dict[str, Any]]:
-    """The spec, or those in a chain."""
-    return [spec] if spec["method"] != "chain" else [found for part in spec["of"] for found in _specs(part)]
 
 
 def _sums(pairs: Sequence[Pair], weights: Sequence[Any], params: Any) -> tuple[dict[str, Any], dict[str, str]]:
@@ -155,7 +144,7 @@ def _sums(pairs: Sequence[Pair], weights: Sequence[Any], params: Any) -> tuple[d
 def _stand_in(method: ParamTransform, delta: Delta) -> tuple[ParamTransform, dict[str, Any]]:
     """The method for the delta's paths by name, and leaves of the shapes that the factors tell."""
     specs, leaves = [], {}
-    for spec in _specs(method.spec):
+    for spec, _ in traits_of(method.spec):
         own = [path for path in delta if not path.startswith("@") and _any(spec.get("select", ()), path)]
         own = [path for path in own if not _any(spec.get("exclude", ()), path)]
         leaves.update({path: _leaf(path, delta, spec) for path in own})

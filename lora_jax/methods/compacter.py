@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lora_jax.core.transforms import Delta, ParamTransform, need_factors, per_site, register
+from lora_jax.core.transforms import Delta, ParamTransform, Traits, need_factors, per_site, register
 from lora_jax.methods.adapter import Bottleneck, occurrences
 
 RULE = "@shared/compacter"
@@ -94,4 +94,4 @@ def compacter(
     return ParamTransform(init_all, apply, alone.spec)
 
 
-register("compacter", compacter)
+register("compacter", compacter, Traits(decays=("**/{down,up}_{left,right}",), fast=()))

@@ -8,8 +8,8 @@ from jax import Array, lax
 
 from lora_jax.core.arrays import Adapted, Label, LowRank, Op, adapted_array, static, subscripts, widened
 from lora_jax.core.selection import Selection
-from lora_jax.core.transforms import ParamTransform, need_factors, register
-from lora_jax.methods.lora import Options
+from lora_jax.core.transforms import ParamTransform, Traits, need_factors, register
+from lora_jax.methods.lora import Options, at_rank
 
 
 @adapted_array
@@ -164,4 +164,8 @@ def dora(
     return low.transform("dora", init, adapt)
 
 
-register("dora", dora)
+register(
+    "dora",
+    dora,
+    Traits(not_additive="a norm of base and change together divides both; merge it into the base", at_rank=at_rank),
+)

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 
 from lora_jax.core.arrays import (
     Adapted,
@@ -20,7 +21,7 @@ from lora_jax.core.arrays import (
     widened,
 )
 from lora_jax.core.selection import CLASS, Absent, Selection, flatten, matches
-from lora_jax.core.transforms import Delta, ParamTransform, all_layers, need_factors, per_leaf, register, sizes
+from lora_jax.core.transforms import Delta, ParamTransform, Traits, all_layers, need_factors, per_leaf, register, sizes
 
 _SHARED = "@shared/"
 
@@ -187,4 +188,13 @@ def _with_owners(alone: ParamTransform, owners: Callable[[Any], dict[str, str]])
     return ParamTransform(init, apply, alone.spec)
 
 
-register("ia3", ia3)
+register(
+    "ia3",
+    ia3,
+    Traits(
+        not_additive="it multiplies the base; merge it into the base",
+        decays=(),  # 1 is what changes nothing, not 0
+        fast=(),
+        sharding={"**/l": PartitionSpec()},
+    ),
+)

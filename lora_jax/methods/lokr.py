@@ -13,7 +13,7 @@ from jax import Array, lax
 from lora_jax.core.arrays import Adapted, Label, Op, adapted_array, rounded_sum, sides, static, widened
 from lora_jax.core.lifting.rules import Dot, LookUp
 from lora_jax.core.selection import Absent, Selection, look_up
-from lora_jax.core.transforms import ParamTransform, all_layers, need_factors, per_leaf, register, sizes
+from lora_jax.core.transforms import ParamTransform, Traits, all_layers, need_factors, per_leaf, register, sizes
 
 Chain = list[Array]  # matrices (in, out), to be multiplied
 
@@ -217,4 +217,4 @@ def _window(leaf: Any, axes: str) -> tuple[int, ...]:
     return tuple(n for n, letter in zip(leaf.shape, axes, strict=True) if letter == "k")
 
 
-register("lokr", lokr)
+register("lokr", lokr, Traits(decays=("**/{w1,w1_a,w1_b,w2,w2_a,w2_b}",), fast=()))

@@ -11,7 +11,7 @@ from jax import Array
 
 from lora_jax.core.arrays import Label, LowRank
 from lora_jax.core.selection import Absent, Selection, look_up, matches
-from lora_jax.core.transforms import Delta, ParamTransform, all_layers, need_factors, per_leaf, register, sizes
+from lora_jax.core.transforms import Delta, ParamTransform, Traits, all_layers, need_factors, per_leaf, register, sizes
 
 _SCALE_RULES = {"alpha/r": lambda alpha, r: alpha / r, "alpha/sqrt(r)": lambda alpha, r: alpha / math.sqrt(r)}
 _A_INITS = ("kaiming_uniform", "gaussian")
@@ -191,4 +191,11 @@ def _with_owners(alone: ParamTransform, owner: Callable[[str], str]) -> ParamTra
     return ParamTransform(init, apply, alone.spec)
 
 
-register("lora", lora)
+def at_rank(spec: dict[str, Any], rank: int) -> dict[str, Any]:
+    """The spec with another rank, and with the alpha that leaves the scale."""
+    power = 0.5 if spec["scale_rule"] == "alpha/sqrt(r)" else 1.0
+    alpha = spec["rank"] if spec["alpha"] is None else spec["alpha"]
+    return spec | {"rank": rank, "alpha": alpha * (rank / spec["rank"]) ** power}
+
+
+register("lora", lora, Traits(at_rank=at_rank))

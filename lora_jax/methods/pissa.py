@@ -9,8 +9,8 @@ from jax import Array, lax
 
 from lora_jax.core.arrays import Adapted, Label, LowRank, adapted_array, static, widened
 from lora_jax.core.selection import CLASS, Selection
-from lora_jax.core.transforms import ParamTransform, need_factors, per_leaf, register, sizes
-from lora_jax.methods.lora import Options
+from lora_jax.core.transforms import ParamTransform, Traits, need_factors, per_leaf, register, sizes
+from lora_jax.methods.lora import Options, at_rank
 
 
 @adapted_array
@@ -105,4 +105,4 @@ def _principal(w: Array, rank: int, scale: Any) -> tuple[Array, Array]:
     return u * root, root.swapaxes(-1, -2) * v
 
 
-register("pissa", pissa)
+register("pissa", pissa, Traits(at_rank=at_rank))

@@ -15,7 +15,7 @@ from jax import Array, lax
 from lora_jax.core.arrays import Adapted, Label, Op, adapted_array, static
 from lora_jax.core.lifting.taps import Tap
 from lora_jax.core.selection import Absent, Selection
-from lora_jax.core.transforms import ParamTransform, need_factors, per_leaf, per_site, register
+from lora_jax.core.transforms import ParamTransform, Traits, need_factors, per_leaf, per_site, register
 from lora_jax.methods.adapter import occurrences
 
 
@@ -157,25 +157,24 @@ def prefix_layer(sites: Mapping[str, Sequence[Any]], *, vocabulary: int, prefix:
     return alone._replace(apply=apply)
 
 
-def inserted(spec: Mapping[str, Any]) -> tuple[int, int]:
-    """How many prefix and infix tokens the data need for a method: (0, 0) for most.
-
-    >>> inserted({"method": "chain", "of": [{"method": "tune"}, {"method": "prefix_layer", "prefix": 3, "infix": 1}]})
-    (3, 1)
-    """
-    if spec.get("method") in ("prefix_embedding", "prefix_layer"):
-        return spec["prefix"], spec["infix"]
-    found = [counts for part in spec.get("of", ()) if (counts := inserted(part)) != (0, 0)]
-    if len(found) > 1:
-        raise ValueError("a chain has room for one prefix: the vectors of prefix_layer hide prefix_embedding's")
-    return found[0] if found else (0, 0)
-
-
 def _count(prefix: int, infix: int) -> int:
     if not all(isinstance(n, int) and n >= 0 for n in (prefix, infix)) or prefix + infix < 1:
         raise ValueError(f"prefix={prefix!r}, infix={infix!r}: whole numbers, together at least one token")
     return prefix + infix
 
 
-register("prefix_embedding", prefix_embedding)
-register("prefix_layer", prefix_layer)
+def _inserts(spec: Mapping[str, Any]) -> tuple[int, int]:
+    return spec["prefix"], spec["infix"]
+
+
+register(
+    "prefix_embedding",
+    prefix_embedding,
+    Traits(
+        not_additive="its rows are those of tokens behind the vocabulary, and change no weight",
+        decays=("**/rows",),
+        fast=(),
+        inserts=_inserts,
+    ),
+)
+register("prefix_layer", prefix_layer, Traits(decays=("**/values",), fast=(), inserts=_inserts))

@@ -9,7 +9,7 @@ from jax import Array, lax
 
 from lora_jax.core.arrays import Adapted, Label, LowRank, adapted_array, static
 from lora_jax.core.selection import Absent, Selection
-from lora_jax.core.transforms import ParamTransform, need_factors, per_leaf, register
+from lora_jax.core.transforms import ParamTransform, Traits, need_factors, per_leaf, register
 
 
 @adapted_array
@@ -82,4 +82,4 @@ def rows(selection: Selection, *, indices: Sequence[int]) -> ParamTransform:
     return per_leaf({"method": "rows", **selection.spec(), "indices": list(chosen)}, selection.__call__, init, adapt)
 
 
-register("rows", rows)
+register("rows", rows, Traits(decays=("**/rows",), fast=()))

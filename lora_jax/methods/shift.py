@@ -8,7 +8,7 @@ from jax import Array, lax
 
 from lora_jax.core.arrays import Adapted, Label, Tuned, adapted_array, rounded_sum, static, widened
 from lora_jax.core.selection import Absent, Selection, look_up
-from lora_jax.core.transforms import ParamTransform, need_factors, per_leaf, register
+from lora_jax.core.transforms import ParamTransform, Traits, need_factors, per_leaf, register
 
 
 @adapted_array
@@ -72,4 +72,4 @@ def shift(selection: Selection, *, scale: float | Mapping[str, float] = 1.0) -> 
     return per_leaf({"method": "shift", **selection.spec(), "scale": scale}, targets, init, adapt)
 
 
-register("shift", shift)
+register("shift", shift, Traits(decays=(), fast=()))

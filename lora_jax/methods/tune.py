@@ -7,7 +7,7 @@ from jax import Array
 
 from lora_jax.core.arrays import Label, Tuned
 from lora_jax.core.selection import Absent, Selection
-from lora_jax.core.transforms import ParamTransform, need_factors, per_leaf, register
+from lora_jax.core.transforms import ParamTransform, Traits, need_factors, per_leaf, register
 
 
 def tune(selection: Selection) -> ParamTransform:
@@ -46,4 +46,4 @@ def tune(selection: Selection) -> ParamTransform:
     return per_leaf(spec, targets, init, adapt)
 
 
-register("tune", tune)
+register("tune", tune, Traits(decays=("**/{kernel,embedding}/value",), fast=()))

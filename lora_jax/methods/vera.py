@@ -13,6 +13,7 @@ from lora_jax.core.selection import Absent, Selection, flatten, matches
 from lora_jax.core.transforms import (
     Delta,
     ParamTransform,
+    Traits,
     all_layers,
     need_factors,
     per_leaf,
@@ -173,4 +174,4 @@ def _places(fused: tuple[str, ...], outputs: dict[str, int]) -> dict[str, tuple[
     return found
 
 
-register("vera", vera)
+register("vera", vera, Traits(at_rank=lambda spec, rank: spec | {"rank": rank}, decays=(), fast=()))

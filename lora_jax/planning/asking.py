@@ -117,7 +117,7 @@ def step(workload: Workload, layout: Layout, mesh: Mesh) -> Step:
     else:
         objective = training.language_model(placed, workload.label_smoothing)
     rate = training.schedule(workload.optimizer, 10_000)
-    tx = training.optimizer(workload.optimizer, rate)
+    tx = training.optimizer(workload.optimizer, rate, spec=method.spec)
     params = param_shapes(model)
     rules = sharding.rules_for(model, mesh)
 

@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 import lora_jax as lj
-from lora_jax.methods.prefix import inserted
+from lora_jax.core.transforms import inserted_tokens
 from lora_jax.models import encoder, gpt2
 
 
@@ -95,6 +95,6 @@ def _module(file: Path) -> ModuleType:
 
 def placeholders(spec: dict[str, Any], model: Any) -> dict[str, Sequence[int]]:
     """The ids, behind the vocabulary, that the data insert for a method: {"before": prefix, "after": infix}."""
-    prefix, infix = inserted(spec)
+    prefix, infix = inserted_tokens(spec)
     first = model.config.vocab_size
     return {"before": range(first, first + prefix), "after": range(first + prefix, first + prefix + infix)}

@@ -109,7 +109,7 @@ def prepare(
     processes.check_mesh(mesh)
     total = config.steps or config.epochs * len(batches)
     rate = schedule(config.optimizer, total)
-    tx = optimizer(config.optimizer, rate)
+    tx = optimizer(config.optimizer, rate, spec=method.spec)
     params = processes.place(params, shardings(params, mesh, rules))
     put, batches = putter(mesh, batches, config.accumulate)
     dtype = getattr(getattr(model, "config", None), "dtype", "float32")

@@ -10,6 +10,7 @@ import optax
 
 from lora_jax.core.freezing import freeze_base
 from lora_jax.core.selection import matches
+from lora_jax.core.transforms import owners
 
 
 def schedule(config: Any, steps: int, peak: Any = None) -> optax.Schedule:
@@ -40,39 +41,47 @@ def schedule(config: Any, steps: int, peak: Any = None) -> optax.Schedule:
     return optax.join_schedules([warm, after[config.schedule]], [warmup])
 
 
-def optimizer(config: Any, rate: optax.Schedule, weight_decay: Any = None) -> optax.GradientTransformation:
+def optimizer(
+    config: Any, rate: optax.Schedule, weight_decay: Any = None, spec: dict[str, Any] | None = None
+) -> optax.GradientTransformation:
     """AdamW with decoupled weight decay, clipped where asked; no state for the base.
 
     Args:
       config: has `b1`, `b2`, `eps`, `weight_decay`, `decay` (globs of the delta's `path` or `path/factor` that decay;
-        the authors decay every trained array), `clip_norm` (None: no clipping), and perhaps `b_ratio`: how many times
-        the rate, and with it the decay, LoRA's B has (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
+        the authors decay every trained array; "matrices": what the traits of the method name), `clip_norm` (None: no
+        clipping), and perhaps `b_ratio`: how many times the rate, and with it the decay, LoRA's B has, or what the
+        method's traits name instead (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
       rate: the schedule.
       weight_decay: instead of the config's; it may be traced.
+      spec: the method's, needed for "matrices"; without it B is what is named `b`.
     """
     globs = tuple(config.decay)
+    if "matrices" in globs and spec is None:
+        raise ValueError("optimizer.decay has 'matrices', which the method's traits name: give its spec")
 
     def decays(delta: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda keys, _: _any(globs, keys), delta)
+        return jax.tree_util.tree_map_with_path(lambda keys, _: _decays(globs, spec or {}, keys), delta)
 
     weight_decay = config.weight_decay if weight_decay is None else weight_decay
     adamw = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=weight_decay, mask=decays)
     parts = [adamw] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm), adamw]
     if (ratio := config.get("b_ratio", 1.0)) != 1:
-        parts.append(optax.partition({"b": optax.scale(ratio), "other": optax.identity()}, _factor_labels))
+        by_label = {"b": optax.scale(ratio), "other": optax.identity()}
+        parts.append(optax.partition(by_label, lambda delta: _rates(delta, spec or {})))
     return freeze_base(optax.chain(*parts))
 
 
-def _factor_labels(delta: Any) -> Any:
-    """ "b" for LoRA's B, "other" for the rest (a VeRA's b is a vector, beside its d)."""
-    return type(delta)(
-        {
-            path: {name: "b" if name == "b" and "d" not in factors else "other" for name in factors}
-            for path, factors in delta.items()
-        }
-    )
+def _rates(delta: Any, spec: dict[str, Any]) -> Any:
+    """ "b" for the factors that LoRA+ speeds up (so named in checkpoints), "other" for the rest."""
+
+    def rate(path: str, name: str) -> str:
+        return "b" if any(name in traits.fast for traits in owners(spec, path)) else "other"
+
+    return type(delta)({path: {name: rate(path, name) for name in factors} for path, factors in delta.items()})
 
 
-def _any(globs: Sequence[str], keys: tuple) -> bool:
-    names = [jax.tree_util.keystr(keys[:n], simple=True, separator="/") for n in (1, 2)]  # the leaf's path, and factor
-    return any(matches(glob, name) for glob in globs for name in names)
+def _decays(globs: Sequence[str], spec: dict[str, Any], keys: tuple) -> bool:
+    path, factor = (jax.tree_util.keystr(keys[:n], simple=True, separator="/") for n in (1, 2))
+    if any(matches(glob, name) for glob in globs for name in (path, factor)):
+        return True
+    return "matrices" in globs and any(matches(glob, factor) for traits in owners(spec, path) for glob in traits.decays)

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax import checkpoints
-from lora_jax.core.transforms import ParamTransform, from_spec, without_tuned
+from lora_jax.core.transforms import ParamTransform, from_spec, traits_of, without_tuned
 from lora_jax.data.batches import Schedule
 from lora_jax.distributed import processes
 from lora_jax.distributed.sharding import Rules, make_mesh, shardings
@@ -36,8 +36,6 @@ from lora_jax.training.objectives import Objective
 from lora_jax.training.optimizers import optimizer, schedule
 from lora_jax.training.workdir import claim
 
-# Of these, more rank is more zeros: what the padding computes is zero, and so is its gradient.
-PADDED = ("adapter", "dora", "lora", "pissa", "vera")
 _RATES = ("learning_rate", "weight_decay")
 
 
@@ -115,7 +113,7 @@ def prepare(
     def one(state: steps.State, values: dict[str, Array], params: Any, batch: Any) -> steps.State:
         options, own = first.config.optimizer, {name: values[name] for name in _RATES if name in values}
         rate = schedule(options, total, own.pop("learning_rate", None))
-        tx = optimizer(options, rate, **own)
+        tx = optimizer(options, rate, **own, spec=spec)
         return steps.make_step(objective, from_spec(_filled(spec, values)), tx, rate)(state, params, batch)
 
     def measure(sums: Array, state: steps.State, values: dict[str, Array], params: Any, batch: Any) -> Any:
@@ -171,7 +169,7 @@ def _states(
     workdir: Path, members: Sequence[Member], base: dict[str, str], place: NamedSharding
 ) -> tuple[steps.State, list[steps.State]]:
     """The states of all members, stacked, new or of the newest good checkpoint; and the shapes of each."""
-    tx = optimizer(members[0].config.optimizer, optax.constant_schedule(0.0))
+    tx = optimizer(members[0].config.optimizer, optax.constant_schedule(0.0), spec=members[0].method.spec)
     dtype = members[0].config.get("model", {}).get("dtype", "float32")
     starts: dict[str, Callable] = {}  # members that differ in the seed alone share a compiled start
     for member in members:
@@ -349,15 +347,14 @@ def _common(specs: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Arra
             raise ValueError(f"members of a sweep differ in {first['method']}'s {sorted(wrong)[0]!r}")
         merged = dict(first)
         if "rank" in different:
-            if first["method"] not in PADDED:
-                raise ValueError(f"the rank of {first['method']!r} cannot be swept, only that of {', '.join(PADDED)}")
+            at_rank = traits_of(first)[0][1].at_rank
+            if at_rank is None:
+                raise ValueError(f"the rank of {first['method']!r} cannot be swept: its traits have no at_rank")
             merged["rank"] = max(spec["rank"] for spec in own)
+            own = tuple(at_rank(spec, merged["rank"]) for spec in own)
         if different and "alpha" in first:
-            power = 0.5 if first["scale_rule"] == "alpha/sqrt(r)" else 1.0
             alphas = [spec["rank"] if spec["alpha"] is None else spec["alpha"] for spec in own]
-            # of the largest rank, so that alpha over it is the member's scale
-            ratios = [(merged["rank"] / spec["rank"]) ** power for spec in own]
-            values[f"{number}/alpha"] = jnp.asarray(np.multiply(alphas, ratios), jnp.float32)
+            values[f"{number}/alpha"] = jnp.asarray(alphas, jnp.float32)
         common.append(merged)
     return (specs[0] | {"of": common} if specs[0]["method"] == "chain" else common[0]), values
 

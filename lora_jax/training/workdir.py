@@ -18,6 +18,18 @@ from lora_jax.training.logging import read_metrics
 # What may change when a run goes on. How the base is called may; its identity is compared.
 MAY_CHANGE = ("base", "decode", "log_every", "save_every", "keep", "mesh")
 
+# A config's value of before, and what means the same now.
+_FORMERLY = {
+    "optimizer.decay": (
+        [
+            "**/{kernel,embedding}/{value,a,b,w1,w1_a,w1_b,w2,w2_a,w2_b,rows}",
+            "@shared/**/a",
+            "@*/*/{down,up,down_left,down_right,up_left,up_right,values}",
+        ],
+        ["matrices"],
+    )
+}
+
 
 def claim(workdir: str | Path, config: Any) -> None:
     """Writes config.json, the whole resolved config (a ConfigDict), into the workdir.
@@ -36,6 +48,7 @@ def _claim(workdir: str | Path, config: Any) -> None:
     if path.exists() and (latest_step(workdir) is not None or read_metrics(workdir)):
         old = json.loads(path.read_text())
         here, there = _flat(new), _flat(old)
+        there |= {key: now for key, (before, now) in _FORMERLY.items() if there.get(key) == before}
         keys = sorted(here.keys() | there.keys())
         different = [
             f"{key} is {there.get(key, 'absent')!r} there and {here.get(key, 'absent')!r} here"

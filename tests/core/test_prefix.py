@@ -12,7 +12,7 @@ import pytest
 
 import lora_jax as lj
 from lora_jax import sharding
-from lora_jax.methods.prefix import inserted
+from lora_jax.core.transforms import inserted_tokens
 from lora_jax.models import gpt2
 from tests.helpers.gpt2 import CONFIG, EMBED, LAYER, LORA, PREFIXES, D, V, continued_without_a_cache
 from tests.helpers.gpt2 import PREFIXED as IDS
@@ -233,11 +233,11 @@ def test_ids_beyond_the_prefix_are_not_numbers(name):
 def test_what_the_data_need():
     chained = lj.chain(LORA, LAYER)
     for method, want in ((EMBED, (2, 1)), (LAYER, (2, 1)), (chained, (2, 1)), (LORA, (0, 0))):
-        assert inserted(method.spec) == want
-    assert inserted(lj.chain(chained, lj.tune(lj.select("**/bias"))).spec) == (2, 1)
-    assert inserted({"method": "of one's own", "prefix": "enc/"}) == (0, 0)
+        assert inserted_tokens(method.spec) == want
+    assert inserted_tokens(lj.chain(chained, lj.tune(lj.select("**/bias"))).spec) == (2, 1)
+    assert inserted_tokens({"method": "of one's own", "prefix": "enc/"}) == (0, 0)
     with pytest.raises(ValueError, match="a chain has room for one prefix"):
-        inserted(lj.chain(LAYER, EMBED).spec)
+        inserted_tokens(lj.chain(LAYER, EMBED).spec)
 
 
 def test_what_cannot_be_is_said():

@@ -44,7 +44,7 @@ def test_every_leaf_has_a_rule(kind: str, name: str, caplog: pytest.LogCaptureFi
     params, rules = shapes_of(model), sharding.rules_for(model, mesh)
     config = config_of(model, name)
     method = lj.from_spec(methods.spec(config, model))
-    tx = training.optimizer(config.optimizer, training.schedule(config.optimizer, 1000))
+    tx = training.optimizer(config.optimizer, training.schedule(config.optimizer, 1000), spec=method.spec)
     start = jax.eval_shape(lambda params: training.new_state(method, tx, params, jax.random.key(0)), params)
     adapted = jax.eval_shape(method.apply, params, start.delta)
     for tree in (params, adapted):

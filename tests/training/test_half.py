@@ -18,7 +18,7 @@ def make(dtype: str) -> tuple[Any, Any, training.State, dict]:
     method = lj.from_spec({"method": "lora", **QV, "dropout": 0.0})
     config = run_config(**{"optimizer.warmup_steps": 0})
     rate = training.schedule(config.optimizer, 10)
-    tx = training.optimizer(config.optimizer, rate)
+    tx = training.optimizer(config.optimizer, rate, spec=method.spec)
     objective = training.language_model(model, config.label_smoothing)
     step = jax.jit(training.make_step(objective, method, tx, rate))
     state = jax.jit(lambda params: training.new_state(method, tx, params, jax.random.key(0), dtype=dtype))(params)

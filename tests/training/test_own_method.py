@@ -4,15 +4,24 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import lora_jax as lj
 from configs import e2e
 from lora_jax import checkpoints, training
-from lora_jax.core import transforms
+from lora_jax.core.transforms import registry
+from lora_jax.distributed import sharding
 from lora_jax.models import gpt2
 from lora_jax.runs import methods
+from lora_jax.training import sweep
+from tests.helpers import sweeps
 from tests.helpers.cli import ROOT, environment, make_inputs, run
+from tests.helpers.runs import model_and_params, run_config
 
 BLOCK = next(
     block
@@ -41,7 +50,7 @@ def command(folder: Path, module: str, *flags: str) -> subprocess.CompletedProce
 
 
 def test_the_readmes_method(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(transforms._METHODS, "lora_xs", raising=False)  # the README's blocks may have run before
+    monkeypatch.delitem(registry._METHODS, "lora_xs", raising=False)  # the README's blocks may have run before
     own = f"--config.method={folder}/mine.py:method"
     done = run(folder, folder / "run", own, "--config.data.buckets=1", "--config.optimizer.learning_rate=0.05")
     assert done.returncode == 0, done.stderr
@@ -51,6 +60,36 @@ def test_the_readmes_method(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
         checkpoints.load(folder / "run")  # nobody told this process
     done = command(folder, "generate", f"--workdir={folder}/run", "--context=name : Alba", "--max_new_tokens=2")
     assert done.returncode == 0 and "name : Alba" in done.stdout, done.stderr
+
+
+@jax.numpy_rank_promotion("allow")  # a user's code
+def test_the_readmes_method_has_traits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its rank is swept, each member as alone; its factors have a place on a mesh; its matrices decay; it adds."""
+    names: dict[str, Any] = {}
+    exec(BLOCK, names)
+    select = {"method": "lora_xs", "select": ["**/attn/{query,value}/kernel"]}
+    found = sweeps.members([{"rank": 1}, {"rank": 3}], select | {"rank": 2})
+    alone = [sweeps.alone(tmp_path / "alone" / member.name, member) for member in found]
+    results = sweep.train(sweeps.ready(tmp_path / "sweep", found))
+    assert results is not None
+    for result, expected in zip(results, alone, strict=True):
+        assert result is not None
+        sweeps.close(result.delta, expected.delta)
+    (one, method), (other, _) = ((result.delta, member.method) for result, member in zip(results, found, strict=True))
+    params = found[0].params
+    summed, delta = lj.arithmetic.add([(method, one), (found[1].method, other)], [1, -2], params=params)
+    merged = [lj.merge(m.apply(params, d)) for m, d in ((method, one), (found[1].method, other), (summed, delta))]
+    expected = jax.tree.map(lambda base, a, b: base + (a - base) - 2 * (b - base), params, *merged[:2])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged[2], expected)
+    mesh = jax.sharding.AbstractMesh((2, 2, 2), sharding.AXES)
+    rules = sharding.rules_for(model_and_params()[0], mesh)
+    places = sharding.shardings(other, mesh, rules, jax.eval_shape(found[1].method.apply, params, other))
+    assert not caplog.text and all(place.is_fully_replicated for place in jax.tree.leaves(places))
+    options = run_config(**{"optimizer.decay": ("matrices",), "optimizer.warmup_steps": 0}).optimizer
+    tx = training.optimizer(options, lambda step: 1.0, spec=method.spec)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, one), tx.init(one), one)
+    decay = updates["h_0/attn/query/kernel"]
+    assert decay["r"].any() and not decay["fixed_a"].any()
 
 
 @pytest.mark.slow

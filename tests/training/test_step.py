@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("logits_in_pieces")
 def make(method: lj.ParamTransform, model: Any, params: Any, **changes: Any) -> tuple[Any, State]:
     config = run_config(**{"optimizer.warmup_steps": 0} | changes)
     rate = training.schedule(config.optimizer, 10)
-    tx = training.optimizer(config.optimizer, rate)
+    tx = training.optimizer(config.optimizer, rate, spec=method.spec)
     objective = training.language_model(model, config.label_smoothing)
     step = jax.jit(training.make_step(objective, method, tx, rate))
     fresh = jax.jit(lambda params: training.new_state(method, tx, params, jax.random.key(0)))

@@ -1,18 +1,111 @@
-"""The methods that a spec can name: `register` makes one known, `from_spec` makes it."""
+"""The methods that a spec can name, and what is known of each beside what it computes: `register`, `from_spec`."""
 
+import dataclasses
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from lora_jax.core.selection import Selection
+from jax.sharding import PartitionSpec
+
+from lora_jax.core.selection import Selection, matches
 from lora_jax.core.transforms.transform import ParamTransform, chain
 
+Spec = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What other parts of the library ask about a method. The defaults are those of a method with factors as LoRA's.
+
+    Globs match a factor's `path/factor` in the delta, such as `h_0/attn/query/kernel/a`.
+
+    Attributes:
+      not_additive: why the changes of two adapters of this method do not add up; "" where they do
+        (`lora_jax.arithmetic` then adds what has low rank, shifts and tuned leaves).
+      at_rank: `(spec, rank) -> spec` of a larger rank, under which the factors padded with zeros change the base as
+        before, and the gradient of the padding is zero. None: a sweep cannot vary the rank.
+      decays: globs of the factors that decay where vectors do not (`optimizer.decay = ("matrices",)`).
+      fast: names of the factors that LoRA+ gives a higher learning rate.
+      inserts: `spec -> (prefix, infix)`, how many placeholder tokens, with ids from the vocabulary's size on, the data
+        insert before a context and after it.
+      sharding: `{glob: PartitionSpec}` of factors that follow no axis of their weight; `PartitionSpec()` is replicated.
+        Those that follow one (`Adapted.layout`) are sharded as the weight is.
+      aliases: other names of the method in specs and configs.
+    """
+
+    not_additive: str = ""
+    at_rank: Callable[[Spec, int], Spec] | None = None
+    decays: tuple[str, ...] = ("**/{a,b}",)
+    fast: tuple[str, ...] = ("b",)
+    inserts: Callable[[Spec], tuple[int, int]] | None = None
+    sharding: Mapping[str, PartitionSpec] = dataclasses.field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+
+
 _METHODS: dict[str, Callable[..., ParamTransform]] = {}
+_TRAITS: dict[str, Traits] = {}
 
 
-def register(name: str, factory: Callable[..., ParamTransform]) -> None:
-    """Makes a method known to `from_spec` and to configs: `factory(selection, **options)`, options JSON."""
-    _METHODS[name] = factory
+def register(name: str, factory: Callable[..., ParamTransform], traits: Traits | None = None) -> None:
+    """Makes a method known by this name to `from_spec` and to configs, with its traits.
+
+    Args:
+      name: the "method" of its specs.
+      factory: `factory(selection, **options)`, the options JSON, returns the transform. It gets a selection where the
+        spec has "select".
+      traits: `Traits()` where None.
+    """
+    traits = traits or Traits()
+    for known_as in (name, *traits.aliases):
+        _METHODS[known_as], _TRAITS[known_as] = factory, traits
+
+
+def traits_of(spec: Mapping[str, Any]) -> list[tuple[Spec, Traits]]:
+    """`[(spec, traits)]` of a method; of each part, in order, of a chain or a bank. A method that is not registered has
+    the default traits.
+
+    >>> import lora_jax as lj
+    >>> [(spec["method"], traits.fast) for spec, traits in traits_of({"method": "chain", "of": [{"method": "vera"}]})]
+    [('vera', ())]
+    """
+    if "of" in spec:
+        return [part for member in spec["of"] for part in traits_of(member)]
+    return [(dict(spec), _TRAITS.get(spec.get("method", ""), Traits()))]
+
+
+def owners(spec: Mapping[str, Any], path: str) -> list[Traits]:
+    """The traits of the part of a chain that has this path in its delta; for `@shared/...`, which does not tell it, of
+    every part."""
+    parts = traits_of(spec)
+    owning = [traits for part, traits in parts if _owns(part, path)]
+    return owning if len(parts) > 1 and owning else [traits for _, traits in parts]
+
+
+def _owns(part: Spec, path: str) -> bool:
+    if path.startswith("@"):
+        return path.endswith(f"/{part.get('method')}")
+    selected, excluded = (any(matches(glob, path) for glob in part.get(key) or ()) for key in ("select", "exclude"))
+    return selected and not excluded
+
+
+def inserted_tokens(spec: Mapping[str, Any]) -> tuple[int, int]:
+    """How many prefix and infix tokens the data insert for a method: (0, 0) for most. A ValueError for a chain in which
+    two parts insert some.
+
+    >>> prefix = {"method": "prefix_layer", "prefix": 3, "infix": 1}
+    >>> inserted_tokens({"method": "chain", "of": [{"method": "tune"}, prefix]})
+    (3, 1)
+    """
+    counts = [traits.inserts(part) for part, traits in traits_of(spec) if traits.inserts]
+    counts = [count for count in counts if count != (0, 0)]
+    if len(counts) > 1:
+        raise ValueError("a chain has room for one prefix: the vectors of prefix_layer hide prefix_embedding's")
+    return counts[0] if counts else (0, 0)
+
+
+def method_shardings() -> dict[str, PartitionSpec]:
+    """`{glob: PartitionSpec}` by the traits of all registered methods."""
+    return {glob: spec for traits in _TRAITS.values() for glob, spec in traits.sharding.items()}
 
 
 def from_spec(spec: dict[str, Any]) -> ParamTransform:
@@ -29,16 +122,16 @@ def from_spec(spec: dict[str, Any]) -> ParamTransform:
         near = difflib.get_close_matches(str(name), _METHODS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"it is one of {sorted(_METHODS)}"
         raise ValueError(f"the spec's method {name!r} is not known; {hint}")
-    first = []
+    selection = []
     if "select" in options:
         globs = options.pop("select")
         globs = [globs] if isinstance(globs, str) else globs
         layers, exclude = options.pop("layers", None), options.pop("exclude", ())
         layers = None if layers is None else tuple(layers)
         exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude or ())
-        first = [Selection(tuple(globs), options.pop("axes", None), layers, exclude)]
+        selection = [Selection(tuple(globs), options.pop("axes", None), layers, exclude)]
     try:
-        method = _METHODS[name](*first, **options)
+        method = _METHODS[name](*selection, **options)
     except TypeError as error:
         raise ValueError(f"the spec of {name!r} does not fit: {error}") from error
     return method if peft is None else method._replace(spec=method.spec | {"peft": peft})
