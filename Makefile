@@ -14,7 +14,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test test-all test-core test-tpu test-matrix lint results
+.PHONY: quickstart test test-all test-wheel test-core test-tpu test-matrix lint results
 
 quickstart: $(VENV)/.installed
 	$(PY) -m experiments.quickstart
@@ -25,6 +25,10 @@ test: lint
 # With the compiler's optimizations, which the tests do without for speed.
 test-all: lint
 	XLA_FLAGS= $(PY) -m pytest $(PYTEST_ARGS)
+
+# The same against the built wheel, from a folder without the package's sources.
+test-wheel: lint
+	.ci/wheel $(PY) -m "not slow" $(PYTEST_ARGS)
 
 test-core: $(VENV)/.installed-core
 	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS) tests/core
@@ -50,7 +54,7 @@ results: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	$(if $(PYTHON),,$(error no Python $(VERSION) found: install one, or say PYTHON=/path/to/python))
 	$(PY) -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv $(VENV)
-	$(INSTALL) "$(JAX)" -e .
+	$(INSTALL) "$(JAX)" -e ".[all]"
 	touch $@
 
 $(VENV)/.installed-core: $(VENV)/.installed

@@ -36,6 +36,8 @@ from lora_jax.methods.shift import shift
 from lora_jax.methods.tune import tune
 from lora_jax.methods.vera import vera
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Absent",
     "Adapted",

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "lora_jax"
 
 # The modules of the core and what is built on it: each imports only what stands before it, jax, numpy and optax.
 CORE_ORDER = [
+    "core.extras",
     "core.dropout",
     "core.selection",
     "core.arrays",
@@ -38,9 +39,9 @@ HEAVY = {"flax", "orbax", "safetensors", "huggingface_hub", "tokenizers", "datas
 # What each other layer may import: of the package and from outside.
 CORE = {"core", "methods"}
 LAYERS = {
-    "models": ({"core.dropout"}, {"jax", "flax", "numpy"}),
-    "data": (set(), {"numpy", "datasets", "tokenizers", "huggingface_hub"}),
-    "metrics": (set(), {"numpy", "sacrebleu", "scipy", "sklearn"}),
+    "models": ({"core.dropout", "core.extras"}, {"jax", "flax", "numpy"}),
+    "data": ({"core.extras"}, {"numpy", "datasets", "tokenizers", "huggingface_hub"}),
+    "metrics": ({"core.extras"}, {"numpy", "sacrebleu", "scipy", "sklearn"}),
     "distributed": (CORE | {"models"}, CORE_OUTSIDE),
     "checkpoints": (CORE | {"models", "distributed"}, CORE_OUTSIDE | HEAVY),
     "interop": (CORE | {"models", "distributed", "checkpoints"}, CORE_OUTSIDE | HEAVY | {"torch"}),

@@ -1,20 +1,23 @@
 """What a run leaves behind: checkpoints that resume it, adapters as files, the identity of its base."""
 
-from lora_jax.checkpoints.adapters import load_adapter, save_adapter
-from lora_jax.checkpoints.checksums import checksums
-from lora_jax.checkpoints.files import check_base, identity, write_atomically
-from lora_jax.checkpoints.runs import (
-    Run,
-    forget_after,
-    latest_step,
-    load,
-    manager,
-    meta_of,
-    opened,
-    raise_unwritten,
-    restore,
-    save,
-)
+from lora_jax.core.extras import extra
+
+with extra("train"):
+    from lora_jax.checkpoints.adapters import load_adapter, save_adapter
+    from lora_jax.checkpoints.checksums import checksums
+    from lora_jax.checkpoints.files import check_base, identity, write_atomically
+    from lora_jax.checkpoints.runs import (
+        Run,
+        forget_after,
+        latest_step,
+        load,
+        manager,
+        meta_of,
+        opened,
+        raise_unwritten,
+        restore,
+        save,
+    )
 
 __all__ = [
     "Run",

@@ -25,8 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.data.pairs import Encoded
-from lora_jax.data.sentences import Texts
+from lora_jax.data.encoded import Encoded, Texts
 
 Batch = dict[str, np.ndarray]
 

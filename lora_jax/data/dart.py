@@ -7,11 +7,14 @@ format_converting_dart.py).
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 
+from lora_jax.core.extras import extra
 from lora_jax.data.files import find, read_json
 from lora_jax.data.pairs import contexts
+
+with extra("data"):
+    import datasets
 
 SOURCE = "the JSON files are public at github.com/Yale-LILY/dart (data/v1.1.1)"
 

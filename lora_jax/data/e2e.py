@@ -11,11 +11,13 @@ import io
 import re
 from pathlib import Path
 
-import datasets
-
+from lora_jax.core.extras import extra
 from lora_jax.data import hub
 from lora_jax.data.files import find, read_text
 from lora_jax.data.pairs import Encoded, contexts, encode, prompts
+
+with extra("data"):
+    import datasets
 
 __all__ = ["SOURCE", "Encoded", "context", "contexts", "encode", "load", "prompts"]
 

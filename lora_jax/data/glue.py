@@ -10,13 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
 from numpy.typing import ArrayLike
 
+from lora_jax.core.extras import extra
 from lora_jax.data import hub
 from lora_jax.data.files import find, read_text
 from lora_jax.data.sentences import Texts, encode
+
+with extra("data"):
+    import datasets
 
 __all__ = ["SOURCE", "TASKS", "GlueTask", "Split", "Texts", "encode", "load", "named", "submission"]
 

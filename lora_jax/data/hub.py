@@ -4,7 +4,10 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import datasets
+from lora_jax.core.extras import extra
+
+with extra("data"):
+    import datasets
 
 
 def is_name(path: str | Path) -> bool:

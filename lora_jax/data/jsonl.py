@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
-
+from lora_jax.core.extras import extra
 from lora_jax.data.files import find, read_text
+
+with extra("data"):
+    import datasets
 
 SAMSUM = "SAMSum is public as the ancillary file of arXiv 1911.12237 (JSON lists: write one object a line)"
 WIKISQL = "WikiSQL is public at github.com/salesforce/WikiSQL (data.tar.bz2)"

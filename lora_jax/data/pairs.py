@@ -7,48 +7,17 @@ separator and loss mask are those of the authors' GPT-2 code (microsoft/LoRA, ex
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import datasets
 import numpy as np
-from tokenizers import Tokenizer
+
+from lora_jax.core.extras import extra
+from lora_jax.data.encoded import Encoded
+
+with extra("data"):
+    import datasets
+    from tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """N examples as tokens, end to end in one array.
-
-    An example's tokens are context, eos, completion, eos (with a prefix before and an infix after the first eos, if a
-    method has such); the last one is a label only, so a model
-    reads `lengths` of them. Labelled are the completion and its eos, the first of them predicted
-    from the separator.
-
-    Attributes:
-      tokens: (total,) int32.
-      offsets: (N + 1,) int64, where each example begins in `tokens`.
-      starts: (N,) int64, the tokens before the completion: the context's and the separator.
-      skipped: how many examples were too long and are not here.
-    """
-
-    tokens: np.ndarray
-    offsets: np.ndarray
-    starts: np.ndarray
-    skipped: int = 0
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(N,) tokens that a model reads."""
-        return np.diff(self.offsets) - 1
-
-    @property
-    def labels(self) -> np.ndarray:
-        """(N,) labelled tokens."""
-        return np.diff(self.offsets) - self.starts
 
 
 def prompts(

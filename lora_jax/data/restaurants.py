@@ -7,8 +7,12 @@ name, then says the other attributes in any order, each in one of a few ways.
 import itertools
 from collections.abc import Mapping
 
-import datasets
 import numpy as np
+
+from lora_jax.core.extras import extra
+
+with extra("data"):
+    import datasets
 
 ATTRIBUTES = {
     "name": [

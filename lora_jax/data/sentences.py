@@ -5,42 +5,19 @@ The data are `datasets.Dataset`s with the columns `first`, for pairs `second`, a
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import datasets
 import numpy as np
-from tokenizers import Tokenizer
+
+from lora_jax.core.extras import extra
+from lora_jax.data.encoded import Texts
+
+with extra("data"):
+    import datasets
+    from tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
 
 _AT_ONCE = 8192  # examples in the tokenizer's own form at a time: it takes a hundred times the memory of the tokens
-
-
-@dataclass(frozen=True)
-class Texts:
-    """N examples as tokens, end to end in one array.
-
-    Attributes:
-      tokens: (total,) int32, with the special tokens.
-      token_types: (total,) int32, 1 for the second sentence of a BERT (with its [SEP]), else 0.
-      offsets: (N + 1,) int64, where each example begins in `tokens`.
-      labels: (N,) int32, or float32 of a regression; zeros where none are known.
-      truncated: how many examples were cut.
-    """
-
-    tokens: np.ndarray
-    token_types: np.ndarray
-    offsets: np.ndarray
-    labels: np.ndarray
-    truncated: int = 0
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(N,) tokens."""
-        return np.diff(self.offsets)
 
 
 def encode(

@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
-
+from lora_jax.core.extras import extra
 from lora_jax.data import dart, e2e, jsonl, pairs, webnlg
+
+with extra("data"):
+    import datasets
 
 
 class Task(NamedTuple):

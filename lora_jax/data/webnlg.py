@@ -8,10 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import datasets
-
+from lora_jax.core.extras import extra
 from lora_jax.data import hub
 from lora_jax.data.files import find, read_json
+
+with extra("data"):
+    import datasets
 
 SOURCE = (
     "the JSON files are public at github.com/microsoft/LoRA (examples/NLG/data/webnlg_challenge_2017), the challenge "

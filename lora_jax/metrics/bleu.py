@@ -4,8 +4,8 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
-from sacrebleu.metrics import BLEU
 
+from lora_jax.core.extras import extra
 from lora_jax.metrics.references import References, check_lists, present
 from lora_jax.metrics.statistics import Statistics
 
@@ -43,6 +43,9 @@ def bleu_statistics(
       tokenize: "13a" (mteval-v13a, multi-bleu-detok) or "none" (multi-bleu: the texts are tokenized).
       smooth: a count of zero becomes 1/2, the next 1/4, ... (mteval-v13a); else it makes the score 0 (multi-bleu).
     """
+    with extra("scores"):
+        from sacrebleu.metrics import BLEU
+
     # force: no warning about texts that end in a token " ."; effective_order: none about single sentences, only
     # whose counts are used
     metric = BLEU(tokenize=tokenize, lowercase=lowercase, force=True, effective_order=True)

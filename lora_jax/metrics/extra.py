@@ -1,16 +1,16 @@
-"""The packages of the extra `scores`."""
+"""Modules that the extra `scores` brings."""
 
 import importlib
 from typing import Any
 
+from lora_jax.core import extras
+
 
 def extra(module: str) -> Any:
-    """A module of the extra.
+    """The module of that name.
 
     Raises:
-      ImportError: it is not installed; names the extra.
+      ModuleNotFoundError: it is not installed; names the extra.
     """
-    try:
+    with extras.extra("scores"):
         return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ImportError(f'{module} is not installed: pip install "lora_jax[scores]" brings it') from error

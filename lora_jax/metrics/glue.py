@@ -5,6 +5,8 @@ import warnings
 import numpy as np
 from numpy.typing import ArrayLike
 
+from lora_jax.core.extras import extra
+
 # GLUE's own, in its order; f1 is of class 1 (a paraphrase, a duplicate).
 METRICS = {
     "cola": ("matthews",),
@@ -56,20 +58,23 @@ def _accuracy(found: np.ndarray, true: np.ndarray) -> float:
 
 # The packages take a second to import, and most programs score no GLUE: so within the functions.
 def _matthews(found: np.ndarray, true: np.ndarray) -> float:
-    from sklearn.metrics import matthews_corrcoef
+    with extra("data"):
+        from sklearn.metrics import matthews_corrcoef
 
     # asked first: scikit-learn gives 0 as well, but warns where both have one and the same class
     return 0.0 if _constant(found) or _constant(true) else float(matthews_corrcoef(true, found))
 
 
 def _f1(found: np.ndarray, true: np.ndarray) -> float:
-    from sklearn.metrics import f1_score
+    with extra("data"):
+        from sklearn.metrics import f1_score
 
     return float(f1_score(true, found, zero_division=0.0))
 
 
 def _pearson(found: np.ndarray, true: np.ndarray) -> float:
-    from scipy.stats import NearConstantInputWarning, pearsonr
+    with extra("data"):
+        from scipy.stats import NearConstantInputWarning, pearsonr
 
     if _constant(found) or _constant(true):
         return 0.0
@@ -80,7 +85,8 @@ def _pearson(found: np.ndarray, true: np.ndarray) -> float:
 
 
 def _spearman(found: np.ndarray, true: np.ndarray) -> float:
-    from scipy.stats import spearmanr
+    with extra("data"):
+        from scipy.stats import spearmanr
 
     return 0.0 if _constant(found) or _constant(true) else float(spearmanr(found, true).statistic)
 

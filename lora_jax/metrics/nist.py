@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
+from lora_jax.core.extras import extra
 from lora_jax.metrics.statistics import Statistics
 
 _ORDER = 5
@@ -23,6 +23,9 @@ def nist_statistics(hypotheses: Sequence[str], references: Sequence[Sequence[str
     The information of an n-gram is log2 of how much rarer it is in all references together than its first n - 1
     words. Matches are clipped by the most that any one reference of the instance holds.
     """
+    with extra("scores"):
+        from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
     tokenizer = Tokenizer13a()
     tokens = [[tokenizer(text.lower()).split() for text in texts] for texts in references]
     grams = [[Counter(_ngrams(words)) for words in texts] for texts in tokens]

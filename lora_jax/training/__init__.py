@@ -1,12 +1,15 @@
 """Training a delta: the paper's optimizer and loss, a resumable loop, what it writes."""
 
-from lora_jax.training.logging import TIMES, Log, plot_loss, read_metrics
-from lora_jax.training.loop import Job, Result, prepare, train, validate
-from lora_jax.training.loss import cross_entropy, squared_error
-from lora_jax.training.objectives import Objective, classifier, language_model
-from lora_jax.training.optimizers import optimizer, schedule
-from lora_jax.training.step import METRICS, State, make_step, new_state, state_shardings
-from lora_jax.training.workdir import claim, difference
+from lora_jax.core.extras import extra
+
+with extra("train"):
+    from lora_jax.training.logging import TIMES, Log, plot_loss, read_metrics
+    from lora_jax.training.loop import Job, Result, prepare, train, validate
+    from lora_jax.training.loss import cross_entropy, squared_error
+    from lora_jax.training.objectives import Objective, classifier, language_model
+    from lora_jax.training.optimizers import optimizer, schedule
+    from lora_jax.training.step import METRICS, State, make_step, new_state, state_shardings
+    from lora_jax.training.workdir import claim, difference
 
 __all__ = [
     "METRICS",

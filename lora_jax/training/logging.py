@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from lora_jax.checkpoints import write_atomically
+from lora_jax.core.extras import extra
 from lora_jax.distributed import processes
 
 # What differs between two runs of one config: everything else in metrics.jsonl is equal.
@@ -38,7 +39,8 @@ class Log:
         self.entries = [e for e in read_metrics(workdir) if e["step"] <= step]
         if not processes.first():
             return
-        from tensorboardX import SummaryWriter  # slow to import: takes torch along
+        with extra("train"):
+            from tensorboardX import SummaryWriter  # slow to import: takes torch along
 
         path = Path(workdir) / "metrics.jsonl"
         write_atomically(path, "".join(json.dumps(e) + "\n" for e in self.entries).encode())
@@ -77,7 +79,8 @@ def plot_loss(workdir: str | Path) -> None:
     """Draws loss.png from metrics.jsonl: training loss and validation loss; the first of several processes does."""
     if not processes.first():
         return
-    from matplotlib.figure import Figure  # slow to import
+    with extra("train"):
+        from matplotlib.figure import Figure  # slow to import
 
     entries = read_metrics(workdir)
     figure = Figure(figsize=(7, 4), layout="constrained")

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 
 from lora_jax.core import transforms
 from lora_jax.core.arrays import is_adapted
+from lora_jax.core.extras import extra
 from lora_jax.distributed import processes
 from lora_jax.interop.folders import INDEX, WEIGHTS, Recipe, check_shapes, inside, open_tensors, read_json
 from lora_jax.interop.hf import encoder as hf_encoder
@@ -296,7 +297,8 @@ def _folder(source: str | os.PathLike) -> Path:
     """The folder itself, or the local copy of a model on the Hub."""
     if Path(source).is_dir():
         return Path(source)
-    import huggingface_hub  # slow to import, and seldom needed
+    with extra("hf"):
+        import huggingface_hub  # slow to import, and seldom needed
 
     try:
         wanted = ["config.json", WEIGHTS, INDEX, "model-*.safetensors", "tokenizer.json"]
