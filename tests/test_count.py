@@ -203,7 +203,7 @@ def test_a_base_by_its_config_json_alone(tmp_path: Path) -> None:
     assert shapes.count(config).report.trained == gpt(64, 3)
     config.method = "none"
     assert shapes.count(config).report == ([], 0, gpt(64, 3))
-    with pytest.raises(ValueError, match="GPT2Config, but mrpc needs EncoderConfig"):
+    with pytest.raises(ValueError, match="is a gpt2, but mrpc needs a model that classifies"):
         glued = glue.get_config("base,mrpc")
         glued.base = config.base
         shapes.count(glued)

@@ -5,8 +5,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax import Array, lax
+
+from lora_jax.core.extras import extra
+
+with extra("train"):
+    from flax import linen as nn
 
 
 def _recomputed(activation: Callable[[Array], Array]) -> Callable[[Array], Array]:

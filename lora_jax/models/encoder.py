@@ -8,17 +8,20 @@ import dataclasses
 import functools
 
 import jax.numpy as jnp
-from flax import linen as nn
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec, Sharding
 
 from lora_jax.core.dropout import drop
+from lora_jax.core.extras import extra
 from lora_jax.models import activations, masks, partitioning, shapes
 from lora_jax.models.attention import attend, joined_heads, placed, split_heads
 from lora_jax.models.family import Dimensions, Family, Sites, register_family
 from lora_jax.models.layouts import to_loop, to_scanned
 from lora_jax.models.norm import Norm, wide
+
+with extra("train"):
+    from flax import linen as nn
 
 __all__ = ["AXES", "SIZES", "Encoder", "EncoderConfig", "sites", "to_loop", "to_scanned"]
 

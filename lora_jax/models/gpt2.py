@@ -10,16 +10,19 @@ import math
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
-from flax import linen as nn
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec, Sharding
 
+from lora_jax.core.extras import extra
 from lora_jax.models import activations, masks, partitioning, shapes
 from lora_jax.models.attention import attend, joined_heads, placed, split_heads
 from lora_jax.models.family import Dimensions, Family, Sites, register_family
 from lora_jax.models.layouts import to_loop, to_scanned
 from lora_jax.models.norm import Norm, wide
+
+with extra("train"):
+    from flax import linen as nn
 
 __all__ = ["AXES", "GPT2", "SIZES", "GPT2Config", "init_cache", "sites", "to_loop", "to_scanned"]
 

@@ -4,8 +4,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax import Array
+
+from lora_jax.core.extras import extra
+
+with extra("train"):
+    from flax import linen as nn
 
 
 class Norm(nn.LayerNorm):

@@ -4,8 +4,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
-from flax.traverse_util import flatten_dict
+
+from lora_jax.core.extras import extra
+
+with extra("train"):
+    from flax import linen as nn
+    from flax.traverse_util import flatten_dict
 
 
 def of_params(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lj
 from lora_jax import training
 from lora_jax.distributed import sharding
-from lora_jax.models import encoder
+from lora_jax.models.family import family_of
 from lora_jax.planning import collectives, flops
 from lora_jax.planning.topologies import GIB, Topology
 
@@ -112,10 +112,10 @@ def step(workload: Workload, layout: Layout, mesh: Mesh) -> Step:
     method = workload.method
     model = type(workload.model)(dataclasses.replace(workload.model.config, remat=layout.remat))
     placed = sharding.on_mesh(model, mesh)
-    if isinstance(model, encoder.Encoder):
-        objective = training.classifier(placed)
-    else:
+    if family_of(model).generates:
         objective = training.language_model(placed, workload.label_smoothing)
+    else:
+        objective = training.classifier(placed)
     rate = training.schedule(workload.optimizer, 10_000)
     tx = training.optimizer(workload.optimizer, rate, spec=method.spec)
     params = param_shapes(model)
@@ -146,7 +146,7 @@ def _batch(workload: Workload, layout: Layout) -> dict[str, jax.ShapeDtypeStruct
     rows = (layout.accumulate, size // layout.accumulate)
     model, sequences = workload.model, (*rows, workload.length)
     inputs: dict[str, Any] = {"tokens": (sequences, jnp.int32), "mask": (sequences, jnp.bool_)}
-    if isinstance(model, encoder.Encoder):
+    if not family_of(model).generates:
         target = jnp.float32 if model.config.head == "regression" else jnp.int32
         inputs |= {"token_types": (sequences, jnp.int32), "labels": (rows, target), "weights": (rows, jnp.float32)}
     else:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_jax.checkpoints import write_atomically
-from lora_jax.models import encoder
+from lora_jax.models.family import family_of
 from lora_jax.planning import asking, topologies
 from lora_jax.planning.asking import Answer, Layout, Workload
 from lora_jax.planning.topologies import Topology
@@ -103,8 +103,7 @@ def ordered(workload: Workload, topology: Topology) -> list[Size]:
 def layouts(workload: Workload, devices: int) -> Iterator[Layout]:
     """The layouts of a number of devices whose tensor axis divides the heads, and whose data and fsdp axes and
     micro-batches divide the batch."""
-    config = workload.model.config
-    heads = config.heads if isinstance(workload.model, encoder.Encoder) else config.n_head
+    heads = family_of(workload.model).dimensions(workload.model.config).heads
     for tensor in _divisors(devices):
         shards = devices // tensor
         if heads % tensor or (workload.batch_size or shards) % shards:
@@ -125,14 +124,9 @@ def size_of(workload: Workload, topology: Topology, layout: Layout) -> Size:
     summed over micro-batches), the activations that the backward pass needs of each layer, those inside one layer, its
     gathered weights, and a chunk of the logits."""
     step = asking.step(workload, layout, layout.mesh(topology))
-    config = workload.model.config
-    if isinstance(workload.model, encoder.Encoder):
-        width, layers, heads, inner, vocabulary = config.hidden, config.layers, config.heads, config.inner, 0
-    else:
-        width, layers, heads, inner, vocabulary = (
-            config.n_embd, config.n_layer, config.n_head, config.inner, config.vocab_size
-        )  # fmt: skip
-    length = workload.length
+    config, family, length = workload.model.config, family_of(workload.model), workload.length
+    layers, width, heads, inner, _ = family.dimensions(config)
+    vocabulary = config.vocab_size if family.generates else 0
     rows = layout.examples(workload) / (layout.accumulate * layout.data * layout.fsdp)
     itemsize = 4 if config.dtype == "float32" else 2
     query_block = getattr(config, "query_block", None) or length

@@ -11,6 +11,7 @@ from lora_jax.core.selection import flatten, matches
 from lora_jax.data import glue
 from lora_jax.interop import hf
 from lora_jax.models import encoder, gpt2
+from lora_jax.models.family import family_of
 from lora_jax.planning import asking
 from lora_jax.runs import methods
 
@@ -54,27 +55,26 @@ def workload(config: ConfigDict) -> asking.Workload:
     """A config's training step as `lora_jax.planning` takes it: its token table padded, each example as long as the
     config and the model allow."""
     model = asking.padded(model_of(config))
-    longest = model.config.max_length if isinstance(model, encoder.Encoder) else model.config.n_positions
     return asking.Workload(
         model,
         lj.from_spec(methods.spec(config, model)),
         config.optimizer,
         config.data.batch_size,
-        min(config.data.length, longest),
+        min(config.data.length, family_of(model).dimensions(model.config).max_length),
         config.get("label_smoothing", 0.0),
     )
 
 
 def model_of(config: ConfigDict) -> Any:
     """The model of a config's base, with the options of the config's `model` and the head of its task."""
-    shape, task, options = model_config(config.base), glue.TASKS.get(config.data.name), config.model.to_dict()
-    kind: Any = encoder.EncoderConfig if task else gpt2.GPT2Config
-    if not isinstance(shape, kind):
-        raise ValueError(f"{config.base} is of {type(shape).__name__}, but {config.data.name} needs {kind.__name__}")
-    if task is None:
-        return gpt2.GPT2(dataclasses.replace(shape, **options))
-    options |= {"head": "classification" if task.labels else "regression", "labels": task.outputs}
-    return encoder.Encoder(dataclasses.replace(shape, **options, pooler=shape.family == "bert"))
+    shape, task = model_config(config.base), glue.TASKS.get(config.data.name)
+    family = family_of(shape)
+    if not (family.classifies if task else family.generates):
+        verb = "classifies" if task else "generates text"
+        raise ValueError(f"{config.base} is a {family.name}, but {config.data.name} needs a model that {verb}")
+    if family.with_head and task:
+        shape = family.with_head(shape, "classification" if task.labels else "regression", task.outputs)
+    return family.model(dataclasses.replace(shape, **config.model.to_dict()))
 
 
 def model_config(base: str) -> Any:

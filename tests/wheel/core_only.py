@@ -1,4 +1,4 @@
-"""What an install without extras does: a LoRA step on plain JAX, and errors that name the extra. `.ci/wheel` runs it."""
+"""An install without extras: a LoRA step on plain JAX, and errors that name the extra. `.ci/wheel` runs it."""
 
 import importlib
 import importlib.metadata
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import lora_jax as lj
+from lora_jax import sharding
 
 assert "site-packages" in lj.__file__ and (Path(lj.__file__).parent / "py.typed").is_file()
 assert lj.__version__ == importlib.metadata.version("lora_jax")
@@ -39,6 +40,7 @@ losses = []
 for _ in range(20):
     delta, state, value = step(delta, state)
     losses.append(float(value))
+assert sharding.make_mesh({}).size == 1
 assert losses[-1] < 0.9 * losses[0], losses
 merged = lj.merge(method.apply(params, delta))
 difference = jnp.abs(model(merged, x) - forward(method.apply(params, delta), x)).max()
