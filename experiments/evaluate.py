@@ -24,6 +24,7 @@ from lora_jax.data.batches import bucketed
 from lora_jax.data.pairs import contexts, encode
 from lora_jax.data.tasks import named
 from lora_jax.metrics.scores import FILLED
+from lora_jax.models.family import dimensions_of
 from lora_jax.runs import methods, scoring
 
 flags.declare_key_flag("split")
@@ -100,7 +101,7 @@ def first_contexts(data: Dataset, limit: int | None) -> Dataset:
 def validation_loss(loaded: reload.Loaded, data: Any) -> tuple[float, int]:
     """Nats per label of the pairs, as in training, and how many were too long to count."""
     config, model = loaded.config.data, loaded.model
-    length = min(config.length, model.config.n_positions)
+    length = min(config.length, dimensions_of(model).max_length)
     inserted = methods.placeholders(loaded.spec, model)
     eos = model.config.eos_token_id
     encoded = encode(data, loaded.tokenizer, eos=eos, length=length, long=config.long, **inserted)

@@ -33,7 +33,7 @@ from lora_jax.data import pairs, tasks
 from lora_jax.generation import complete, end_tokens
 from lora_jax.interop import hf
 from lora_jax.metrics import bleu
-from lora_jax.models import gpt2
+from lora_jax.models.family import dimensions_of
 from lora_jax.runs import bases, methods
 
 flags.DEFINE_enum("task", "e2e", ["e2e", "mrpc"], "What is learnt.")
@@ -203,8 +203,7 @@ def sized(name: str, workdir: Path) -> tuple[ConfigDict, int | None]:
 
 def depth(base: str) -> int:
     """The layers of a base."""
-    config = hf.without_weights(base).config
-    return config.n_layer if isinstance(config, gpt2.GPT2Config) else config.layers
+    return dimensions_of(hf.without_weights(base)).depth
 
 
 def trained(config: ConfigDict, base: bases.Base) -> int:

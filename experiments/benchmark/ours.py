@@ -15,6 +15,7 @@ from configs import e2e
 from experiments.benchmark import shapes
 from lora_jax import checkpoints, training
 from lora_jax.models import encoder, gpt2
+from lora_jax.models.family import family_of
 from lora_jax.runs import methods
 
 Parts = dict[str, Callable[[], float | None]]
@@ -50,9 +51,10 @@ def random(tree: Any, work: dict[str, Any]) -> Any:
 
 def lora_of(model: Any, work: dict[str, Any]) -> lj.ParamTransform:
     """LoRA on the work's targets; a new head trains too."""
-    axes = gpt2.AXES if isinstance(model, gpt2.GPT2) else encoder.AXES
-    lora = lj.lora(lj.select(TARGETS[work["targets"]], axes=axes), rank=shapes.RANK, dropout=work.get("dropout", 0.0))
-    return lora if isinstance(model, gpt2.GPT2) else lj.chain(lora, lj.tune(lj.select("classifier/**")))
+    family = family_of(model)
+    selection = lj.select(TARGETS[work["targets"]], axes=family.axes)
+    lora = lj.lora(selection, rank=shapes.RANK, dropout=work.get("dropout", 0.0))
+    return lj.chain(lora, lj.tune(lj.select("classifier/**"))) if family.classifies else lora
 
 
 def batch_of(work: dict[str, Any]) -> dict[str, Any]:
@@ -73,8 +75,7 @@ def step(work: dict[str, Any]) -> Parts:
     params, method = params_of(model, work), lora_of(model, work)
     options = e2e.get_config("small").optimizer
     options.update(learning_rate=shapes.RATE, schedule="constant", warmup_steps=0)
-    is_gpt2 = isinstance(model, gpt2.GPT2)
-    objective = training.language_model(model) if is_gpt2 else training.classifier(model)
+    objective = training.classifier(model) if family_of(model).classifies else training.language_model(model)
     delta = jax.eval_shape(method.init, jax.random.key(0), params)
     factors = jax.tree.leaves({path: own for path, own in delta.items() if "a" in own})
     assert sum(x.size for x in factors) == shapes.trained(work)

@@ -21,6 +21,7 @@ from lora_jax.data import batches, pairs
 from lora_jax.generation import generate
 from lora_jax.generation.texts import batches_of
 from lora_jax.interop import hf
+from lora_jax.models.family import dimensions_of
 from lora_jax.runs import bases, methods
 from lora_jax.runs import tasks as setups
 
@@ -67,7 +68,7 @@ def decode(work: dict[str, Any]) -> Parts:
         nonlocal written
         written = 0
         asked = pairs.prompts(contexts, tokenizer, eos=eos)
-        for _, tokens, mask in batches_of(asked, work["batch"], model.config.n_positions - 64):
+        for _, tokens, mask in batches_of(asked, work["batch"], dimensions_of(model).max_length - 64):
             new = np.asarray(generate(model, params, tokens, mask, eos=eos, pad=eos, **work["how"]))
             written += int((new != eos).sum())
 

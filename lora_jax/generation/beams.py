@@ -16,7 +16,7 @@ from jax import Array, lax
 from lora_jax.core.lifting.interpreter import lift
 from lora_jax.generation import beam_rules
 from lora_jax.generation.bans import ban_repeats
-from lora_jax.models.gpt2 import init_cache
+from lora_jax.models.family import new_cache
 
 _ROOM = 16  # the cache begins with so many slots a beam besides the prompt's, then has twice as many, and so on
 
@@ -86,7 +86,7 @@ def search(
         beams, found = choose(logits, count, beams, found)
         return count + 1, cache, beams, found, broken
 
-    cache = init_cache(model.config, batch, length)
+    cache = new_cache(model, batch, length)
     last = jnp.full((batch, 1), length - 1, jnp.int32)
     logits, cache = forward(tokens, mask, cache=cache, labelled=last)
     broken = jnp.isnan(logits.max(2)).any(1)
@@ -99,19 +99,19 @@ def search(
     slots = 0
     while slots < num_beams * max_new_tokens:
         slots = min(max(2 * slots, _ROOM * num_beams), num_beams * max_new_tokens)
-        state = _grown(state, length + slots, model.config.scan_layers)
+        state = _grown(state, length + slots)
         state = lax.while_loop(lambda state: going(state) & room(state), step, state)
     count, _, beams, found, broken = state
     return decide.best(count, beams, found), broken
 
 
-def _grown(state: tuple, length: int, scanned: bool) -> tuple:
+def _grown(state: tuple, length: int) -> tuple:
     """The state with a cache of `length` slots."""
 
     def longer(x: Array, axis: int) -> Array:
         return jnp.pad(x, [(0, length - n if i == axis else 0) for i, n in enumerate(x.shape)])
 
     count, cache, beams, found, broken = state
-    layers = jax.tree.map(lambda x: longer(x, 3 if scanned else 2), cache["layers"])
+    layers = jax.tree.map(lambda x: longer(x, x.ndim - 2), cache["layers"])
     cache = {**cache, "mask": longer(cache["mask"], 1), "layers": layers}
     return count, cache, beams._replace(sees=longer(beams.sees, 2)), found, broken

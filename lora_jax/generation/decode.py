@@ -8,6 +8,7 @@ import numpy as np
 from jax import Array
 
 from lora_jax.generation import beams, single
+from lora_jax.models.family import dimensions_of
 
 BEAM_RULES = ("hf", "lora_paper")
 
@@ -69,7 +70,7 @@ def generate(
     """
     tokens, mask = _array(tokens, np.int32), _array(mask, bool)
     ends = np.atleast_1d(np.asarray(eos, np.int32))
-    _check_prompts(model.config, tokens, mask, max_new_tokens, ends.tolist(), pad)
+    _check_prompts(model, tokens, mask, max_new_tokens, ends.tolist(), pad)
     sampled = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     _check_options(model.config.vocab_size, num_beams, no_repeat_ngram_size, key, sampled)
     _check_beams(model.config.vocab_size, num_beams, len(ends), length_penalty, early_stopping, beam_rule)
@@ -101,16 +102,16 @@ def _array(x: Any, dtype: Any) -> Any:
     return x if isinstance(x, jax.Array) else np.asarray(x, dtype)
 
 
-def _check_prompts(config: Any, tokens: Any, mask: Any, max_new_tokens: int, ends: list[int], pad: int) -> None:
+def _check_prompts(model: Any, tokens: Any, mask: Any, max_new_tokens: int, ends: list[int], pad: int) -> None:
     if np.ndim(tokens) != 2 or np.shape(tokens) != np.shape(mask):
         raise ValueError(f"tokens {np.shape(tokens)} and mask {np.shape(mask)}: both must be (batch, length)")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: at least 1")
-    length = np.shape(tokens)[1]
-    if length + max_new_tokens > config.n_positions:
+    length, config = np.shape(tokens)[1], model.config
+    if length + max_new_tokens > (most := dimensions_of(model).max_length):
         raise ValueError(
             f"prompts of {length} tokens and max_new_tokens={max_new_tokens} need "
-            f"{length + max_new_tokens} positions, the model has {config.n_positions}"
+            f"{length + max_new_tokens} positions, the model has {most}"
         )
     if outside := [i for i in (*ends, pad) if not 0 <= i < config.vocab_size]:
         raise ValueError(f"eos={ends}, pad={pad}: {outside[0]} is not in the vocabulary of {config.vocab_size}")

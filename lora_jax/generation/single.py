@@ -9,7 +9,7 @@ from jax import Array, lax
 
 from lora_jax.core.lifting.interpreter import lift
 from lora_jax.generation.bans import ban_repeats
-from lora_jax.models.gpt2 import init_cache
+from lora_jax.models.family import new_cache
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "no_repeat", "top_k"))
@@ -32,7 +32,7 @@ def extend(
     tokens, mask = tokens.astype(jnp.int32), mask.astype(bool)
     forward = lift(model.apply)
     batch, length = tokens.shape
-    cache = init_cache(model.config, batch, length + max_new_tokens)
+    cache = new_cache(model, batch, length + max_new_tokens)
     text = jnp.concatenate([tokens, jnp.full((batch, max_new_tokens), pad, jnp.int32)], 1)
 
     def following(text: Array, count: Array, cache: Any, new: Array, real: Array | None) -> tuple[Any, Array, Array]:

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from lora_jax.generation.decode import generate
+from lora_jax.models.family import dimensions_of
 
 _WIDTH = 16  # prompts are padded to multiples of it: a few shapes, little padding
 
@@ -66,7 +67,7 @@ def completions(
     Raises:
       ValueError: a prompt is empty or leaves no room for the new tokens; see also `generate`.
     """
-    room = model.config.n_positions - max_new_tokens
+    room = dimensions_of(model).max_length - max_new_tokens
     for number, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= room:
             raise ValueError(

@@ -89,7 +89,7 @@ def family_of(model: Any) -> Family:
     Raises:
       TypeError: the model names no family. ValueError: no family of that name is registered.
     """
-    name = model if isinstance(model, str) else getattr(getattr(model, "config", model), "family", None)
+    name = model if isinstance(model, str) else getattr(_config(model), "family", None)
     if not isinstance(name, str):
         raise TypeError(f"{type(model).__name__} has no config that names its family (lora_jax.models.family)")
     if name not in _FAMILIES:
@@ -98,3 +98,24 @@ def family_of(model: Any) -> Family:
     if name not in _FAMILIES:
         raise ValueError(f"the model family {name!r} is none of {', '.join(_FAMILIES)}: register_family makes it known")
     return _FAMILIES[name]
+
+
+def dimensions_of(model: Any) -> Dimensions:
+    """The size of a model, or of the model of that config."""
+    return family_of(model).dimensions(_config(model))
+
+
+def new_cache(model: Any, batch: int, length: int) -> dict:
+    """An empty KV cache of a model for `length` tokens a row, padding included.
+
+    Raises:
+      ValueError: the model generates no text, or has fewer positions.
+    """
+    family = family_of(model)
+    if family.init_cache is None:
+        raise ValueError(f"a {family.name} generates no text")
+    return family.init_cache(model.config, batch, length)
+
+
+def _config(model: Any) -> Any:
+    return getattr(model, "config", model)

@@ -1,7 +1,7 @@
 """The base of a config: what train, evaluate and generate begin with."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from lora_jax import Delta, ParamTransform, checkpoints
 from lora_jax.data import glue
 from lora_jax.distributed import processes, sharding
 from lora_jax.interop import hf
-from lora_jax.models import encoder, gpt2
+from lora_jax.models.family import family_of
 
 PUBLIC = "huggingface.co/gpt2, gpt2-medium, gpt2-large, FacebookAI/roberta-base and FacebookAI/roberta-large"
 
@@ -58,11 +58,8 @@ def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None
         raise FileNotFoundError(f"{error}. The paper's bases are public: {PUBLIC}") from error
     if tokenizer is None:
         raise FileNotFoundError(f"{source} has no tokenizer.json: put the base's own there")
-    if config.data.name not in glue.TASKS and not isinstance(model, gpt2.GPT2):
-        raise ValueError(
-            f"{source} is a {model.config.family}, but {config.data.name} needs a GPT-2, which writes texts"
-        )
-    new = _new_pooler(model, source)
+    check_task(model, config.data.name, source)
+    new = hf.untrained(model, source)
     base = model
     model = type(model)(dataclasses.replace(model.config, **config.model.to_dict()))
     if mesh is not None and mesh.size == 1:
@@ -77,7 +74,15 @@ def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None
         return _identity(base, params if as_digested else stored, source, new)
 
     known = processes.by_first(identify)  # no other process reads the whole of it
-    return Base(model, params, tokenizer, known, ("pooler/**",) if new else ())
+    return Base(model, params, tokenizer, known, new)
+
+
+def check_task(model: Any, task: str, source: str) -> None:
+    """A ValueError unless the model, or the one of that config, can be trained for the task of that name."""
+    family, classifies = family_of(model), task in glue.TASKS
+    if not (family.classifies if classifies else family.generates):
+        needed = "classifies" if classifies else "generates text"
+        raise ValueError(f"{source} is a {family.name}, but {task} needs a model that {needed}")
 
 
 def _places(model: Any, mesh: Mesh) -> Callable[[str, tuple[int, ...]], Sharding]:
@@ -93,21 +98,12 @@ def _places(model: Any, mesh: Mesh) -> Callable[[str, tuple[int, ...]], Sharding
 def identity(model: Any, params: Any, source: str) -> dict[str, str]:
     """`checkpoints.identity` of what stands below the heads: a head trains, and so is part of the delta; the same base
     is the same with whatever head it was loaded, and without."""
-    return _identity(model, params, source, _new_pooler(model, source))
+    return _identity(model, params, source, hf.untrained(model, source))
 
 
-def _identity(model: Any, params: Any, source: str, new_pooler: bool) -> dict[str, str]:
-    above = {"classifier"}
-    if isinstance(model, encoder.Encoder) and (model.config.family == "roberta" or new_pooler):
-        above.add("pooler")  # that of RoBERTa has no part in classification
+def _identity(model: Any, params: Any, source: str, new: Sequence[str]) -> dict[str, str]:
+    above = {*family_of(model).head_params, *(glob.partition("/")[0] for glob in new)}
     return checkpoints.identity({name: part for name, part in params.items() if name not in above}, source)
-
-
-def _new_pooler(model: Any, source: str) -> bool:
-    """Whether the pooler, which a BERT needs to classify, is not in the source."""
-    if not (isinstance(model, encoder.Encoder) and model.config.family == "bert" and model.config.head):
-        return False
-    return not any(name.endswith("pooler.dense.weight") for name in hf.tensor_names(source))
 
 
 def adapter(path: Path, base: Base) -> tuple[ParamTransform, Delta]:

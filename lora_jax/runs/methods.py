@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 import lora_jax as lj
 from lora_jax.core.transforms import inserted_tokens
-from lora_jax.models import encoder, gpt2
+from lora_jax.models.family import family_of
 
 
 def filled(method: lj.ParamTransform, params: Any, seed: int = 1) -> lj.Delta:
@@ -46,14 +46,14 @@ def _part(name: str, config: ConfigDict, model: Any) -> dict[str, Any]:
         raise ValueError(f"method is {config.method!r}, but the config has no options for {name!r}")
     # By way of JSON: to_dict sorts keys, and of a mapping from globs the first match wins.
     options = {"method": name, **json.loads(config[name].to_json())}
-    family = gpt2 if isinstance(model, gpt2.GPT2) else encoder
+    family = family_of(model)
     if "sites" in options:
         known = family.sites(model.config)
         if missing := sorted(set(options["sites"]) - set(known)):
             raise ValueError(f"{name}.sites: the model names {sorted(known)}, not {missing[0]!r}")
         options["sites"] = {site: [known[site][0], (known[site][1] or (0,))[-1]] for site in options["sites"]}
     elif name != "tune":
-        options["axes"] = dict(family.AXES)
+        options["axes"] = dict(family.axes)
     if name == "prefix_layer":
         options["vocabulary"] = model.config.vocab_size
     if "layers" in options:

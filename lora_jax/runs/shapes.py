@@ -13,7 +13,7 @@ from lora_jax.interop import hf
 from lora_jax.models import encoder, gpt2
 from lora_jax.models.family import family_of
 from lora_jax.planning import asking
-from lora_jax.runs import methods
+from lora_jax.runs import bases, methods
 
 # The shapes of public bases by their names on the Hub, and of GPT-3, whose weights are not public.
 PUBLIC: dict[str, Any] = {
@@ -69,9 +69,7 @@ def model_of(config: ConfigDict) -> Any:
     """The model of a config's base, with the options of the config's `model` and the head of its task."""
     shape, task = model_config(config.base), glue.TASKS.get(config.data.name)
     family = family_of(shape)
-    if not (family.classifies if task else family.generates):
-        verb = "classifies" if task else "generates text"
-        raise ValueError(f"{config.base} is a {family.name}, but {config.data.name} needs a model that {verb}")
+    bases.check_task(shape, config.data.name, config.base)
     if family.with_head and task:
         shape = family.with_head(shape, "classification" if task.labels else "regression", task.outputs)
     return family.model(dataclasses.replace(shape, **config.model.to_dict()))

@@ -15,6 +15,7 @@ from lora_jax.core.selection import flatten
 from lora_jax.data import batches, glue, pairs, tasks
 from lora_jax.data.batches import Schedule
 from lora_jax.metrics.glue import glue as glue_metrics
+from lora_jax.models.family import dimensions_of
 from lora_jax.runs import bases, methods
 
 
@@ -47,7 +48,7 @@ def _generation(config: ConfigDict, mesh: Mesh | None) -> Setup:
             examples,
             base.tokenizer,
             eos=model.config.eos_token_id,
-            length=min(config.data.length, model.config.n_positions),
+            length=min(config.data.length, dimensions_of(model).max_length),
             long=config.data.long,
             **methods.placeholders(spec, model),
         )
@@ -70,7 +71,7 @@ def _base(config: ConfigDict, mesh: Mesh | None) -> tuple[bases.Base, dict[str, 
 def texts(config: ConfigDict, base: Any, examples: Dataset, spec: dict[str, Any]) -> Schedule:
     """Batches of examples of GLUE, for what has a model and a tokenizer, and a method of that spec."""
     task = glue.TASKS[config.data.name]
-    length = min(config.data.length, base.model.config.max_length)
+    length = min(config.data.length, dimensions_of(base.model).max_length)
     inserted = methods.placeholders(spec, base.model)
     if inserted["after"]:
         raise ValueError(f"infix={len(inserted['after'])}: a text to classify has a prefix alone")

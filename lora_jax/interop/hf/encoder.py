@@ -117,6 +117,12 @@ def to_hf(model: Encoder) -> tuple[dict, dict[str, Recipe]]:
     return fields, tensors
 
 
+def untrained(model: Encoder, names: set[str]) -> tuple[str, ...]:
+    """Globs of what every method has to train besides the head: BERT classifies by a pooler, which some files lack."""
+    lacks = not any(name.endswith("pooler.dense.weight") for name in names)
+    return ("pooler/**",) if model.config.family == "bert" and model.config.head and lacks else ()
+
+
 def config_of(fields: dict, source: str) -> EncoderConfig:
     """The model's shape by the fields of config.json."""
     check_fields(fields, _FIXED, source)

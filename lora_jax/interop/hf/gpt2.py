@@ -111,6 +111,11 @@ def to_hf(model: GPT2) -> tuple[dict, dict[str, Recipe]]:
     return fields, tensors
 
 
+def untrained(model: GPT2, names: set[str]) -> tuple[str, ...]:
+    """Globs of what every method has to train besides the head: nothing."""
+    return ()
+
+
 def config_of(fields: dict, source: str) -> GPT2Config:
     """The model's shape by the fields of config.json."""
     fields = {_ALIASES.get(name, name): value for name, value in fields.items()}

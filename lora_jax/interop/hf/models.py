@@ -33,6 +33,7 @@ from lora_jax.interop.hf import gpt2 as hf_gpt2
 from lora_jax.interop.lazy import placed, stacked
 from lora_jax.interop.tensor_files import FLOATS
 from lora_jax.models import shapes
+from lora_jax.models.family import family_of
 from lora_jax.models.layouts import in_stack, to_scanned
 
 # By config.json's `model_type`. A family is a module with MODEL, IGNORED, `config_of`, `from_hf` and `to_hf`.
@@ -149,6 +150,12 @@ def tensor_names(folder_or_hub_id: str | os.PathLike) -> set[str]:
         return set(file.keys())
 
 
+def untrained(model: nn.Module, source: str | os.PathLike) -> tuple[str, ...]:
+    """Globs of the parameters besides the head that the files lack and `load` makes anew, for every method to train."""
+    family = FAMILIES[family_of(model).name]
+    return family.untrained(model, tensor_names(source))
+
+
 def save(
     folder: str | os.PathLike,
     model: nn.Module,
@@ -179,10 +186,7 @@ def save(
         adapted cannot be merged.
       TypeError: adapted parameters without `merge`, or a model of no known family.
     """
-    family = next((f for f in FAMILIES.values() if isinstance(model, f.MODEL)), None)
-    if family is None:
-        raise TypeError(f"{type(model).__name__} has no Hugging Face form here")
-    fields, recipes = family.to_hf(model)
+    fields, recipes = FAMILIES[family_of(model).name].to_hf(model)
     whole = flatten_dict(jax.eval_shape(transforms.merge, params) if merge else params, sep="/")
     scanned = any(path.startswith("h/") for path in whole)
     laid_out = type(model)(dataclasses.replace(model.config, scan_layers=scanned))  # type: ignore[attr-defined]
