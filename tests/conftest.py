@@ -1,13 +1,17 @@
 """What every test runs under: eight CPU devices, strict promotion, few but varied examples."""
 
+import contextlib
 import functools
+import hashlib
 import os
-import tempfile
+import platform
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib
 import optax
 import pytest
 from hypothesis import settings
@@ -15,7 +19,10 @@ from hypothesis import settings
 ROOT = Path(__file__).resolve().parents[1]
 
 # Compiling is most of the tests' time; `make test-all` compiles as users do.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+)
 
 # Where libtpu is installed, the processes that a test starts would look for a TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -26,12 +33,32 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Many tests compile the same small programs: each process keeps them, for as long as it lives.
-_CACHE = tempfile.TemporaryDirectory(prefix="jax-cache-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name  # of the processes that a test starts
-jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+
+def _cache_folder() -> Path:
+    """Compiled programs of these versions and flags for CPUs like this one; what nobody read for 14 days is deleted."""
+    cpu = platform.machine() + platform.processor()
+    if (info := Path("/proc/cpuinfo")).exists():
+        cpu += next((line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
+    key = hashlib.sha256(f"{os.environ['XLA_FLAGS']} {cpu}".encode()).hexdigest()[:8]
+    folder = ROOT / ".jax_cache" / f"{jax.__version__}-{jaxlib.__version__}-{key}"
+    for file in folder.glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another process deletes too
+            if time.time() - file.stat().st_atime > 14 * 24 * 3600:
+                file.unlink()
+    return folder
+
+
+# The tests' processes, and those that they start, share what they compile with each other and with the next run.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache_folder()))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # An entry that another process has not yet written to its end, or was killed over: the program is compiled.
+    config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache entry")
 
 
 def _freely(function: Callable) -> Callable:

@@ -121,6 +121,13 @@ def test_nothing_imports_experiments_or_configs():
             assert not {n.split(".")[0] for n in imports(file)} & {"experiments", "configs"}, file
 
 
+def test_no_test_imports_another():
+    """What two of them need stands in tests/helpers."""
+    tests = {file.stem for file in texts(".py") if file.name.startswith("test_")}
+    for file in texts(".py"):
+        assert not {part for name in imports(file) for part in name.split(".")} & tests, file
+
+
 def test_no_private_module_is_imported():
     for file in texts(".py"):
         for name in imports(file):

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from test_lift_structure import CASES, X
 
 import lora_jax as lj
 from tests.helpers.methods import SHAPES, as_dense, as_peft, as_some_layers, network, randomized, tree
 from tests.helpers.networks import Stack, Tied, started
 from tests.helpers.reference import close, filled, normal, replaced, same
+from tests.helpers.structural import CASES, X
 
 KEY = jax.random.key(0)
 

@@ -10,7 +10,6 @@ import optax
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from test_lift_structure import CASES, X
 
 import lora_jax as lj
 from lora_jax.checkpoints import load_adapter, save_adapter
@@ -18,6 +17,7 @@ from lora_jax.models.layouts import to_scanned
 from tests.helpers.methods import SHAPES, as_dense, as_peft, as_some_layers, network, randomized, tree
 from tests.helpers.networks import Stack, Tied, started
 from tests.helpers.reference import close, dense_delta, filled, normal, replaced, same
+from tests.helpers.structural import CASES, X
 
 KEY = jax.random.key(0)
 SHARED = "@shared/vera"

@@ -1,11 +1,8 @@
 """PEFT's DoRA and PiSSA read, written and read by PEFT again (conformance 13 and 14)."""
 
 import copy
-import json
-import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,48 +10,30 @@ pytest.importorskip("peft")
 
 import peft as their_peft
 import torch
-from safetensors.numpy import load_file, save_file
-from test_peft_export import QV, out
-from test_peft_round_trips import CLS, LM, config_of, names, there_and_back
+from safetensors.numpy import load_file
 
 import lora_jax as lj
+from lora_jax.core import selection
 from lora_jax.interop import peft
 from lora_jax.methods.shift import shift
 from lora_jax.models.layouts import to_scanned
+from tests.helpers.peft_files import (
+    CLS,
+    LM,
+    QV,
+    WEIGHTS,
+    config_of,
+    names,
+    out,
+    spoiled,
+    there_and_back,
+    trained,
+    without_peft,
+)
 from tests.helpers.peft_models import adapter, assert_close, base, ours, quietly, read_by_peft, theirs, written
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DORA = {"use_dora": True}
 C_ATTN = "transformer.h.{}.attn.c_attn"
-
-
-def trained(method, params, seed=3):
-    """A delta whose factors that train are away from their first values."""
-    rng = np.random.default_rng(seed)
-    delta = method.init(jax.random.key(0), params)
-    return lj.Delta(
-        {
-            path: {
-                name: leaf if name.startswith("fixed_") else leaf + jnp.asarray(rng.normal(size=leaf.shape) * 0.3, "f4")
-                for name, leaf in factors.items()
-            }
-            for path, factors in delta.items()
-        }
-    )
-
-
-def spoiled(folder, to, change=lambda tensors: tensors, **fields):
-    """A copy of an adapter with other tensors and fields."""
-    shutil.copytree(folder, to)
-    config = json.loads((to / CONFIG).read_text())
-    (to / CONFIG).write_text(json.dumps(config | fields))
-    save_file(change(load_file(to / WEIGHTS)), to / WEIGHTS, metadata={"format": "pt"})
-    return to
-
-
-def without_peft(method):
-    """The method as if it had been made here."""
-    return lj.from_spec({name: value for name, value in method.spec.items() if name != "peft"})
 
 
 # --- DoRA ---------------------------------------------------------------------------------------------------------
@@ -87,7 +66,7 @@ def test_conformance_13_dora(kind, fields, tmp_path):
     magnitudes = [name for name in names(again) if name.endswith("lora_magnitude_vector")]
     assert len(magnitudes) == sum(name.endswith(("A.weight", "embedding_A")) for name in names(again)) > 1
     norms = {path: f["fixed_norm"] for path, f in delta.items() if "fixed_norm" in f}
-    leaves = dict(lj.selection.flatten(base(kind).params)[0])
+    leaves = dict(selection.flatten(base(kind).params)[0])
     for path, norm in norms.items():
         np.testing.assert_allclose(norm, np.linalg.norm(np.asarray(leaves[path]), axis=0), rtol=1e-6)
 

@@ -1,6 +1,5 @@
 """Methods of this library written for PEFT: query, key and value as one layer, heads, biases, rows (conformance 7)."""
 
-import json
 import math
 
 import jax
@@ -10,38 +9,14 @@ import pytest
 
 pytest.importorskip("peft")
 
-from safetensors.numpy import load_file
 
 import lora_jax as lj
 from lora_jax.interop import peft
 from lora_jax.methods.rows import rows
 from lora_jax.methods.shift import shift
 from lora_jax.models.layouts import to_scanned
-from tests.helpers.peft_models import adapter, assert_close, base, ours, read_by_peft, theirs, written
-
-QV = "**/attn/{query,value}/kernel"
-QKV = "**/attn/{query,key,value}/kernel"
-
-
-def filled(method, params, seed=3):
-    rng = np.random.default_rng(seed)
-    delta = method.init(jax.random.key(0), params)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.3, leaf.dtype), delta)
-
-
-def out(kind, method, tmp_path, delta=None):
-    """Saves a method with random numbers, has PEFT read it and reads it here; all predict alike. Config and tensors."""
-    params = base(kind).params
-    delta = filled(method, params) if delta is None else delta
-    peft.save(tmp_path / "ours", method, delta, params=params)
-    want = ours(kind, method.apply(params, delta))
-    assert np.abs(want - ours(kind, params)).max() > 1e-3
-    assert_close(theirs(read_by_peft(kind, tmp_path / "ours")), want)
-    again, read = peft.load(tmp_path / "ours", params)
-    assert_close(ours(kind, again.apply(params, read)), want)
-    tensors = load_file(tmp_path / "ours" / "adapter_model.safetensors")
-    config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
-    return config, {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+from tests.helpers.peft_files import QKV, QV, filled, out
+from tests.helpers.peft_models import adapter, base, written
 
 
 def test_conformance_07_query_and_value_become_one_layer_of_twice_rank_and_alpha(tmp_path):

@@ -6,18 +6,16 @@ pytest.importorskip("peft")
 
 import peft as their_peft
 from safetensors.numpy import load_file
-from test_peft_descendants import spoiled, trained, without_peft
-from test_peft_export import QKV, QV
 
 import lora_jax as lj
 from lora_jax.interop import peft
 from lora_jax.methods.rows import rows
 from lora_jax.methods.shift import shift
 from lora_jax.models import gpt2
+from tests.helpers.peft_files import QKV, QV, WEIGHTS, spoiled, trained, without_peft
 from tests.helpers.peft_models import adapter, base, quietly, written
 
 VERA, IA3, LOKR = their_peft.VeraConfig, their_peft.IA3Config, their_peft.LoKrConfig
-WEIGHTS = "adapter_model.safetensors"
 LM = {"task_type": "CAUSAL_LM", "fan_in_fan_out": True}
 CLS = {"task_type": "SEQ_CLS"}
 

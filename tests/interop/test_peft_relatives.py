@@ -7,17 +7,14 @@ import pytest
 pytest.importorskip("peft")
 
 import peft as their_peft
-from test_peft_descendants import trained, without_peft
-from test_peft_export import QKV, QV, out
-from test_peft_round_trips import there_and_back
 
 import lora_jax as lj
 from lora_jax.interop import peft
 from lora_jax.models.layouts import to_scanned
+from tests.helpers.peft_files import QKV, QV, WEIGHTS, out, there_and_back, trained, without_peft
 from tests.helpers.peft_models import adapter, assert_close, base, read_by_peft, theirs, written
 
 VERA, IA3, LOKR = their_peft.VeraConfig, their_peft.IA3Config, their_peft.LoKrConfig
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LM = {"task_type": "CAUSAL_LM", "fan_in_fan_out": True}
 CLS = {"task_type": "SEQ_CLS"}
 

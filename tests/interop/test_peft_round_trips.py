@@ -8,10 +8,10 @@ import pytest
 
 pytest.importorskip("peft")
 
-from safetensors.numpy import load_file
 
 import lora_jax as lj
 from lora_jax.interop import hf, peft
+from tests.helpers.peft_files import CLS, LM, config_of, names, there_and_back
 from tests.helpers.peft_models import (
     TOKENS,
     adapter,
@@ -23,40 +23,8 @@ from tests.helpers.peft_models import (
     written,
 )
 
-LM = {"task_type": "CAUSAL_LM", "r": 3, "lora_alpha": 7, "fan_in_fan_out": True}
-CLS = {"task_type": "SEQ_CLS", "r": 3, "lora_alpha": 7}
 BERT_HEAD = ["classifier.bias", "classifier.weight"]
 ROBERTA_HEAD = [f"classifier.{layer}.{leaf}" for layer in ("dense", "out_proj") for leaf in ("bias", "weight")]
-
-
-def names(folder):
-    return sorted(name.removeprefix("base_model.model.") for name in load_file(folder / "adapter_model.safetensors"))
-
-
-def config_of(folder):
-    found = json.loads((folder / "adapter_config.json").read_text())
-    sets = ("target_modules", "feedforward_modules")  # there, so that their order says nothing
-    return found | {name: sorted(found[name]) for name in sets if isinstance(found.get(name), list)}
-
-
-def there_and_back(kind, tmp_path, params=None, **fields):
-    """Reads what PEFT wrote, compares logits, writes it again, has PEFT read that; method and delta."""
-    made = adapter(kind, **fields)
-    folder = written(made, tmp_path / "theirs")
-    want, plain = theirs(made), theirs(base(kind).torch)
-    params = base(kind).params if params is None else params
-    method, delta = peft.load(folder, params)
-    assert float(np.abs(want - plain).max()) > 0.01
-    assert_close(ours(kind, method.apply(params, delta)), want)
-    assert_close(ours(kind, lj.merge(method.apply(params, delta))), want)
-    assert {leaf.dtype for leaf in jax.tree.leaves(delta)} == {np.dtype("float32")}
-    peft.save(tmp_path / "ours", lj.from_spec(json.loads(json.dumps(method.spec))), delta, params=params)
-    again = tmp_path / "ours"
-    weights = "adapter_model.safetensors"
-    assert (again / weights).read_bytes() == (folder / weights).read_bytes()
-    assert config_of(again) == config_of(folder)
-    assert not (again / "adapter_config.json").read_text().endswith("\n")
-    return method, delta, again, want
 
 
 @pytest.mark.parametrize("fan_in_fan_out", [True, False])

@@ -8,30 +8,13 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
-from test_sharding import mesh_of
 
 import lora_jax as lj
 from lora_jax.distributed import sharding
 from lora_jax.models.encoder import AXES, Encoder, EncoderConfig
 from lora_jax.training import objectives
+from tests.helpers.meshes import BERT, ROBERTA, mesh_of
 
-ROBERTA = EncoderConfig(
-    vocab_size=52,
-    max_positions=24,
-    hidden=16,
-    layers=2,
-    heads=4,
-    inner=32,
-    head="classification",
-    labels=3,
-    dropout=0.1,
-    attention_dropout=0.1,
-    scan_layers=True,
-)
-# 51 rows divide over no mesh here: the table is spread over its features.
-BERT = EncoderConfig(
-    "bert", 51, 24, hidden=16, layers=2, heads=4, inner=32, token_types=2, pad_id=0, pooler=True, head="classification"
-)
 METHOD = lj.chain(
     lj.lora(lj.select("**/{query,value}/kernel", axes=AXES), rank=2, alpha=8, dropout=0.1),
     lj.tune(lj.select("classifier/**")),

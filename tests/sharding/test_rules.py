@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
-from test_encoder_sharding import BERT, ROBERTA
-from test_sharding import CONFIG, SCANNED, mesh_of
 
 import lora_jax as lj
 from configs import e2e, glue
@@ -19,6 +17,7 @@ from lora_jax.distributed import sharding
 from lora_jax.models.encoder import Encoder
 from lora_jax.models.gpt2 import GPT2
 from lora_jax.runs import methods
+from tests.helpers.meshes import BERT, CONFIG, ROBERTA, SCANNED, mesh_of
 
 MODELS = {"gpt2": GPT2(CONFIG), "gpt2 scanned": GPT2(SCANNED), "roberta": Encoder(ROBERTA), "bert": Encoder(BERT)}
 SMALL = {"lora.rank": 2, "dora.rank": 2, "pissa.rank": 2, "vera.rank": 8, "adapter.rank": 4, "compacter.rank": 8}

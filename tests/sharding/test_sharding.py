@@ -13,9 +13,8 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lj
 from lora_jax import sharding
 from lora_jax.models import gpt2
+from tests.helpers.meshes import CONFIG, SCANNED, mesh_of
 
-CONFIG = gpt2.GPT2Config(vocab_size=51, n_positions=16, n_embd=16, n_layer=2, n_head=4)
-SCANNED = gpt2.GPT2Config(vocab_size=52, n_positions=16, n_embd=16, n_layer=2, n_head=4, scan_layers=True)
 METHOD = lj.lora(
     lj.select("**/{query,value,down}/kernel", "wte/embedding", axes=gpt2.AXES),
     rank=2,
@@ -24,10 +23,6 @@ METHOD = lj.lora(
 )
 MESHES = [(8, 1, 1), (2, 4, 1), (1, 2, 4), (2, 2, 2)]
 RUNS = [*(pytest.param(SCANNED, sizes, marks=pytest.mark.slow) for sizes in MESHES), (CONFIG, (2, 2, 2))]
-
-
-def mesh_of(*sizes: int) -> jax.sharding.Mesh:
-    return sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))
 
 
 @functools.cache
