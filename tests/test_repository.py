@@ -1,9 +1,9 @@
 """What holds of the repository's files: layers, imports, sizes, what the texts may not name."""
 
 import ast
+import functools
 import re
 import resource
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +69,7 @@ def texts(*suffixes: str) -> list[Path]:
     return [f for f in files if f.is_file() and (not suffixes or f.suffix in suffixes)]
 
 
+@functools.cache
 def imports(file: Path) -> set[str]:
     """The dotted names of all that a file imports, wherever in it."""
     found: set[str] = set()
@@ -187,7 +188,7 @@ def test_importing_the_core_takes_little_longer_than_jax_and_optax():
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     plain, ours = [], []
-    for _ in range(3):  # in turns: what else the machine does falls on both
+    for _ in range(2):  # in turns: what else the machine does falls on both
         plain.append(seconds("import jax, optax"))
         ours.append(seconds("import lora_jax"))
-    assert statistics.median(ours) < 1.5 * statistics.median(plain)
+    assert min(ours) < 1.5 * min(plain)
