@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,6 +140,61 @@ def test_a_flipped_bit_of_an_array_is_said_and_the_previous_used(
     with caplog.at_level(logging.WARNING):
         assert same(checkpoints.restore(folder, state(9)), state(2))
     assert "checkpoints/3 is damaged" in caplog.text and "before it" in caplog.text
+
+
+@pytest.mark.parametrize("part", ["delta", "rest"])
+def test_other_arrays_than_were_saved_are_refused(
+    written: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    """Whole files, with other values: the checksums alone tell."""
+    shutil.copytree(written, folder := tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints/3" / part)
+    shutil.copytree(folder / "checkpoints/1" / part, folder / "checkpoints/3" / part)
+    assert same(checkpoints.restore(folder, state(9)), state(2))
+    assert "checkpoints/3 is damaged" in caplog.text and "differ from their checksums" in caplog.text
+    assert same(checkpoints.load(folder).delta, state(2 if part == "delta" else 3).delta)
+
+
+def test_a_changed_meta_is_refused(written: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(written, folder := tmp_path / "run")
+    file = folder / "checkpoints/3/meta/metadata"
+    file.write_text(file.read_text().replace('"rank": 2', '"rank": 1'))
+    assert checkpoints.load(folder).step == checkpoints.meta_of(folder)["step"] == 2
+    assert "its meta differs from its digest" in caplog.text
+
+
+def test_a_file_is_on_disk_before_it_replaces_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def noting(name: str) -> None:
+        original = getattr(os, name)
+
+        def call(*arguments: Any) -> Any:
+            size = os.fstat(arguments[0]).st_size if name == "fsync" else 8
+            calls.append(f"{name} {size}")
+            return original(*arguments)
+
+        monkeypatch.setattr(os, name, call)
+
+    noting("fsync")
+    noting("replace")
+    checkpoints.write_atomically(tmp_path / "new" / "file", iter([b"12345", b"678"]))
+    assert calls == ["fsync 8", "replace 8"]
+    assert (tmp_path / "new" / "file").read_bytes() == b"12345678"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
+
+
+def test_a_file_that_could_not_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    checkpoints.write_atomically(tmp_path / "file", b"old")
+
+    def pieces() -> Any:
+        yield b"new"
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.write_atomically(tmp_path / "file", pieces())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_bytes() == b"old"
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
 
 
 def test_cut_off_checkpoints(written: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
+from lora_jax.methods.adapter import Bottleneck
 from lora_jax.models import encoder, gpt2
 from lora_jax.planning.flops import equations
 from tests.helpers.gpt2 import ADAPTERS, BOTH, CONFIG, IDS, MASK, continued_without_a_cache
@@ -150,6 +152,31 @@ def test_the_norm_keeps_its_digits_far_from_zero():
     h = (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-5) * f["scale"] + f["shift"]
     h = np.tanh(h @ f["down"] + f["down_bias"]) @ f["up"] + f["up_bias"]
     np.testing.assert_allclose(tap.fn(first, x, {}) - x, h, atol=2e-4)
+
+
+def test_the_norm_is_in_float32_where_a_model_computes_in_bfloat16():
+    """Features of 64.0 and 64.5, two neighbours in bfloat16: their mean is none of its numbers. Under promotion that
+    mixes dtypes, so that the numbers tell. out - x is -1 and 1, whose sums with x are rounded to steps of 0.5."""
+    factors = {"down": jnp.eye(4), "up": 8 * jnp.eye(4), "scale": jnp.ones(4), "shift": jnp.zeros(4)}
+    factors |= {"down_bias": jnp.zeros(4), "up_bias": jnp.zeros(4)}
+    x = jnp.array([[64.0, 64.5, 64.5, 64.5]], jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):
+        y = Bottleneck("relu", norm=True)(factors, x, {}).astype(jnp.float32) - x.astype(jnp.float32)
+    h = np.array([-3.0, 1.0, 1.0, 1.0]) / np.sqrt(3 + 16 * 4e-5)  # (x - mean) * 8 over the root of its variance
+    np.testing.assert_allclose(y[0], 8 * np.maximum(h, 0), atol=0.25)
+
+
+def test_first_values():
+    """Standard deviations within 4 standard errors of as many draws; up begins as zero."""
+    (first,) = lj.adapter({"mlp_out": (1, 200)}, rank=40).init(KEY, {}).values()
+    np.testing.assert_allclose(first["down"].std(), 0.02, rtol=4 / math.sqrt(2 * 8000))
+    assert not any(np.any(first[name]) for name in ("up", "up_bias", "down_bias"))
+    delta = lj.compacter({"mlp_out": (20, 400)}, rank=400, n=20).init(KEY, {})
+    kronecker = delta["@mlp_out/compacter"]
+    for name in ("down_left", "down_right", "up_left"):
+        np.testing.assert_allclose(kronecker[name].std(), math.sqrt(2 / 401), rtol=4 / math.sqrt(2 * 8000))
+    np.testing.assert_allclose(delta["@shared/compacter"]["rule"].std(), 20**-0.5, rtol=4 / math.sqrt(2 * 8000))
+    assert not np.any(kronecker["up_right"])
 
 
 def test_factors_of_another_dtype():

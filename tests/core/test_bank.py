@@ -118,6 +118,34 @@ def test_each_row_trains_its_own_adapter(form: int) -> None:
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(take(got, k)))
 
 
+def test_ids_are_those_of_the_bank_where_the_first_adapter_leaves_a_weight_alone() -> None:
+    """The weight's own adapters are the bank's second and third; the first, and none, give the base's product."""
+    params = {"u": jnp.eye(3), "w": jnp.eye(3)}
+    bank = lj.bank([lj.lora(lj.select(glob), rank=1) for glob in ("u", "w", "w")])
+    changes = {f"@{k}/w": {"a": jnp.eye(3)[:, k : k + 1], "b": jnp.full((1, 3), 10.0 * k)} for k in (1, 2)}
+    delta = lj.Delta(changes | {"@0/u": {"a": jnp.ones((3, 1)), "b": jnp.ones((1, 3))}})
+    product = lj.lift(lambda p: jnp.eye(4, 3) @ p["w"])
+    got = jax.jit(lambda ids: product(bank.apply(params, delta, strength=ids)))(jnp.array([0, 1, 2, -1]))
+    np.testing.assert_array_equal(got, [[1, 0, 0], [10, 11, 10], [20, 20, 21], [0, 0, 0]])
+
+
+def test_gradients_of_many_rows_are_summed_in_float32() -> None:
+    """In bfloat16 a sum of ones stops at 256, where the next number is 258."""
+    params, rows = {"w": jnp.zeros((2, 2), jnp.bfloat16)}, 1000
+    x = jnp.ones((rows, 2), jnp.bfloat16)
+    bank = lj.bank([lj.lora(lj.select("w"), rank=1)] * 2)
+    delta = lj.Delta({f"@{k}/w": {"a": jnp.ones((2, 1), x.dtype), "b": jnp.ones((1, 2), x.dtype)} for k in (0, 1)})
+    ids = jnp.ones(rows, jnp.int32)
+
+    def loss(delta: lj.Delta) -> jax.Array:
+        return lj.lift(lambda p: x @ p["w"])(bank.apply(params, delta, strength=ids)).astype(jnp.float32).sum()
+
+    grads = jax.jit(jax.grad(loss))(delta)
+    for leaf in jax.tree.leaves(take(grads, 1)):  # 2,000 is no number of bfloat16: rounded once
+        np.testing.assert_array_equal(leaf, jnp.full_like(leaf, 2 * rows))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(take(grads, 0)))
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation(beams: int) -> None:
     ids = jnp.array([1, -1])

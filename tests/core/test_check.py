@@ -119,3 +119,9 @@ def test_check_raises_on_what_cannot_work(method, message):
     params = {"up": {"kernel": normal(4, 8), "bias": normal(8)}, "conv": normal(3, 4, 5)}
     with pytest.raises(ValueError, match=message):
         lj.check(method, params)
+
+
+def test_fixed_factors_are_shown_and_not_counted():
+    report = lj.check(lj.pissa(lj.select("w"), rank=2), {"w": normal(8, 6)})
+    assert report.trained == report.rows[0].trained == 2 * (8 + 6)
+    assert "fixed_a (8, 2)" in str(report)

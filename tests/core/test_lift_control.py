@@ -294,3 +294,65 @@ def test_explicit_shardings():
         got = jax.jit(lambda d, x: lj.lift(lambda p, x: x @ p["w"])(method.apply(params, d), x))(delta, x)
     want = np.asarray(X) @ np.asarray(densely({"w": normal(8, 16)}, delta, scale=1.5)["w"])
     close(jnp.asarray(np.asarray(got)), jnp.asarray(want))
+
+
+def test_stop_gradient_of_a_weight_stops_that_of_its_factors():
+    method = lj.lora(lj.select("*"), rank=2)
+    delta = filled(method.init(KEY, PARAMS))
+    fn = lj.lift(FUNCTIONS["stop_gradient"], on_dense="error")
+    grads = jax.jit(jax.grad(lambda d: jnp.sum(fn(method.apply(PARAMS, d), X))))(delta)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads["w"]))
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(grads["v"]))
+
+
+def test_a_scan_runs_as_it_did():
+    """Backwards, where it did: the layers in the other order, and so the outputs of the steps."""
+
+    def fn(p, x):
+        return lax.scan(lambda x, w: (layer(x, w), x[0]), x, p["w"], reverse=True)
+
+    method = lj.lora(lj.select("w", axes=SIO), rank=2)
+    delta = filled(method.init(KEY, STACK))
+    merged = densely(STACK, delta, SIO, scale=1.0)
+    close(jax.jit(lambda d: lj.lift(fn, on_dense="error")(method.apply(STACK, d), X))(delta), jax.jit(fn)(merged, X))
+
+
+def test_remat_and_constraints_stay_what_they_are():
+    """In the jaxpr: the policy, prevent_cse, and the sharding that a weight is held to."""
+    policy, mesh = (
+        jax.checkpoint_policies.dots_saveable,
+        jax.make_mesh((8,), ("t",), axis_types=(jax.sharding.AxisType.Auto,)),
+    )
+    held = NamedSharding(mesh, PartitionSpec(None, "t"))
+
+    def fn(p, x):
+        return jax.checkpoint(mlp, policy=policy, prevent_cse=False)(
+            p | {"v": lax.with_sharding_constraint(p["v"], held)}, x
+        )
+
+    method = lj.lora(lj.select("*"), rank=2)
+    delta = method.init(KEY, PARAMS)
+    jaxpr = jax.make_jaxpr(lambda d: lj.lift(fn, on_dense="error")(method.apply(PARAMS, d), X))(delta).jaxpr
+    found = {eqn.primitive.name: eqn.params for eqn in jaxpr.eqns}
+    (remat,) = (params for name, params in found.items() if name in ("checkpoint", "remat2", "remat"))
+    assert remat["policy"] is policy and remat["prevent_cse"] is False
+    assert found["sharding_constraint"]["sharding"] == held
+
+
+def test_the_sharding_of_an_explicit_product_is_that_of_its_result():
+    """Where it is said: over axes in another order than the product's, and on another part of the mesh."""
+    mesh = jax.make_mesh((2, 4), ("b", "t"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        place = lambda *names: NamedSharding(mesh, PartitionSpec(*names))  # noqa: E731
+        params = {"w": jax.device_put(normal(8, 16), place(None, None))}
+        x = jax.device_put(normal(2, 3, 8), place("b", None, None))
+        method = lj.lora(lj.select("w"), rank=2)
+        delta = filled(jax.eval_shape(method.init, KEY, {"w": jnp.zeros((8, 16))}))
+
+        def fn(p, x):
+            return jnp.einsum("io,abi->oab", p["w"], x, out_sharding=place("t", "b", None))
+
+        got = jax.jit(lambda d, p, x: lj.lift(fn)(method.apply(p, d), x))(delta, params, x)
+        assert got.sharding.spec == PartitionSpec("t", "b", None)
+    want = np.asarray(normal(2, 3, 8)) @ np.asarray(densely({"w": normal(8, 16)}, delta, scale=1.0)["w"])
+    close(np.asarray(got), np.moveaxis(want, -1, 0))

@@ -244,3 +244,25 @@ def test_numpy_bases():
     agree(fn, params, X)
     merged = lj.merge(METHOD.apply(params, DELTA))
     close(merged["net"]["kernel"], MERGED["net"]["kernel"], 1e-6)
+
+
+@pytest.mark.parametrize(
+    "path, fn",
+    [
+        ("w/kernel", lambda p, x: jnp.tanh(x @ p["w"]["kernel"]) @ p["w"]["kernel"].T),
+        (
+            "w/kernel",
+            lambda p, x: (
+                (x @ jnp.ones((8, 6))) @ p["w"]["kernel"].T + jnp.ones((4, 8)) @ p["w"]["kernel"] @ jnp.ones((6, 8))
+            ),
+        ),
+        ("w/embedding", lambda p, x: (x @ jnp.ones((8, 6))) @ p["w"]["embedding"].T),
+    ],
+    ids=["forth and back", "back and forth", "an embedding as head alone"],
+)
+def test_a_weight_used_both_ways_and_a_head_that_is_an_embedding_are_not_reported(path, fn):
+    params = {"w": {path.removeprefix("w/"): normal(8, 6)}}
+    method = lj.lora(lj.select(path), rank=2)
+    delta = filled(method.init(KEY, params))
+    got = jax.jit(lambda d: lj.lift(fn, on_dense="error")(method.apply(params, d), X))(delta)
+    close(got, fn(lj.merge(method.apply(params, delta)), X))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax import lax
 
 import lora_jax as lj
 from lora_jax.planning.flops import equations
@@ -68,3 +69,20 @@ def test_einsum_in_any_order_on_either_side(x_order, w_order, out_order, weight_
         return jnp.einsum(equation, *((p["w"], x) if weight_first else (x, p["w"])))
 
     agree(fn, w, x, axes={"w": "".join(w_order)}, jit=False)
+
+
+def products_of(fn, params, axes):
+    """The equations of the products that a lifted function makes, of the base and of the factors."""
+    method, delta = adapted_of(params, axes)
+    jaxpr = jax.make_jaxpr(lambda d, x: lj.lift(fn)(method.apply(params, d), x))(delta, X).jaxpr
+    return [eqn for eqn in equations(jaxpr) if eqn.primitive.name == "dot_general"]
+
+
+def test_products_of_factors_have_the_precision_and_the_sums_of_the_weights():
+    def fn(p, x):
+        return lax.dot(x, p["w"], precision="highest", preferred_element_type=jnp.float32)
+
+    made = products_of(fn, W, "io")
+    highest = (lax.Precision.HIGHEST, lax.Precision.HIGHEST)
+    assert [eqn.params["precision"] for eqn in made] == [highest] * 3
+    assert [eqn.params["preferred_element_type"] for eqn in made] == [jnp.float32] * 3

@@ -250,6 +250,34 @@ def test_nothing_dense_is_formed():
     assert not made
 
 
+@pytest.mark.parametrize("axes, shape", {"io": (60, 63), "sio": (3, 60, 63), "ssio": (2, 2, 60, 63)}.items())
+def test_the_first_factors_of_a_stack_have_the_bounds_of_one_layer(axes, shape):
+    """60 = 6 * 10 inputs, 63 = 7 * 9 outputs: w2_a (9, 2), w2_b (2, 10); or w2 (9, 10)."""
+    for rank, bounds in ((2, {"w2_a": 2, "w2_b": 10}), (9, {"w2": 10})):
+        start = lj.lokr(lj.select("w", axes=axes), rank=rank).init(KEY, {"w": jnp.zeros(shape)})["w"]
+        assert set(start) == {"w1", *bounds} and not np.any(start["w1"])
+        for name, n in bounds.items():
+            assert 0.8 / math.sqrt(n) < float(jnp.max(jnp.abs(start[name]))) <= 1 / math.sqrt(n), name
+
+
+def test_the_scale_gets_no_gradient():
+    method, params, ids = lj.lokr(lj.select("w", axes="vo"), rank=1), {"w": W}, jnp.arange(3)
+    delta = filled(method.init(KEY, params))
+    fn = lj.lift(lambda p: jnp.sum(jnp.tanh(p["w"][ids]) @ p["w"].T), on_dense="error")
+    of_strength, of_delta = jax.jit(jax.grad(lambda s, d: fn(method.apply(params, d, strength=s)), (0, 1)))(1.0, delta)
+    assert of_strength == 0.0 and all(np.any(leaf) for leaf in jax.tree.leaves(of_delta))
+
+
+@pytest.mark.parametrize("options, scale", [({}, 1.0), ({"alpha": 3}, 1.0), ({"alpha": {"w": 6}}, 2.0)])
+def test_the_scale_is_alpha_over_the_rank(options, scale):
+    """Also where no side is low-rank, and 1 without an alpha."""
+    method, params = lj.lokr(lj.select("w"), rank=3, **options), {"w": W}
+    delta = method.init(KEY, params)
+    assert set(delta["w"]) == {"w1", "w2"}
+    assert method.apply(params, delta)["w"].scale == scale
+    assert method.apply(params, delta, strength=0.25)["w"].scale == 0.25 * scale
+
+
 def test_some_layers_of_a_scanned_model():
     """The others stay as they are, and the loop gives the same."""
     params = started(Stack(layers=3), X)

@@ -90,6 +90,8 @@ def test_embeddings_are_initialized_the_other_way_round(a_init):
     method = lj.lora(lj.select("**"), rank=2, a_init=a_init)
     delta = method.init(KEY, {"wte": {"embedding": jnp.zeros((50, 40))}})["wte/embedding"]
     assert not np.any(np.asarray(delta["a"])) and np.all(np.asarray(delta["b"]) != 0)
+    (b,) = jax.tree.leaves(method.init(KEY, {"wte": {"embedding": jnp.zeros((3, 4000))}})["wte/embedding"]["b"])
+    np.testing.assert_allclose([b.mean(), b.std()], [0.0, 1.0], atol=0.05)  # of 8,000 draws: 4 standard errors
 
 
 def test_an_unknown_initialization_or_scale_rule_is_an_error():

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 import lora_jax as lj
+from lora_jax.core.lifting.axis_ops import cast
 from tests.helpers.reference import close, densely, filled, normal, same
 
 KEY = jax.random.key(0)
@@ -137,3 +139,32 @@ def test_float32_factors_on_a_bfloat16_base():
     assert {leaf.dtype for leaf in out} == {jnp.dtype("bfloat16")}
     want = products(densely(PARAMS, delta, scale=1.0), X)
     close(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), out), want, 2e-2)
+
+
+def test_the_scale_gets_no_gradient():
+    """Of alpha and of strength, traced or as leaves of adapted params; the factors have theirs."""
+    delta = filled(lj.lora(ALL, rank=2).init(KEY, PARAMS))
+
+    def loss(alpha, strength, delta):
+        adapted = lj.lora(ALL, rank=2, alpha=alpha).apply(PARAMS, delta, strength=strength)
+        return sum(jnp.sum(jnp.sin(y)) for y in lj.lift(products)(adapted, X))
+
+    of_alpha, of_strength, of_delta = jax.jit(jax.grad(loss, (0, 1, 2)))(3.0, 1.0, delta)
+    assert of_alpha == of_strength == 0.0
+    assert all(np.all(leaf != 0) for leaf in jax.tree.leaves(of_delta))
+
+
+def test_the_scale_keeps_its_precision_where_a_weight_is_cast():
+    """Weights in bfloat16, sums in float32: 1.25 / 3 is rounded once, and 1 / 3 before it not at all."""
+    params = {"w": jnp.zeros((6, 5))}
+    method = lj.lora(lj.select("w"), rank=3, alpha=1)
+    adapted = method.apply(params, lj.Delta({"w": {"a": jnp.eye(6, 3), "b": jnp.ones((3, 5))}}))
+    low = cast(adapted["w"], jnp.bfloat16)
+    assert low.a.dtype == low.b.dtype == low.base.dtype == jnp.bfloat16 and low.scale.dtype == jnp.float32
+
+    def product(p):
+        x = 1.25 * jnp.eye(3, 6)
+        return lax.dot(x.astype(jnp.bfloat16), p["w"].astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+
+    got = lj.lift(product, on_dense="error")(adapted)
+    same(got, jnp.full((3, 5), 1.25 / 3).astype(jnp.bfloat16).astype(jnp.float32))

@@ -177,6 +177,15 @@ def test_counted_by_the_papers_formulas():
     assert lj.check(chained, shapes).trained == 24 * 1024 * (40 + 2 * 4)
 
 
+def test_first_values():
+    """N(0, 0.02^2), within 4 standard errors of 8,000 draws; or rows of the vocabulary, not one alone."""
+    values = lj.prefix_layer({"block_out": (2, 2000)}, vocabulary=9, prefix=2).init(KEY, {})["@block_out/prefix_layer"]
+    np.testing.assert_allclose([values["values"].mean(), values["values"].std()], [0, 0.02], atol=1e-3)
+    table = {"embedding": jnp.arange(1000.0)[:, None]}
+    rows = lj.prefix_embedding(lj.select("embedding"), prefix=40).init(KEY, table)["embedding"]["rows"]
+    assert len(set(rows[:, 0].tolist())) > 30 and rows.min() < 300 and rows.max() > 700
+
+
 def test_on_eight_devices():
     """The rows follow the features of the table."""
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})

@@ -101,6 +101,8 @@ def test_layers_of_a_loop():
     assert list(chosen) == ["h_0/attn/query/kernel", "h_2/attn/query/kernel"]
     listed = {"layers": [{"weight": normal(2, 2)} for _ in range(11)]}
     assert list(lj.select("**/weight", layers=[1, 10])(listed)) == ["layers/1/weight", "layers/10/weight"]
+    numbered = {"gpt2": {f"h_{n}": {"kernel": normal(2, 2)} for n in range(2)}}
+    assert list(lj.select("**", layers=[1])(numbered)) == ["gpt2/h_1/kernel"]
 
 
 @pytest.mark.parametrize("layers", [[3], [0, 3], [-1], []])
@@ -117,6 +119,13 @@ def test_layers_of_a_stacked_axis_stack_the_chosen_ones_only():
     delta = method.init(jax.random.key(0), params)
     assert delta["h/up/kernel"]["a"].shape == (2, 8, 2)
     assert delta["h/up/kernel"]["b"].shape == (2, 2, 16)
+
+
+def test_layers_of_a_stack_on_another_axis_are_that_axis():
+    params = {"w": normal(8, 3, 5)}
+    assert lj.select("w", axes="iso", layers=[2])(params) == {"w": "iso"}
+    with pytest.raises(ValueError, match=r"layers=\(5,\): w and its like have no layer 5|leaves no parameter"):
+        lj.select("w", axes="iso", layers=[5])(params)
 
 
 def test_layers_of_a_stack_are_the_axis_not_numbers_in_names():

@@ -105,6 +105,12 @@ def test_out_of_jit_too():
         close(lj.lift(tower(name))(mix(layers=(3, 0)).apply(PARAMS, delta), TOKENS), want)
 
 
+def test_occurrences_in_remat_are_counted():
+    delta, want, _ = wanted()["some"]
+    got = jax.jit(lambda d: lj.lift(tower("remat"))(mix(layers=(3, 0)).apply(PARAMS, d), TOKENS))(delta)
+    close(got, want)
+
+
 @pytest.mark.parametrize("name", ["loop", "scan", "remat"])
 def test_strength(name):
     """0 is the base and 1 the tap, bit for bit; in between as by hand. Compiled, as a scan always is, the last bits are
@@ -329,3 +335,10 @@ def test_counted_without_arrays():
     assert report.trained == 2 * 2 * (WIDTH * WIDTH + WIDTH)
     assert [row.path for row in report.rows] == ["@block_out/mix", "@mlp_out/mix"]
     assert shape_of(jax.eval_shape(mix().init, KEY, shapes)) == shape_of(mix().init(KEY, PARAMS))
+
+
+def test_factors_of_some_layers_are_in_the_order_of_the_layers():
+    tap = shift(4, layers=(3, 0)).apply(PARAMS, lj.Delta({"@mlp_out/shift": {"by": jnp.array([[3.0] * 4, [0.5] * 4])}}))
+    factors, tapped = tap.taps[0].whole()
+    assert tapped == [True, False, False, True]
+    assert (factors["by"][0, 0], factors["by"][3, 0]) == (0.5, 3.0)

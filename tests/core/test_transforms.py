@@ -97,6 +97,13 @@ def test_chain_unites_disjoint_targets():
     same(nested.init(KEY, PARAMS), BOTH.init(KEY, PARAMS))
 
 
+@pytest.mark.parametrize("foreign", ["wte/embedding", "@mlp_out/adapter", "@shared/vera"])
+def test_a_chain_refuses_foreign_entries_of_a_delta(foreign):
+    delta = lj.Delta(BOTH.init(KEY, PARAMS) | {foreign: {"a": jnp.ones((11, 1)), "b": jnp.ones((1, 8))}})
+    with pytest.raises(ValueError, match=f"the delta is not this method's: it has besides .*{foreign}"):
+        BOTH.apply(PARAMS, delta)
+
+
 @pytest.mark.parametrize("second", [lj.tune(lj.select("**/query/kernel")), lj.lora(lj.select("h_0/**/kernel"), rank=1)])
 def test_two_transforms_on_one_leaf_are_an_error_that_names_it(second):
     both = lj.chain(LORA, second)

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from lora_jax.data import text
-from lora_jax.generation import clean, complete, end_tokens, generate
+from lora_jax.generation import clean, complete, completions, end_tokens, generate, texts
 from lora_jax.generation.texts import batches_of
 from lora_jax.models import gpt2
 
@@ -56,6 +56,26 @@ def test_batches_are_as_few_as_can_be() -> None:
     assert [numbers for numbers, *_ in found] == [[0], [2, 3, 5], [6, 1, 4]]
     assert [tokens.shape for _, tokens, _ in found] == [(3, 16), (3, 16), (3, 32)]
     assert [mask.sum(1).tolist() for *_, mask in found] == [[3, 3, 3], [16, 1, 5], [2, 30, 17]]
+
+
+def test_each_batch_has_its_own_draws(tokenizer: Tokenizer, params: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its first prompt's number, whatever was done before."""
+    drawn = []
+
+    def generated(model: Any, params: Any, tokens: Any, mask: Any, *, key: Any, **options: Any) -> np.ndarray:
+        drawn.append(jax.random.key_data(key).tolist())
+        return np.zeros((len(tokens), 1), int)
+
+    monkeypatch.setattr(texts, "generate", generated)
+    key, prompts = jax.random.key(3), [[1] * n for n in (20, 3, 30, 2)]
+    options: dict[str, Any] = {"max_new_tokens": 1, "eos": 0, "batch_size": 2, "key": key}
+    assert [list(found) for found in completions(gpt2.GPT2(CONFIG), params, tokenizer, prompts, **options)] == [
+        [1, 3],
+        [0, 2],
+    ]
+    assert drawn == [jax.random.key_data(jax.random.fold_in(key, row)).tolist() for row in (1, 0)]
+    rest = completions(gpt2.GPT2(CONFIG), params, tokenizer, prompts, done={1, 3}, **options)
+    assert [list(batch) for batch in rest] == [[0, 2]] and drawn[2:] == drawn[1:2]
 
 
 def test_clean(tokenizer: Tokenizer) -> None:

@@ -74,6 +74,12 @@ CASES = {
         "io",
     ),
     "flattened stack of one": (lambda p, x: x @ p["w"].reshape(8, 12), {"w": normal(1, 8, 12)}, "sio"),
+    "a stack of one by reshape": (
+        lambda p, x: jnp.einsum("sbi,sio->sbo", x[None], p["w"].reshape(1, 8, 12)),
+        W,
+        "io",
+    ),
+    "a stack the other way": (lambda p, x: jnp.einsum("sbo,sio->sbi", normal(3, 2, 12), p["w"]), STACK, "svo"),
     "head of a head": (lambda p, x: x @ p["w"][:, 1], HEADS, "ioo"),
     "part of each head": (lambda p, x: jnp.einsum("bi,ihd->bhd", x, p["w"][:, :, 1:3]), HEADS, "ioo"),
     "swapped heads": (lambda p, x: jnp.einsum("bi,idh->bdh", x, p["w"].swapaxes(1, 2)), HEADS, "ioo"),

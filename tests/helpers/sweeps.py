@@ -40,16 +40,17 @@ def ready(workdir: Path, found: list[sweep.Member], **options: Any) -> sweep.Swe
     base = checkpoints.identity(params, "tiny")
     objective = training.language_model(model, 0.1)
     config = run_config(members=",".join(member.name for member in found))
-    validation = schedule(8, seed=1)
-    return sweep.prepare(config, workdir, found, base=base, objective=objective, validation=validation, **options)
+    options = {"validation": schedule(8, seed=1)} | options
+    return sweep.prepare(config, workdir, found, base=base, objective=objective, **options)
 
 
-def alone(workdir: Path, member: sweep.Member) -> training.Result:
-    changes = {"method": member.method, "batches": member.batches}
+def alone(workdir: Path, member: sweep.Member, **options: Any) -> training.Result:
+    changes = {"method": member.method, "batches": member.batches} | options
     return training.train(prepare(workdir, member.config, **changes))
 
 
 def close(one: Any, other: Any) -> None:
     """2e-5 of each array's largest entry after ten steps of Adam: the same sums in another order."""
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert a.shape == b.shape
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max())

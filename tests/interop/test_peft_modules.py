@@ -158,6 +158,43 @@ def test_conformance_06_any_config_means_what_it_means_to_peft(family, data):
     compare(data.draw(st.sampled_from(kinds)), data.draw(configs(family)))
 
 
+SAID = {
+    # what random configs seldom say: (base, config, a module that is adapted)
+    "all-linear, no task: the head too": ("bert", {"target_modules": "all-linear"}, "classifier"),
+    "all-linear, no task: a score too": ("gpt2 score", {"target_modules": "all-linear"}, "score"),
+    "all-linear, another task": (
+        "bert",
+        {"target_modules": "all-linear", "task_type": "TOKEN_CLS"},
+        "bert.pooler.dense",
+    ),
+    "a regex excludes whole names": (
+        "gpt2 untied",
+        {"target_modules": ["c_attn"], "exclude_modules": r"transformer\.h\.1"},
+        "transformer.h.1.attn.c_attn",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind, fields, there", SAID.values(), ids=SAID)
+def test_conformance_06_a_config_means_what_it_means_to_peft(kind, fields, there):
+    fields = {"task_type": None, "r": 2, "lora_alpha": 3, "use_rslora": False} | fields
+    assert there in decided_here(kind, fields)[1].adapted
+    compare(kind, fields)
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"target_modules": ["wte"], "trainable_token_indices": [3]}, "lora_embedding_B and .*trainable_tokens_delta"),
+        ({"modules_to_save": ["wte"], "trainable_token_indices": [3]}, "weight and .*trainable_tokens_delta"),
+    ],
+)
+def test_conformance_06_two_tensors_for_one_weight_are_refused(fields, said):
+    fields = {"target_modules": ["c_attn"], "task_type": None, "use_rslora": False} | fields
+    with pytest.raises(ValueError, match=f"config: .*wte.{said} both change wte/embedding: unsupported"):
+        decided_here("gpt2 untied", fields)
+
+
 EMBEDDINGS = {
     "a score": ("gpt2 score", {"task_type": "SEQ_CLS", "target_modules": ["wte", "c_attn"]}),
     "a score, the look-up saved": ("gpt2 score", {"task_type": "SEQ_CLS", "modules_to_save": ["wte"]}),

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
-from lora_jax import sharding
 from lora_jax.core.selection import flatten
+from lora_jax.distributed import sharding
 from lora_jax.models import encoder, gpt2
 from lora_jax.models.family import Dimensions, Family, family_of, register_family
 

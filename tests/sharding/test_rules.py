@@ -13,7 +13,9 @@ import lora_jax as lj
 from configs import e2e, glue
 from configs.methods import METHODS
 from lora_jax import training
+from lora_jax.core import selection
 from lora_jax.distributed import sharding
+from lora_jax.models import gpt2
 from lora_jax.models.encoder import Encoder
 from lora_jax.models.gpt2 import GPT2
 from lora_jax.runs import methods
@@ -51,6 +53,46 @@ def test_every_leaf_has_a_rule(kind: str, name: str, caplog: pytest.LogCaptureFi
     places = training.state_shardings(start, mesh, rules, adapted)
     assert jax.tree.structure(places) == jax.tree.structure(start)
     assert "stays whole" not in caplog.text
+
+
+F, T = "fsdp", "tensor"
+IN_LAYERS = {  # kernel, its A, its B, its bias
+    "attn/query": (P(F, T), P(F, None), P(None, T), P(T)),
+    "attn/key": (P(F, T), P(F, None), P(None, T), P(T)),
+    "attn/value": (P(F, T), P(F, None), P(None, T), P(T)),
+    "attn/out": (P(T, F), P(T, None), P(None, F), P()),
+    "mlp/up": (P(F, T), P(F, None), P(None, T), P(T)),
+    "mlp/down": (P(T, F), P(T, None), P(None, F), P()),
+}
+TABLES = {  # of 51, 52, 50 and 51 rows
+    "gpt2": {"wte/embedding": P(None, (F, T)), "wpe/embedding": P(None, (F, T))},
+    "gpt2 scanned": {"wte/embedding": P(T, F), "wpe/embedding": P(None, (F, T))},
+    "roberta": {"embeddings/position/embedding": P(None, (F, T)), "embeddings/token_type/embedding": P()},
+    "bert": {"embeddings/position/embedding": P(None, (F, T)), "embeddings/token_type/embedding": P()},
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_specs_of_every_kernel_and_its_factors(kind: str) -> None:
+    model, mesh = MODELS[kind], mesh_of(2, 2, 2)
+    params, rules = shapes_of(model), sharding.rules_for(model, mesh)
+    method = lj.lora(lj.select("**/{attn,mlp}/*/kernel", axes=gpt2.AXES), rank=2)
+    delta = jax.eval_shape(method.init, jax.random.key(0), params)
+    adapted = jax.eval_shape(method.apply, params, delta)
+
+    def specs(tree: Any) -> Any:
+        return jax.tree.map(lambda place: place.spec, sharding.shardings(tree, mesh, rules, adapted))
+
+    of_params, of_delta = selection.flatten(specs(params), is_leaf=lambda x: isinstance(x, P))[0], specs(delta)
+    flat, layer, leading = dict(of_params), *(("h", (None,)) if model.config.scan_layers else ("h_0", ()))
+    assert {path.removeprefix(f"{layer}/") for path in of_delta if path.startswith(f"{layer}/")} == {
+        f"{name}/kernel" for name in IN_LAYERS
+    }
+    for name, (kernel, a, b, bias) in IN_LAYERS.items():
+        assert flat[f"{layer}/{name}/kernel"] == P(*leading, *kernel), name
+        assert of_delta[f"{layer}/{name}/kernel"] == {"a": P(*leading, *a), "b": P(*leading, *b)}, name
+        assert flat[f"{layer}/{name}/bias"] == (P(*leading, *bias) if bias else P()), name
+    assert {path: flat[path] for path in TABLES[kind]} == TABLES[kind]
 
 
 @pytest.mark.parametrize("kind", MODELS)

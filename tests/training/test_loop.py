@@ -17,8 +17,9 @@ import lora_jax as lj
 from lora_jax import checkpoints, training
 from lora_jax.data.batches import Batch, Schedule
 from lora_jax.sharding import gpt2_rules, make_mesh
-from lora_jax.training import Job
+from lora_jax.training import Job, Log, loop
 from tests.helpers.runs import (
+    QV,
     VOCAB,
     equal_bits,
     model_and_params,
@@ -142,15 +143,15 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(straight: Straight, tmp_p
     assert without_times(tmp_path) == without_times(straight.workdir)
 
 
-def test_after_a_flipped_bit_the_run_goes_on_from_the_checkpoint_before(
+def test_after_flipped_bits_the_run_goes_on_from_the_checkpoint_before(
     straight: Straight, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(straight.workdir, folder := tmp_path / "run")
     newest = folder / "checkpoints/15/rest"
-    file = max(newest.rglob("d/*"), key=lambda path: path.stat().st_size)  # of the arrays
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 16
-    file.write_bytes(content)
+    for file in newest.rglob("d/*"):  # all that holds arrays; not every byte of it is read
+        content = np.frombuffer(file.read_bytes(), np.uint8).copy()
+        content[::8] ^= 16
+        file.write_bytes(content.tobytes())
     job = prepare(folder, run_config(**CONFIG))
     assert job.start == 12 and "checkpoints/15 is damaged" in caplog.text
     assert equal_bits(training.train(job).delta, straight.delta)
@@ -195,14 +196,16 @@ def with_weights(step: int, value: float) -> Schedule:
     return dataclasses.replace(original, collate=collate)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    job = prepare(tmp_path, run_config(**CONFIG), batches=with_weights(7, np.nan))
+@pytest.mark.parametrize("log_every", [2, 100])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, log_every: int) -> None:
+    """Also where a checkpoint would be written, at step 8, before anything is logged."""
+    job = prepare(tmp_path, run_config(**CONFIG, log_every=log_every), batches=with_weights(7, np.nan), validation=None)
     with pytest.raises(ValueError, match=r"step 7: the loss .* not finite"):
         training.train(job)
     good = checkpoints.load(tmp_path)
     assert good.step == 5
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(good.delta))
-    assert max(e["step"] for e in training.read_metrics(tmp_path)) == 6
+    assert [e["step"] for e in training.read_metrics(tmp_path)] == ([2, 4, 6] if log_every == 2 else [])
 
 
 def test_a_batch_without_labels_stops_the_run(tmp_path: Path) -> None:
@@ -263,3 +266,40 @@ def test_a_run_goes_on_on_a_mesh(straight: Straight, tmp_path: Path) -> None:
 def test_batches_that_do_not_divide_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a batch of 4 does not divide into accumulate=3"):
         prepare(tmp_path, run_config(accumulate=3))
+    mesh = make_mesh({"data": 2, "fsdp": 2})
+    with pytest.raises(ValueError, match=r"accumulate=2 micro-batches over 4 devices \(data x fsdp\)"):
+        prepare(tmp_path, run_config(accumulate=2), mesh=mesh, rules=gpt2_rules(VOCAB, mesh))
+
+
+def test_the_best_delta_is_kept(tmp_path: Path) -> None:
+    """Of all so far, not of the newest measurement."""
+    method, config = lj.from_spec({"method": "lora", **QV}), run_config()
+    config.best = "score"
+    delta = method.init(jax.random.key(0), model_and_params()[1])
+    kept = []
+    with Log(tmp_path, 0) as log:
+        for step, score in enumerate([0.5, 0.2, 0.3, 0.9, 0.9], 1):
+            found = {"validation_loss": 1.0, "score": score}
+            now = jax.tree.map(lambda x, step=step: x * 0 + step, delta)
+            loop.record(config, tmp_path, method, {"source": "tiny"}, log, step, found, now)
+            kept.append(float(checkpoints.load_adapter(tmp_path / "adapter")[1]["h_0/attn/query/kernel"]["a"][0, 0]))
+        config.best = "accuracy"
+        with pytest.raises(ValueError, match="best='accuracy' is no metric of validation: it has validation_loss, sc"):
+            loop.record(config, tmp_path, method, {"source": "tiny"}, log, 6, found, now)
+    assert kept == [1, 1, 1, 4, 4]
+
+
+def test_the_figures_of_validation_leave_empty_rows_out() -> None:
+    def measured(outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        return {"outputs": outputs.tolist(), "labels": labels.tolist()}
+
+    objective = training.language_model(model_and_params()[0])._replace(metrics=measured)
+    rows = [
+        (np.array([7, 8]), {"weights": np.array([1.0, 1.0]), "labels": np.array([1, 2])}),
+        (np.array([9, 0]), {"weights": np.array([1.0, 0.0]), "labels": np.array([3, 0])}),
+    ]
+    found = loop.figures(objective, np.array([6.0, 4.0]), rows)
+    assert found == {"validation_loss": 1.5, "outputs": [7, 8, 9], "labels": [1, 2, 3]}
+    assert loop.figures(objective, np.array([np.nan, 4.0]), rows) is None
+    with pytest.raises(ValueError, match="no labels"):
+        loop.figures(objective, np.zeros(2), rows)

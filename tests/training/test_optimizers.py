@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 
 import lora_jax as lj
 from lora_jax.training import optimizer, schedule
@@ -70,6 +71,57 @@ def test_the_same_steps_as_torch() -> None:
         ours = optax.apply_updates(ours, updates)
     assert np.abs(theirs.detach().numpy() - start).max() > 0.1
     np.testing.assert_allclose(ours["w"]["a"], theirs.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
+def test_every_schedule_at_its_corners(name: str) -> None:
+    """With a fraction of a warm-up step (25 * 0.1 = 2.5, rounded up), and an end that is not zero."""
+    changes = {"schedule": name, "final_share": 0.3, "warmup_steps": None, "warmup_share": 0.1}
+    rate = schedule(ConfigDict({**options().to_dict(), **changes}), 25)
+    end = 1.0 if name == "constant" else 0.3
+    expected = 2e-4 * np.array([0, 1 / 3, 2 / 3, 1, (1 + end) / 2, end, end])
+    steps = [0, 1, 2, 3, 14, 25, 40]  # 14 is half-way between warm-up and end
+    np.testing.assert_allclose([rate(step) for step in steps], expected, rtol=1e-5, atol=1e-12)
+    given = schedule(options(schedule=name, warmup_steps=0, final_share=0.3), 10, peak=jnp.float32(1.0))
+    np.testing.assert_allclose([given(0), given(10)], [1, end], rtol=1e-5)
+
+
+def one_update(delta: lj.Delta, grads: lj.Delta, spec: dict | None = None, **changes) -> lj.Delta:
+    """The first update, whose size follows that of the gradient: Adam's eps is large."""
+    config = options(warmup_steps=0, eps=1.0, **changes)
+    tx = optimizer(config, schedule(config, 10), spec=spec)
+    return tx.update(grads, tx.init(delta), delta)[0]
+
+
+def test_a_long_gradient_is_scaled_to_the_bound() -> None:
+    delta = lj.Delta({"v": {"a": jnp.ones(1)}, "w": {"a": jnp.ones(1)}})
+    grads = lj.Delta({"v": {"a": jnp.array([6.0])}, "w": {"a": jnp.array([-8.0])}})  # norm 10
+    clipped = one_update(delta, grads, clip_norm=1.0)
+    expected = one_update(delta, jax.tree.map(lambda g: g / 10, grads))
+    for ours, wanted, long in zip(*map(jax.tree.leaves, (clipped, expected, one_update(delta, grads))), strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=1e-6)
+        assert abs(long) > 1.5 * abs(wanted)
+
+
+def test_the_ratio_of_lora_plus_is_that_of_loras_b_alone() -> None:
+    lora, vera = {"a": jnp.ones((3, 2)), "b": jnp.ones((2, 3))}, {"b": jnp.ones(3), "d": jnp.ones(2)}
+    delta = lj.Delta({"w": lora, "v": vera})
+    grads = jax.tree.map(lambda x: 0.3 * x, delta)
+    of = [{"method": "lora", "select": ["w"], "rank": 2}, {"method": "vera", "select": ["v"], "rank": 2}]
+    spec = {"method": "chain", "of": of}
+    plain, plus = (one_update(delta, grads, spec, b_ratio=ratio) for ratio in (1.0, 4.0))
+    np.testing.assert_allclose(plus["w"]["b"], 4 * plain["w"]["b"], rtol=1e-6)
+    for path, name in (("w", "a"), ("v", "b"), ("v", "d")):
+        np.testing.assert_array_equal(plus[path][name], plain[path][name])
+    assert all(leaf.all() for leaf in jax.tree.leaves(plain))
+
+
+def test_a_decay_that_is_given_replaces_the_config_s() -> None:
+    config = options(warmup_steps=0)
+    delta = lj.Delta({"w": {"a": jnp.ones(3)}})
+    tx = optimizer(config, schedule(config, 10), weight_decay=jnp.float32(0.5))
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, delta), tx.init(delta), delta)
+    np.testing.assert_allclose(updates["w"]["a"], -2e-4 * 0.5, rtol=1e-5)
 
 
 def test_clipping_sees_what_trains_alone() -> None:

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.training.dynamic_scale import DynamicScale
 
 import lora_jax as lj
 from lora_jax import training
 from lora_jax.methods.bank import take
 from lora_jax.training import METRICS, State
+from lora_jax.training.step import make_validation
 from tests.helpers.runs import QV, VOCAB, equal_bits, model_and_params, run_config, schedule
 
 pytestmark = pytest.mark.usefixtures("logits_in_pieces")
@@ -106,6 +108,62 @@ def test_fixed_factors_stay_and_the_first_bad_step_is_kept() -> None:
     broken = dict(batch, weights=batch["weights"] * jnp.nan)
     bad = step(step(good, params, broken), params, batch)
     assert bad.metrics[METRICS.index("bad_step")] == 2
+
+
+def test_what_is_logged_of_each_step() -> None:
+    """Sums over two micro-batches, the norm of the gradient and the rate that the step used, of a loss by hand."""
+
+    def loss(params: Any, batch: dict, key: Any = None) -> Any:
+        return jnp.sum(batch["x"] @ params["w"]), jnp.sum(batch["weights"])
+
+    rate = optax.linear_schedule(0.5, 0.0, 5)
+    method = lj.tune(lj.select("w"))
+    objective = training.Objective(loss, lambda params, *rest: loss(lj.merge(params), *rest), loss)
+    step = jax.jit(training.make_step(objective, method, optax.sgd(rate), rate))
+    params = {"w": jnp.array([1.0, 2.0])}
+    state = training.new_state(method, optax.sgd(rate), params, jax.random.key(0))
+    random, w, total = np.random.default_rng(0), np.array([1.0, 2.0]), np.zeros(4)
+    for done in range(3):
+        mask = random.random((2, 3, 4)) < 0.7
+        x, weights = random.normal(size=(2, 3, 2)).astype(np.float32), np.array([[1, 0, 1], [1, 1, 1]], np.float32)
+        gradient = x.sum((0, 1)) / 5
+        state = step(state, params, {"tokens": mask.astype(np.int32), "mask": mask, "x": x, "weights": weights})
+        total += [5 * float(w @ gradient), 5, mask.size, mask.sum()]
+        w = w - (0.5 - 0.1 * done) * gradient
+        expected = [*total, np.linalg.norm(gradient), 0.5 - 0.1 * done, 0]
+        np.testing.assert_allclose(state.metrics, expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(state.delta["w"]["value"], w, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("scale", "bad"), [(None, 1), (1024.0, 0), (0.5, 1)])
+def test_a_gradient_that_is_not_finite_is_a_bad_step_though_the_loss_is(scale: float | None, bad: int) -> None:
+    """In float16 only where the loss is not scaled up any more: else the step is left out, and the scale halved."""
+
+    def loss(params: Any, batch: dict, key: Any = None) -> Any:
+        return jnp.sum(jnp.sqrt(lj.merge(params)["w"])), jnp.ones(())
+
+    method, rate = lj.tune(lj.select("w")), optax.constant_schedule(0.1)
+    step = jax.jit(training.make_step(training.Objective(loss, loss, loss), method, optax.sgd(rate), rate))
+    state = training.new_state(method, optax.sgd(rate), params := {"w": jnp.zeros(2)}, jax.random.key(0))
+    if scale is not None:
+        state = state._replace(scaler=DynamicScale(fin_steps=jnp.int32(0), scale=jnp.float32(scale)))
+    new = step(state, params, {"tokens": jnp.zeros((1, 1)), "mask": jnp.ones((1, 1), bool)})
+    assert new.metrics[METRICS.index("loss")] == 0 and new.metrics[METRICS.index("bad_step")] == bad
+    if new.scaler is not None:
+        assert new.scaler.scale == scale / 2 and equal_bits(new.delta, state.delta)
+
+
+def test_validation_draws_no_dropout_and_smooths_nothing() -> None:
+    model, params = model_and_params()
+    batch = {name: jnp.asarray(x) for name, x in schedule(4, buckets=1)(0)[0].items()}
+    found = []
+    for dropout, smoothing in ((0.0, 0.0), (0.5, 0.2)):
+        method = lj.from_spec({"method": "lora", **QV, "dropout": dropout})
+        delta = jax.tree.map(lambda x: x + 0.3, method.init(jax.random.key(0), params))
+        validate = jax.jit(make_validation(training.language_model(model, smoothing), method))
+        found.append(np.asarray(validate(jnp.ones(2), delta, params, batch)[0]))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
+    assert found[0][1] == 1 + batch["weights"].sum()
 
 
 def test_a_mixed_batch_trains_each_row_with_its_own_adapter() -> None:

@@ -1,9 +1,11 @@
 """A sweep is its members' separate runs, in one program."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,7 +16,7 @@ from experiments import sweeps
 from lora_jax import checkpoints, training
 from lora_jax.training import sweep
 from tests.helpers.cli import ROOT, environment, make_inputs, run
-from tests.helpers.runs import QV, prepare, without_times
+from tests.helpers.runs import QV, prepare, schedule, without_times
 from tests.helpers.sweeps import LORA, Values, alone, close, members, ready
 
 pytestmark = pytest.mark.usefixtures("logits_in_pieces")
@@ -24,12 +26,21 @@ PISSA = {"method": "pissa", "select": QV["select"], "rank": 2, "alpha": 2.0}
 VERA = {"method": "vera", "select": QV["select"], "rank": 2}
 ADAPTER = {"method": "adapter", "sites": {"mlp_out": (1, 8)}, "rank": 2}
 CHAIN = {"method": "chain", "of": [LORA, {"method": "tune", "select": ["**/mlp/*/bias"]}]}
+RULES = {
+    "method": "chain",
+    "of": [
+        LORA | {"select": ["**/attn/query/kernel"], "alpha": 4.0},
+        LORA | {"select": ["**/attn/value/kernel"], "alpha": None, "scale_rule": "alpha/sqrt(r)"},
+    ],
+}
 
 
 @pytest.mark.parametrize(
     ("values", "spec"),
     [
-        ([{"learning_rate": 1e-2, "seed": 3}, {"learning_rate": 3e-3, "seed": 4}], LORA),
+        pytest.param(
+            [{"learning_rate": 1e-2, "seed": 3}, {"learning_rate": 3e-3, "seed": 4}], LORA, marks=pytest.mark.slow
+        ),
         pytest.param(
             [{"rank": 1, "alpha": 4.0, "weight_decay": 0.0}, {"rank": 3, "alpha": 8.0, "weight_decay": 0.1}],
             CHAIN,
@@ -42,7 +53,16 @@ CHAIN = {"method": "chain", "of": [LORA, {"method": "tune", "select": ["**/mlp/*
             for spec in (LORA | {"method": "dora"}, PISSA, VERA, ADAPTER)
         ),
     ],
-    ids=["rate and seed", "rank, alpha and decay", "dropout", "rslora", "dora", "pissa", "vera", "adapter"],
+    ids=[
+        "rank, rules, rate and seed",
+        "rank, alpha and decay",
+        "dropout",
+        "rslora",
+        "dora",
+        "pissa",
+        "vera",
+        "adapter",
+    ],
 )
 def test_members_are_runs_of_their_own(values: Values, spec: dict, tmp_path: Path) -> None:
     found = members(values, spec)
@@ -58,7 +78,47 @@ def test_members_are_runs_of_their_own(values: Values, spec: dict, tmp_path: Pat
             method, delta, info = checkpoints.load_adapter(folder / "adapter")
             assert method.spec == member.method.spec and info["base"] == checkpoints.meta_of(folder)["base"]
             jax.tree.map(np.testing.assert_array_equal, delta, result.delta)
+            jax.tree.map(np.testing.assert_array_equal, checkpoints.load(folder).delta, result.delta)
             compare(without_times(folder), without_times(tmp_path / "alone" / member.name))
+
+
+def test_ranks_rules_rates_and_seeds(tmp_path: Path) -> None:
+    """Two LoRAs with other scale rules in each member, of other ranks: what a member saves is not padded."""
+    values: Values = [
+        {"rank": 1, "learning_rate": 1e-2, "seed": 3},
+        {"rank": 3, "learning_rate": 3e-3, "weight_decay": 0.1, "seed": 4},
+    ]
+    found = members(values, RULES, steps=3, save_every=3)
+    found = [m._replace(batches=dataclasses.replace(schedule(buckets=1), seed=m.config.seed)) for m in found]
+    results = sweep.train(ready(tmp_path, found, together=True, validation=None))
+    assert results is not None
+    for member, result in zip(found, results, strict=True):
+        assert result is not None
+        own = alone(tmp_path / "alone" / member.name, member, validation=None)
+        close(result.delta, own.delta)
+        folder = tmp_path / member.name
+        for saved in (checkpoints.load_adapter(folder / "adapter")[1], checkpoints.load(folder).delta):
+            jax.tree.map(np.testing.assert_array_equal, saved, result.delta)
+        compare(without_times(folder), without_times(tmp_path / "alone" / member.name))
+
+
+def test_batches_of_other_seeds_are_stacked_and_padded(tmp_path: Path) -> None:
+    """Each member has the tokens and labels of its own schedule, in its order."""
+    found = members([{"seed": 3}, {"seed": 4}])
+    plan = SimpleNamespace(members=found, start=3, total=10)  # from the middle of the first of two epochs
+    stacked = list(sweep._batches(plan, SimpleNamespace(note=lambda batch: None)))
+    assert len(stacked) == 7 and len(found[0].batches) == 5
+    lengths = set()
+    for number, member in enumerate(found):
+        own = [batch for epoch in (0, 1) for batch in member.batches(epoch)][3:]
+        for ours, theirs in zip(stacked, own, strict=True):
+            length, count = theirs["tokens"].shape[1], theirs["labels"].shape[1]
+            np.testing.assert_array_equal(ours["tokens"][number][:, :length], theirs["tokens"])
+            np.testing.assert_array_equal(ours["labels"][number][:, :count], theirs["labels"])
+            assert ours["mask"][number].sum() == theirs["mask"].sum()
+            assert ours["weights"][number].sum() == theirs["weights"].sum()
+            lengths.add((number, ours["tokens"].shape[2] - length))
+    assert {0, 1} == {number for number, more in lengths if more}, "each is padded somewhere"
 
 
 def compare(ours: list[dict], theirs: list[dict]) -> None:

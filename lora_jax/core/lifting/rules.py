@@ -60,9 +60,10 @@ class Dot:
         how = {"precision": self.precision, "preferred_element_type": self.preferred}
         if not self.left:
             return lax.dot_general(x, w, (contract, ((), ())), out_sharding=sharding, **how)
-        y = lax.dot_general(w, x, (contract[::-1], ((), ())), **how)
         outputs = w.ndim - count
-        return _transpose(y, (*range(outputs, y.ndim), *range(outputs)))
+        order = (*range(outputs, outputs + free), *range(outputs))
+        sharding = _reordered(sharding, order)
+        return _transpose(lax.dot_general(w, x, (contract[::-1], ((), ())), out_sharding=sharding, **how), order)
 
     def _whole_last(self, free: int) -> NamedSharding | None:
         if self.out_sharding is None:
