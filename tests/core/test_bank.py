@@ -49,10 +49,10 @@ def alone(k: int) -> Any:
     return PARAMS if k < 0 else METHODS[k].apply(PARAMS, take(DELTA, k))
 
 
-def close(got: Any, want: Any) -> None:
-    """1e-5 of the largest entry: the same products, with zeros between their terms."""
+def close(got: Any, want: Any, tolerance: float = 1e-5) -> None:
+    """Within the tolerance of the largest entry: the same products, with zeros between their terms."""
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * max(np.abs(other).max(), 1e-6))
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * max(np.abs(other).max(), 1e-6))
 
 
 def forms(ids: Any) -> tuple[Any, Any]:
@@ -113,7 +113,7 @@ def test_each_row_trains_its_own_adapter(form: int) -> None:
     got = jax.jit(jax.grad(lambda d: loss(lambda d: BANK.apply(PARAMS, d, strength=strength), d, slice(None))))(DELTA)
     for row, k in enumerate(ids):
         one = jax.jit(jax.grad(lambda d: loss(lambda d: METHODS[k].apply(PARAMS, d), d, row)))  # noqa: B023
-        close(take(got, k), one(take(DELTA, k)))
+        close(take(got, k), one(take(DELTA, k)), 3e-5)  # sums over rows and positions in float32, in another order
     for k in (1, 3):
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(take(got, k)))
 
