@@ -14,17 +14,18 @@ INDEX = "model.safetensors.index.json"
 
 
 class Recipe(NamedTuple):
-    """How a tensor of a folder is made of parameters."""
+    """How a tensor of a folder is made of parameters: `make(*arrays)` of the arrays at `paths` of the loop layout."""
 
-    paths: tuple[str, ...]  # in the loop layout
-    make: Callable[..., Any]  # of what stands there, on the host
+    paths: tuple[str, ...]
+    make: Callable[..., Any]
 
 
 def inside(folder: str | os.PathLike, name: str) -> Path:
-    """The path of a folder's file, there or not; a ValueError where the name or a symlink leaves the folder.
+    """The path of a file in a folder, whether it exists or not.
 
-    The one exception is the layout of the Hub's cache, where `models--x--y/snapshots/<commit>/` links into
-    `models--x--y/blobs/`.
+    Raises:
+      ValueError: the name or a symlink leads out of the folder. Links from `models--x--y/snapshots/<commit>/` into
+        `models--x--y/blobs/`, the layout of the Hub's cache, are allowed.
     """
     if not name.isprintable() or "\\" in name or name in ("", ".", "..") or os.path.basename(name) != name:
         raise ValueError(f"{folder}: {name!r} is not the plain name of a file in this folder")
@@ -46,10 +47,11 @@ def _in_same_cache(target: Path, home: Path) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a folder; strict, as `tensor_files.parse_json`.
+    """A JSON object from a file, as strict as `tensor_files.parse_json`.
 
     Raises:
-      FileNotFoundError: there is no such file. ValueError: it is larger than 16 MiB, no JSON object, or elsewhere.
+      FileNotFoundError: there is no such file.
+      ValueError: it is larger than 16 MiB, no JSON object, or a symlink out of its folder.
     """
     path = inside(path.parent, path.name)
     if not path.is_file():
@@ -57,21 +59,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if (size := path.stat().st_size) > LARGEST_JSON:
         raise ValueError(f"{path} is no JSON that is read here: {size} bytes, more than {LARGEST_JSON}")
     try:
-        found = parse_json(path.read_bytes())
+        value = parse_json(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error})") from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")
-    return found
+    return value
 
 
 def open_tensors(folder: Path, ignored: re.Pattern) -> dict[str, Lazy]:
-    """The tensors of the folder's safetensors files, to be read as float32, but for the ignored names.
+    """The tensors of the folder's safetensors files, without those of ignored names; they will be read as float32.
 
     Raises:
       FileNotFoundError: there is no safetensors file (only pickles, perhaps), or a shard is missing.
-      ValueError: a file is damaged, lies elsewhere, or does not hold what the index says; a tensor is
-        of another type than float32, float16 and bfloat16, or (when it is read) not finite.
+      ValueError: a file is damaged, outside the folder, or does not hold what the index says; a tensor is of another
+        type than float32, float16 and bfloat16, or (when it is read) not finite.
     """
     if inside(folder, WEIGHTS).is_file():
         return _open(folder / WEIGHTS, ignored)
@@ -88,18 +90,18 @@ def open_tensors(folder: Path, ignored: re.Pattern) -> dict[str, Lazy]:
 
 def _open_shards(folder: Path, ignored: re.Pattern) -> dict[str, Lazy]:
     index = folder / INDEX
-    where = read_json(index).get("weight_map")
-    if not isinstance(where, dict):
+    file_of = read_json(index).get("weight_map")
+    if not isinstance(file_of, dict):
         raise ValueError(f"{index} has no weight_map")
-    if wrong := [name for name, file in where.items() if not isinstance(file, str)]:
-        raise ValueError(f"{index}: the file of {wrong[0]} is {where[wrong[0]]!r}, not a name")
+    if wrong := [name for name, file in file_of.items() if not isinstance(file, str)]:
+        raise ValueError(f"{index}: the file of {wrong[0]} is {file_of[wrong[0]]!r}, not a name")
     tensors: dict[str, Lazy] = {}
-    for shard in sorted(set(where.values())):
-        found = _open(inside(folder, shard), ignored)
-        named = {name for name, file in where.items() if file == shard and not ignored.fullmatch(name)}
-        if differing := sorted(named ^ set(found)):
+    for shard in sorted(set(file_of.values())):
+        in_shard = _open(inside(folder, shard), ignored)
+        expected = {name for name, file in file_of.items() if file == shard and not ignored.fullmatch(name)}
+        if differing := sorted(expected ^ set(in_shard)):
             raise ValueError(f"{folder / shard} and {index.name} disagree about {', '.join(differing)}")
-        tensors |= found
+        tensors |= in_shard
     return tensors
 
 
@@ -115,14 +117,14 @@ def check_fields(fields: Mapping[str, Any], only: Mapping[str, Any], source: str
             raise ValueError(f"{source}: config.json has {name}={fields[name]!r}; only {value!r} is supported")
 
 
-def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], source: str) -> None:
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], source: str) -> None:
     """A ValueError that names every missing, extra or misshapen tensor, if there is one."""
-    wrong = [f"{name} is missing" for name in expected if name not in found]
-    wrong += [f"{name} is not part of the model" for name in found if name not in expected]
+    wrong = [f"{name} is missing" for name in expected if name not in shapes]
+    wrong += [f"{name} is not part of the model" for name in shapes if name not in expected]
     wrong += [
-        f"{name} has shape {found[name]}, not {shape}"
+        f"{name} has shape {shapes[name]}, not {shape}"
         for name, shape in expected.items()
-        if found.get(name, shape) != shape
+        if shapes.get(name, shape) != shape
     ]
     if wrong:
         more = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []

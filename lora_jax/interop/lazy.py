@@ -1,4 +1,4 @@
-"""Arrays that lie in files and are read when they are needed, and no further than that."""
+"""Arrays in files, of which the needed parts are read when they are needed."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,36 +9,43 @@ import numpy as np
 from jax import Array
 from jax.sharding import Sharding
 
-Index = tuple[slice, ...]  # one slice an axis, each with begin and end
+Index = tuple[slice, ...]  # one slice an axis, each with start and stop
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Lazy:
-    """An array that is not read yet: `np.asarray` reads all of it, `read(index)` a part. A leaf of a pytree."""
+    """An array that is not read yet: `np.asarray` reads all of it, `read(index)` a part. A leaf of a pytree.
 
-    name: str  # for messages: the file and the tensor
+    Attributes:
+      name: the file and the tensor, for messages.
+      shape, dtype: those of what is read, whatever the file's dtype.
+      fetch: `(index) -> the part at index`, of the file's dtype.
+      kept: whether `astype` keeps the dtype, as for what will train, where half precision loses too much.
+    """
+
+    name: str
     shape: tuple[int, ...]
-    dtype: np.dtype  # what it is read as, whatever it is stored as
-    fetch: Callable[[Index], np.ndarray]  # a part, as it is stored
-    kept: bool = False  # stays of its dtype under `astype`: what will train loses too much in half precision
+    dtype: np.dtype
+    fetch: Callable[[Index], np.ndarray]
+    kept: bool = False
 
     def read(self, index: Index | None = None) -> np.ndarray:
         """The part at `index` (by default all), of `dtype`.
 
         Raises:
-          ValueError: of the file, that it is damaged; or an entry is too large for the dtype.
+          ValueError: the file is damaged, or an entry is too large for the dtype.
         """
-        found = self.fetch(tuple(slice(0, size) for size in self.shape) if index is None else index)
-        if found.dtype == self.dtype:
-            return found
+        stored = self.fetch(tuple(slice(0, size) for size in self.shape) if index is None else index)
+        if stored.dtype == self.dtype:
+            return stored
         with np.errstate(over="ignore"):
-            cast = found.astype(self.dtype)
+            cast = stored.astype(self.dtype)
         if self.dtype.itemsize < 4 and not np.isfinite(cast).all():
             raise ValueError(f"{self.name} has entries that are too large for {self.dtype}")
         return cast
 
     def astype(self, dtype: Any) -> "Lazy":
-        """The same, read as another type."""
+        """The same array, read as another dtype."""
         return self if self.kept else dataclasses.replace(self, dtype=np.dtype(dtype))
 
     def part(self, k: int, n: int) -> "Lazy":
@@ -52,7 +59,7 @@ class Lazy:
 
     @property
     def T(self) -> "Lazy":
-        """With its axes in the other order."""
+        """The array with its axes in the other order."""
         return dataclasses.replace(self, shape=self.shape[::-1], fetch=lambda index: self.fetch(index[::-1]).T)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -60,17 +67,17 @@ class Lazy:
 
 
 def of(array: Any, name: str) -> Lazy:
-    """An array that is there already, and stays of its dtype."""
+    """An array in memory as a Lazy that keeps its dtype."""
     return Lazy(name, array.shape, np.dtype(array.dtype), lambda index: np.asarray(array)[index], kept=True)
 
 
 def stacked(layers: list[Lazy]) -> Lazy:
-    """Arrays of one shape along a new first axis; one at a time is read, and of each what is asked for."""
+    """Arrays of one shape along a new first axis; they are read one at a time, and of each the part of the index."""
     first = layers[0]
 
     def fetch(index: Index) -> np.ndarray:
         chosen = layers[index[0]]
-        out = np.empty((len(chosen), *(one.stop - one.start for one in index[1:])), first.dtype)
+        out = np.empty((len(chosen), *(axis.stop - axis.start for axis in index[1:])), first.dtype)
         for i, layer in enumerate(chosen):
             out[i] = layer.read(index[1:])
         return out
@@ -79,7 +86,7 @@ def stacked(layers: list[Lazy]) -> Lazy:
 
 
 def same(a: Lazy, b: Lazy, at_once: int = 1 << 24) -> bool:
-    """Whether two arrays of one shape hold the same numbers; about `at_once` of each are read at a time."""
+    """Whether two arrays of one shape hold the same numbers; about `at_once` entries of each are read at a time."""
     rows = max(1, at_once // max(1, int(np.prod(a.shape[1:]))))
     rest = tuple(slice(0, size) for size in a.shape[1:])
     parts = ((slice(i, min(i + rows, a.shape[0])), *rest) for i in range(0, a.shape[0], rows))
@@ -87,18 +94,18 @@ def same(a: Lazy, b: Lazy, at_once: int = 1 << 24) -> bool:
 
 
 def placed(lazy: Lazy, sharding: Sharding) -> Array:
-    """The array on the devices of a sharding.
+    """The array on the devices of a sharding that this process can address.
 
-    One device's part after the other is read (once, where several devices hold it), and of a program of several
-    processes only those of this one's: the host never holds more than one part besides what its devices hold.
+    The parts are read one after the other, once each where several devices hold the same: the host never holds more
+    than one part besides what its devices hold.
     """
     holders: dict[tuple, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(lazy.shape).items():
-        bounds = tuple(one.indices(size)[:2] for one, size in zip(index or (), lazy.shape, strict=True))
+        bounds = tuple(axis.indices(size)[:2] for axis, size in zip(index or (), lazy.shape, strict=True))
         holders.setdefault(bounds, []).append(device)
     parts: list[Array] = []
     for bounds, devices in holders.items():
         part = lazy.read(tuple(slice(*pair) for pair in bounds))
-        # Waits: what is on its way to a device takes its place on the host.
+        # Waits: until an array is on the device, the host holds it too.
         parts += jax.block_until_ready([jax.device_put(part, device) for device in devices])
     return jax.make_array_from_single_device_arrays(lazy.shape, sharding, parts)

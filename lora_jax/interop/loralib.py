@@ -1,8 +1,8 @@
 """Checkpoints of loralib (github.com/microsoft/LoRA), the LoRA authors' own library.
 
-Only safetensors are read here; `experiments.convert` makes them from the authors' torch files. Theirs, with W
-(out, in): Linear and Embedding A (r, in), B (out, r). MergedLinear, for a fused query, key and value of which n are
-adapted, A (r n, in) and B (out n, r): n products of rank r, which are n kernels with factors of their own here.
+Only safetensors are read here; `experiments.convert` makes them from the authors' torch files. With W (out, in), its
+Linear and Embedding have A (r, in) and B (out, r). Its MergedLinear, a fused query, key and value of which n are
+adapted, has A (r n, in) and B (out n, r): n products of rank r, which are n kernels with factors of their own here.
 """
 
 import logging
@@ -24,7 +24,7 @@ from lora_jax.methods.tune import tune
 
 # Buffers: GPT-2's causal masks, whose name lora_state_dict(bias="all") takes for a bias, and position counters.
 IGNORED = re.compile(r"(.*\.)?(h\.\d+\.attn\.(masked_)?bias|embeddings\.position_ids)")
-_SAME = 1e-5  # of the largest entry: merging and taking back leaves rounding errors
+_SAME = 1e-5  # of the largest entry: merging and unmerging leaves rounding errors
 _FACTORS = ("lora_A", "lora_B")
 
 
@@ -47,8 +47,8 @@ def load(
       alpha: the authors' lora_alpha, which is not in the file: scale = alpha / r. Their GPT-2s have 32, their
         RoBERTa-base 16.
       enabled: the authors' enable_lora, also not in the file: which of query, key and value a fused `c_attn` adapts.
-      unmerged: for a file that has the model's weights as well, says that they are without the adapter. They must be
-        the base's then; biases that differ were trained.
+      unmerged: that the adapter is not merged into the model's weights, where the file has those too. They are
+        compared with the base's; biases that differ were trained.
 
     Returns:
       `(method, delta)` with float32 factors: `lora` with paths of its own, in a chain with `tune` where the file has
@@ -58,7 +58,7 @@ def load(
       FileNotFoundError: there is no such file.
       TypeError: adapted params.
       ValueError: it is damaged; a tensor is unknown, alone without its partner, misshapen or not finite; it has
-        weights beside the adapter, and `unmerged` is not said or not true.
+        weights beside the adapter, and `unmerged` is false, or they are not the base's.
     """
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise ValueError(f"alpha={alpha!r}: give the number that the adapter was trained with")
@@ -77,10 +77,11 @@ def load(
             delta[path], ranks[path] = {"a": jnp.asarray(a), "b": jnp.asarray(b)}, a.shape[-1]
     trained = _trained(others, model, unmerged, file)
     delta |= Delta({path: {"value": jnp.asarray(value)} for path, value in trained.items()})
-    if high := [path for path, r in ranks.items() if r > min(model.leaves[path].shape)]:
-        logging.warning("%s: %s has a rank above its full one, %d", file, high[0], min(model.leaves[high[0]].shape))
+    if too_high := [path for path, r in ranks.items() if r > min(model.leaves[path].shape)]:
+        full_rank = min(model.leaves[too_high[0]].shape)
+        logging.warning("%s: %s has a rank above its full one, %d", file, too_high[0], full_rank)
     rank = ranks if len(set(ranks.values())) > 1 else next(iter(ranks.values()))
-    method = lora(select(*ranks), rank=rank, alpha=alpha, strict=not high)
+    method = lora(select(*ranks), rank=rank, alpha=alpha, strict=not too_high)
     return (chain(method, tune(select(*trained))) if trained else method), delta
 
 
@@ -91,14 +92,13 @@ def _sorted_out(
     factors: dict[str, dict[str, np.ndarray]] = {}
     others: dict[str, np.ndarray] = {}
     unknown = []
-    for full, tensor in tensors.items():
-        name = full.replace("lm_head.decoder.", "lm_head.")  # the authors' GPT-2 has one more module there
-        module, _, kind = name.rpartition(".")
-        found = model.modules.get(module)
-        if found is None or kind not in _kinds(found):
-            unknown.append(full)
-        elif kind in _FACTORS:
-            factors.setdefault(module, {})[kind] = tensor.astype(np.float32, copy=False)
+    for full_name, tensor in tensors.items():
+        name = full_name.replace("lm_head.decoder.", "lm_head.")  # the authors' GPT-2 has one more module there
+        module, _, parameter = name.rpartition(".")
+        if module not in model.modules or parameter not in _parameters(model.modules[module]):
+            unknown.append(full_name)
+        elif parameter in _FACTORS:
+            factors.setdefault(module, {})[parameter] = tensor.astype(np.float32, copy=False)
         else:
             others[name] = tensor.astype(np.float32, copy=False)
     if unknown:
@@ -107,18 +107,18 @@ def _sorted_out(
     return factors, others
 
 
-def _kinds(module: Module) -> tuple[str, ...]:
-    """What loralib may save of a module."""
-    adaptable = _FACTORS if module.kind in ("Linear", "Conv1D", "Embedding") else ()
-    return (*adaptable, *(("weight",) if module.kind else ()), *(("bias",) if module.bias else ()))
+def _parameters(module: Module) -> tuple[str, ...]:
+    """The names of the parameters that loralib may save of a module."""
+    factors = _FACTORS if module.torch_class in ("Linear", "Conv1D", "Embedding") else ()
+    return (*factors, *(("weight",) if module.torch_class else ()), *(("bias",) if module.bias else ()))
 
 
 def _kernels(
     module: Module, factors: Mapping[str, np.ndarray], model: Model, enabled: Sequence[bool], file: Any
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """`{path: (a (in, r), b (r, out))}` from A and B of one module."""
-    if lacking := [name for name in _FACTORS if name not in factors]:
-        raise ValueError(f"{file}: {module.name}.{lacking[0]} is missing, while its partner is there")
+    if missing := [name for name in _FACTORS if name not in factors]:
+        raise ValueError(f"{file}: {module.name}.{missing[0]} is missing, while its partner is there")
     if model.tied and module.name in (model.embedding, model.output):
         raise ValueError(
             f"{file}: loralib adapts {module.name} alone, but in these params token embedding and head are one: load "
@@ -130,10 +130,10 @@ def _kernels(
         paths = [path for path, on in zip(paths, enabled, strict=True) if on]
     a, b = factors["lora_A"], factors["lora_B"]
     n, (width, out), r = len(paths), model.leaves[paths[0]].shape, b.shape[-1] if b.ndim else 0
-    for name, found, shape in (("lora_A", a, (n * r, width)), ("lora_B", b, (n * out, r))):
-        if found.shape != shape or not r:
-            said = f" (of rank {r}, with enabled={tuple(enabled)})" if fused else f" (of rank {r})"
-            raise ValueError(f"{file}: {module.name}.{name} has shape {found.shape}, not {shape}{said}")
+    for name, factor, shape in (("lora_A", a, (n * r, width)), ("lora_B", b, (n * out, r))):
+        if factor.shape != shape or not r:
+            given = f" (of rank {r}, with enabled={tuple(enabled)})" if fused else f" (of rank {r})"
+            raise ValueError(f"{file}: {module.name}.{name} has shape {factor.shape}, not {shape}{given}")
     return {path: (a[g * r : (g + 1) * r].T, b[g * out : (g + 1) * out].T) for g, path in enumerate(paths)}
 
 
@@ -148,19 +148,19 @@ def _trained(others: Mapping[str, np.ndarray], model: Model, unmerged: bool, fil
         )
     trained: dict[str, np.ndarray] = {}
     for name, tensor in others.items():
-        module, _, kind = name.rpartition(".")
-        tied = model.tied and module == model.output
-        paths = ["wte/embedding"] if tied else model.modules[module].paths(kind)
+        owner, _, parameter = name.rpartition(".")
+        module = model.modules[model.embedding if model.tied and owner == model.output else owner]
+        paths = module.paths(parameter)
         # torch's Linear is (out, in); GPT-2's Conv1D is (in, out), as our kernels are.
-        turn = kind == "weight" and model.modules[module].kind == "Linear" and not tied
-        ours = np.concatenate([np.asarray(model.leaves[path], np.float32) for path in paths], axis=-1)
-        shape = ours.shape[::-1] if turn else ours.shape
+        transposed = parameter == "weight" and module.torch_class == "Linear"
+        base = np.concatenate([np.asarray(model.leaves[path], np.float32) for path in paths], axis=-1)
+        shape = base.shape[::-1] if transposed else base.shape
         if tensor.shape != shape:
             raise ValueError(f"{file}: {name} has shape {tensor.shape}, not {shape}")
-        value = tensor.T if turn else tensor
+        value = tensor.T if transposed else tensor
         if name in frozen:
-            if not np.allclose(value, ours, rtol=0, atol=_SAME * np.abs(ours).max()):
+            if not np.allclose(value, base, rtol=0, atol=_SAME * np.abs(base).max()):
                 raise ValueError(f"{file}: {name} is not the base's: the adapter is merged into it, or another base")
-        elif not (frozen and kind == "bias" and np.array_equal(value, ours)):
+        elif not (frozen and parameter == "bias" and np.array_equal(value, base)):
             trained |= dict(zip(paths, np.split(value, len(paths), axis=-1), strict=True))
     return trained

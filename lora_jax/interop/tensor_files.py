@@ -1,7 +1,7 @@
-"""Safetensors and JSON files of unknown origin, read strictly: a file is right as a whole, or an error that names it.
+"""Safetensors and JSON files of unknown origin, read strictly: a file is valid as a whole, or an error names it.
 
-Stricter than the safetensors library where a file could be read in two ways or do harm: duplicate keys, a header of
-more than 16 MiB, entries that are no objects, types and numbers that no weight has. Nothing is unpickled.
+Stricter than the safetensors library where a file is ambiguous or could do harm: duplicate keys, a header of more than
+16 MiB, entries that are no objects, types and numbers that no weight has. Nothing is unpickled.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from lora_jax.interop.lazy import Index, Lazy
 FLOATS = ("float32", "float16", "bfloat16")
 LARGEST_JSON = 16 << 20  # bytes; the headers of models with 100,000 tensors are smaller
 
-_DTYPES = {  # numpy's names; what is not here is called as the file calls it
+_DTYPES = {  # the file's names -> numpy's; other types keep the file's name
     **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
     **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
     **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
@@ -38,9 +38,9 @@ def read_file(
     """The tensors of one safetensors file, as they are stored, and its metadata.
 
     Args:
-      path: the file. Whether it may lie where it lies is for the caller to say (`folders.inside`).
+      path: the file. The caller checks that it may be read (`folders.inside`).
       dtypes: the types that a tensor may have.
-      ignored: tensors of these names (the whole name matches) are left out, whatever they hold.
+      ignored: tensors whose whole name matches are left out, whatever they hold.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -54,10 +54,10 @@ def read_file(
 def open_file(
     path: str | os.PathLike, *, dtypes: Sequence[str] = FLOATS, ignored: re.Pattern | None = None
 ) -> tuple[dict[str, Lazy], dict[str, str]]:
-    """As `read_file`, but no tensor is read yet: whether its numbers are finite is seen when they are.
+    """As `read_file`, but tensors are read, and checked to be finite, when they are used.
 
-    The file is opened for each reading anew: the memory that it is mapped into is given back after each. To read from a
-    file that was changed in between is a ValueError.
+    Each reading opens the file and closes it again, which frees the memory that it is mapped into. Reading raises a
+    ValueError where the file was changed in between.
     """
     path = Path(path)
     if not path.is_file():
@@ -78,7 +78,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _check_header(path: Path) -> None:
-    """What the library would not see, or not refuse, in a header; the rest is for the library."""
+    """A ValueError for what the safetensors library does not refuse in a header."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size < 8:
@@ -98,7 +98,7 @@ def _check_header(path: Path) -> None:
 
 
 def _lazy(file: Any, name: str, dtypes: Sequence[str], path: Path) -> Lazy:
-    """One tensor of a file that is open now, and will be opened again to read it."""
+    """One tensor of an open file, which is opened again to read it."""
     entry = file.get_slice(name)
     dtype = _DTYPES.get(entry.get_dtype(), entry.get_dtype())
     if dtype not in dtypes:
@@ -106,27 +106,27 @@ def _lazy(file: Any, name: str, dtypes: Sequence[str], path: Path) -> Lazy:
     stored, shape, version = jnp.dtype(dtype), tuple(entry.get_shape()), _version(path)
 
     def fetch(index: Index) -> np.ndarray:
-        whole = all((one.start, one.stop) == (0, size) for one, size in zip(index, shape, strict=True))
+        is_all = all((axis.start, axis.stop) == (0, size) for axis, size in zip(index, shape, strict=True))
         with _opened(path) as file:
             if _version(path) != version:
                 raise ValueError(f"{path} was changed while it was read: read all of it again")
-            return _tensor(file, name, stored, path, None if whole else index)
+            return _tensor(file, name, stored, path, None if is_all else index)
 
     return Lazy(f"{path}: {name}", shape, stored, fetch)
 
 
 def _version(path: Path) -> tuple[int, int, int]:
-    """Another one where the file was written to, or replaced."""
-    found = os.stat(path)
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    """What changes when the file is written to or replaced."""
+    status = os.stat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _tensor(file: Any, name: str, dtype: np.dtype, path: Path, index: Index | None = None) -> np.ndarray:
     """One tensor of an open file, or a part of it."""
     entry = file.get_slice(name)
-    shape = entry.get_shape() if index is None else [one.stop - one.start for one in index]
+    shape = entry.get_shape() if index is None else [axis.stop - axis.start for axis in index]
     try:
-        # Asked for here first: where the library finds no memory it panics, which is no Exception.
+        # Allocated by numpy first: where memory is short the library panics, which is no Exception.
         np.empty(shape, dtype)
         tensor = file.get_tensor(name) if index is None else entry[index]
     except (ValueError, OverflowError, MemoryError) as error:  # shapes that numpy does not have
@@ -141,10 +141,10 @@ def _damaged(path: Path, why: Any) -> ValueError:
 
 
 def parse_json(data: bytes) -> Any:
-    """A value from JSON in UTF-8 as RFC 8259 has it: no NaN, no infinities, no byte order mark, no key twice.
+    """A value from JSON in UTF-8 as RFC 8259 defines it: no NaN, no infinities, no byte order mark, no key twice.
 
     Raises:
-      ValueError: it is anything else, or nested more deeply than Python can follow.
+      ValueError: it is anything else, or nested more deeply than Python's parser allows.
     """
     try:
         return json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
@@ -153,12 +153,12 @@ def parse_json(data: bytes) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    unique: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in unique:
             raise ValueError(f"the key {key!r} is there twice")
-        found[key] = value
-    return found
+        unique[key] = value
+    return unique
 
 
 def _refuse(constant: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The tensors of torch checkpoints, as safetensors. The one place that reads pickles, and no code in them runs."""
+"""The tensors of torch checkpoints, as safetensors. Only this module reads pickles, and runs no code in them."""
 
 import pickle
 import re
@@ -65,10 +65,10 @@ def _state(torch: Any, path: Path) -> tuple[dict[str, Any], list[str]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles that torch did not write, which fail right after
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it asks for {named[1]}" if named else "it is no pickle of torch"
+        unsafe = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it asks for {unsafe[1]}" if unsafe else "it is no pickle of torch"
         raise ValueError(
             f"{path} holds more than tensors ({what}) and could run any code, so it was not read; where you trust it, "
             "save the tensors alone: torch.save(loralib.lora_state_dict(model), path)"
@@ -77,11 +77,11 @@ def _state(torch: Any, path: Path) -> tuple[dict[str, Any], list[str]]:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is cut off or damaged ({first})") from error
     beside: list[str] = []
-    if isinstance(found, dict) and isinstance(found.get("model_state_dict"), dict):
-        beside = [str(name) for name in found if name != "model_state_dict"]
-        found = found["model_state_dict"]
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}, not a dict of tensors by name")
-    if strange := [name for name in found if not isinstance(name, str)]:
-        raise ValueError(f"{path} holds a dict whose keys are no names: {strange[0]!r}")
-    return found, beside
+    if isinstance(content, dict) and isinstance(content.get("model_state_dict"), dict):
+        beside = [str(name) for name in content if name != "model_state_dict"]
+        content = content["model_state_dict"]
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors by name")
+    if not_names := [name for name in content if not isinstance(name, str)]:
+        raise ValueError(f"{path} holds a dict whose keys are no names: {not_names[0]!r}")
+    return content, beside

@@ -212,7 +212,7 @@ def test_what_is_given_wrongly_is_said(tmp_path):
         peft.save(tmp_path, method, delta, params=to_scanned(params))
     with pytest.raises(TypeError, match="is adapted"):
         peft.save(tmp_path, method, delta, params=method.apply(params, delta))
-    with pytest.raises(ValueError, match="neither of models"):
+    with pytest.raises(ValueError, match="none of the families"):
         peft.save(tmp_path, lj.lora(lj.select("w"), rank=1), delta, params={"w": jnp.ones((2, 2))})
     broken = lj.Delta(
         delta | {"h_0/attn/query/kernel": jax.tree.map(lambda x: x * jnp.nan, delta["h_0/attn/query/kernel"])}

@@ -18,7 +18,7 @@ from lora_jax.interop import peft as peft_here  # noqa: E402
 from lora_jax.interop.peft import config as peft_config  # noqa: E402
 from lora_jax.interop.peft.kinds.lora import LORA  # noqa: E402
 from lora_jax.interop.peft.modules import model_of, resolve  # noqa: E402
-from lora_jax.interop.peft.tensors import PREFIX, planned  # noqa: E402
+from lora_jax.interop.peft.tensors import PREFIX, tensors_of  # noqa: E402
 from tests.helpers import peft_models  # noqa: E402
 from tests.helpers.peft_models import adapter, assert_close, base, ours, quietly, theirs, written  # noqa: E402
 
@@ -67,7 +67,7 @@ def test_the_modules_are_those_of_transformers(kind):
     classes = {"Linear", "Conv1D", "Embedding", "LayerNorm"}
     found = {name: type(module).__name__ for name, module in torch_model(kind).named_modules() if name}
     want = {name: (found[name] if found[name] in classes else "") for name in found}
-    assert {name: module.kind for name, module in model(kind).modules.items()} == want
+    assert {name: module.torch_class for name, module in model(kind).modules.items()} == want
     biased = {name for name, module in torch_model(kind).named_modules() if getattr(module, "bias", None) is not None}
     assert {name for name, module in model(kind).modules.items() if module.bias} == biased
 
@@ -127,25 +127,24 @@ def decided_by_peft(kind, fields):
 
 def decided_here(kind, fields):
     complete = peft_config.complete(json.loads(json.dumps({"peft_type": "LORA", **fields})), LORA.schema, "config")
-    meant = resolve(complete, model(kind), "config", LORA.rules)
-    own = LORA.tensors(meant, complete, model(kind), "config")
-    return complete, meant, planned(own, meant, complete, model(kind), "config")
+    resolved = resolve(complete, model(kind), "config", LORA.rules)
+    return resolved, tensors_of(LORA.tensors(resolved), resolved)
 
 
 def compare(kind, fields):
     want = decided_by_peft(kind, fields)
     try:
-        complete, meant, tensors = decided_here(kind, fields)
+        resolved, tensors = decided_here(kind, fields)
     except ValueError as error:
         refused_here = ("unsupported", "has no bias that could take it")
         assert want is None or any(text in str(error) for text in refused_here), (str(error), want)
         return
     assert want is not None, "PEFT refuses"
     adapted, saved, tokens, state = want
-    power = 0.5 if complete["use_rslora"] else 1
-    assert {name: (r, alpha, alpha / r**power) for name, (r, alpha) in meant.adapted.items()} == adapted
-    assert {name for name in saved if model(kind).below(name)} == set(meant.saved)
-    assert set(meant.tokens) == tokens
+    power = 0.5 if resolved.fields["use_rslora"] else 1
+    assert {name: (r, alpha, alpha / r**power) for name, (r, alpha) in resolved.adapted.items()} == adapted
+    assert {name for name in saved if model(kind).below(name)} == set(resolved.saved)
+    assert set(resolved.tokens) == tokens
     assert {tensor.name for tensor in tensors if not tensor.copy} <= set(state)
     assert state == {tensor.name: tensor.shape for tensor in tensors if tensor.name in state}
 

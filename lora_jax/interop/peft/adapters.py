@@ -5,7 +5,7 @@
     peft.save("another-folder", method, delta, params=params)
 
 What PEFT saved, loaded and saved again comes back byte for byte; `method.spec["peft"]` keeps what the arrays do not
-say. Reading is strict: where PEFT warns, or loads a part and says nothing, this is an error.
+hold. Reading is strict: where PEFT warns, or silently loads a part, this is an error.
 """
 
 import json
@@ -21,20 +21,19 @@ from lora_jax.checkpoints import write_atomically
 from lora_jax.core.selection import select
 from lora_jax.core.transforms import Delta, ParamTransform, chain
 from lora_jax.interop.folders import inside, read_json
-from lora_jax.interop.peft import config as peft_config
-from lora_jax.interop.peft import export as peft_export
-from lora_jax.interop.peft.kind import Family, selected
-from lora_jax.interop.peft.kinds import family_of
-from lora_jax.interop.peft.modules import Meant, Model, model_of, prefix_in, resolve
+from lora_jax.interop.peft.config import CONFIG, complete, find_config, to_json
+from lora_jax.interop.peft.export import export
+from lora_jax.interop.peft.kind import Kind, selected
+from lora_jax.interop.peft.kinds import kind_of
+from lora_jax.interop.peft.modules import Model, Resolved, model_of, prefix_in, resolve
 from lora_jax.interop.peft.tensors import (
     PREFIX,
     Tensor,
-    alike,
+    all_equal,
     array_of,
     check_names,
-    check_tie,
-    filed,
-    planned,
+    name_in_file,
+    tensors_of,
     to_delta,
 )
 from lora_jax.interop.tensor_files import FLOATS, read_file
@@ -45,16 +44,16 @@ _WEIGHTS = "adapter_model.safetensors"
 
 
 def load(folder: str | os.PathLike, params: Any) -> tuple[ParamTransform, Delta]:
-    """An adapter that PEFT wrote, for GPT-2, RoBERTa or BERT: LoRA, DoRA, PiSSA, VeRA, IA3 or LoKr.
+    """An adapter that PEFT wrote: LoRA, DoRA, PiSSA, VeRA, IA3, LoKr or a registered kind, for GPT-2, RoBERTa, BERT.
 
     Args:
       folder: with adapter_config.json and adapter_model.safetensors.
-      params: of its base as `interop.hf.load` gives them, in the loop layout (the method goes with either).
+      params: of its base as `interop.hf.load` gives them, in the loop layout (the method works in either).
 
     Returns:
       `(method, delta)`: `method.apply(params, delta)` is what PEFT computes; the delta is float32, as there. A fused
-      layer's A stands once in it, under `@shared/`. A trained head, biases and token rows are in it too. What DoRA and
-      PiSSA take from the base is computed from these params: `fixed_norm`, `fixed_a` and `fixed_b`.
+      layer's A is in it once, under `@shared/`. It also has a trained head, biases and token rows. What DoRA and PiSSA
+      take from the base is computed from these params: `fixed_norm`, `fixed_a` and `fixed_b`.
 
     Raises:
       FileNotFoundError: no such folder, or a file is missing (also where there is only a pickled adapter_model.bin).
@@ -62,66 +61,64 @@ def load(folder: str | os.PathLike, params: Any) -> tuple[ParamTransform, Delta]
         typed or non-finite tensor; an adapter for another base; a tied embedding that it adapts in one use alone.
     """
     folder = Path(folder)
-    config = peft_config.find(folder)
-    file = _weights(folder)
-    found = read_json(config)
-    family = family_of(found, str(config))
-    fields = peft_config.complete(found, family.schema, str(config))
-    arrays, _ = read_file(file)
-    names = [name.removeprefix(PREFIX) for name in arrays]
-    scored = fields["task_type"] == "SEQ_CLS" or any(name.startswith("score.") for name in names)
-    model = model_of(params, prefix_in(names, str(file)), scored, str(file))
-    meant, tensors = _planned(family, fields, model, str(config))
-    check_names(tensors, arrays, model, str(file))
-    arrays = {name.removeprefix(PREFIX): array for name, array in arrays.items()}
+    config_file, file = find_config(folder), _find_weights(folder)
+    config = read_json(config_file)
+    kind = kind_of(config, str(config_file))
+    fields = complete(config, kind.schema, str(config_file))
+    in_file, _ = read_file(file)
+    arrays = {name.removeprefix(PREFIX): array for name, array in in_file.items()}
+    classifies = fields["task_type"] == "SEQ_CLS" or any(name.startswith("score.") for name in arrays)
+    model = model_of(params, prefix_in(arrays, str(file)), classifies, str(file))
+    resolved, tensors = _resolve(kind, fields, model, str(config_file))
+    check_names(tensors, in_file, model, str(file))
     delta = to_delta(tensors, arrays)
-    own, fixed = family.method(meant, fields, model)
-    for path, factors in fixed.items():
+    transforms, from_base = kind.method(resolved)
+    for path, factors in from_base.items():
         delta[path] |= factors
-    kept: dict[str, Any] = {"config": found, "prefix": model.prefix, "dtypes": _other_dtypes(arrays)}
+    kept: dict[str, Any] = {"config": config, "prefix": model.prefix, "dtypes": _other_dtypes(arrays)}
     kept["copies"] = sorted(_checked_copies(tensors, arrays, delta, model, str(file)))
-    method = _method(meant, tensors, own, model)
+    method = _method(resolved, tensors, transforms)
     return method._replace(spec=method.spec | {"peft": kept}), delta
 
 
 def save(folder: str | os.PathLike, method: ParamTransform, delta: Delta, *, params: Any) -> None:
     """Writes an adapter that PEFT's `PeftModel.from_pretrained(base, folder)` loads, as the same function.
 
-    A method of `load` goes back as it came. Otherwise LoRA, DoRA, VeRA, IA3 or LoKr, tuned heads and biases, `shift`
-    and `rows`, and chains of them, take PEFT's form: query, key and value kernels of GPT-2, each with an A of its own,
-    become one c_attn of the sum of their ranks and alphas (Hugging Face's layer is fused); where their alpha / rank
-    differs, it goes into B. A part of c_attn that is not adapted gets zeros, DoRA's norm of the base, or IA3's ones.
+    A method of `load` is written as it was read. Otherwise LoRA, DoRA, VeRA, IA3 or LoKr, tuned heads and biases,
+    `shift` and `rows`, and chains of them, take PEFT's form: query, key and value kernels of GPT-2, each with an A of
+    its own, become one c_attn of the sum of their ranks and alphas (Hugging Face's layer is fused); where their alpha /
+    rank differs, it is multiplied into B. A part of c_attn that is not adapted gets zeros, DoRA's norm of the base, or
+    IA3's ones.
 
-    PiSSA becomes LoRA of twice the rank, as PEFT converts it, so that no singular value need be found again. One that
-    `load` found goes back as PiSSA; as LoRA too, once the A's of query, key and value differ, for there PEFT has one.
+    PiSSA becomes LoRA of twice the rank, as PEFT converts it, so that no singular values need be computed again. One
+    that `load` read is written as PiSSA, unless the A's of query, key and value differ, of which PEFT has one.
 
     Args:
-      folder: is made, or its two files are replaced; others stay.
+      folder: is made, or its two files are replaced; other files stay.
       params: of the base, in the loop layout.
 
     Raises:
-      ValueError: something that PEFT has no form for, by its name; a delta that is not this method's, or not finite.
+      ValueError: something that PEFT cannot represent, by its name; a delta that is not this method's, or not finite.
     """
-    config, arrays = (_of_peft if "peft" in method.spec else _ours)(method, delta, params)
+    config, arrays = (_as_loaded if "peft" in method.spec else _exported)(method, delta, params)
     for name, array in arrays.items():
         if str(array.dtype) not in FLOATS:
             raise ValueError(f"{name} is {array.dtype}; an adapter is {', '.join(FLOATS)}")
         if not np.isfinite(array.astype(np.float32)).all():
             raise ValueError(f"{name} has entries that are not finite; an adapter like that is not saved")
-    named = {filed(name): array for name, array in arrays.items()}
+    named = {name_in_file(name): array for name, array in arrays.items()}
     content = safetensors.numpy.save(named, metadata={"format": "pt"})
     write_atomically(Path(folder) / _WEIGHTS, content)
-    write_atomically(Path(folder) / peft_config.CONFIG, peft_config.written(config))
+    write_atomically(Path(folder) / CONFIG, to_json(config))
 
 
-def _planned(family: Family, fields: Mapping[str, Any], model: Model, source: str) -> tuple[Meant, list[Tensor]]:
-    """What a config means on a model, and the tensors of its adapter."""
-    meant = resolve(fields, model, source, family.rules)
-    check_tie(meant, model, source)
-    return meant, planned(family.tensors(meant, fields, model, source), meant, fields, model, source)
+def _resolve(kind: Kind, fields: Mapping[str, Any], model: Model, source: str) -> tuple[Resolved, list[Tensor]]:
+    """A config applied to a model, and the tensors of its adapter."""
+    resolved = resolve(fields, model, source, kind.rules)
+    return resolved, tensors_of(kind.tensors(resolved), resolved)
 
 
-def _weights(folder: Path) -> Path:
+def _find_weights(folder: Path) -> Path:
     path = inside(folder, _WEIGHTS)
     if path.is_file():
         return path
@@ -134,89 +131,88 @@ def _weights(folder: Path) -> Path:
 
 
 def _other_dtypes(arrays: Mapping[str, np.ndarray]) -> Any:
-    """The dtypes that are not float32: one name for all, or {tensor: name}."""
+    """The dtypes that are not float32: one name for all tensors, or {tensor: name}."""
     dtypes = {name: str(array.dtype) for name, array in sorted(arrays.items()) if array.dtype != np.float32}
-    kinds = set(dtypes.values())
-    return kinds.pop() if len(kinds) == 1 and len(dtypes) == len(arrays) else dtypes
+    distinct = set(dtypes.values())
+    return distinct.pop() if len(distinct) == 1 and len(dtypes) == len(arrays) else dtypes
 
 
 def _checked_copies(
     tensors: Iterable[Tensor], arrays: Mapping[str, np.ndarray], delta: Delta, model: Model, source: str
 ) -> list[str]:
-    """The names of the copies that a file holds; a ValueError where one differs from what it is a copy of."""
-    found = [tensor for tensor in tensors if tensor.copy and tensor.name in arrays]
-    for tensor in found:
+    """The names of the copies that a file holds; a ValueError where one differs from its original."""
+    copies = [tensor for tensor in tensors if tensor.copy and tensor.name in arrays]
+    for tensor in copies:
         stored, original = arrays[tensor.name], array_of(tensor, delta, model)
         if not np.array_equal(original.astype(stored.dtype), stored):
             what = "the base's" if tensor.copy == "base" else "the adapter's own"
             raise ValueError(f"{source}: {PREFIX}{tensor.name} is no copy of {what} {tensor.path}: of another base?")
-    return [tensor.name for tensor in found]
+    return [tensor.name for tensor in copies]
 
 
-def _method(meant: Meant, tensors: list[Tensor], own: list[ParamTransform], model: Model) -> ParamTransform:
-    """The transform that a config means: of the adapted modules, and of what trains beside them."""
-    methods = list(own)
+def _method(resolved: Resolved, tensors: list[Tensor], transforms: list[ParamTransform]) -> ParamTransform:
+    """The transform of a config: of the adapted modules, and of what trains beside them."""
+    methods, model = list(transforms), resolved.model
     if tuned := [tensor.path for tensor in tensors if tensor.factor == "value" and not tensor.copy]:
         methods.append(tune(selected(tuned, model)))
-    for name, indices in meant.tokens.items():
+    for name, indices in resolved.tokens.items():
         methods.append(rows(select(model.modules[name].path("weight")), indices=indices))
     return methods[0] if len(methods) == 1 else chain(*methods)
 
 
-def _of_peft(method: ParamTransform, delta: Delta, params: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _as_loaded(method: ParamTransform, delta: Delta, params: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Config and arrays of a method that `load` made."""
     kept = method.spec["peft"]
-    config, family = kept["config"], family_of(kept["config"], "method.spec")
-    fields = peft_config.complete(config, family.schema, "method.spec")
-    scored = fields["task_type"] == "SEQ_CLS" or any(key.startswith("score/") for key in delta)
-    model = model_of(params, kept["prefix"], scored, "method.spec")
-    meant, tensors = _planned(family, fields, model, "method.spec")
-    if fields.get("init_lora_weights") == "pissa" and not all(_one(tensor, delta) for tensor in tensors):
-        return _ours(method, delta, params)
-    if resolve(peft_config.complete(_reread(config), family.schema, ""), model, "", family.rules) != meant:
+    config, kind = kept["config"], kind_of(kept["config"], "method.spec")
+    fields = complete(config, kind.schema, "method.spec")
+    classifies = fields["task_type"] == "SEQ_CLS" or any(key.startswith("score/") for key in delta)
+    model = model_of(params, kept["prefix"], classifies, "method.spec")
+    resolved, tensors = _resolve(kind, fields, model, "method.spec")
+    if not all(_is_one(tensor, delta) for tensor in tensors):
+        return _exported(method, delta, params)
+    if resolve(complete(_read_again(config), kind.schema, ""), model, "", kind.rules).adapted != resolved.adapted:
         # Sorting the keys, as PEFT does, made another pattern the first that matches.
         config = config | {
-            "rank_pattern": {name: rank for name, (rank, _) in meant.adapted.items()},
-            "alpha_pattern": {name: alpha for name, (_, alpha) in meant.adapted.items()},
+            "rank_pattern": {name: rank for name, (rank, _) in resolved.adapted.items()},
+            "alpha_pattern": {name: alpha for name, (_, alpha) in resolved.adapted.items()},
         }
     arrays = _arrays(tensors, kept["copies"], delta, model)
     return config, {name: _as_stored(array, name, kept["dtypes"]) for name, array in arrays.items()}
 
 
-def _one(tensor: Tensor, delta: Delta) -> bool:
-    """Whether what PEFT has once is still one thing in the delta."""
-    return not tensor.alike or alike(delta.get(key, {}).get(factor) for key, factor in tensor.places)
+def _is_one(tensor: Tensor, delta: Delta) -> bool:
+    """Whether what PEFT has once is the same under all its keys of the delta."""
+    return not tensor.replicated or all_equal(delta.get(key, {}).get(factor) for key, factor in tensor.entries)
 
 
-def _reread(config: Mapping[str, Any]) -> dict[str, Any]:
+def _read_again(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config as it will be read from its file."""
-    return json.loads(peft_config.written(config))
+    return json.loads(to_json(config))
 
 
-def _ours(method: ParamTransform, delta: Delta, params: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _exported(method: ParamTransform, delta: Delta, params: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Config and arrays of any other method."""
-    model, config, made = peft_export.export(method, delta, params)
-    family = family_of(config, "the adapter")
-    fields = peft_config.complete(_reread(config), family.schema, "the adapter")
-    _, tensors = _planned(family, fields, model, "the adapter")
-    # PEFT writes the biases in its own wrappers along, and the weights of a head that is named so.
-    head = "lm_head" in fields["target_modules"]
-    ends = (".bias", ".base_layer.weight") if head else (".bias",)
+    model, config, exported = export(method, delta, params)
+    kind = kind_of(config, "the adapter")
+    fields = complete(_read_again(config), kind.schema, "the adapter")
+    _, tensors = _resolve(kind, fields, model, "the adapter")
+    # PEFT writes copies of the biases in its own wrappers, and of the weights of an adapted lm_head.
+    ends = (".bias", ".base_layer.weight") if "lm_head" in fields["target_modules"] else (".bias",)
     copies = [tensor.name for tensor in tensors if tensor.copy and tensor.name.endswith(ends)]
-    return config, _arrays(tensors, copies, made, model)
+    return config, _arrays(tensors, copies, exported, model)
 
 
 def _arrays(tensors: list[Tensor], copies: list[str], delta: Delta, model: Model) -> dict[str, np.ndarray]:
-    want = {place for tensor in tensors if not tensor.copy for place in tensor.places}
-    have = {(key, factor) for key, factors in delta.items() for factor in factors}
-    have = {place for place in have if place in want or not place[1].startswith("fixed_")}  # those are of the base
-    if wrong := sorted(":".join(place) for place in have ^ want):
+    expected = {entry for tensor in tensors if not tensor.copy for entry in tensor.entries}
+    entries = {(key, factor) for key, factors in delta.items() for factor in factors}
+    entries = {entry for entry in entries if entry in expected or not entry[1].startswith("fixed_")}  # of the base
+    if wrong := sorted(":".join(entry) for entry in entries ^ expected):
         raise ValueError(f"the delta is not this method's: it lacks, or has besides, {', '.join(wrong[:3])}")
     return {t.name: array_of(t, delta, model) for t in tensors if not t.copy or t.name in copies}
 
 
 def _as_stored(array: np.ndarray, name: str, dtypes: Any) -> np.ndarray:
-    """In the dtype that its file had, where that loses nothing."""
+    """In the dtype that its file had, where that is exact."""
     dtype = dtypes if isinstance(dtypes, str) else dtypes.get(name, "float32")
     cast = array.astype(np.dtype(dtype))
     return cast if np.array_equal(cast.astype(array.dtype), array) else array

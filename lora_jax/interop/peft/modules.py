@@ -1,106 +1,47 @@
-"""The modules of a Hugging Face model by the names that PEFT matches, and which of them an adapter's config means.
+"""The modules of a Hugging Face model by the names that PEFT matches, and which of them an adapter's config adapts.
 
 PEFT decides by torch's modules what an adapter holds: containers, dropouts and all. Here the same list is made from our
-parameters, and the same rules run over it (`tests/interop/test_peft_modules.py` compares them with PEFT's own).
+parameters, and the same rules are applied to it (`tests/interop/test_peft_modules.py` compares them with PEFT's own).
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lora_jax.core.arrays import is_adapted
 from lora_jax.core.selection import flatten
-from lora_jax.interop.peft.config import ALL_LINEAR, TASK_HEADS, pattern_of
+from lora_jax.interop.peft.architectures import ARCHITECTURES, Architecture, Head, Modules
+from lora_jax.interop.peft.config import ALL_LINEAR, TASK_HEADS, regex_of
 
 _WEIGHT = {"Linear": "kernel", "Conv1D": "kernel", "Embedding": "embedding", "LayerNorm": "scale"}
-
-_GPT2_LAYER = {  # kind and our name; "" for modules without weights of their own
-    "ln_1": ("LayerNorm", "ln_1"),
-    "attn": ("", ""),
-    "attn.c_attn": ("Conv1D", "attn/{query,key,value}"),
-    "attn.c_proj": ("Conv1D", "attn/out"),
-    "attn.attn_dropout": ("", ""),
-    "attn.resid_dropout": ("", ""),
-    "ln_2": ("LayerNorm", "ln_2"),
-    "mlp": ("", ""),
-    "mlp.c_fc": ("Conv1D", "mlp/up"),
-    "mlp.c_proj": ("Conv1D", "mlp/down"),
-    "mlp.act": ("", ""),
-    "mlp.dropout": ("", ""),
-}
-_GPT2 = {
-    "wte": ("Embedding", "wte"),
-    "wpe": ("Embedding", "wpe"),
-    "drop": ("", ""),
-    "h": ("", ""),
-    "ln_f": ("LayerNorm", "ln_f"),
-}
-_ENCODER_LAYER = {
-    "attention": ("", ""),
-    "attention.self": ("", ""),
-    "attention.self.query": ("Linear", "attn/query"),
-    "attention.self.key": ("Linear", "attn/key"),
-    "attention.self.value": ("Linear", "attn/value"),
-    "attention.self.dropout": ("", ""),
-    "attention.output": ("", ""),
-    "attention.output.dense": ("Linear", "attn/out"),
-    "attention.output.LayerNorm": ("LayerNorm", "ln_1"),
-    "attention.output.dropout": ("", ""),
-    "intermediate": ("", ""),
-    "intermediate.dense": ("Linear", "mlp/up"),
-    "intermediate.intermediate_act_fn": ("", ""),
-    "output": ("", ""),
-    "output.dense": ("Linear", "mlp/down"),
-    "output.LayerNorm": ("LayerNorm", "ln_2"),
-    "output.dropout": ("", ""),
-}
-_ENCODER = {
-    "embeddings": ("", ""),
-    "embeddings.word_embeddings": ("Embedding", "embeddings/word"),
-    "embeddings.position_embeddings": ("Embedding", "embeddings/position"),
-    "embeddings.token_type_embeddings": ("Embedding", "embeddings/token_type"),
-    "embeddings.LayerNorm": ("LayerNorm", "embeddings/norm"),
-    "embeddings.dropout": ("", ""),
-    "encoder": ("", ""),
-    "encoder.layer": ("", ""),
-}
-_POOLER = {"pooler": ("", ""), "pooler.dense": ("Linear", "pooler"), "pooler.activation": ("", "")}
-_HEADS: dict[str, dict[str, tuple[str, str]]] = {
-    "": {},
-    "lm": {"lm_head": ("Linear", "lm_head")},
-    "score": {"score": ("Linear", "score")},
-    "roberta": {
-        "classifier": ("", ""),
-        "classifier.dense": ("Linear", "classifier/dense"),
-        "classifier.dropout": ("", ""),
-        "classifier.out_proj": ("Linear", "classifier/out"),
-    },
-    "bert": {"dropout": ("", ""), "classifier": ("Linear", "classifier")},
-}
+_BIASED = ("Linear", "Conv1D", "LayerNorm")
 
 
 class Module(NamedTuple):
     """A module of the Hugging Face model.
 
-    `kind` is torch's class, or "" where it holds no weight itself; `ours` our name, with braces where theirs is fused;
-    `bias` whether it has one.
+    Attributes:
+      name: the full name, with the prefix of a model with a head.
+      torch_class: "Linear", "Conv1D", "Embedding" or "LayerNorm"; "" for a module without weights of its own.
+      subtree: where its weights are in our parameters; the parts of a fused layer are in braces.
+      bias: whether it has one.
     """
 
     name: str
-    kind: str
-    ours: str
+    torch_class: str
+    subtree: str
     bias: bool
 
     def path(self, which: str) -> str:
-        """The path of its "weight" or "bias" in our parameters, with braces where it is fused."""
-        return f"{self.ours}/{'bias' if which == 'bias' else _WEIGHT[self.kind]}"
+        """The path of its "weight" or "bias" in our parameters, with braces where the layer is fused."""
+        return f"{self.subtree}/{'bias' if which == 'bias' else _WEIGHT[self.torch_class]}"
 
     def paths(self, which: str) -> list[str]:
-        """The paths of what stands side by side in its weight or bias."""
-        return expanded(self.path(which))
+        """The paths of the parts of its "weight" or "bias", in order along the last axis."""
+        return expand_braces(self.path(which))
 
 
-def expanded(path: str) -> list[str]:
+def expand_braces(path: str) -> list[str]:
     """`h_0/attn/{query,key,value}/bias` as three paths, in that order."""
     start, _, rest = path.partition("{")
     inner, _, end = rest.partition("}")
@@ -110,12 +51,16 @@ def expanded(path: str) -> list[str]:
 class Model(NamedTuple):
     """A Hugging Face model as PEFT sees it.
 
-    `prefix` stands before its backbone's names; `embedding` and `output` are the names of its token embedding and of
-    the head of its language model ("" where there is none); `tied` whether our head is the embedding; `leaves` our
-    parameters.
+    Attributes:
+      architecture: of its family.
+      prefix: what stands before the names of the backbone's modules.
+      modules: all of them by name, in the model's order.
+      embedding, output: the names of the token embedding and of the language model's head ("" without one).
+      tied: whether the token embedding is the head in our parameters.
+      leaves: our parameters by path.
     """
 
-    family: str
+    architecture: Architecture
     prefix: str
     modules: dict[str, Module]
     embedding: str
@@ -124,7 +69,7 @@ class Model(NamedTuple):
     leaves: dict[str, Any]
 
     def shape(self, module: Module, which: str) -> tuple[int, ...]:
-        """The shape of a weight or bias, with our order of axes and what is fused side by side."""
+        """The shape of a module's "weight" or "bias" in our order of axes, the parts of a fused layer side by side."""
         shapes = [tuple(self.leaves[path].shape) for path in module.paths(which)]
         return (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
 
@@ -134,185 +79,192 @@ class Model(NamedTuple):
         return _depth(self.leaves)
 
     def below(self, name: str) -> list[Module]:
-        """The modules with weights that are the named one or stand in it."""
-        return [m for m in self.modules.values() if m.kind and (m.name == name or m.name.startswith(f"{name}."))]
-
-
-_BACKBONE = re.compile(r"((?:\w+\.)*?)(?:h\.\d+|wte|wpe|ln_f|embeddings|encoder|pooler)\.")
+        """The modules with weights that have this name or are inside the module of this name."""
+        return [m for m in self.modules.values() if m.torch_class and (m.name == name or m.name.startswith(f"{name}."))]
 
 
 def prefix_in(names: Iterable[str], source: str) -> str | None:
-    """What stands before the backbone's names in the tensors of a file (without `base_model.model.`); None: no such."""
-    prefixes = {found[1] for name in names if (found := _BACKBONE.match(name))}
+    """The prefix of the backbone's names among a file's tensors (without `base_model.model.`); None without such names.
+
+    Raises:
+      ValueError: the names have several prefixes.
+    """
+    tables = [modules for a in ARCHITECTURES.values() for modules in (a.backbone, a.layers[:1], *a.optional.values())]
+    tops = sorted({name.partition(".")[0] for modules in tables for name in modules})
+    backbone = re.compile(rf"((?:\w+\.)*?)(?:{'|'.join(map(re.escape, tops))})\.")
+    prefixes = {match[1] for name in names if (match := backbone.match(name))}
     if len(prefixes) > 1:
         raise ValueError(f"{source}: its tensors' names begin with {' and '.join(sorted(map(repr, prefixes)))}")
     return prefixes.pop() if prefixes else None
 
 
-def model_of(params: Any, prefix: str | None, scored: bool, source: str) -> Model:
+def model_of(params: Any, prefix: str | None, classifies: bool, source: str) -> Model:
     """The Hugging Face model that has these parameters.
 
     Args:
-      params: of `models.gpt2` (perhaps with a head of the user's own, `score/kernel`) or `models.encoder`, looped.
-      prefix: of `prefix_in`; None: that of the model with the head that params have.
-      scored: whether a GPT-2 with `score/kernel` stands for a classifier rather than a language model.
-      source: for messages.
+      params: of a registered architecture, in the loop layout, perhaps with a head of the user's own (`score/kernel`).
+      prefix: of `prefix_in`; None for that of the model with the head that params have.
+      classifies: whether params with both heads are those of a classifier, not of a language model.
+      source: the file, for messages.
 
     Raises:
-      TypeError: adapted params. ValueError: params of the scanned layout, or of no model that is known here; the
-        prefix of another model.
+      TypeError: adapted params.
+      ValueError: params in the scanned layout or of an unknown model; the prefix of another model.
     """
     leaves = dict(flatten(params, is_adapted)[0])
-    if wrong := [path for path, leaf in leaves.items() if is_adapted(leaf)]:
-        raise TypeError(f"params are the base's, but {wrong[0]} is adapted")
+    if adapted := [path for path, leaf in leaves.items() if is_adapted(leaf)]:
+        raise TypeError(f"params are the base's, but {adapted[0]} is adapted")
     if any(path.startswith("h/") for path in leaves):
         raise ValueError("params are in the scanned layout; to_loop(params), and to_loop(delta), first")
-    if "wte/embedding" in leaves:
-        build, head = _gpt2, "score" if scored and "score/kernel" in leaves else "lm"
-        prefixes = ["transformer."]
-    elif "embeddings/word/embedding" in leaves:
-        heads = {"bert": "classifier/kernel", "roberta": "classifier/out/kernel"}
-        build, head = _encoder, next((name for name, path in heads.items() if path in leaves), "")
-        prefixes = [f"{head}."] if head else ["", "roberta.", "bert."]
-    else:
-        raise ValueError(f"params are neither of models.gpt2 nor of models.encoder: they begin with {[*leaves][:3]}")
+    architecture = next((a for a in reversed(ARCHITECTURES.values()) if a.weight in leaves), None)
+    if architecture is None:
+        families = ", ".join(ARCHITECTURES)
+        raise ValueError(f"params are of none of the families {families}: they begin with {[*leaves][:3]}")
+    lm_head, classifiers = architecture.lm_head, architecture.classifiers
+    trained = (head for head in classifiers if head.weight in leaves and (classifies or lm_head is None))
+    head = next(trained, lm_head)
+    prefixes = [head.prefix] if head else ["", *(head.prefix for head in classifiers)]
     prefix = prefixes[0] if prefix is None else prefix
     if prefix not in ("", *prefixes):
         raise ValueError(f"{source}: its tensors' names begin with {prefix!r}, these params' with {prefixes[-1]!r}")
-    model = build(leaves, prefix, head if prefix else "")
+    model = _build(architecture, leaves, prefix, head if prefix else None)
     for module in model.modules.values():
-        if module.ours and (lacking := [path for path in module.paths("weight") if path not in leaves]):
-            raise ValueError(f"params lack {lacking[0]}")
+        if module.subtree and (missing := [path for path in module.paths("weight") if path not in leaves]):
+            raise ValueError(f"params lack {missing[0]}")
     return model
 
 
-def _gpt2(leaves: dict[str, Any], prefix: str, head: str) -> Model:
-    modules = {"transformer": ("", "")} if prefix else {}
-    modules |= {prefix + name: what for name, what in _GPT2.items()} | _layers(leaves, f"{prefix}h", _GPT2_LAYER)
-    modules |= _HEADS[head]
-    tied, output = "lm_head/kernel" not in leaves, "lm_head" if head == "lm" else ""
-    if tied and output:
-        modules[output] = ("Linear", "")
-    return Model("gpt2", prefix, _named(modules, leaves), f"{prefix}wte", output, tied, leaves)
+def _build(architecture: Architecture, leaves: dict[str, Any], prefix: str, head: Head | None) -> Model:
+    lm_head = architecture.lm_head
+    tied = lm_head is not None and lm_head.weight not in leaves
+    (output,) = lm_head.modules if lm_head is not None and head is lm_head else ("",)
+    backbone = dict(architecture.backbone)
+    for weight, modules in architecture.optional.items():
+        backbone |= modules if weight in leaves else {}
+    named: dict[str, tuple[str, str]] = {prefix.removesuffix("."): ("", "")} if prefix else {}
+    named |= {prefix + name: module for name, module in backbone.items()}
+    named |= _layers(leaves, prefix + architecture.layers[0], architecture.layers[1])
+    named |= head.modules if head else {}
+    if output and tied:
+        named[output] = (named[output][0], "")
+    made = {name: Module(name, torch_class, subtree, False) for name, (torch_class, subtree) in named.items()}
+    made = {n: m._replace(bias=m.torch_class in _BIASED and m.paths("bias")[0] in leaves) for n, m in made.items()}
+    return Model(architecture, prefix, made, prefix + architecture.embedding, output, tied, leaves)
 
 
-def _encoder(leaves: dict[str, Any], prefix: str, head: str) -> Model:
-    modules = {prefix.removesuffix("."): ("", "")} if prefix else {}
-    table = _ENCODER | (_POOLER if "pooler/kernel" in leaves else {})
-    modules |= {prefix + name: what for name, what in table.items()}
-    modules |= _layers(leaves, f"{prefix}encoder.layer", _ENCODER_LAYER) | _HEADS[head]
-    word = f"{prefix}embeddings.word_embeddings"
-    return Model(head or "encoder", prefix, _named(modules, leaves), word, "", False, leaves)
-
-
-def _layers(leaves: Iterable[str], where: str, layer: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
-    modules: dict[str, tuple[str, str]] = {}
+def _layers(leaves: Iterable[str], name: str, layer: Modules) -> dict[str, tuple[str, str]]:
+    """The list of layers and all modules in it."""
+    modules = {name: ("", "")}
     for n in range(_depth(leaves)):
-        modules[f"{where}.{n}"] = ("", "")
-        modules |= {f"{where}.{n}.{name}": (kind, ours and f"h_{n}/{ours}") for name, (kind, ours) in layer.items()}
+        modules[f"{name}.{n}"] = ("", "")
+        for inner, (torch_class, subtree) in layer.items():
+            modules[f"{name}.{n}.{inner}"] = (torch_class, subtree and f"h_{n}/{subtree}")
     return modules
 
 
 def _depth(leaves: Iterable[str]) -> int:
-    return 1 + max((int(found[1]) for path in leaves if (found := re.match(r"h_(\d+)/", path))), default=-1)
-
-
-def _named(modules: Mapping[str, tuple[str, str]], leaves: Mapping[str, Any]) -> dict[str, Module]:
-    made = {name: Module(name, kind, ours, False) for name, (kind, ours) in modules.items()}
-    return {
-        name: m._replace(bias=m.kind in ("Linear", "Conv1D", "LayerNorm") and m.paths("bias")[0] in leaves)
-        for name, m in made.items()
-    }
+    return 1 + max((int(match[1]) for path in leaves if (match := re.match(r"h_(\d+)/", path))), default=-1)
 
 
 class Rules(NamedTuple):
     """Which modules one kind of adapter can have.
 
-    `name` is the kind's; `kinds` are torch's classes; `gpt2` and `encoder` the target_modules where a config names
-    none; `says` what a config says of one module: `(fields, model, its name)`.
+    Attributes:
+      name: the kind's, for messages.
+      torch_classes: of the modules that it can adapt.
+      options_of: `(fields, model, module's name) -> options`, what a config sets for one module, such as its rank.
+      targets: `architecture -> target_modules` where a config has none.
     """
 
     name: str
-    kinds: tuple[str, ...]
-    gpt2: tuple[str, ...]
-    encoder: tuple[str, ...]
-    says: Callable[[Mapping[str, Any], Model, str], Any]
+    torch_classes: tuple[str, ...]
+    options_of: Callable[[Mapping[str, Any], Model, str], Any]
+    targets: Callable[[Architecture], Sequence[str]] = lambda architecture: architecture.lora_targets
 
 
-class Meant(NamedTuple):
-    """What a config means on a model.
+class Resolved(NamedTuple):
+    """A config applied to a model.
 
-    `adapted`: module -> what `Rules.says` of it; `saved`: the modules that are saved whole; `tokens`: embedding -> its
-    rows.
+    Attributes:
+      fields: of the config (`config.complete`).
+      model, source: the model, and the file for messages.
+      adapted: the adapted modules by name, with the options of each (`Rules.options_of`).
+      saved: the modules that are trained and saved whole.
+      tokens: embedding's name -> indices of its trained rows.
     """
 
+    fields: Mapping[str, Any]
+    model: Model
+    source: str
     adapted: dict[str, Any]
     saved: list[str]
     tokens: dict[str, list[int]]
 
 
-def resolve(fields: Mapping[str, Any], model: Model, source: str, rules: Rules) -> Meant:
-    """Which modules a config adapts, and how, and which it saves, as PEFT decides.
+def resolve(fields: Mapping[str, Any], model: Model, source: str, rules: Rules) -> Resolved:
+    """The modules that a config adapts, with which options, and those that it saves, as PEFT decides.
 
     Args:
-      fields: of `peft_config.complete`.
+      fields: of `config.complete`.
       source: the file, for messages.
 
     Raises:
-      ValueError: no module is meant; one is meant that PEFT cannot adapt or save; modules within each other.
+      ValueError: the config matches no module, or one that PEFT cannot adapt or save, or modules inside each other.
     """
     saved = [*(fields["modules_to_save"] or []), *TASK_HEADS.get(fields["task_type"], [])]
-    fields = {**fields, "modules_to_save": saved, "target_modules": _targets(fields, model, rules)}
-    names = [name for name in model.modules if _is_target(fields, name)]
+    matched = {**fields, "modules_to_save": saved, "target_modules": _targets(fields, model, rules)}
+    names = [name for name in model.modules if _is_target(matched, name)]
     if not names:
         raise ValueError(
-            f"{source}: no module of this model is meant by target_modules={fields['target_modules']!r}, "
+            f"{source}: no module of this model is meant by target_modules={matched['target_modules']!r}, "
             f"exclude_modules={fields.get('exclude_modules')!r}, "
             f"layers_to_transform={fields.get('layers_to_transform')!r}, modules_to_save={saved}"
         )
     for name in names:
-        if (kind := model.modules[name].kind) not in rules.kinds:
-            kinds = ", ".join(rules.kinds)
+        if (torch_class := model.modules[name].torch_class) not in rules.torch_classes:
             raise ValueError(
                 f"{source}: target_modules means {name}, which {rules.name} cannot adapt: PEFT's {rules.name} goes "
-                f"with {kinds}, not with {kind or 'a module without weights of its own'}"
+                f"with {', '.join(rules.torch_classes)}, "
+                f"not with {torch_class or 'a module without weights of its own'}"
             )
-    adapted = {name: rules.says(fields, model, name) for name in names}
-    wrappers = [name for name in model.modules if any(name.endswith(entry) for entry in saved)]
-    wrappers = [name for name in wrappers if model.below(name)]
+    adapted = {name: rules.options_of(matched, model, name) for name in names}
+    wrappers = [name for name in model.modules if any(name.endswith(entry) for entry in saved) and model.below(name)]
     for name in wrappers:
         inner = [n for n in (*wrappers, *adapted) if n.startswith(f"{name}.")] + [n for n in adapted if n == name]
         if inner:
             raise ValueError(f"{source}: modules_to_save={saved} means {name}, which has {inner[0]} in it: unsupported")
-    return Meant(adapted, wrappers, _tokens(fields, model, source))
+    return Resolved(fields, model, source, adapted, wrappers, _tokens(fields, model, source))
 
 
 def _targets(fields: Mapping[str, Any], model: Model, rules: Rules) -> list[str] | str:
     targets = fields["target_modules"]
     if targets is None:
-        return list(rules.gpt2 if model.family == "gpt2" else rules.encoder)
+        return list(rules.targets(model.architecture))
     if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
         return targets
     head = next((name for name in ("score", "classifier") if name in model.modules), "")
-    left_out = model.output or (head if fields["task_type"] == "SEQ_CLS" else "")
-    return [m.name for m in model.modules.values() if m.kind in ("Linear", "Conv1D") and m.name != left_out]
+    excluded = model.output or (head if fields["task_type"] == "SEQ_CLS" else "")
+    return [m.name for m in model.modules.values() if m.torch_class in ("Linear", "Conv1D") and m.name != excluded]
 
 
 def _is_target(fields: Mapping[str, Any], name: str) -> bool:
     """PEFT's `check_target_module_exists`."""
     excluded, targets = fields.get("exclude_modules"), fields["target_modules"]
-    if excluded and (re.fullmatch(excluded, name) if isinstance(excluded, str) else _ends(name, excluded)):
+    if excluded and (re.fullmatch(excluded, name) if isinstance(excluded, str) else _ends_with(name, excluded)):
         return False
-    if any(re.match(pattern_of("modules_to_save", entry), name) for entry in fields["modules_to_save"]):
+    if any(re.match(regex_of("modules_to_save", entry), name) for entry in fields["modules_to_save"]):
         return False
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     if name in targets:
         return True
-    return _ends(name, targets) and _in_layers(fields.get("layers_to_transform"), fields.get("layers_pattern"), name)
+    return _ends_with(name, targets) and _in_layers(
+        fields.get("layers_to_transform"), fields.get("layers_pattern"), name
+    )
 
 
-def _ends(name: str, entries: Iterable[str]) -> bool:
+def _ends_with(name: str, entries: Iterable[str]) -> bool:
+    """Whether a name ends with one of the entries, in whole components."""
     return any(name == entry or name.endswith(f".{entry}") for entry in entries)
 
 
@@ -320,38 +272,34 @@ def _in_layers(layers: int | list[int] | None, patterns: str | list[str] | None,
     if layers is None or layers == []:
         return True
     patterns = [patterns] if isinstance(patterns, str) and patterns else patterns or []
-    found = None if patterns else re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
-    for pattern in patterns:
-        if found := re.match(pattern_of("layers_pattern", pattern), name):
-            break
-    if not found:
-        return False
-    return int(found["idx"]) in ([layers] if isinstance(layers, int) else layers)
+    regexes = [regex_of("layers_pattern", pattern) for pattern in patterns] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+    match = next((match for regex in regexes if (match := re.match(regex, name))), None)
+    return match is not None and int(match["idx"]) in ([layers] if isinstance(layers, int) else layers)
 
 
 def rank_and_alpha(fields: Mapping[str, Any], name: str, alpha: str) -> tuple[int, float]:
-    """Those of a module: of the first pattern that matches, else of the fields `r` and `alpha`."""
+    """Rank and alpha of a module: of the first pattern that matches, else of the fields `r` and (named) `alpha`."""
 
-    def first(patterns: Mapping[str, Any], otherwise: Any) -> Any:
-        return next((v for key, v in patterns.items() if re.match(pattern_of("rank_pattern", key), name)), otherwise)
+    def first(patterns: Mapping[str, Any], default: Any) -> Any:
+        return next((v for key, v in patterns.items() if re.match(regex_of("rank_pattern", key), name)), default)
 
     return first(fields["rank_pattern"], fields["r"]), first(fields["alpha_pattern"], fields[alpha])
 
 
 def _tokens(fields: Mapping[str, Any], model: Model, source: str) -> dict[str, list[int]]:
-    said = fields.get("trainable_token_indices")
-    if said is None:
+    indices = fields.get("trainable_token_indices")
+    if indices is None:
         return {}
     tokens: dict[str, list[int]] = {}
-    for entry, rows in (said if isinstance(said, dict) else {model.embedding: said}).items():
-        found = [module for name, module in model.modules.items() if name.endswith(entry)]
-        if wrong := [module.name for module in found if module.kind != "Embedding"]:
+    for entry, rows in (indices if isinstance(indices, dict) else {model.embedding: indices}).items():
+        modules = [module for name, module in model.modules.items() if name.endswith(entry)]
+        if wrong := [module.name for module in modules if module.torch_class != "Embedding"]:
             raise ValueError(f"{source}: trainable_token_indices means {wrong[0]}, which is no embedding: unsupported")
-        if not found:
+        if not modules:
             raise ValueError(f"{source}: trainable_token_indices means {entry!r}, which this model does not have")
-        tokens |= {module.name: rows for module in found}
+        tokens |= {module.name: rows for module in modules}
     for name, rows in tokens.items():
-        table = model.shape(model.modules[name], "weight")[0]
-        if not rows or len(set(rows)) < len(rows) or max(rows) >= table:
-            raise ValueError(f"{source}: trainable_token_indices={rows} of {name}: none, one twice, or beyond {table}")
+        size = model.shape(model.modules[name], "weight")[0]
+        if not rows or len(set(rows)) < len(rows) or max(rows) >= size:
+            raise ValueError(f"{source}: trainable_token_indices={rows} of {name}: none, one twice, or beyond {size}")
     return tokens

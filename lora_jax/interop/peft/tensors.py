@@ -1,4 +1,4 @@
-"""Which tensors a PEFT adapter holds, and where each stands in a delta; both ways.
+"""Which tensors a PEFT adapter holds, and which array of a delta each one is; both ways.
 
 A fused layer (GPT-2's c_attn) has one A, which its three kernels share here, and one B, whose columns are theirs.
 """
@@ -11,86 +11,94 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.transforms import Delta
-from lora_jax.interop.peft.modules import Meant, Model, Module, expanded
+from lora_jax.interop.peft.modules import Model, Module, Resolved, expand_braces
 
 PREFIX = "base_model.model."
 
 
 class Tensor(NamedTuple):
-    """A tensor of the file: its name (without PREFIX) and shape there, and what it is here.
+    """A tensor of the file, and the arrays of the delta that hold the same numbers.
 
-    `path` is that of the leaf which it changes, with braces where theirs is fused; `key` that in the delta where it is
-    another; `factor` that of the delta. The array here may differ: `turned`, the axes are in the other order there;
-    `row`, theirs has one axis more, of size 1; `alike`, under each of a fused layer's keys stands the whole here, not a
-    part. `copy` is "" for what the adapter is made of; "value" for what PEFT writes a second time, and "base" for
-    weights of the base that it writes along: these may be left out.
+    Attributes:
+      name, shape: in the file; the name is without PREFIX.
+      path: of the leaf that it changes, with braces where the layer is fused.
+      factor: its name in the delta.
+      transposed: whether the file has the axes in the other order.
+      copy: "" for a part of the adapter; "value" for a second copy of one, "base" for weights of the base. A file may
+        lack copies.
+      key: the delta's key where it is not `path`.
+      leading_axis: whether the file has one more axis in front, of size 1.
+      replicated: whether each part of a fused layer has the whole tensor, rather than its share of the last axis.
     """
 
     name: str
     shape: tuple[int, ...]
     path: str
     factor: str
-    turned: bool = False
+    transposed: bool = False
     copy: str = ""
     key: str = ""
-    row: bool = False
-    alike: bool = False
+    leading_axis: bool = False
+    replicated: bool = False
 
     @property
-    def places(self) -> list[tuple[str, str]]:
-        """The (key, factor) of the delta that stand side by side in it, or are alike."""
-        return [(key, self.factor) for key in expanded(self.key or self.path)]
+    def entries(self) -> list[tuple[str, str]]:
+        """The (key, factor) of the delta's arrays, in order along the last axis."""
+        return [(key, self.factor) for key in expand_braces(self.key or self.path)]
 
 
-def filed(name: str) -> str:
-    """A tensor's name in the file: PEFT's own modules stand beside the model, not in it."""
+def name_in_file(name: str) -> str:
+    """A tensor's name in the file: PEFT's own modules are beside the model, all others inside it."""
     return name if name.startswith("base_model.") else PREFIX + name
 
 
-def planned(
-    own: Iterable[list[Tensor]], meant: Meant, fields: Mapping[str, Any], model: Model, source: str
-) -> list[Tensor]:
+def tensors_of(adapted: Iterable[list[Tensor]], resolved: Resolved) -> list[Tensor]:
     """The tensors of an adapter with this config.
 
     Args:
-      own: those of the adapted modules, a list for each.
+      adapted: those of the adapted modules, a list for each (`Kind.tensors`).
 
     Raises:
-      ValueError: the adapter does something to these parameters that cannot be said here.
+      ValueError: two of them change one parameter, or a tied embedding is changed in one of its two uses only.
     """
-    groups = list(own)
-    for name in meant.saved:
+    model, groups = resolved.model, list(adapted)
+    _check_tie(resolved)
+    for name in resolved.saved:
         for module in model.below(name):
-            groups += [[_whole(module, which, model)] for which in ("weight", "bias")[: 1 + module.bias]]
-    for name, rows in meant.tokens.items():
+            groups += [[_parameter(module, which, model)] for which in ("weight", "bias")[: 1 + module.bias]]
+    for name, rows in resolved.tokens.items():
         module = model.modules[name]
-        size = (len(rows), model.shape(module, "weight")[-1])
-        groups.append([Tensor(f"{name}.token_adapter.trainable_tokens_delta", size, module.path("weight"), "rows")])
-    groups += [[tensor] for tensor in _biases(meant, fields.get("bias", "none"), model) + _embeddings(meant, model)]
-    seen: dict[str, str] = {}
+        shape = (len(rows), model.shape(module, "weight")[-1])
+        groups.append([Tensor(f"{name}.token_adapter.trainable_tokens_delta", shape, module.path("weight"), "rows")])
+    groups += [[tensor] for tensor in _biases(resolved) + _embeddings(resolved)]
+    changed_by: dict[str, str] = {}
     for group in groups:
         for path, name in {tensor.path: tensor.name for tensor in group if not tensor.copy}.items():
-            if path in seen:
-                raise ValueError(f"{source}: {seen[path]} and {name} both change {path}: unsupported")
-            seen[path] = name
+            if path in changed_by:
+                message = f"{changed_by[path]} and {name} both change {path}: unsupported"
+                raise ValueError(f"{resolved.source}: {message}")
+            changed_by[path] = name
     return [tensor for group in groups for tensor in group]
 
 
-def check_tie(meant: Meant, model: Model, source: str) -> None:
-    """A ValueError where an embedding and its head are one for PEFT, and two here, or the other way round.
+def _check_tie(resolved: Resolved) -> None:
+    """A ValueError where an embedding and its head are one array for PEFT and two here, or the other way round.
 
-    PEFT adapts a tied embedding's look-up alone, or its head; here both are one leaf. Without a head all is well.
+    PEFT adapts a tied embedding's look-up alone, or its head alone; here both are one leaf.
     """
-    if model.tied and model.output:
-        for name in (*meant.adapted, *(m.name for saved in meant.saved for m in model.below(saved))):
+    model, source = resolved.model, resolved.source
+    if not model.output:
+        return
+    if model.tied:
+        for name in (*resolved.adapted, *(m.name for saved in resolved.saved for m in model.below(saved))):
             if name in (model.embedding, model.output):
                 use = "look-up" if name == model.embedding else "head"
                 raise ValueError(
                     f"{source} changes the {use} of {name} alone, but in these params token embedding and head are "
                     "one: load the model with hf.load(folder, tie=False)"
                 )
-    elif model.embedding in meant.tokens and model.output:
-        table, head = (model.leaves[path] for path in ("wte/embedding", "lm_head/kernel"))
+    elif model.embedding in resolved.tokens:
+        table, head = (model.leaves[model.modules[n].path("weight")] for n in (model.embedding, model.output))
         if np.array_equal(np.asarray(table), np.asarray(head).T):
             raise ValueError(
                 f"{source} trains rows of {model.embedding}, which the head of a tied model follows, but in these "
@@ -98,42 +106,47 @@ def check_tie(meant: Meant, model: Model, source: str) -> None:
             )
 
 
-def _whole(module: Module, which: str, model: Model, name: str | None = None, copy: str = "") -> Tensor:
-    """A weight or bias itself, by its own name or another."""
-    turned = module.kind == "Linear" and which == "weight"
+def _parameter(module: Module, which: str, model: Model, name: str = "", copy: str = "") -> Tensor:
+    """A module's "weight" or "bias" itself, by its own name or another."""
+    transposed = module.torch_class == "Linear" and which == "weight"
     shape = model.shape(module, which)
-    shape = shape[::-1] if turned else shape
-    return Tensor(name or f"{module.name}.{which}", shape, module.path(which), "value", turned, copy)
+    shape = shape[::-1] if transposed else shape
+    return Tensor(name or f"{module.name}.{which}", shape, module.path(which), "value", transposed, copy)
 
 
-def _biases(meant: Meant, bias: str, model: Model) -> list[Tensor]:
+def _saved_in(resolved: Resolved) -> dict[str, str]:
+    """Every module that is saved, with the name of the saved module that it is or is inside of."""
+    return {module.name: name for name in resolved.saved for module in resolved.model.below(name)}
+
+
+def _biases(resolved: Resolved) -> list[Tensor]:
     tensors: list[Tensor] = []
-    saved = {module.name: wrapper for wrapper in meant.saved for module in model.below(wrapper)}
+    bias, model, saved_in = resolved.fields.get("bias", "none"), resolved.model, _saved_in(resolved)
     for module in model.modules.values():
         if not module.bias or bias == "none":
             continue
-        if module.name in meant.adapted:
-            tensors.append(_whole(module, "bias", model, f"{module.name}.base_layer.bias"))
-        elif bias == "all" and module.name not in saved:
-            tensors.append(_whole(module, "bias", model))
+        if module.name in resolved.adapted:
+            tensors.append(_parameter(module, "bias", model, f"{module.name}.base_layer.bias"))
+        elif bias == "all" and module.name not in saved_in:
+            tensors.append(_parameter(module, "bias", model))
         elif bias == "all":  # PEFT takes all names that end in .bias, those of its own wrapper too
-            wrapper, inner = saved[module.name], module.name.removeprefix(saved[module.name])
+            wrapper = saved_in[module.name]
+            inner = module.name.removeprefix(wrapper)
             trained = f"{wrapper}.modules_to_save{f'.default{inner}' if inner else ''}.bias"
-            tensors.append(_whole(module, "bias", model, trained, "value"))
-            tensors.append(_whole(module, "bias", model, f"{wrapper}.original_module{inner}.bias", "base"))
+            tensors.append(_parameter(module, "bias", model, trained, "value"))
+            tensors.append(_parameter(module, "bias", model, f"{wrapper}.original_module{inner}.bias", "base"))
     return tensors
 
 
-def _embeddings(meant: Meant, model: Model) -> list[Tensor]:
-    """What PEFT writes along of adapted heads and embeddings, and of those of a vocabulary that was made larger."""
-    saved = {module.name for wrapper in meant.saved for module in model.below(wrapper)}
-    tensors = []
+def _embeddings(resolved: Resolved) -> list[Tensor]:
+    """The copies that PEFT writes of the embedding and the head where it adapts one, or the vocabulary was enlarged."""
+    model, tensors = resolved.model, []
     for name in (model.embedding, model.output):
-        if not name or name in saved or name in meant.tokens:
+        if not name or name in _saved_in(resolved) or name in resolved.tokens:
             continue
-        of = model.modules[model.embedding] if model.tied else model.modules[name]
-        inner = "base_layer.weight" if name in meant.adapted else "weight"
-        tensors.append(_whole(of, "weight", model, f"{name}.{inner}", "base"))
+        module = model.modules[model.embedding if model.tied else name]
+        weight = "base_layer.weight" if name in resolved.adapted else "weight"
+        tensors.append(_parameter(module, "weight", model, f"{name}.{weight}", "base"))
     return tensors
 
 
@@ -143,72 +156,73 @@ def to_delta(tensors: Iterable[Tensor], arrays: Mapping[str, np.ndarray]) -> Del
     for tensor in tensors:
         if not tensor.copy:
             array = arrays[tensor.name].astype(np.float32)
-            array = array.T if tensor.turned else array
-            array = array[0] if tensor.row else array
-            count = len(tensor.places)
-            pieces = [array.copy() for _ in range(count)] if tensor.alike else np.split(array, count, axis=-1)
-            for (key, factor), piece in zip(tensor.places, pieces, strict=True):
+            array = array.T if tensor.transposed else array
+            array = array[0] if tensor.leading_axis else array
+            count = len(tensor.entries)
+            pieces = [array.copy() for _ in range(count)] if tensor.replicated else np.split(array, count, axis=-1)
+            for (key, factor), piece in zip(tensor.entries, pieces, strict=True):
                 delta.setdefault(key, {})[factor] = jnp.asarray(np.ascontiguousarray(piece))
     return delta
 
 
 def array_of(tensor: Tensor, delta: Mapping[str, Mapping[str, Any]], model: Model) -> np.ndarray:
-    """A tensor's array, of the delta's or the base's leaves.
+    """A tensor's array, from the delta's arrays or the base's leaves.
 
     Raises:
-      ValueError: the delta lacks it, has it in another shape, or has several for what PEFT has once.
+      ValueError: the delta lacks it, has it in another shape, or has several arrays for what PEFT has once.
     """
     if tensor.copy == "base":
-        found = [model.leaves[path] for path, _ in tensor.places]
+        arrays = [model.leaves[path] for path, _ in tensor.entries]
     else:
-        found = [delta.get(key, {}).get(factor) for key, factor in tensor.places]
-    if any(leaf is None for leaf in found):
-        raise ValueError(f"the delta lacks {':'.join(tensor.places[0])}")
-    if tensor.alike and not alike(found):
-        keys = " and ".join(key for key, _ in tensor.places)
-        raise ValueError(f"{tensor.name} is one for {keys}, but these differ: PEFT has no form for that")
-    array = np.concatenate([np.asarray(leaf) for leaf in found[: 1 if tensor.alike else None]], axis=-1)
-    array = array[None] if tensor.row else array
-    array = np.ascontiguousarray(array.T if tensor.turned else array)
+        arrays = [delta.get(key, {}).get(factor) for key, factor in tensor.entries]
+    if any(array is None for array in arrays):
+        raise ValueError(f"the delta lacks {':'.join(tensor.entries[0])}")
+    if tensor.replicated:
+        if not all_equal(arrays):
+            keys = " and ".join(key for key, _ in tensor.entries)
+            raise ValueError(f"{tensor.name} is one for {keys}, but these differ: PEFT has no form for that")
+        arrays = arrays[:1]
+    array = np.concatenate([np.asarray(array) for array in arrays], axis=-1)
+    array = array[None] if tensor.leading_axis else array
+    array = np.ascontiguousarray(array.T if tensor.transposed else array)
     if array.shape != tensor.shape:
-        raise ValueError(f"{tensor.places[0][0]}: {tensor.name} would have the shape {array.shape}, not {tensor.shape}")
+        key = tensor.entries[0][0]
+        raise ValueError(f"{key}: {tensor.name} would have the shape {array.shape}, not {tensor.shape}")
     return array
 
 
-def alike(found: Iterable[Any]) -> bool:
-    """Whether all of these arrays are equal."""
-    first, *others = found
+def all_equal(arrays: Iterable[Any]) -> bool:
+    """Whether all arrays hold the same numbers."""
+    first, *others = arrays
     return all(np.array_equal(np.asarray(first), np.asarray(other)) for other in others)
 
 
 def check_names(tensors: Iterable[Tensor], arrays: Mapping[str, np.ndarray], model: Model, source: str) -> None:
     """A ValueError that names every missing, extra or misshapen tensor of a file, if there is one."""
-    wanted = {filed(tensor.name): tensor for tensor in tensors}
-    extra = [name for name in arrays if name not in wanted]
-    missing = [name for name, tensor in wanted.items() if name not in arrays and not tensor.copy]
-    misshapen = [name for name, tensor in wanted.items() if name in arrays and arrays[name].shape != tensor.shape]
+    expected = {name_in_file(tensor.name): tensor for tensor in tensors}
+    extra = [name for name in arrays if name not in expected]
+    missing = [name for name, tensor in expected.items() if name not in arrays and not tensor.copy]
+    misshapen = [name for name, tensor in expected.items() if name in arrays and arrays[name].shape != tensor.shape]
     wrong = [f"{name} is missing" for name in missing] + [f"{name} is no part of the adapter" for name in extra]
-    wrong += [f"{name} has shape {arrays[name].shape}, not {wanted[name].shape}" for name in misshapen]
+    wrong += [f"{name} has shape {arrays[name].shape}, not {expected[name].shape}" for name in misshapen]
     if wrong:
         more = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []
-        hint = _hint(extra, missing, misshapen, model)
+        hint = _hint(extra, missing, any(expected[name].factor not in ("value", "rows") for name in misshapen), model)
         raise ValueError(f"{source} does not fit its config and these params: " + "; ".join(wrong[:10] + more) + hint)
 
 
-def _hint(extra: list[str], missing: list[str], misshapen: list[str], model: Model) -> str:
-    """What the likely reason is."""
-    layer = re.compile(r"\.(?:h|layer)\.(\d+)\.")
-    depth = 1 + max((int(found[1]) for name in model.modules if (found := layer.search(f".{name}."))), default=-1)
-    if any((found := layer.search(name)) and int(found[1]) >= depth for name in extra):
-        return f". The adapter belongs to a base of another size: this one has {depth} layers"
-    if any(re.search(r"(lora|vera|ia3|lokr)_", name) for name in misshapen):
+def _hint(extra: list[str], missing: list[str], misshapen_factor: bool, model: Model) -> str:
+    """The likely reason."""
+    layers = (match for name in extra if (match := re.search(r"\.(\d+)\.", name)))
+    if any(int(layer[1]) >= model.depth for layer in layers):
+        return f". The adapter belongs to a base of another size: this one has {model.depth} layers"
+    if misshapen_factor:
         return ". The adapter belongs to a base of another size, or is of another rank than its config says"
     if any(name.endswith("lora_magnitude_vector") for name in (*extra, *missing)):
         return ". DoRA (use_dora=true) has a lora_magnitude_vector for every adapted module, LoRA has none"
-    if any(name.startswith(f"{PREFIX}score.") for name in extra):
-        return '. A GPT-2 has no head "score" here: give params | {"score": {"kernel": zeros (width, labels)}}'
-    if any(name.startswith(f"{PREFIX}classifier.") for name in extra):
-        return '. The params have no such head: hf.load(folder, head="classification", labels=...) makes one'
+    for head in model.architecture.classifiers:
+        if head.hint and any(name.startswith(f"{PREFIX}{module}.") for name in extra for module in head.modules):
+            return f". {head.hint}"
     if any(not name.startswith("base_model.") for name in extra):
         return f". PEFT's names begin with {PREFIX}"
     return ""

@@ -1,15 +1,15 @@
-"""The kinds of PEFT's adapters that are read and written here, and why others are not."""
+"""The kinds of PEFT adapters that are read and written, and why others are not."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.interop.peft.kind import Family
+from lora_jax.interop.peft.kind import Kind
 from lora_jax.interop.peft.kinds.ia3 import IA3
 from lora_jax.interop.peft.kinds.lokr import LOKR
 from lora_jax.interop.peft.kinds.lora import LORA
 from lora_jax.interop.peft.kinds.vera import VERA
 
-FAMILIES: dict[str, Family] = {"LORA": LORA, "VERA": VERA, "IA3": IA3, "LOKR": LOKR}
+KINDS: dict[str, Kind] = {"LORA": LORA, "VERA": VERA, "IA3": IA3, "LOKR": LOKR}
 
 _PROMPT = (
     "its vectors stand before the text's embeddings, and its logits cover them; those of a prefix_embedding here are "
@@ -26,18 +26,29 @@ _WHY_NOT = {
 }
 
 
-def family_of(found: Mapping[str, Any], source: str) -> Family:
-    """That of a config.
+def register_kind(name: str, kind: Kind) -> None:
+    """Makes `load` and `save` know a kind of adapter by its `peft_type`, in place of an earlier one of that name.
 
     Raises:
-      ValueError: it is none that is read here; it says why.
+      ValueError: the name is not in capitals, as all of PEFT's are.
     """
-    kind = found.get("peft_type")
-    if not isinstance(kind, str):
-        raise ValueError(f"{source}: peft_type is {kind!r}: it is no adapter of PEFT's")
-    if kind in FAMILIES:
-        return FAMILIES[kind]
-    if kind.upper() in FAMILIES:
-        raise ValueError(f"{source}: peft_type {kind!r} must be written {kind.upper()!r}")
-    why = f": {_WHY_NOT[kind]}" if kind in _WHY_NOT else ""
-    raise ValueError(f"{source}: peft_type {kind!r} is not supported{why}; {', '.join(FAMILIES)} are read here")
+    if not name or name != name.upper():
+        raise ValueError(f"a peft_type is written in capitals, but this one is {name!r}")
+    KINDS[name] = kind
+
+
+def kind_of(config: Mapping[str, Any], source: str) -> Kind:
+    """The kind of an adapter with this config.
+
+    Raises:
+      ValueError: it is none that is supported; the message says why.
+    """
+    name = config.get("peft_type")
+    if not isinstance(name, str):
+        raise ValueError(f"{source}: peft_type is {name!r}: it is no adapter of PEFT's")
+    if name in KINDS:
+        return KINDS[name]
+    if name.upper() in KINDS:
+        raise ValueError(f"{source}: peft_type {name!r} must be written {name.upper()!r}")
+    why = f": {_WHY_NOT[name]}" if name in _WHY_NOT else ""
+    raise ValueError(f"{source}: peft_type {name!r} is not supported{why}; {', '.join(KINDS)} are read here")

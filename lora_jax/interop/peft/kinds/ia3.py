@@ -1,4 +1,4 @@
-"""PEFT's IA3, here and there. A fused layer's outputs are those of its kernels, side by side; its input is theirs."""
+"""PEFT's IA3. A fused layer's outputs are those of its kernels, side by side; its input is that of each kernel."""
 
 import re
 from collections.abc import Mapping
@@ -8,12 +8,11 @@ import numpy as np
 
 from lora_jax.core.transforms import Delta, ParamTransform
 from lora_jax.interop.peft.config import BOOL, COMMON, EXCLUDE, FAN_IN_FAN_OUT, NAMES, Field, Schema
-from lora_jax.interop.peft.kind import Family, Leaves, globs_of, selected, targets
-from lora_jax.interop.peft.modules import Meant, Model, Module, Rules
+from lora_jax.interop.peft.kind import Adaptation, Kind, globs_of, selected, targets
+from lora_jax.interop.peft.modules import Model, Module, Resolved, Rules
 from lora_jax.interop.peft.tensors import Tensor
 from lora_jax.methods.ia3 import Rescaled, ia3
 
-_FEEDFORWARD = {"gpt2": ["mlp.c_proj"], "encoder": ["output.dense"]}  # PEFT's, where none are named
 _FIELDS: dict[str, Field] = {
     **COMMON,
     **EXCLUDE,
@@ -24,78 +23,74 @@ _FIELDS: dict[str, Field] = {
 
 
 def _check(fields: Mapping[str, Any], source: str) -> None:
-    some, of = fields["feedforward_modules"], fields["target_modules"]
-    if isinstance(some, list) and isinstance(of, list) and (extra := sorted(set(some) - set(of))):
-        raise ValueError(f"{source}: feedforward_modules has {extra[0]!r}, which is not in target_modules: {of}")
+    feedforward, names = fields["feedforward_modules"], fields["target_modules"]
+    if isinstance(feedforward, list) and isinstance(names, list) and (extra := sorted(set(feedforward) - set(names))):
+        raise ValueError(f"{source}: feedforward_modules has {extra[0]!r}, which is not in target_modules: {names}")
 
 
-def _feeds(fields: Mapping[str, Any], model: Model, name: str) -> bool:
-    """Whether l scales a module's input; by PEFT's rule, which knows no whole components of names."""
-    said = fields["feedforward_modules"]
-    if isinstance(said, str):
-        return re.fullmatch(said, name) is not None
-    said = _FEEDFORWARD["gpt2" if model.family == "gpt2" else "encoder"] if said is None else said
-    return any(name.endswith(end) for end in said)
+def _is_feedforward(fields: Mapping[str, Any], model: Model, name: str) -> bool:
+    """Whether l scales a module's input. PEFT compares ends of names here, not whole components."""
+    feedforward = fields["feedforward_modules"]
+    if isinstance(feedforward, str):
+        return re.fullmatch(feedforward, name) is not None
+    return name.endswith(tuple(model.architecture.ia3_feedforward if feedforward is None else feedforward))
 
 
-def _tensors(meant: Meant, fields: Mapping[str, Any], model: Model, source: str) -> list[list[Tensor]]:
-    return [[_of(model.modules[name], feeds, model)] for name, feeds in meant.adapted.items()]
+def _tensors(resolved: Resolved) -> list[list[Tensor]]:
+    model = resolved.model
+    return [[_tensor(model.modules[name], feedforward, model)] for name, feedforward in resolved.adapted.items()]
 
 
-def _of(module: Module, feeds: bool, model: Model) -> Tensor:
+def _tensor(module: Module, feedforward: bool, model: Model) -> Tensor:
     name, path, (rows, columns) = f"{module.name}.ia3_l", module.path("weight"), model.shape(module, "weight")
-    if feeds:
-        return Tensor(name, (1, rows), path, "l", row=True, alike="{" in path)
-    key = f"@shared/{module.ours}" if module.bias else path
-    return Tensor(name, (columns, 1), path, "l", key=key, row=True, turned=True)
+    if feedforward:
+        return Tensor(name, (1, rows), path, "l", leading_axis=True, replicated="{" in path)
+    key = f"@shared/{module.subtree}" if module.bias else path
+    return Tensor(name, (columns, 1), path, "l", key=key, leading_axis=True, transposed=True)
 
 
-def _method(meant: Meant, fields: Mapping[str, Any], model: Model) -> tuple[list[ParamTransform], Delta]:
-    paths = {model.modules[name].path("weight"): feeds for name, feeds in meant.adapted.items()}
-    feedforward = globs_of([path for path, feeds in paths.items() if feeds], model)
-    return [ia3(selected(paths, model), feedforward=feedforward)], Delta()
+def _method(resolved: Resolved) -> tuple[list[ParamTransform], Delta]:
+    model = resolved.model
+    paths = {model.modules[name].path("weight"): feedforward for name, feedforward in resolved.adapted.items()}
+    globs = globs_of([path for path, feedforward in paths.items() if feedforward], model)
+    return [ia3(selected(paths, model), feedforward=globs)], Delta()
 
 
-def _export(leaves: Leaves, spec: Mapping[str, Any], delta: Delta, model: Model, made: Delta) -> dict[str, Any]:
-    normal: set[str] = set()
-    feeding: set[str] = set()
-    for name, found in leaves.adapted.items():
-        module, each = model.modules[name], _by_kernel(model.modules[name], found, model)
-        feeds = any(w.inputs is not None for w in each.values())
-        if feeds and len(each) < len(module.paths("weight")):
-            raise ValueError(f"{next(iter(each))} is feedforward, but a part of {name}, whose parts have one input")
-        (feeding if feeds else normal).add(name)
-        for path, (key, _) in zip(module.paths("weight"), _of(module, feeds, model).places, strict=True):
-            if path in each:
-                made[key] = {"l": each[path].inputs if feeds else each[path].outputs}
-            else:  # what is not adapted is scaled by 1
-                made[key] = {"l": np.ones(model.leaves[path].shape[-1:], np.float32)}
-    fed = targets(feeding, model)
-    return {"target_modules": sorted({*targets(normal, model), *fed}), "feedforward_modules": fed}
+def _export(adaptation: Adaptation) -> tuple[Delta, dict[str, Any]]:
+    model, exported = adaptation.model, Delta()
+    modules: dict[bool, set[str]] = {False: set(), True: set()}  # those that are not feedforward, and those that are
+    for name, leaves in adaptation.adapted.items():
+        module = model.modules[name]
+        kernels = _kernels(module, leaves)
+        feedforward = any(leaf.inputs is not None for leaf in kernels.values())
+        if feedforward and len(kernels) < len(module.paths("weight")):
+            raise ValueError(f"{next(iter(kernels))} is feedforward, but a part of {name}, whose parts have one input")
+        modules[feedforward].add(name)
+        for path, (key, _) in zip(module.paths("weight"), _tensor(module, feedforward, model).entries, strict=True):
+            if path in kernels:
+                exported[key] = {"l": kernels[path].inputs if feedforward else kernels[path].outputs}
+            else:  # a part that is not adapted is scaled by 1
+                exported[key] = {"l": np.ones(model.leaves[path].shape[-1:], np.float32)}
+    inputs, outputs = targets(modules[True], model), targets(modules[False], model)
+    return exported, {"target_modules": sorted({*outputs, *inputs}), "feedforward_modules": inputs}
 
 
-def _by_kernel(module: Module, found: Mapping[str, Any], model: Model) -> dict[str, Any]:
-    """The leaves that are kernels: their inputs are scaled, or their outputs and so their biases."""
-    each = {path: found[path] for path in module.paths("weight") if path in found}
+def _kernels(module: Module, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves that are kernels: either their inputs are scaled, or their outputs and so their biases."""
+    kernels = {path: leaves[path] for path in module.paths("weight") if path in leaves}
     biases = dict(zip(module.paths("weight"), module.paths("bias"), strict=True)) if module.bias else {}
-    want = {biases[path] for path, w in each.items() if w.outputs is not None and path in biases} | set(each)
-    kinds = {(w.inputs is None, w.outputs is None) for w in each.values()}
-    if want != set(found) or kinds not in ({(True, False)}, {(False, True)}):
+    expected = {biases[path] for path, leaf in kernels.items() if leaf.outputs is not None and path in biases}
+    scaled = {(leaf.inputs is not None, leaf.outputs is not None) for leaf in kernels.values()}
+    if expected | set(kernels) != set(leaves) or scaled not in ({(True, False)}, {(False, True)}):
         raise ValueError(
-            f"{', '.join(found)}: PEFT's IA3 scales the inputs of a layer, or its outputs, each with its bias"
+            f"{', '.join(leaves)}: PEFT's IA3 scales the inputs of a layer, or its outputs, each with its bias"
         )
-    return each
+    return kernels
 
 
-IA3 = Family(
-    schema=Schema(_FIELDS, {}, _check),
-    rules=Rules(
-        name="IA3",
-        kinds=("Linear", "Conv1D"),
-        gpt2=("c_attn", "mlp.c_proj"),
-        encoder=("key", "value", "output.dense"),
-        says=_feeds,
-    ),
+IA3 = Kind(
+    schema=Schema(_FIELDS, check=_check, patterns=("feedforward_modules",)),
+    rules=Rules("IA3", ("Linear", "Conv1D"), _is_feedforward, lambda architecture: architecture.ia3_targets),
     tensors=_tensors,
     method=_method,
     leaves=(Rescaled,),

@@ -1,4 +1,4 @@
-"""PEFT's LoKr, here and there: the factors are the same, so are the rules for their sizes. It adapts no Conv1D."""
+"""PEFT's LoKr: the factors are the same here, and so are the rules for their sizes. It adapts no Conv1D."""
 
 import logging
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ from lora_jax.interop.peft.config import (
     Schema,
     is_int,
 )
-from lora_jax.interop.peft.kind import Family, Leaves, alpha_of, parts, ranked, with_patterns
-from lora_jax.interop.peft.modules import Meant, Model, Rules, rank_and_alpha
+from lora_jax.interop.peft.kind import Adaptation, Kind, alpha_of, parts, ranked, with_patterns
+from lora_jax.interop.peft.modules import Resolved, Rules, rank_and_alpha
 from lora_jax.interop.peft.tensors import Tensor
 from lora_jax.methods.lokr import Kronecker, lokr
 
@@ -51,47 +51,41 @@ def _check(fields: Mapping[str, Any], source: str) -> None:
             logging.warning("%s: LoKr has no dropout here; its %s acts in PEFT's training only", source, name)
 
 
-def _tensors(meant: Meant, fields: Mapping[str, Any], model: Model, source: str) -> list[list[Tensor]]:
-    (method,), _ = _method(meant, fields, model)
-    shapes = jax.eval_shape(method.init, jax.random.key(0), model.leaves)
-    paths = {name: model.modules[name].path("weight") for name in meant.adapted}
+def _tensors(resolved: Resolved) -> list[list[Tensor]]:
+    (method,), _ = _method(resolved)
+    shapes = jax.eval_shape(method.init, jax.random.key(0), resolved.model.leaves)
+    paths = {name: resolved.model.modules[name].path("weight") for name in resolved.adapted}
     return [
         [Tensor(f"{name}.lokr_{factor}", tuple(x.shape), path, factor) for factor, x in shapes[path].items()]
         for name, path in paths.items()
     ]
 
 
-def _method(meant: Meant, fields: Mapping[str, Any], model: Model) -> tuple[list[ParamTransform], Delta]:
-    decompose = {name: fields[name] for name in _DECOMPOSE}
-    return [lokr(**ranked(meant.adapted, model), **decompose)], Delta()
+def _method(resolved: Resolved) -> tuple[list[ParamTransform], Delta]:
+    decompose = {name: resolved.fields[name] for name in _DECOMPOSE}
+    return [lokr(**ranked(resolved.adapted, resolved.model), **decompose)], Delta()
 
 
-def _export(leaves: Leaves, spec: Mapping[str, Any], delta: Delta, model: Model, made: Delta) -> dict[str, Any]:
-    found = [part for part in parts(spec) if part["method"] == "lokr"]
-    if len({tuple(part[name] for name in _DECOMPOSE) for part in found}) > 1:
+def _export(adaptation: Adaptation) -> tuple[Delta, dict[str, Any]]:
+    specs = [part for part in parts(adaptation.spec) if part["method"] == "lokr"]
+    if len({tuple(part[name] for name in _DECOMPOSE) for part in specs}) > 1:
         raise ValueError(f"PEFT has one {' and one '.join(_DECOMPOSE)} for all, but parts of the chain differ in them")
     ranks = {
         path: look_up(part["rank"], path, "rank")
-        for part in found
-        for path in jax.eval_shape(from_spec(dict(part)).init, jax.random.key(0), model.leaves)
+        for part in specs
+        for path in jax.eval_shape(from_spec(dict(part)).init, jax.random.key(0), adaptation.model.leaves)
     }
-    said = {}
-    for name, adapted in leaves.adapted.items():
-        ((path, leaf),) = adapted.items()
-        made[path] = delta[path]
-        said[name] = (ranks[path], alpha_of(np.float32(leaf.scale), ranks[path]))
-    return with_patterns(said, "alpha") | {name: found[0][name] for name in _DECOMPOSE}
+    exported, options = Delta(), {}
+    for name, leaves in adaptation.adapted.items():
+        ((path, leaf),) = leaves.items()
+        exported[path] = adaptation.delta[path]
+        options[name] = (ranks[path], alpha_of(np.float32(leaf.scale), ranks[path]))
+    return exported, with_patterns(options, "alpha") | {name: specs[0][name] for name in _DECOMPOSE}
 
 
-LOKR = Family(
-    schema=Schema(_FIELDS, {}, _check),
-    rules=Rules(
-        name="LoKr",
-        kinds=("Linear",),
-        gpt2=("c_attn",),
-        encoder=("query", "value"),
-        says=lambda fields, model, name: rank_and_alpha(fields, name, "alpha"),
-    ),
+LOKR = Kind(
+    schema=Schema(_FIELDS, check=_check),
+    rules=Rules("LoKr", ("Linear",), lambda fields, model, name: rank_and_alpha(fields, name, "alpha")),
     tensors=_tensors,
     method=_method,
     leaves=(Kronecker,),

@@ -1,7 +1,4 @@
-"""PEFT's VeRA, here and there: the two projections are in the file, or it is refused.
-
-PEFT can leave them out and draw them anew on loading, with torch's generator.
-"""
+"""PEFT's VeRA. Its two projections must be in the file, although PEFT can also draw them again by torch's generator."""
 
 import logging
 from collections.abc import Mapping
@@ -11,8 +8,8 @@ import numpy as np
 
 from lora_jax.core.transforms import Delta, ParamTransform
 from lora_jax.interop.peft.config import BOOL, COMMON, FAN_IN_FAN_OUT, LAYERS, NUMBER, RANK, RATE, Field, Schema, is_int
-from lora_jax.interop.peft.kind import Family, Leaves, globs_of, parts, selected
-from lora_jax.interop.peft.modules import Meant, Model, Module, Rules
+from lora_jax.interop.peft.kind import Adaptation, Kind, globs_of, parts, selected
+from lora_jax.interop.peft.modules import Module, Resolved, Rules
 from lora_jax.interop.peft.tensors import Tensor
 from lora_jax.methods.vera import Vera, vera
 
@@ -41,59 +38,56 @@ def _check(fields: Mapping[str, Any], source: str) -> None:
         logging.warning("%s: VeRA has no dropout here; its vera_dropout acts in PEFT's training only", source)
 
 
-def _tensors(meant: Meant, fields: Mapping[str, Any], model: Model, source: str) -> list[list[Tensor]]:
-    rank, modules = fields["r"], [model.modules[name] for name in meant.adapted]
-    rows, columns = (max(sizes) for sizes in zip(*(model.shape(m, "weight") for m in modules), strict=True))
+def _tensors(resolved: Resolved) -> list[list[Tensor]]:
+    rank, modules = resolved.fields["r"], [resolved.model.modules[name] for name in resolved.adapted]
+    shapes = [resolved.model.shape(module, "weight") for module in modules]
+    rows, columns = (max(sizes) for sizes in zip(*shapes, strict=True))
     projections = [
         Tensor("base_model.vera_A", (rank, rows), _PROJECTIONS, "fixed_a"),
         Tensor("base_model.vera_B", (columns, rank), _PROJECTIONS, "fixed_b"),
     ]
     return [projections] + [
         [
-            Tensor(f"{m.name}.vera_lambda_b", model.shape(m, "weight")[1:], m.path("weight"), "b"),
-            Tensor(f"{m.name}.vera_lambda_d", (rank,), m.path("weight"), "d", key=_owner(m)),
+            Tensor(f"{module.name}.vera_lambda_b", shape[1:], module.path("weight"), "b"),
+            Tensor(f"{module.name}.vera_lambda_d", (rank,), module.path("weight"), "d", key=_shared(module)),
         ]
-        for m in modules
+        for module, shape in zip(modules, shapes, strict=True)
     ]
 
 
-def _owner(module: Module) -> str:
-    """Where the d of a fused layer is in the delta: `@shared/h_0/attn`; "" for other layers."""
-    return f"@shared/{module.ours.rsplit('/', 1)[0]}" if "{" in module.ours else ""
+def _shared(module: Module) -> str:
+    """The delta's key of a fused layer's d, such as `@shared/h_0/attn`; "" for other layers."""
+    return f"@shared/{module.subtree.rsplit('/', 1)[0]}" if "{" in module.subtree else ""
 
 
-def _method(meant: Meant, fields: Mapping[str, Any], model: Model) -> tuple[list[ParamTransform], Delta]:
-    paths = [model.modules[name].path("weight") for name in meant.adapted]
+def _method(resolved: Resolved) -> tuple[list[ParamTransform], Delta]:
+    fields, model = resolved.fields, resolved.model
+    paths = [model.modules[name].path("weight") for name in resolved.adapted]
     fused = globs_of([path for path in paths if "{" in path], model)
     return [vera(selected(paths, model), rank=fields["r"], d_initial=fields["d_initial"], fused=fused)], Delta()
 
 
-def _export(leaves: Leaves, spec: Mapping[str, Any], delta: Delta, model: Model, made: Delta) -> dict[str, Any]:
-    made[_PROJECTIONS] = delta[_PROJECTIONS]
-    for name, found in leaves.adapted.items():
+def _export(adaptation: Adaptation) -> tuple[Delta, dict[str, Any]]:
+    model, delta = adaptation.model, adaptation.delta
+    exported = Delta({_PROJECTIONS: delta[_PROJECTIONS]})
+    for name, leaves in adaptation.adapted.items():
         module = model.modules[name]
-        if owner := _owner(module):
-            rows = [np.asarray(found[path].fixed_b).T for path in module.paths("weight") if path in found]
-            whole = np.asarray(delta[_PROJECTIONS]["fixed_b"])[: model.shape(module, "weight")[1]]
-            if owner not in delta or not np.array_equal(np.concatenate(rows), whole):
-                glob = module.path("weight").replace(module.ours.split("/")[0], "**")
-                raise ValueError(f"{next(iter(found))}: PEFT has one d for {name}: make it with fused={glob!r}")
-            made[owner] = {"d": delta[owner]["d"]}
-        for path, leaf in found.items():
-            made[path] = {"b": leaf.b} if owner else {"b": leaf.b, "d": leaf.d}
-    (said,) = (part for part in parts(spec) if part["method"] == "vera")
-    return {"r": said["rank"], "d_initial": said["d_initial"]}
+        if shared := _shared(module):
+            rows = [np.asarray(leaves[path].fixed_b).T for path in module.paths("weight") if path in leaves]
+            expected = np.asarray(delta[_PROJECTIONS]["fixed_b"])[: model.shape(module, "weight")[1]]
+            if shared not in delta or not np.array_equal(np.concatenate(rows), expected):
+                glob = module.path("weight").replace(module.subtree.split("/")[0], "**")
+                raise ValueError(f"{next(iter(leaves))}: PEFT has one d for {name}: make it with fused={glob!r}")
+            exported[shared] = {"d": delta[shared]["d"]}
+        for path, leaf in leaves.items():
+            exported[path] = {"b": leaf.b} if shared else {"b": leaf.b, "d": leaf.d}
+    (spec,) = (part for part in parts(adaptation.spec) if part["method"] == "vera")
+    return exported, {"r": spec["rank"], "d_initial": spec["d_initial"]}
 
 
-VERA = Family(
-    schema=Schema(_FIELDS, {}, _check),
-    rules=Rules(
-        name="VeRA",
-        kinds=("Linear", "Conv1D"),
-        gpt2=("c_attn",),
-        encoder=("query", "value"),
-        says=lambda fields, model, name: None,
-    ),
+VERA = Kind(
+    schema=Schema(_FIELDS, check=_check),
+    rules=Rules("VeRA", ("Linear", "Conv1D"), lambda fields, model, name: None),
     tensors=_tensors,
     method=_method,
     leaves=(Vera,),
