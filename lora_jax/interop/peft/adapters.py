@@ -32,6 +32,7 @@ from lora_jax.interop.peft.tensors import (
     all_equal,
     array_of,
     check_names,
+    check_tie,
     name_in_file,
     tensors_of,
     to_delta,
@@ -115,6 +116,7 @@ def save(folder: str | os.PathLike, method: ParamTransform, delta: Delta, *, par
 def _resolve(kind: Kind, fields: Mapping[str, Any], model: Model, source: str) -> tuple[Resolved, list[Tensor]]:
     """A config applied to a model, and the tensors of its adapter."""
     resolved = resolve(fields, model, source, kind.rules)
+    check_tie(resolved)
     return resolved, tensors_of(kind.tensors(resolved), resolved)
 
 

@@ -69,46 +69,39 @@ def register_architecture(architecture: Architecture) -> None:
     ARCHITECTURES[architecture.name] = architecture
 
 
+def _containers(names: str) -> Modules:
+    """Modules without weights of their own."""
+    return dict.fromkeys(names.split(), ("", ""))
+
+
 _GPT2_LAYER = {
+    **_containers("attn attn.attn_dropout attn.resid_dropout mlp mlp.act mlp.dropout"),
     "ln_1": ("LayerNorm", "ln_1"),
-    "attn": ("", ""),
     "attn.c_attn": ("Conv1D", "attn/{query,key,value}"),
     "attn.c_proj": ("Conv1D", "attn/out"),
-    "attn.attn_dropout": ("", ""),
-    "attn.resid_dropout": ("", ""),
     "ln_2": ("LayerNorm", "ln_2"),
-    "mlp": ("", ""),
     "mlp.c_fc": ("Conv1D", "mlp/up"),
     "mlp.c_proj": ("Conv1D", "mlp/down"),
-    "mlp.act": ("", ""),
-    "mlp.dropout": ("", ""),
 }
 _ENCODER_LAYER = {
-    "attention": ("", ""),
-    "attention.self": ("", ""),
+    **_containers("attention attention.self attention.self.dropout attention.output attention.output.dropout"),
+    **_containers("intermediate intermediate.intermediate_act_fn output output.dropout"),
     "attention.self.query": ("Linear", "attn/query"),
     "attention.self.key": ("Linear", "attn/key"),
     "attention.self.value": ("Linear", "attn/value"),
-    "attention.self.dropout": ("", ""),
-    "attention.output": ("", ""),
     "attention.output.dense": ("Linear", "attn/out"),
     "attention.output.LayerNorm": ("LayerNorm", "ln_1"),
-    "attention.output.dropout": ("", ""),
-    "intermediate": ("", ""),
     "intermediate.dense": ("Linear", "mlp/up"),
-    "intermediate.intermediate_act_fn": ("", ""),
-    "output": ("", ""),
     "output.dense": ("Linear", "mlp/down"),
     "output.LayerNorm": ("LayerNorm", "ln_2"),
-    "output.dropout": ("", ""),
 }
 _ROBERTA_HEAD = {
-    "classifier": ("", ""),
+    **_containers("classifier classifier.dropout"),
     "classifier.dense": ("Linear", "classifier/dense"),
-    "classifier.dropout": ("", ""),
     "classifier.out_proj": ("Linear", "classifier/out"),
 }
-_BERT_HEAD = {"dropout": ("", ""), "classifier": ("Linear", "classifier")}
+_BERT_HEAD = {**_containers("dropout"), "classifier": ("Linear", "classifier")}
+_POOLER = {**_containers("pooler pooler.activation"), "pooler.dense": ("Linear", "pooler")}
 _NO_CLASSIFIER = 'The params have no such head: hf.load(folder, head="classification", labels=...) makes one'
 _NO_SCORE = 'A GPT-2 has no head "score" here: give params | {"score": {"kernel": zeros (width, labels)}}'
 
@@ -118,9 +111,9 @@ register_architecture(
         weight="wte/embedding",
         embedding="wte",
         backbone={
+            **_containers("drop"),
             "wte": ("Embedding", "wte"),
             "wpe": ("Embedding", "wpe"),
-            "drop": ("", ""),
             "ln_f": ("LayerNorm", "ln_f"),
         },
         layers=("h", _GPT2_LAYER),
@@ -137,26 +130,18 @@ register_architecture(
         weight="embeddings/word/embedding",
         embedding="embeddings.word_embeddings",
         backbone={
-            "embeddings": ("", ""),
+            **_containers("embeddings embeddings.dropout encoder"),
             "embeddings.word_embeddings": ("Embedding", "embeddings/word"),
             "embeddings.position_embeddings": ("Embedding", "embeddings/position"),
             "embeddings.token_type_embeddings": ("Embedding", "embeddings/token_type"),
             "embeddings.LayerNorm": ("LayerNorm", "embeddings/norm"),
-            "embeddings.dropout": ("", ""),
-            "encoder": ("", ""),
         },
         layers=("encoder.layer", _ENCODER_LAYER),
         classifiers=(
             Head("roberta.", _ROBERTA_HEAD, "classifier/out/kernel", _NO_CLASSIFIER),
             Head("bert.", _BERT_HEAD, "classifier/kernel", _NO_CLASSIFIER),
         ),
-        optional={
-            "pooler/kernel": {
-                "pooler": ("", ""),
-                "pooler.dense": ("Linear", "pooler"),
-                "pooler.activation": ("", ""),
-            }
-        },
+        optional={"pooler/kernel": _POOLER},
         lora_targets=("query", "value"),
         ia3_targets=("key", "value", "output.dense"),
         ia3_feedforward=("output.dense",),

@@ -54,7 +54,7 @@ class Model(NamedTuple):
     Attributes:
       architecture: of its family.
       prefix: what stands before the names of the backbone's modules.
-      modules: all of them by name, in the model's order.
+      modules: all of them by name.
       embedding, output: the names of the token embedding and of the language model's head ("" without one).
       tied: whether the token embedding is the head in our parameters.
       leaves: our parameters by path.

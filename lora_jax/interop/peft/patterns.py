@@ -1,8 +1,8 @@
-"""How long a regular expression of a config may run: counted from its text, before it runs.
+"""The most steps that a regular expression of a config can take, counted from its text before it runs.
 
-Python's `re` tries the ways through a pattern one after the other; where none fits, it has tried them all. The ways
-multiply along a pattern: `.?` has two, so forty of them have a thousand billion. Repeats without end share the
-characters of the name: k of them, one after another, have C(n + k, k) ways through n characters.
+Python's `re` tries the ways to match a pattern one after the other, and all of them where none fits. Their numbers
+multiply along a pattern: `.?` has two, so forty of them have a thousand billion. Unbounded repeats divide the
+characters of the name among them: k in a row match n characters in C(n + k, k) ways.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 # In steps, by measurement; a literal character costs one, some 1.5 ns on a processor of 2024.
 _ANY, _CLASS, _GROUP, _LOOK = 2, 5, 2, 12
-_TRY, _TRY_GROUP, _TRY_LITERAL = 12, 40, 2  # going on behind a repeat or with an alternative
+_TRY, _TRY_GROUP, _TRY_LITERAL = 12, 40, 2  # trying what follows a repeat, or the next alternative
 _MOST_ENDLESS = 3
 _MOST_GROUPS = 50  # `re` copies what they hold at every try
 
@@ -34,10 +34,13 @@ _TOKEN = re.compile(
 
 
 class _Part(NamedTuple):
-    """A part of a pattern: in how many ways it matches from one place, and the steps of trying them all.
+    """A part of a pattern.
 
-    Both are sums of a number times C(n + k, k), as {k: number}. `first` is the character that it begins with, "" where
-    there is no such, None while there is nothing in it; `one` says whether it is one character.
+    Attributes:
+      ways, steps: in how many ways it matches from one position, and the steps of trying them all; both are sums of
+        number * C(n + k, k), as {k: number}.
+      first: the character that every match begins with; "" where there is none, None for an empty part.
+      one: whether it is a single character.
     """
 
     ways: Counter[int]
@@ -57,18 +60,18 @@ def steps(pattern: str, length: int = 200) -> int:
       pattern: one that `re.compile` takes.
 
     Raises:
-      ValueError: more than three repeats without end follow each other, a group that matches in several ways is
-        repeated, there are too many groups, or something that is not counted here (flags, references, conditions).
+      ValueError: more than three unbounded repeats follow each other, a group that matches in several ways is repeated,
+        there are too many groups, or something that is not counted here (flags, references, conditions).
     """
     if (groups := re.compile(pattern).groups) > _MOST_GROUPS:
         raise ValueError(f"{groups} groups, more than {_MOST_GROUPS}; (?:...) is none")
     counted = _alternatives(_TOKEN.finditer(pattern), length)
-    ends = counted.steps + counted.ways  # each way through ends with a look at what is left of the name
+    ends = counted.steps + counted.ways  # each way ends with a check for the end of the name
     return sum(number * math.comb(length + k, k) for k, number in ends.items())
 
 
 def _alternatives(tokens: Iterator[re.Match[str]], length: int) -> _Part:
-    """What stands up to the closing parenthesis, or to the end."""
+    """The part up to the closing parenthesis, or to the end."""
     parts, before, last = [], _NOTHING, _NOTHING
     for token in tokens:
         if token.lastgroup == "close":
@@ -88,7 +91,7 @@ def _alternatives(tokens: Iterator[re.Match[str]], length: int) -> _Part:
 
 
 def _character(token: re.Match[str]) -> _Part:
-    """One character, or a place between two."""
+    """One character, or an anchor between two."""
     if token.lastgroup == "other":
         raise ValueError(f"at {token.start()}, a flag, a reference, a condition or an atomic group")
     if token.lastgroup == "literal":
@@ -97,7 +100,7 @@ def _character(token: re.Match[str]) -> _Part:
 
 
 def _group(inner: _Part, looks: bool) -> _Part:
-    """A group. One that looks ahead or behind matches in one way: what is behind it never comes back to it."""
+    """A group. One that looks ahead or behind matches in one way: `re` never tries another way for it."""
     if looks:
         return _Part(_ONCE, inner.steps + Counter({0: _LOOK}))
     return _Part(inner.ways, inner.steps + Counter({0: _GROUP}), inner.first)
@@ -119,18 +122,18 @@ def _then(one: _Part, two: _Part) -> _Part:
 
 
 def _any(parts: list[_Part]) -> _Part:
-    """Alternatives. Of those that begin with different characters a name can take one: a list of names is cheap."""
+    """Alternatives. Of those that begin with different characters only one can match, so a list of names is cheap."""
     if len(parts) == 1:
         return parts[0]
-    of: dict[str, list[_Part]] = {}
+    by_first: dict[str, list[_Part]] = {}
     for part in parts:
-        of.setdefault(part.first or "", []).append(part)
-    free = of.pop("", [])
+        by_first.setdefault(part.first or "", []).append(part)
+    free = by_first.pop("", [])
     most_ways: Counter[int] = Counter()
     most_steps: Counter[int] = Counter()
-    for same in of.values():
-        most_ways |= _sum(part.ways for part in same)
-        most_steps |= _sum(part.steps for part in same) + Counter({0: _TRY * len(same)})
+    for group in by_first.values():
+        most_ways |= _sum(part.ways for part in group)
+        most_steps |= _sum(part.steps for part in group) + Counter({0: _TRY * len(group)})
     tries = Counter({0: _TRY * len(free) + _TRY_LITERAL * (len(parts) - len(free))})
     return _Part(_sum(part.ways for part in free) + most_ways, _sum(part.steps for part in free) + most_steps + tries)
 
@@ -139,21 +142,22 @@ def _sum(counts: Iterable[Counter[int]]) -> Counter[int]:
     return sum(counts, Counter())
 
 
-def _repeated(part: _Part, said: re.Match[str], length: int) -> _Part:
+def _repeated(part: _Part, quantifier: re.Match[str], length: int) -> _Part:
     """A part with a quantifier."""
-    if said[0][0] == "{":
-        low = int(said["low"] or 0)
-        high = int(said["high"]) if said["high"] else math.inf if said["comma"] else low
+    sign = quantifier[0][0]
+    if sign == "{":
+        low = int(quantifier["low"] or 0)
+        high = int(quantifier["high"]) if quantifier["high"] else math.inf if quantifier["comma"] else low
     else:
-        low, high = int(said[0][0] == "+"), 1 if said[0][0] == "?" else math.inf
+        low, high = int(sign == "+"), 1 if sign == "?" else math.inf
     if high > 1 and part.ways != _ONCE:
         raise ValueError("a group that matches in several ways is repeated")
     if low > length:
         raise ValueError(f"a repeat of at least {low} times")
-    lazy = said["kind"] == "?"
-    each = part.steps + Counter({0: (_TRY if part.one else _TRY_GROUP) + _TRY * lazy})
+    lazy = quantifier["kind"] == "?"
+    one_try = part.steps + Counter({0: (_TRY if part.one else _TRY_GROUP) + _TRY * lazy})
     if high > length:
-        return _Part(_ENDLESS, _times(_ENDLESS, each))
+        return _Part(_ENDLESS, _times(_ENDLESS, one_try))
     if high > 1:
-        return _Part(Counter({0: high - low + 1}), _times(Counter({0: high}), each))
-    return _Part(Counter({0: 1 - low}) + (part.ways if high else Counter()), each)
+        return _Part(Counter({0: high - low + 1}), _times(Counter({0: high}), one_try))
+    return _Part(Counter({0: 1 - low}) + (part.ways if high else Counter()), one_try)

@@ -59,10 +59,9 @@ def tensors_of(adapted: Iterable[list[Tensor]], resolved: Resolved) -> list[Tens
       adapted: those of the adapted modules, a list for each (`Kind.tensors`).
 
     Raises:
-      ValueError: two of them change one parameter, or a tied embedding is changed in one of its two uses only.
+      ValueError: two of them change one parameter.
     """
     model, groups = resolved.model, list(adapted)
-    _check_tie(resolved)
     for name in resolved.saved:
         for module in model.below(name):
             groups += [[_parameter(module, which, model)] for which in ("weight", "bias")[: 1 + module.bias]]
@@ -81,7 +80,7 @@ def tensors_of(adapted: Iterable[list[Tensor]], resolved: Resolved) -> list[Tens
     return [tensor for group in groups for tensor in group]
 
 
-def _check_tie(resolved: Resolved) -> None:
+def check_tie(resolved: Resolved) -> None:
     """A ValueError where an embedding and its head are one array for PEFT and two here, or the other way round.
 
     PEFT adapts a tied embedding's look-up alone, or its head alone; here both are one leaf.
