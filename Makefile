@@ -8,8 +8,8 @@ VENV ?= .venv
 JAX ?= jax
 # A line of its own, pinned: `make test TORCH=` does without, and skips the comparisons with torch, peft and loralib.
 TORCH ?= torch==2.13.0
-# Two processes, each test file in one of them.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# Two processes; one that is done takes tests of the other.
+PYTEST_ARGS ?= -n 2 --dist worksteal
 
 PY := $(VENV)/bin/python
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check

@@ -2,10 +2,7 @@
 and against the paper's figures."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from configs import e2e, glue, gpt3
 from configs.paper_rows import ROWS
 from experiments import count
 from lora_jax.runs import shapes
+from tests.helpers.cli import run_entry
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -229,20 +227,14 @@ def test_what_has_no_known_shape() -> None:
         shapes.count(config)
 
 
-def run(*flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "experiments.count", *flags]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
 def test_the_command_line() -> None:
-    shown = run("--config=configs/glue.py:base,mrpc", "--config.lora.rank=4")
+    shown = run_entry("count", "--config=configs/glue.py:base,mrpc", "--config.lora.rank=4")
     assert shown.returncode == 0, shown.stderr
     *table, total, head = shown.stdout.splitlines()
     assert total == "trained: 147,456 of 124,055,040 parameters (0.1189%)"
     assert head == "head (classifier/**), which the paper does not count: 592,130 more"
     assert len(table) == 1 + 24 and not any("classifier" in line for line in table)
-    wrong = run("--config=configs/e2e.py:small", "--all")
+    wrong = run_entry("count", "--config=configs/e2e.py:small", "--all")
     assert (wrong.returncode, wrong.stdout) == (1, "")
     assert wrong.stderr.startswith("error: give --config=FILE.py:NAME to count one config, or --all")
 

@@ -124,12 +124,12 @@ def test_what_decays_is_what_decayed_before(name: str, tmp_path: Path) -> None:
     model = Encoder(dataclasses.replace(SIZES["roberta-base"], **small, head="classification"))
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     method = lj.from_spec(methods.spec(config, model))
-    delta = jax.tree.map(lambda x: jnp.ones(x.shape), jax.eval_shape(method.init, jax.random.key(0), params))
+    delta = jax.tree.map(lambda x: np.ones(x.shape, np.float32), jax.eval_shape(method.init, jax.random.key(0), params))
 
     def decay(globs: tuple[str, ...]) -> Any:
         options = ConfigDict({**config.optimizer, "decay": globs})
         tx = training.optimizer(options, lambda step: 1.0, spec=method.spec)
-        return tx.update(jax.tree.map(jnp.zeros_like, delta), tx.init(delta), delta)[0]
+        return jax.jit(lambda d: tx.update(jax.tree.map(jnp.zeros_like, d), tx.init(d), d)[0])(delta)
 
     now = tuple(config.optimizer.decay)
     before = FORMER if now == ("matrices",) else now

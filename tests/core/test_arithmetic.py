@@ -14,7 +14,7 @@ import lora_jax as lj
 from lora_jax.checkpoints import load_adapter, save_adapter
 from lora_jax.methods.arithmetic import add, difference, truncate
 from tests.helpers.networks import Stack, Tied, stacked, started
-from tests.helpers.reference import close, digest, filled, leaves, normal, same
+from tests.helpers.reference import close, digest, filled, in_one_program, leaves, normal, same
 
 KEY = jax.random.key(0)
 X = normal(4, 8, seed=5)
@@ -53,7 +53,7 @@ def given_delta(method, seed, params=PARAMS):
 
 
 def merged(pair, params=PARAMS):
-    return leaves(lj.merge(pair[0].apply(params, pair[1])))
+    return leaves(jax.jit(lambda params, delta: lj.merge(pair[0].apply(params, delta)))(params, pair[1]))
 
 
 def dense_sum(pairs, weights, params=PARAMS):
@@ -141,7 +141,8 @@ def dense(delta, stacked):
 def test_ranks_add(case, first, second):
     axes, params, *ranks = case
     pairs = [given_delta(low_rank(axes, rank, alpha=3), n, params) for n, rank in enumerate(ranks)]
-    method, delta = add(pairs, [first, second])
+    methods, deltas = zip(*pairs, strict=True)
+    method, delta = in_one_program(lambda *ds: add([*zip(methods, ds, strict=True)], [first, second]), *deltas)
     assert method.spec["rank"] == {"w": sum(ranks)} and delta["w"]["a"].shape[-1] == sum(ranks)
     scales = [first * 3 / ranks[0], second * 3 / ranks[1]]
     terms = [scale * dense(pair[1], axes.count("s")) for scale, pair in zip(scales, pairs, strict=True)]
@@ -270,7 +271,7 @@ def test_a_truncation_is_as_near_as_any_matrix_of_its_rank(case, rank):
     """Each layer's singular values, by NumPy from the dense change: their tail is the error."""
     axes, params, have, _ = case
     low, before = given_delta(low_rank(axes, have), 1, params)
-    method, delta, residual = truncate(low, before, rank)
+    method, delta, residual = in_one_program(lambda delta: truncate(low, delta, rank), before)
     whole, got = (dense(each, axes.count("s")) for each in (before, delta))
     values = np.linalg.svd(whole, compute_uv=False)
     norm = np.sqrt(np.sum(values**2))
@@ -319,8 +320,7 @@ def test_a_truncation_keeps_the_rest_and_takes_a_rank_for_each_path():
 
 
 def test_a_change_of_zero_is_truncated_without_nan():
-    method = METHODS["lora"]
-    _, delta, residual = truncate(method, method.init(KEY, PARAMS), 1)
+    _, delta, residual = truncate(METHODS["lora"], METHODS["lora"].init(KEY, PARAMS), 1)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(residual))
     same(merged((lj.lora(KERNELS, rank=1), delta)), leaves(PARAMS))
 

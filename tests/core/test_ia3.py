@@ -13,7 +13,7 @@ import lora_jax as lj
 from tests.helpers.methods import SHAPES, as_dense, as_peft, as_some_layers, network, randomized, tree
 from tests.helpers.networks import Stack, Tied, started
 from tests.helpers.reference import close, filled, normal, replaced, same
-from tests.helpers.structural import CASES, X
+from tests.helpers.structural import CASES, X, slow_beyond_kinds
 
 KEY = jax.random.key(0)
 
@@ -88,7 +88,7 @@ def multiplied(axes, feedforward=False):
     return dense
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_beyond_kinds(CASES))
 def test_structure(name):
     """Whatever is done to the axes of a weight, l follows, and nothing becomes dense."""
     fn, params, axes = CASES[name]

@@ -49,18 +49,35 @@ def base(params, x):
     return MODEL.apply({"params": params}, x)
 
 
-def many(method, count, params=PARAMS):
+def initial(method):
+    """The first delta, traced anew and made in one program."""
+    return jax.jit(lambda key, params: method.init(key, params))(KEY, PARAMS)
+
+
+def random_delta(method, seed=1):
+    return filled(jax.eval_shape(method.init, KEY, PARAMS), seed)
+
+
+def merged(method, delta):
+    return jax.jit(lambda params, delta: lj.merge(method.apply(params, delta)))(PARAMS, delta)
+
+
+def stacked_leaves(*trees):
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+def many(method, count):
     """Different deltas, stacked."""
-    each = [filled(method.init(KEY, params), seed=n) for n in range(count)]
-    return each, jax.tree.map(lambda *leaf: jnp.stack(leaf), *each)
+    deltas = [random_delta(method, seed) for seed in range(count)]
+    return deltas, stacked_leaves(*deltas)
 
 
 @over_methods
 def test_1_the_base_is_unchanged_by_training_merging_and_switching(method):
     before = digest(PARAMS)
-    delta = method.init(KEY, PARAMS)
+    first = delta = initial(method)
     tx = lj.freeze_base(optax.adam(0.1))
-    state = tx.init(delta)
+    state = jax.jit(tx.init)(delta)
 
     @jax.jit
     def step(delta, state, key):
@@ -75,47 +92,52 @@ def test_1_the_base_is_unchanged_by_training_merging_and_switching(method):
         delta, state, loss = step(delta, state, jax.random.fold_in(KEY, n))
         losses.append(float(loss))
     assert losses[-1] < losses[0]
-    for other in (delta, method.init(KEY, PARAMS), delta):
-        lj.merge(method.apply(PARAMS, other))
+    merge = jax.jit(lambda delta: lj.merge(method.apply(PARAMS, delta)))
+    for other in (delta, first, delta):
+        merge(other)
+    lj.merge(method.apply(PARAMS, delta))
     assert digest(PARAMS) == before
 
 
 @over_methods
 def test_2_init_then_apply_is_the_base_function(method):
-    delta = method.init(KEY, PARAMS)
+    delta = initial(method)
     same(jax.jit(lifted)(method.apply(PARAMS, delta), X), base(PARAMS, X))
-    same(lj.merge(method.apply(PARAMS, delta)), PARAMS)
+    same(merged(method, delta), PARAMS)
 
 
 @over_methods
 def test_3_lifted_equals_merged(method):
-    adapted = method.apply(PARAMS, filled(method.init(KEY, PARAMS)))
-    merged = lj.merge(adapted)
-    assert base.lower(merged, X).as_text() == base.lower(PARAMS, X).as_text()  # the base's program, at its speed
-    out = jax.jit(lifted)(adapted, X)
-    close(out, base(merged, X))
-    assert float(jnp.max(jnp.abs(out - base(PARAMS, X)))) > 0.01
+    delta = random_delta(method)
+    weights = merged(method, delta)
+    assert base.lower(weights, X).as_text() == base.lower(PARAMS, X).as_text()  # the base's program, at its speed
+    out = jax.jit(lifted)(method.apply(PARAMS, delta), X)
+    close(out, base(weights, X))
+    assert np.max(np.abs(out - base(PARAMS, X))) > 0.01
 
 
 @over_methods
 def test_4_vmap_over_deltas_equals_a_loop(method):
-    each, together = many(method, 3)
-    run = lambda d: lifted(method.apply(PARAMS, d), X)  # noqa: E731
-    got = jax.jit(jax.vmap(run))(together)
-    one = jax.jit(run)
-    close(got, jnp.stack([one(d) for d in each]))
-    grads = jax.jit(jax.vmap(jax.grad(lambda d: jnp.sum(run(d) ** 2))))(together)
-    each_grad = jax.jit(jax.grad(lambda d: jnp.sum(run(d) ** 2)))
-    want = jax.tree.map(lambda *leaf: jnp.stack(leaf), *[each_grad(d) for d in each])
-    close(grads, want, 2e-5)
+    deltas, together = many(method, 3)
+
+    def loss(delta):
+        out = lifted(method.apply(PARAMS, delta), X)
+        return jnp.sum(out**2), out
+
+    run = jax.grad(loss, has_aux=True)
+    grads, out = jax.jit(jax.vmap(run))(together)
+    want_grads, want = stacked_leaves(*map(jax.jit(run), deltas))
+    close(out, want)
+    close(grads, want_grads, 2e-5)
 
 
 @over_methods
 def test_4_a_batch_with_a_delta_for_every_example_equals_one_at_a_time(method):
-    each, together = many(method, 4)
+    deltas, together = many(method, 4)
     run = lambda d, x: lifted(method.apply(PARAMS, d), x[None])[0]  # noqa: E731
     got = jax.jit(jax.vmap(run))(together, X)
-    close(got, jnp.stack([base(lj.merge(method.apply(PARAMS, d)), x[None])[0] for d, x in zip(each, X, strict=True)]))
+    merge = jax.jit(lambda params, delta: lj.merge(method.apply(params, delta)))
+    close(got, np.stack([base(merge(PARAMS, d), x[None])[0] for d, x in zip(deltas, np.asarray(X), strict=True)]))
 
 
 def test_4_stacked_deltas_share_one_base():
@@ -129,8 +151,8 @@ def test_4_stacked_deltas_share_one_base():
 @over_methods
 def test_5_a_spec_gives_the_same_arrays(method):
     again = lj.from_spec(json.loads(json.dumps(method.spec)))
-    delta = method.init(KEY, PARAMS)
-    same(again.init(KEY, PARAMS), delta)
+    delta = initial(method)
+    same(initial(again), delta)
     same(again.apply(PARAMS, filled(delta), key=KEY), method.apply(PARAMS, filled(delta), key=KEY))
 
 
@@ -139,7 +161,7 @@ def in_scanned_layout(delta):
     scanned = {}
     for name in {path.split("/", 1)[1] for path in delta}:
         blocks = [delta[f"h_{n}/{name}"] for n in range(2)]
-        scanned[f"h/{name}"] = jax.tree.map(lambda *leaf: jnp.stack(leaf), *blocks)
+        scanned[f"h/{name}"] = stacked_leaves(*blocks)
     return lj.Delta(scanned)
 
 
@@ -155,28 +177,32 @@ def in_scanned_layout(delta):
 )
 def test_10_loop_and_scanned_layouts_give_the_same_function(make, remat):
     loop, scanned = make(None), make({path: "sio" for path in leaves(stacked(PARAMS, 2)) if "kernel" in path})
-    delta = filled(loop.init(KEY, PARAMS))
+    delta = random_delta(loop)
     other = in_scanned_layout(delta)
     model = Stack(layers=2, scan=True, remat=remat)
     params = stacked(PARAMS, 2)
-    assert jax.tree.map(jnp.shape, other) == jax.tree.map(jnp.shape, scanned.init(KEY, params))
+    assert jax.tree.map(jnp.shape, other) == jax.tree.map(jnp.shape, jax.eval_shape(scanned.init, KEY, params))
 
     def run(delta):
-        return lj.lift(model.apply, on_dense="error")({"params": scanned.apply(params, delta)}, X)
+        adapted = scanned.apply(params, delta)
+        out = lj.lift(model.apply, on_dense="error")({"params": adapted}, X)
+        return jnp.sum(out**2), (out, lj.merge(adapted))
 
     def looped(delta):
-        return lifted(loop.apply(PARAMS, delta), X)
+        adapted = loop.apply(PARAMS, delta)
+        out = lifted(adapted, X)
+        return jnp.sum(out**2), (out, lj.merge(adapted))
 
-    close(jax.jit(run)(other), jax.jit(looped)(delta))
-    got = jax.jit(jax.grad(lambda d: jnp.sum(run(d) ** 2)))(other)
-    want = jax.jit(jax.grad(lambda d: jnp.sum(looped(d) ** 2)))(delta)
-    close(got, in_scanned_layout(want), 2e-5)
-    close(lj.merge(scanned.apply(params, other)), stacked(lj.merge(loop.apply(PARAMS, delta)), 2), 1e-6)
+    grads, (out, weights) = jax.jit(jax.grad(run, has_aux=True))(other)
+    want_grads, (want, want_weights) = jax.jit(jax.grad(looped, has_aux=True))(delta)
+    close(out, want)
+    close(grads, in_scanned_layout(want_grads), 2e-5)
+    close(weights, stacked(want_weights, 2), 1e-6)
 
 
 @over_methods
 def test_deltas_are_pure_and_repeatable(method):
-    one, two = method.init(KEY, PARAMS), method.init(KEY, PARAMS)
+    one, two = initial(method), initial(method)
     same(one, two)
     key = jax.random.key(1)
     run = jax.jit(lambda d, k: lifted(method.apply(PARAMS, d, key=k), X))

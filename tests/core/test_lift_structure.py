@@ -68,7 +68,7 @@ def test_einsum_in_any_order_on_either_side(x_order, w_order, out_order, weight_
     def fn(p, x):
         return jnp.einsum(equation, *((p["w"], x) if weight_first else (x, p["w"])))
 
-    agree(fn, w, x, axes={"w": "".join(w_order)}, jit=False)
+    agree(fn, w, x, axes={"w": "".join(w_order)})
 
 
 def products_of(fn, params, axes):

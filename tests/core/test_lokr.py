@@ -16,7 +16,7 @@ from lora_jax.planning.flops import equations
 from tests.helpers.methods import SHAPES, as_dense, as_peft, as_some_layers, network, randomized, tree
 from tests.helpers.networks import Stack, Tied, started
 from tests.helpers.reference import close, filled, normal, replaced, same
-from tests.helpers.structural import CASES, X
+from tests.helpers.structural import CASES, X, slow_beyond_kinds
 
 KEY = jax.random.key(0)
 
@@ -173,7 +173,7 @@ FOLLOWED = (
 )
 
 
-@pytest.mark.parametrize("name", FOLLOWED)
+@pytest.mark.parametrize("name", slow_beyond_kinds(FOLLOWED))
 def test_what_is_followed(name):
     fn, params, axes = CASES[name]
     as_dense(fn, params, lj.lokr(lj.select("w", axes=axes), rank=1, decompose_both=True), added(axes, 1.0), X)

@@ -42,7 +42,7 @@ class Pair:
                 started = subprocess.Popen(
                     [*command(inputs, workdir, *FLAGS, *several, *flags), f"--process={process}"],
                     cwd=ROOT,
-                    env=environment(inputs) | {"JAX_NUM_CPU_DEVICES": "2"},
+                    env=environment() | {"JAX_NUM_CPU_DEVICES": "2"},
                     stdout=file,
                     stderr=file,
                 )
@@ -175,7 +175,7 @@ def test_killed_at_twenty_random_moments(inputs: Path, straight: Path) -> None:
 
 def test_flags_that_are_given_in_part(inputs: Path) -> None:
     flags = [*command(inputs, inputs / "none"), "--processes=2", "--process=0"]
-    done = subprocess.run(flags, cwd=ROOT, env=environment(inputs), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(flags, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert (
         "error: several processes need --coordinator=HOST:PORT, --processes=N and --process=I: --coordinator is miss"
@@ -187,7 +187,7 @@ def test_a_full_disk_is_one_error_that_names_what_is_whole(inputs: Path) -> None
     """From the first checkpoint on, no file may grow beyond 1500 bytes: some metrics can be, a checkpoint cannot."""
     workdir, limit = inputs / "full_disk", (1500, resource.RLIM_INFINITY)
     flags = command(inputs, workdir)
-    with subprocess.Popen(flags, cwd=ROOT, env=environment(inputs), stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(flags, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as process:
         try:
             while process.poll() is None and checkpoints.latest_step(workdir) is None:
                 time.sleep(0.001)

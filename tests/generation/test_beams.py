@@ -31,17 +31,21 @@ class Pair(tuple):
         return "pair"
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
+def random_models(folder: Path, layers: int) -> tuple[Any, Any, Any]:
     """A random model of transformers', and the same loaded here."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": VOCABULARY, "n_positions": POSITIONS, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    sizes = {"vocab_size": VOCABULARY, "n_positions": POSITIONS, "n_embd": 16, "n_layer": layers, "n_head": 2}
     config = transformers.GPT2Config(**sizes, initializer_range=0.3, bos_token_id=0, eos_token_id=0)
     theirs = transformers.GPT2LMHeadModel(config).eval()
-    folder = tmp_path_factory.mktemp("gpt2")
     theirs.save_pretrained(folder)
     model, params, _ = hf.load(folder)
     return Pair((theirs, model, params))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
+    """One layer: the search does not depend on the depth, and each setting is compiled."""
+    return random_models(tmp_path_factory.mktemp("gpt2"), 1)
 
 
 def prompts(rows: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -74,21 +78,21 @@ def check_against_transformers(pair: tuple[Any, Any, Any], shape: tuple, seed: i
 
 
 # What is compiled once is drawn from lists, the rest at will.
-COMMON = (5, 9, 17, 24, 27, 31, 32, 49)  # this model's favourite tokens: as end tokens they are met
+COMMON = (7, 12, 13, 15, 16, 25, 26, 31)  # this model's favourite tokens: as end tokens they are met
 EOS = st.lists(st.sampled_from(COMMON), min_size=2, max_size=2, unique=True)
 PENALTIES = st.sampled_from([0.0, 0.8, 1.0, 2.0])
 
 
-# Each of the 27 is compiled: the first nine, in which all pairs of settings occur, are enough for `make test`.
+# Each of the 27 is compiled, which takes seconds: three, in which every value occurs, are enough for `make test`.
 BEAMS, NGRAMS, STOPS = (2, 4, 10), (0, 2, 4), (True, False, "never")
-SETTINGS = sorted(itertools.product(range(3), repeat=3), key=lambda at: sum(at) % 3)
+QUICK = {(2, 2, "never"), (4, 4, True), (10, 0, False)}
 
 
 @pytest.mark.parametrize(
     ("num_beams", "no_repeat_ngram_size", "early_stopping"),
     [
-        pytest.param(BEAMS[i], NGRAMS[j], STOPS[k], marks=pytest.mark.slow if n >= 9 else ())
-        for n, (i, j, k) in enumerate(SETTINGS)
+        pytest.param(*setting, marks=() if setting in QUICK else pytest.mark.slow)
+        for setting in itertools.product(BEAMS, NGRAMS, STOPS)
     ],
 )
 @given(seed=st.integers(0, 999), eos=EOS, length_penalty=PENALTIES)
@@ -201,18 +205,18 @@ def test_a_beam_of_one_is_greedy(pair: tuple[Any, Any, Any], rule: str, ngram: i
         tokens, mask = prompts(3, 6, seed)
         ngrams = ngram if rule == "hf" else 0  # greedy decoding counts the prompt's n-grams too
         new, _ = beams.search(
-            *(model, params, tokens, mask, np.array([3, 11, 40]), np.int32(0), np.float32(1)),
+            *(model, params, tokens, mask, np.array([20, 31, 39]), np.int32(0), np.float32(1)),
             **{"max_new_tokens": 20, "num_beams": 1, "no_repeat": ngrams, "early_stopping": True, "rule": rule},
         )
-        options: dict[str, Any] = {"max_new_tokens": 20, "eos": [3, 11, 40], "no_repeat_ngram_size": ngrams}
+        options: dict[str, Any] = {"max_new_tokens": 20, "eos": [20, 31, 39], "no_repeat_ngram_size": ngrams}
         np.testing.assert_array_equal(new, generate(model, params, tokens, mask, **options))
-        ends += np.isin(new, [3, 11, 40]).any(1).tolist()
+        ends += np.isin(new, [20, 31, 39]).any(1).tolist()
     assert len(set(ends)) == 2, "some texts should end and others not"
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_adapted_merged_scanned_and_a_row_alone(pair: tuple[Any, Any, Any], rule: str) -> None:
-    _, model, params = pair
+def test_adapted_merged_scanned_and_a_row_alone(tmp_path: Path, rule: str) -> None:
+    _, model, params = random_models(tmp_path, 2)
     method = lj.lora(lj.select("**/attn/{query,value}/kernel", axes=dict(gpt2.AXES)), rank=2, alpha=8)
     delta = jax.tree.map(lambda x: x + 0.3, method.init(jax.random.key(1), params))
     adapted = method.apply(params, delta)

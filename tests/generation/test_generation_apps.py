@@ -1,9 +1,7 @@
 """experiments.evaluate and experiments.generate on a tiny run, as a user starts them."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +22,7 @@ from lora_jax.interop import hf
 from lora_jax.metrics import bleu, java
 from lora_jax.models import gpt2
 from lora_jax.runs import bases, scoring
+from tests.helpers.cli import run_entry
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = """name : X | area : riverside||X is by the river .
@@ -75,9 +74,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 def start(app: str, *flags: str, typed: str = "") -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", f"experiments.{app}", *flags]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, input=typed)
+    return run_entry(app, *flags, stdin=typed)
 
 
 def texts(run: Made, params: Any, contexts: list[str], **how: Any) -> list[str]:

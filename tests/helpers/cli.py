@@ -1,8 +1,13 @@
 """A tiny base in Hugging Face form, E2E lines and a command line for subprocess tests."""
 
+import atexit
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -55,17 +60,57 @@ def command(folder: Path, workdir: Path, *flags: str, name: str = "small") -> li
     ]
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """One CPU device."""
+def environment() -> dict[str, str]:
+    """Of a process with one CPU device."""
     return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
 
 
 def run(folder: Path, workdir: Path, *flags: str, name: str = "small") -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(folder, workdir, *flags, name=name),
-        cwd=ROOT,
-        env=environment(folder),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_entry("train", *command(folder, workdir, *flags, name=name)[3:])
+
+
+# Most of a short command's time goes into imports: one process has made them, and each command is a fork of it.
+_FORKS = multiprocessing.get_context("forkserver")
+_IMPORTED = """
+    datasets matplotlib.figure orbax.checkpoint sacrebleu.metrics tensorboardX experiments.cli lora_jax.generation
+    lora_jax.runs.tasks lora_jax.training.loop tests.helpers.cli
+"""
+_FORKS.set_forkserver_preload(_IMPORTED.split())
+
+
+def run_entry(
+    module: str, *flags: str, env: Mapping[str, str] | None = None, stdin: str = "", timeout: float = 300
+) -> subprocess.CompletedProcess:
+    """`python -m experiments.MODULE *flags` at the root with one CPU device, and what else `env` says."""
+    with tempfile.TemporaryDirectory() as folder:
+        stdin_file, stdout_file, stderr_file = (Path(folder, name) for name in ("in", "out", "err"))
+        stdin_file.write_text(stdin)
+        started = environment() | dict(env or {})
+        process = _FORKS.Process(target=_forked, args=(f"experiments.{module}", flags, started, folder))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(module, timeout, stdout_file.read_text(), stderr_file.read_text())
+        return subprocess.CompletedProcess(
+            [module, *flags], process.exitcode, stdout_file.read_text(), stderr_file.read_text()
+        )
+
+
+def _forked(module: str, flags: tuple[str, ...], env: dict[str, str], folder: str) -> None:
+    """Runs a module as `python -m` does, with its streams in files of the folder."""
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(env)
+    jax.config.update("jax_num_cpu_devices", int(env["JAX_NUM_CPU_DEVICES"]))
+    jax.config.update("jax_platforms", env["JAX_PLATFORMS"])
+    sys.stdin = open(Path(folder, "in"))
+    for number, name in ((1, "out"), (2, "err")):
+        file = os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, number)
+    sys.argv = [module, *flags]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        sys.stdout.flush()
+        atexit._run_exitfuncs()  # multiprocessing ends its processes without

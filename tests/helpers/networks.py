@@ -5,6 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Block(nn.Module):
@@ -64,4 +65,4 @@ def stacked(params: Any, layers: int) -> Any:
     """The loop's tree in the scanned layout."""
     rest = {name: value for name, value in params.items() if not name.startswith("h_")}
     blocks = [params[f"h_{layer}"] for layer in range(layers)]
-    return {**rest, "h": jax.tree.map(lambda *each: jnp.stack(each), *blocks)}
+    return {**rest, "h": jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *blocks)}

@@ -100,6 +100,19 @@ def same(got: Any, want: Any) -> None:
         assert np.asarray(g).tobytes() == np.asarray(w).tobytes()
 
 
+def in_one_program(fn, *deltas):
+    """What fn returns of deltas: a method, and arrays that are computed as one program."""
+    methods = []
+
+    def arrays(*deltas):
+        method, *rest = fn(*deltas)
+        methods.append(method)
+        return rest
+
+    rest = jax.jit(arrays)(*deltas)
+    return methods[0], *rest
+
+
 def digest(tree: Any) -> str:
     """sha256 of paths, dtypes, shapes and bytes."""
     sha = hashlib.sha256()
@@ -125,7 +138,6 @@ def agree(
     rank: int = 2,
     tol: float = 1e-5,
     on_dense: str = "error",
-    jit: bool = True,
     **kwargs: Any,
 ) -> Any:
     """fn(params, *args, **kwargs) lifted, on lora of every selected leaf: value and gradients of the delta are those of
@@ -149,7 +161,7 @@ def agree(
             jax.value_and_grad(reference, has_aux=True)(delta),
         )
 
-    ((_, out), grads), ((_, want), want_grads) = (jax.jit(both) if jit else both)(delta)
+    ((_, out), grads), ((_, want), want_grads) = jax.jit(both)(delta)
     close(out, want, tol)
     close(grads, want_grads, 2 * tol)
     assert any(np.any(np.asarray(g)) for g in jax.tree.leaves(grads))

@@ -1,7 +1,11 @@
 """Uses of a weight through slices, reshapes, look-ups and einsums: {name: (function, params, axes)}."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import pytest
 from jax import lax
 
 from tests.helpers.reference import normal
@@ -112,3 +116,16 @@ CASES = {
     "vdot of a column": (lambda p, x: x @ p["w"][:, 3:4], W, "io"),
     "batch axis from vmap": (lambda p, x: jax.vmap(lambda x: p["w"].T @ x)(x), W, "io"),
 }
+
+# One of each kind of operation. The axes are followed once for all methods, which is shown over all cases with LoRA.
+KINDS = (
+    *("transpose", "reshape of heads to outputs", "reshape of inputs apart", "slice of both, transposed"),
+    *("split in three", "dynamic slice of inputs", "w[i] traced", "moved stack", "expand and squeeze"),
+    *("broadcast to a stack", "rows by vmap", "swapped heads", "einsum from heads, other order"),
+    *("einsum of experts", "einsum summing experts", "batch axis from vmap"),
+)
+
+
+def slow_beyond_kinds(names: Iterable[str]) -> list[Any]:
+    """The names as parameters; those that repeat a kind of operation are slow."""
+    return [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in names]

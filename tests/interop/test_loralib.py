@@ -2,9 +2,6 @@
 
 import copy
 import functools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -17,6 +14,7 @@ from lora_jax import checkpoints
 from lora_jax.interop import hf, loralib
 from lora_jax.models import gpt2
 from lora_jax.runs import bases
+from tests.helpers.cli import run_entry
 
 torch = pytest.importorskip("torch")
 theirs = pytest.importorskip("loralib")
@@ -349,16 +347,11 @@ def test_wrong_arguments(good, base, tmp_path):
         loralib.load(tmp_path / "nowhere.safetensors", params, alpha=1)
 
 
-def run(*flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "experiments.convert", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-
-
 def test_the_command(tmp_path):
     folder, their_model = roberta(tmp_path)
     torch.save({"model_state_dict": nlu_state(their_model), "step": 7}, tmp_path / "model.pt")
     flags = [f"--checkpoint={tmp_path}/model.pt", f"--out={tmp_path}/x.safetensors"]
-    done = run(*flags, f"--base={folder}", f"--alpha={ALPHA}", f"--adapter={tmp_path}/adapter")
+    done = run_entry("convert", *flags, f"--base={folder}", f"--alpha={ALPHA}", f"--adapter={tmp_path}/adapter")
     assert done.returncode == 0, done.stderr
     assert "left out: step" in done.stdout and "classifier/out/kernel" in done.stdout
     model, params, _ = hf.load(folder, head="classification", labels=3)
@@ -366,7 +359,7 @@ def test_the_command(tmp_path):
     checkpoints.check_base(info["base"], bases.identity(model, params, folder), "adapter")
     assert_same(model, params, method, delta, their_model)
 
-    refused = run(*flags, f"--adapter={tmp_path}/adapter")
+    refused = run_entry("convert", *flags, f"--adapter={tmp_path}/adapter")
     assert refused.returncode == 1
     assert refused.stderr.strip() == "error: --adapter, --base and --alpha go together: all three, or none"
 
@@ -375,7 +368,8 @@ def test_the_command_unties_a_head_and_takes_enabled(reference, folder, tmp_path
     their_model = fused(reference, (False, True, True))
     swap(their_model.transformer, "wte", theirs.Embedding, num_embeddings=31, embedding_dim=D, r=4)
     torch.save(their_model.state_dict(), tmp_path / "model.pt")
-    done = run(
+    done = run_entry(
+        "convert",
         f"--checkpoint={tmp_path}/model.pt", f"--out={tmp_path}/x.safetensors", f"--base={folder}", "--unmerged",
         f"--alpha={ALPHA}", "--enabled=0,1,1", f"--adapter={tmp_path}/adapter.safetensors",
     )  # fmt: skip

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from lora_jax import checkpoints, training
 from lora_jax.interop import hf
 from lora_jax.models.encoder import Encoder
 from lora_jax.runs import bases
-from tests.helpers.cli import ROOT, environment
+from tests.helpers.cli import run_entry
 from tests.helpers.glue_inputs import CONFIG, make_inputs
 
 
@@ -31,20 +30,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, module: str, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", f"experiments.{module}", *arguments],
-        cwd=ROOT,
-        env=environment(folder),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 def train(folder: Path, workdir: Path, name: str, *flags: str) -> subprocess.CompletedProcess:
-    return run(
-        folder,
+    return run_entry(
         "train",
         f"--config=configs/glue.py:base,{name}",
         f"--workdir={workdir}",
@@ -89,7 +76,7 @@ def test_each_seed_has_its_run_and_the_summary_their_medians(seeds: Path) -> Non
 def test_the_adapter_is_that_of_the_best_epoch(seeds: Path, inputs: Path) -> None:
     """Predicting with it gives the best epoch's metric, whatever later epochs gave."""
     workdir = seeds / "seed_3"
-    done = run(inputs, "predict", f"--workdir={workdir}")
+    done = run_entry("predict", f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
     result = json.loads((workdir / "predictions" / "valid-adapted" / "predict.json").read_text())
     validated = [e for e in training.read_metrics(workdir) if "matthews" in e]
@@ -101,7 +88,7 @@ def test_the_adapter_is_that_of_the_best_epoch(seeds: Path, inputs: Path) -> Non
 
 
 def test_a_test_split_is_written_for_the_server(seeds: Path, inputs: Path) -> None:
-    done = run(inputs, "predict", f"--workdir={seeds}/seed_3", "--split=test", "--params=merged")
+    done = run_entry("predict", f"--workdir={seeds}/seed_3", "--split=test", "--params=merged")
     assert done.returncode == 0, done.stderr
     lines = (seeds / "seed_3" / "predictions" / "test-merged" / "CoLA.tsv").read_text().splitlines()
     assert lines[0] == "index\tprediction" and [line.split("\t")[0] for line in lines[1:]] == list("01234")
@@ -190,7 +177,7 @@ def test_a_new_pooler_trains_with_the_head_and_goes_to_peft(inputs: Path, tmp_pa
     assert done.returncode == 0, done.stderr
     assert "pooler/kernel" in done.stdout
     for form in ("peft", "merged"):
-        done = run(inputs, "export", f"--workdir={tmp_path}/run", f"--form={form}", f"--out={tmp_path}/{form}")
+        done = run_entry("export", f"--workdir={tmp_path}/run", f"--form={form}", f"--out={tmp_path}/{form}")
         assert done.returncode == 0, done.stderr
     tokens = np.random.default_rng(0).integers(4, 12, (3, 6))
     merged, ours, _ = hf.load(tmp_path / "merged")
@@ -217,16 +204,16 @@ def test_a_converted_adapter_is_one_of_the_same_base(inputs: Path, tmp_path: Pat
             tensors |= {f"{prefix}A": random.normal(0, 1, (2, d)), f"{prefix}B": random.normal(0, 1, (d, 2))}
     torch.save({name: torch.tensor(x, dtype=torch.float32) for name, x in tensors.items()}, tmp_path / "model.pt")
     paths = (f"--checkpoint={tmp_path}/model.pt", f"--out={tmp_path}/x.safetensors", f"--adapter={tmp_path}/adapter")
-    done = run(inputs, "convert", *paths, f"--base={tmp_path}/roberta", "--alpha=8")
+    done = run_entry("convert", *paths, f"--base={tmp_path}/roberta", "--alpha=8")
     assert done.returncode == 0, done.stderr
     flags = ("--config.steps=1", "--config.seeds=()", f"--config.base={tmp_path}/roberta")
     done = train(inputs, tmp_path / "warm", "mnli", *flags, f"--config.warm_start={tmp_path}/adapter")
     assert done.returncode == 0, done.stderr
     assert "starts from" in done.stdout and "classifier/out/kernel" in done.stdout
     config_flags = ["--config=configs/glue.py:base,cola", f"--config.data.path={inputs}/glue", *flags]
-    done = run(inputs, "export", f"--source={tmp_path}/adapter", f"--workdir={tmp_path}/taken", *config_flags)
+    done = run_entry("export", f"--source={tmp_path}/adapter", f"--workdir={tmp_path}/taken", *config_flags)
     assert done.returncode == 0, done.stderr
-    done = run(inputs, "predict", f"--workdir={tmp_path}/taken")
+    done = run_entry("predict", f"--workdir={tmp_path}/taken")
     assert done.returncode == 0, done.stderr
 
 
@@ -237,7 +224,7 @@ def test_what_cannot_be_is_said(seeds: Path, inputs: Path, tmp_path: Path) -> No
         (("predict", f"--workdir={tmp_path}"), "is .* the workdir of a run"),
         (("evaluate", f"--workdir={seeds}/seed_3"), "is a run of cola: give it to experiments.predict"),
     ]:
-        failed = run(inputs, *arguments)
+        failed = run_entry(*arguments)
         assert failed.returncode == 1
         assert re.search(said, failed.stderr), failed.stderr
 

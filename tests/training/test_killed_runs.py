@@ -67,7 +67,7 @@ def kill_at(inputs: Path, workdir: Path, moment: str, delay: float, kind: int) -
     process = subprocess.Popen(
         command(inputs, workdir, EPOCHS),
         cwd=ROOT,
-        env=environment(inputs),
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,8 +1,6 @@
 """The README's method of one's own, in a file outside the package: trained, reloaded, counted and timed."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from lora_jax.models import gpt2
 from lora_jax.runs import methods
 from lora_jax.training import sweep
 from tests.helpers import sweeps
-from tests.helpers.cli import ROOT, environment, make_inputs, run
+from tests.helpers.cli import ROOT, make_inputs, run, run_entry
 from tests.helpers.runs import model_and_params, run_config
 
 BLOCK = next(
@@ -38,17 +36,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def command(folder: Path, module: str, *flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", f"experiments.{module}", *flags],
-        cwd=ROOT,
-        env=environment(folder),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 def test_the_readmes_method(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(registry._METHODS, "lora_xs", raising=False)  # the README's blocks may have run before
     own = f"--config.method={folder}/mine.py:method"
@@ -58,7 +45,7 @@ def test_the_readmes_method(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert losses[-1] < losses[0]
     with pytest.raises(ValueError, match="method 'lora_xs' is not known"):
         checkpoints.load(folder / "run")  # nobody told this process
-    done = command(folder, "generate", f"--workdir={folder}/run", "--context=name : Alba", "--max_new_tokens=2")
+    done = run_entry("generate", f"--workdir={folder}/run", "--context=name : Alba", "--max_new_tokens=2")
     assert done.returncode == 0 and "name : Alba" in done.stdout, done.stderr
 
 
@@ -96,11 +83,11 @@ def test_the_readmes_method_has_traits(tmp_path: Path, caplog: pytest.LogCapture
 def test_the_readmes_method_is_counted_and_timed(folder: Path) -> None:
     own = f"--config.method={folder}/mine.py:method"
     config = ["--config=configs/e2e.py:small", own, f"--config.base={folder}/base"]
-    done = command(folder, "count", *config)
+    done = run_entry("count", *config)
     assert done.returncode == 0, done.stderr
     assert "trained: 64 of" in done.stdout  # R of 4 x 4 in two matrices of two layers
     data = [f"--config.data.path={folder}/data", "--config.data.batch_size=4", "--config.data.buckets=1"]
-    done = command(folder, "speed", *config, *data, "--rounds=1", "--steps=1", f"--workdir={folder}/speed")
+    done = run_entry("speed", *config, *data, "--rounds=1", "--steps=1", f"--workdir={folder}/speed")
     assert done.returncode == 0, done.stderr
     assert "mine.py:method" in done.stdout
 

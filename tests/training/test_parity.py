@@ -1,8 +1,6 @@
 """experiments.parity on tiny models: training here and with PEFT gives the same losses and factors."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,14 +22,7 @@ def test_losses_and_factors_agree_with_peft(kind: str, tmp_path: Path) -> None:
         glue_inputs.make_inputs(tmp_path)
         flags = ["--config=configs/glue.py:base,cola", f"--config.data.path={tmp_path}/glue"]
     flags += ["--steps=8", "--config.data.batch_size=4", "--config.data.buckets=1", f"--config.base={tmp_path}/base"]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "experiments.parity", f"--out={tmp_path}/parity.json", *flags],
-        cwd=cli.ROOT,
-        env=cli.environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = cli.run_entry("parity", f"--out={tmp_path}/parity.json", *flags)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "parity.json").read_text())["rows"]
     assert row["loss_difference"] < 1e-4 and row["factor_difference"] < 1e-3

@@ -1,14 +1,12 @@
 """From plain text to a base in Hugging Face form."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from lora_jax import training
 from lora_jax.interop import hf
-from tests.helpers.cli import ROOT, environment
+from tests.helpers.cli import run_entry
 
 
 def test_a_base_from_text(tmp_path: Path) -> None:
@@ -23,9 +21,8 @@ def test_a_base_from_text(tmp_path: Path) -> None:
         "data.length": 32, "data.batch_size": 8, "optimizer.learning_rate": 1e-2,
         "optimizer.warmup_steps": 2, "log_every": 5, "model.scan_layers": True,
     }  # fmt: skip
-    command = [sys.executable, "-m", "experiments.pretrain", "--config=configs/pretrain.py:tiny"]
-    command += [f"--workdir={tmp_path}/run"] + [f"--config.{k}={v}" for k, v in flags.items()]
-    done = subprocess.run(command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=300)
+    options = [f"--workdir={tmp_path}/run"] + [f"--config.{k}={v}" for k, v in flags.items()]
+    done = run_entry("pretrain", "--config=configs/pretrain.py:tiny", *options)
     assert done.returncode == 0, done.stderr
     assert "perplexity" in done.stdout
 

@@ -2,25 +2,17 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from lora_jax import training
-from tests.helpers.cli import ROOT, environment, make_inputs
+from tests.helpers.cli import make_inputs, run_entry
 
 
 def study(folder: Path, *flags: str) -> subprocess.CompletedProcess:
     known = [f"--workdir={folder}/study", f"--base={folder}/base", f"--data={folder}/data", f"--out={folder}/rows.json"]
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.study", "--task=e2e", "--steps=3", "--search_steps=2", *known, *flags],
-        cwd=ROOT,
-        env=environment(folder),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    return run_entry("study", "--task=e2e", "--steps=3", "--search_steps=2", *known, *flags, timeout=600)
 
 
 @pytest.mark.slow

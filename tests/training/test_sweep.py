@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +13,7 @@ from configs import glue
 from experiments import sweeps
 from lora_jax import checkpoints, training
 from lora_jax.training import sweep
-from tests.helpers.cli import ROOT, environment, make_inputs, run
+from tests.helpers.cli import make_inputs, run, run_entry
 from tests.helpers.runs import QV, prepare, schedule, without_times
 from tests.helpers.sweeps import LORA, Values, alone, close, members, ready
 
@@ -213,11 +211,5 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     alone, member = (checkpoints.load(tmp_path / folder) for folder in ("alone", f"sweep/{names[-1]}"))
     close(member.delta, alone.delta)
-    failed = subprocess.run(
-        [sys.executable, "-m", "experiments.evaluate", f"--workdir={tmp_path}/sweep"],
-        cwd=ROOT,
-        env=environment(tmp_path),
-        capture_output=True,
-        text=True,
-    )
+    failed = run_entry("evaluate", f"--workdir={tmp_path}/sweep")
     assert failed.returncode == 1 and "holds several runs: name one" in failed.stderr
