@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import hashlib
 import os
 import platform
@@ -59,6 +60,12 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 def pytest_configure(config: pytest.Config) -> None:
     # An entry that another process has not yet written to its end, or was killed over: the program is compiled.
     config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent compilation cache entry")
+
+
+def pytest_collection_finish() -> None:
+    # What is imported stays: torch and transformers alone are millions of objects that each collection would visit.
+    gc.collect()
+    gc.freeze()
 
 
 def _freely(function: Callable) -> Callable:

@@ -16,6 +16,7 @@ forward without H.
 """
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -100,24 +101,40 @@ def step_flops(glob: str, variant: str = "plain", **options: Any) -> int:
         return count(step, delta, jax.eval_shape(tx.init, delta), params, TOKENS, PLACES)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("selected", SELECTED)
+def quick_with(quick, cases):
+    """The cases as parameters, all but the quick ones slow: the count of a selection and that of a variant add up."""
+    return [pytest.param(*case, marks=() if quick(*case) else pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("selected", "variant"),
+    quick_with(
+        lambda selected, variant: selected == "all" or variant == "plain", itertools.product(SELECTED, VARIANTS)
+    ),
+)
 def test_a_loop_costs_the_closed_form(selected, variant):
     glob, names = SELECTED[selected]
     ratio = step_flops(glob, variant) / closed_form(names, scan=False, remat=False)
     assert 0.99 <= ratio <= 1.01, ratio
 
 
-@pytest.mark.parametrize("selected", SELECTED)
-@pytest.mark.parametrize("variant", ["plain", "clipped"])
+@pytest.mark.parametrize(
+    ("selected", "variant"),
+    quick_with(
+        lambda selected, variant: (selected == "all") == (variant == "clipped"),
+        itertools.product(SELECTED, ["plain", "clipped"]),
+    ),
+)
 def test_a_scan_costs_the_closed_form(selected, variant):
     glob, names = SELECTED[selected]
     ratio = step_flops(glob, variant, scan_layers=True) / closed_form(names, scan=True, remat=False)
     assert 0.99 <= ratio <= 1.01, ratio
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("selected", SELECTED)
+@pytest.mark.parametrize(
+    ("selected", "scan"),
+    quick_with(lambda selected, scan: selected == "all" or scan, itertools.product(SELECTED, [False, True])),
+)
 def test_remat_costs_at_most_one_more_forward(selected, scan):
     glob, names = SELECTED[selected]
     flops = step_flops(glob, "logged norm", scan_layers=scan, remat=True)
