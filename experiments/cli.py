@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import shlex
-import statistics
 import sys
 import time
 import traceback
@@ -14,6 +13,8 @@ from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
+
+from lora_jax.metrics.statistics import spread  # noqa: F401  used as cli.spread
 
 flags.DEFINE_string("workdir", None, "Folder of the run: made, or gone on with if it holds one.")
 flags.DEFINE_string("out", None, "What to write: see above.")
@@ -98,11 +99,6 @@ def keep_compiled() -> None:
 def command(name: str) -> str:
     """The command line of this process, of the entry point of that name, for what is made again with it."""
     return shlex.join(["python", "-m", f"experiments.{name}", *sys.argv[1:]])
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and range, as `experiments.results` shows them."""
-    return {"score": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

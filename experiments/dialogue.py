@@ -6,29 +6,20 @@ rank, other targets), or a context of another multiple of 16 tokens, is compiled
 
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from absl import flags
 
 from experiments import reload
-from lora_jax import Delta, ParamTransform, checkpoints
-from lora_jax.data.pairs import prompts
-from lora_jax.generation import complete, end_tokens
 from lora_jax.runs import bases
-from lora_jax.runs.methods import placeholders
+from lora_jax.runs.evaluation import answer, decoding_options, sampling_key
+from lora_jax.runs.reload import adapter, check_kind, read_config
 
 HELP = """A line is a context, which the model completes. Besides:
   :adapter NAME     another adapter: {names}
   :strength NUMBER  how much of it: 0 the base, 1 as it was trained
   :help             this
   :quit             or the end of input"""
-
-
-class Adapter(NamedTuple):
-    method: ParamTransform
-    delta: Delta
 
 
 def hold(further: dict[str, Path]) -> None:
@@ -41,14 +32,15 @@ def hold(further: dict[str, Path]) -> None:
       ValueError: an adapter belongs to another base.
     """
     workdir = Path(flags.FLAGS.workdir)
-    config = reload.config_of(workdir, classifies=False)
+    config = read_config(workdir)
+    check_kind(config, workdir, classifies=False)
     base = bases.load(config, flags.FLAGS.base)
-    places = {"run": workdir, **further}
-    adapters = {name: load(path, base) for name, path in places.items() if config.method != "none" or path != workdir}
-    if not adapters:
+    paths = ({} if config.method == "none" else {"run": workdir}) | further
+    if not paths:
         raise ValueError(f"{workdir} trained nothing (method none): name an adapter, --adapter=NAME:PATH")
-    options = reload.decoding(config)
-    options |= reload.sampling_key(options)
+    adapters = {name: adapter(path, base) for name, path in paths.items()}
+    options = decoding_options(config, reload.decoding())
+    options |= sampling_key(options, flags.FLAGS.seed)
     name, strength = next(iter(adapters)), 1.0
     help_text = HELP.format(names=", ".join(adapters))
     print(help_text)
@@ -65,31 +57,11 @@ def hold(further: dict[str, Path]) -> None:
             print(help_text)
         elif line:
             turn += 1
-            own = {"key": jax.random.fold_in(options["key"], turn)} if "key" in options else {}
-            answer(base, adapters[name], strength, line, options | own)
-
-
-def answer(base: bases.Base, adapter: Adapter, strength: float, context: str, options: dict[str, Any]) -> None:
-    """Prints what the model says of a context."""
-    eos = base.model.config.eos_token_id
-    ends = end_tokens(base.tokenizer, eos)
-    params = adapter.method.apply(base.params, adapter.delta, strength=np.float32(strength))
-    try:
-        asked = prompts([context], base.tokenizer, eos=eos, **placeholders(adapter.method.spec, base.model))
-        (text,) = complete(base.model, params, base.tokenizer, asked, eos=ends, progress=False, **options)
-    except ValueError as error:  # too long, for example: the dialogue goes on
-        text = f"({error})"
-    print(text, flush=True)
-
-
-def load(path: Path, base: bases.Base) -> Adapter:
-    """The adapter of a workdir or a file, for that base."""
-    if (path / "config.json").is_file():
-        reload.config_of(path)  # which knows a method of one's own
-        run = checkpoints.load(path)
-        checkpoints.check_base(checkpoints.meta_of(path)["base"], base.identity, path)
-        return Adapter(run.method, run.delta)
-    return Adapter(*bases.adapter(path, base))
+            key = {"key": jax.random.fold_in(options["key"], turn)} if "key" in options else {}
+            try:
+                print(answer(base, *adapters[name], strength, line, options | key), flush=True)
+            except ValueError as error:  # too long, for example: the dialogue goes on
+                print(f"({error})", flush=True)
 
 
 def ask(question: str) -> str | None:

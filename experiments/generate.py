@@ -15,8 +15,9 @@ from pathlib import Path
 from absl import flags
 
 from experiments import cli, dialogue, reload
-from lora_jax import checkpoints
+from lora_jax import checkpoints, runs
 from lora_jax.data.files import read_text
+from lora_jax.runs.evaluation import json_lines
 
 flags.DEFINE_multi_string("context", [], "A context; may be given several times.")
 flags.DEFINE_string("file", None, "A text file with one context a line (.gz too).")
@@ -44,13 +45,13 @@ def main() -> None:
         raise ValueError(f"nothing to complete: no contexts in {values.file}")
     loaded = reload.load()
     if not values.out:
-        for context, text in zip(contexts, reload.complete_contexts(loaded, contexts), strict=True):
+        for context, text in zip(contexts, runs.complete(loaded, contexts, **reload.options()), strict=True):
             print(f"{context}\n    {text}")
         return
     kept = Path(f"{values.out}.part")
-    texts = reload.complete_contexts(loaded, contexts, kept)
+    texts = runs.complete(loaded, contexts, kept=kept, **reload.options())
     rows = [{"context": c, "prediction": t} for c, t in zip(contexts, texts, strict=True)]
-    checkpoints.write_atomically(values.out, reload.json_lines(rows))
+    checkpoints.write_atomically(values.out, json_lines(rows))
     kept.unlink()
     print(f"written: {values.out}")
 

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from configs import e2e
 from experiments import cli, train
-from lora_jax import checkpoints, training
+from lora_jax import checkpoints, runs, training
 
 METHODS = {"lora": "LoRA r=4, q and v", "lora_all": "LoRA r=4, all matrices", "full": "full fine-tuning"}
 flags.DEFINE_integer("rounds", 15, "Rounds; each takes --steps steps of every method.")
@@ -34,7 +34,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         jobs = {name: job(config, name, Path(folder) / name) for name in METHODS}
         if config.method not in ("lora", "tune"):
-            jobs[config.method] = train.ready(config, Path(folder) / "own")[0]
+            jobs[config.method] = runs.prepare(config, Path(folder) / "own").job
         seconds, tokens = measure(jobs, rounds, steps)
     how = {"rounds": rounds, "steps": steps, "base": config.base, "jax": jax.__version__}
     how["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores"
@@ -53,7 +53,7 @@ def job(config: ConfigDict, name: str, workdir: Path) -> training.Job:
     """A run of the method on the flags' base and data."""
     variant = e2e.get_config(f"small,{name}")
     variant.update({"base": config.base, "data": config.data, "model": config.model})
-    return train.ready(variant, workdir)[0]
+    return runs.prepare(variant, workdir).job
 
 
 def measure(jobs: dict[str, training.Job], rounds: int, steps: int) -> tuple[dict[str, list[float]], int]:

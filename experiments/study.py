@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 import lora_jax as lj
 from configs import e2e, glue
 from experiments import cli, train
-from lora_jax import checkpoints, training
+from lora_jax import checkpoints, runs, training
 from lora_jax.data import pairs, tasks
 from lora_jax.generation import complete, end_tokens
 from lora_jax.interop import hf
@@ -217,7 +217,7 @@ def begun(config: ConfigDict, folder: Path) -> float:
     at = flags.FLAGS.search_steps
     training.claim(folder, config)  # another config's results are refused
     if at not in _validated(folder):
-        job, _ = train.ready(config, folder)
+        job = runs.prepare(config, folder).job
         if not training.train(job._replace(total=at)).finished:
             raise InterruptedError(f"{folder} was stopped: the same command goes on")
     return _validated(folder)[at]

@@ -1,48 +1,15 @@
-"""summary.json: a run in one row of a table."""
+"""Rows of docs/results."""
 
 import importlib.metadata
 import json
 import os
 import platform
-import statistics
 from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
-from experiments import cli
-from lora_jax import checkpoints, training
-
-
-def of(config: ConfigDict, workdir: Path, **numbers: int) -> dict[str, Any]:
-    """The run of a workdir in one table row, with validation's figures of the best epoch where the config says what is
-    best, else of the last."""
-    entries = training.read_metrics(workdir)
-    speeds = [e["tokens_per_second"] for e in entries if "tokens_per_second" in e]
-    validated = [e for e in entries if "validation_loss" in e]
-    best = config.get("best")
-    found = max(validated, key=lambda e: e[best]) if best else validated[-1]
-    found = {name: value for name, value in found.items() if name != "step"}
-    return {
-        "command": cli.command("train"),
-        "method": config.method,
-        "base": config.base,
-        "seed": config.seed,
-        **numbers,
-        **found,
-        "validation": list(found),
-        "tokens_per_second": round(statistics.median(speeds)) if speeds else None,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
-    }
-
-
-def write(workdir: Path, summary: dict[str, Any], *, show: bool = True) -> None:
-    content = json.dumps(summary, indent=2) + "\n"
-    checkpoints.write_atomically(workdir / "summary.json", content.encode())
-    if show:
-        print(content, end="")
+from lora_jax import checkpoints
 
 
 def machine(*packages: str) -> dict[str, Any]:

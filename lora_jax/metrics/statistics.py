@@ -4,6 +4,7 @@ Every score here is `aggregate(values.sum(0))` of one row of statistics an insta
 a row of counts (how often each instance was drawn), and a thousand resamples are one matrix product.
 """
 
+import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -36,3 +37,8 @@ def interval(scores: np.ndarray, level: float) -> tuple[float, float]:
     """The percentile interval of resampled scores (samples,)."""
     low, high = np.quantile(scores, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and range."""
+    return {"score": statistics.median(values), "low": min(values), "high": max(values)}

@@ -1,1 +1,34 @@
-"""From a config to a run, and from a workdir back to a model."""
+"""From a config to a run, and from a workdir back to a model.
+
+result = runs.train(config, "runs/e2e")    # trains, or resumes where it was stopped
+loaded = runs.load("runs/e2e")             # model, params, tokenizer, method, delta, ...
+runs.evaluate(loaded).result["scores"]
+"""
+
+from lora_jax.runs.evaluation import Evaluation, complete, evaluate, predict
+from lora_jax.runs.exchange import Imported, export_run, import_run
+from lora_jax.runs.pretraining import Pretrained, pretrain
+from lora_jax.runs.reload import Loaded, load
+from lora_jax.runs.run import Prepared, RunResult, prepare, train
+from lora_jax.runs.sweeps import SweepResult, is_sweep, sweep
+
+__all__ = [
+    "Evaluation",
+    "Imported",
+    "Loaded",
+    "Prepared",
+    "Pretrained",
+    "RunResult",
+    "SweepResult",
+    "complete",
+    "evaluate",
+    "export_run",
+    "import_run",
+    "is_sweep",
+    "load",
+    "predict",
+    "prepare",
+    "pretrain",
+    "sweep",
+    "train",
+]

@@ -70,8 +70,8 @@ def own(name: str) -> Any:
     return made
 
 
-def know(config: ConfigDict) -> None:
-    """Makes the methods of one's own that a config names known to `from_spec`."""
+def register_own(config: ConfigDict) -> None:
+    """Registers the methods of the user's own that a config names, which `from_spec` makes again from then on."""
     for name in config.method.split("+"):
         if ".py:" in name:
             own(name)

@@ -90,14 +90,14 @@ def predictions(name: str, outputs: np.ndarray) -> np.ndarray:
     return outputs.argmax(-1) if glue.TASKS[name].labels else outputs[:, 0]
 
 
-def warm_start(config: ConfigDict, method: lj.ParamTransform, base: bases.Base) -> dict[str, Any]:
-    """The entries of the adapter that the config starts from, those which fit; says which do not.
+def warm_start(config: ConfigDict, method: lj.ParamTransform, base: bases.Base) -> tuple[dict[str, Any], str]:
+    """The entries of the adapter that the config starts from, those which fit; and a line that says which do not.
 
     Raises:
       ValueError: another base's adapter, one that the config's method scales otherwise, or nothing of it fits.
     """
     if not config.get("warm_start"):
-        return {}
+        return {}, ""
     path = Path(config.warm_start)
     if (path / "config.json").is_file() and not (path / "adapter").is_dir():
         seeds = sorted(str(folder) for folder in path.glob("seed_*"))
@@ -116,5 +116,5 @@ def warm_start(config: ConfigDict, method: lj.ParamTransform, base: bases.Base) 
     if found := training.difference(theirs.apply(own, delta), ours, among=fitting):
         raise ValueError(f"{path} is of another method than the config's: {found}")
     left = sorted(set(delta) - set(fitting))
-    print(f"starts from {path}: {len(fitting)} entries" + (f"; these do not fit: {', '.join(left)}" if left else ""))
-    return fitting
+    note = f"starts from {path}: {len(fitting)} entries" + (f"; these do not fit: {', '.join(left)}" if left else "")
+    return fitting, note

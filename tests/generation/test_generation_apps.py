@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 
 import lora_jax as lj
 from configs.e2e import get_config
-from experiments import dialogue, reload
 from lora_jax import checkpoints, training
 from lora_jax.data import batches, e2e, text
 from lora_jax.data.tasks import named
@@ -22,6 +21,7 @@ from lora_jax.interop import hf
 from lora_jax.metrics import bleu, java
 from lora_jax.models import gpt2
 from lora_jax.runs import bases, scoring
+from lora_jax.runs.evaluation import answer, completed, json_lines
 from tests.helpers.cli import run_entry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,18 +157,18 @@ def test_a_killed_run_goes_on_at_the_next_batch(run: Made, tmp_path: Path) -> No
 def test_a_file_cut_off_anywhere_is_gone_on_with(tmp_path: Path) -> None:
     """At every byte, within characters too."""
     file = tmp_path / "texts.part"
-    assert reload.begun(file, {"step": 1}) == {}
+    assert completed(file, {"step": 1}) == {}
     head = file.read_bytes()
     lines = [json.dumps([row, text], ensure_ascii=False) + "\n" for row, text in enumerate(["café £5", "é\u2028"])]
     whole = head + "".join(lines).encode()
     for end in range(len(head), len(whole) + 1):
         file.write_bytes(whole[:end])
-        found = reload.begun(file, {"step": 1})
+        found = completed(file, {"step": 1})
         count = whole[len(head) : end].count(b"\n")
         assert found == dict(list(enumerate(["café £5", "é\u2028"]))[:count])
         assert file.read_bytes() == head + "".join(lines[:count]).encode()
     with pytest.raises(ValueError, match="other contexts or settings"):
-        reload.begun(file, {"step": 2})
+        completed(file, {"step": 2})
 
 
 def test_scores_of_seen_and_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +199,7 @@ def test_compare(run: Made, tmp_path: Path) -> None:
             {"context": str(i), "prediction": p, "references": r}
             for i, (p, r) in enumerate(zip(predictions, references, strict=True))
         ]
-        (folder / "predictions.jsonl").write_bytes(reload.json_lines(rows))
+        (folder / "predictions.jsonl").write_bytes(json_lines(rows))
         (tmp_path / name / "config.json").write_text(json.dumps({"data": {"name": "e2e"}}))
     done = start("compare", f"--runs={tmp_path}/good,{tmp_path}/bad")
     assert done.returncode == 0, done.stderr
@@ -237,12 +237,12 @@ def test_dialogue(run: Made, tmp_path: Path) -> None:
     assert done.stdout.count(":adapter NAME     another adapter: run, other") == 2  # at the start, and for "none"
 
 
-def test_switching_compiles_nothing(run: Made, capsys: pytest.CaptureFixture) -> None:
+def test_switching_compiles_nothing(run: Made) -> None:
     loaded = checkpoints.load(run.workdir)
     base = bases.load(ConfigDict(loaded.config))
     options: dict[str, Any] = {"max_new_tokens": 5, "num_beams": 3, "beam_rule": "lora_paper"}
-    adapters = [dialogue.Adapter(loaded.method, jax.tree.map(lambda x, by=by: by * x, loaded.delta)) for by in (1, 20)]
-    dialogue.answer(base, adapters[0], 1.0, "name : Y | food : French", options)
+    deltas = [jax.tree.map(lambda x, by=by: by * x, loaded.delta) for by in (1, 20)]
+    answer(base, loaded.method, deltas[0], 1.0, "name : Y | food : French", options)
     compiled: list[str] = []
 
     def listen(name: str, _: float, **__: Any) -> None:
@@ -250,13 +250,15 @@ def test_switching_compiles_nothing(run: Made, capsys: pytest.CaptureFixture) ->
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        for adapter in adapters:
-            for strength in (0.0, 0.3, 1.0):
-                dialogue.answer(base, adapter, strength, "name : Y | food : French", options)
+        answers = {
+            answer(base, loaded.method, delta, strength, "name : Y | food : French", options)
+            for delta in deltas
+            for strength in (0.0, 0.3, 1.0)
+        }
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert "/jax/core/compile/backend_compile_duration" not in compiled
-    assert len(set(capsys.readouterr().out.splitlines())) > 2
+    assert len(answers) > 2
 
 
 def test_another_base_is_refused(run: Made, tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ from ml_collections import ConfigDict
 
 import lora_jax as lj
 from configs import e2e
-from experiments import export, train
-from lora_jax import checkpoints, training
+from lora_jax import checkpoints, runs, training
 from lora_jax.interop import hf
 from lora_jax.models.gpt2 import to_loop
 from lora_jax.runs import bases, methods
@@ -80,9 +79,9 @@ def test_every_form_goes_out_and_comes_back(case: str, folder: Path, tmp_path: P
     expected = logits(config, method, delta)
     assert np.abs(expected - logits(config, None, None)).max() > 1e-3
     for form in FORMS:
-        export.give_away(tmp_path / "run", form, tmp_path / form)
+        runs.export_run(tmp_path / "run", form, tmp_path / form)
         loop = config_of(folder)
-        export.take_in(tmp_path / form, loop if form != "native" else config, tmp_path / f"from_{form}")
+        runs.import_run(tmp_path / form, loop if form != "native" else config, tmp_path / f"from_{form}")
         run = checkpoints.load(tmp_path / f"from_{form}")
         got = logits(loop if form != "native" else config, run.method, run.delta)
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max(), err_msg=form)
@@ -103,7 +102,7 @@ def test_torch_computes_the_same_from_both(folder: Path, tmp_path: Path) -> None
     expected = logits(config, lj.from_spec(methods.spec(config, bases.load(config).model)), delta)
     tokens = torch.tensor(np.random.default_rng(1).integers(0, 272, (2, 9)))
     for form in ("merged", "peft"):
-        export.give_away(tmp_path / "run", form, tmp_path / form)
+        runs.export_run(tmp_path / "run", form, tmp_path / form)
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
     for model in (merged, peft.PeftModel.from_pretrained(base, str(tmp_path / "peft"))):
@@ -116,9 +115,9 @@ def test_training_goes_on_from_what_was_taken_in(folder: Path, tmp_path: Path) -
     config = config_of(folder, **{"lora.rank": 2, "steps": 2, "data.batch_size": 4, "data.buckets": 1})
     config.optimizer.warmup_steps = 0
     delta = make_run(folder, config, tmp_path / "run")
-    export.give_away(tmp_path / "run", "native", tmp_path / "native")
-    export.take_in(tmp_path / "native", config, tmp_path / "new")
-    train.train(config, tmp_path / "new")
+    runs.export_run(tmp_path / "run", "native", tmp_path / "native")
+    runs.import_run(tmp_path / "native", config, tmp_path / "new")
+    runs.train(config, tmp_path / "new")
     after = checkpoints.load(tmp_path / "new")
     assert after.step == 2
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), after.delta, delta)
@@ -130,30 +129,30 @@ def test_what_cannot_be_is_said(folder: Path, tmp_path: Path) -> None:
     make_run(folder, config, tmp_path / "run")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty holds no adapter\.safetensors"):
-        export.take_in(tmp_path / "empty", config, tmp_path / "new")
-    export.give_away(tmp_path / "run", "native", tmp_path / "native")
+        runs.import_run(tmp_path / "empty", config, tmp_path / "new")
+    runs.export_run(tmp_path / "run", "native", tmp_path / "native")
     with pytest.raises(ValueError, match="holds a run already"):
-        export.take_in(tmp_path / "native", config, tmp_path / "run")
+        runs.import_run(tmp_path / "native", config, tmp_path / "run")
     make_inputs(tmp_path / "other", seed=1)
     other = config_of(tmp_path / "other")
     with pytest.raises(ValueError, match="has other weights of the same shapes"):
-        export.take_in(tmp_path / "native", other, tmp_path / "new")
+        runs.import_run(tmp_path / "native", other, tmp_path / "new")
     with pytest.raises(ValueError, match="has other weights of the same shapes"):
-        export.give_away(tmp_path / "run", "merged", tmp_path / "x", source=str(tmp_path / "other" / "base"))
+        runs.export_run(tmp_path / "run", "merged", tmp_path / "x", base=str(tmp_path / "other" / "base"))
     fields = json.loads((folder / "base" / "config.json").read_text())
     small = tmp_path / "small"
     model, params, tokenizer = hf.load(folder / "base")
     hf.save(small, model, params, tokenizer)
     (small / "config.json").write_text(json.dumps(fields | {"n_layer": 1}))
     with pytest.raises(ValueError, match="is not part of the model"):
-        export.take_in(small, config, tmp_path / "new")
+        runs.import_run(small, config, tmp_path / "new")
 
 
 def test_training_goes_on_only_under_the_same_function(folder: Path, tmp_path: Path) -> None:
     """Shapes agree, but alpha, or the rule for it, would rescale the delta. Other globs for the same leaves may be."""
     config = config_of(folder, **{"lora.rank": 2, "steps": 1, "data.batch_size": 4, "data.buckets": 1})
     make_run(folder, config, tmp_path / "run")
-    export.give_away(tmp_path / "run", "peft", tmp_path / "peft")
+    runs.export_run(tmp_path / "run", "peft", tmp_path / "peft")
     fused = {"lora.select": ("**/attn/{query,key,value}/kernel",), "lora.rank": 4, "lora.alpha": 64.0}
     for case, changes, said in [
         ("same", {}, None),
@@ -163,9 +162,9 @@ def test_training_goes_on_only_under_the_same_function(folder: Path, tmp_path: P
         other = config_of(folder, **{"steps": 1, "data.batch_size": 4, "data.buckets": 1, **fused, **changes})
         with other.unlocked():
             other.lora.shared = fused["lora.select"]
-        export.take_in(tmp_path / "peft", other, tmp_path / case)
+        runs.import_run(tmp_path / "peft", other, tmp_path / case)
         if said is None:
-            assert train.train(other, tmp_path / case)
+            assert runs.train(other, tmp_path / case).finished
             continue
         with pytest.raises(ValueError, match=said):
-            train.train(other, tmp_path / case)
+            runs.train(other, tmp_path / case)

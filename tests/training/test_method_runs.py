@@ -13,8 +13,7 @@ from ml_collections import ConfigDict
 import lora_jax as lj
 from configs import e2e, glue
 from configs.methods import METHODS
-from experiments import train
-from lora_jax import checkpoints, training
+from lora_jax import checkpoints, runs, training
 from lora_jax.data.pairs import prompts
 from lora_jax.generation import generate
 from lora_jax.runs import bases, methods
@@ -73,13 +72,13 @@ def config_of(folder: Path, name: str) -> ConfigDict:
 @pytest.mark.parametrize("name", ALL)
 def test_a_run_of_each_method(name: str, folder: Path, tmp_path: Path) -> None:
     config, workdir = config_of(folder, name), tmp_path / "run"
-    assert train.train(config, workdir)
+    assert runs.train(config, workdir).finished
     straight = checkpoints.load(workdir)
     losses = [e["loss"] for e in training.read_metrics(workdir) if "loss" in e]
     assert straight.step == 4 and losses[1] < losses[0]
     # stopped after step 2 and gone on with: the same bits
     shutil.rmtree(workdir / "checkpoints" / "4")
-    assert train.train(config, workdir)
+    assert runs.train(config, workdir).finished
     again = checkpoints.load(workdir)
     jax.tree.map(np.testing.assert_array_equal, again.delta, straight.delta)
 
@@ -103,7 +102,7 @@ def test_the_same_on_eight_devices(name: str, folder: Path, tmp_path: Path) -> N
         config = config_of(folder, name)
         config.mesh.data, config.mesh.fsdp, config.mesh.tensor = sizes
         config.lora.dropout = config.dora.dropout = 0.0
-        assert train.train(config, tmp_path / str(sizes[0]))
+        assert runs.train(config, tmp_path / str(sizes[0])).finished
         deltas.append(checkpoints.load(tmp_path / str(sizes[0])).delta)
     for one, other in zip(*map(jax.tree.leaves, deltas), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * max(np.abs(other).max(), 1e-2))
@@ -129,7 +128,7 @@ def test_a_classifier_of_each_kind(name: str, folder: Path, tmp_path: Path) -> N
     config.base, config.data.path = str(folder / "glue" / "base"), str(folder / "glue" / "glue")
     config.update_from_flattened_dict(SMALL | {"seeds": (), "steps": 6, "data.batch_size": 8})
     config.optimizer.learning_rate = 0.02
-    assert train.train(config, tmp_path)
+    assert runs.train(config, tmp_path).finished
     method, delta, _ = checkpoints.load_adapter(tmp_path / "adapter")
     base = bases.load(config)
     tokens = jnp.array([[2, 5, 6, 7, 3], [2, 9, 10, 11, 3]], jnp.int32)

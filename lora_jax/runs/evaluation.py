@@ -1,0 +1,280 @@
+"""A run's texts and their scores, its labels and theirs."""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from datasets import Dataset
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from lora_jax import Delta, ParamTransform, checkpoints, training
+from lora_jax.data import glue
+from lora_jax.data.batches import bucketed, in_order
+from lora_jax.data.pairs import contexts, encode, prompts
+from lora_jax.data.tasks import named
+from lora_jax.generation import complete as generate_texts
+from lora_jax.generation import completions, end_tokens
+from lora_jax.metrics.glue import glue as glue_metrics
+from lora_jax.metrics.scores import FILLED
+from lora_jax.runs import bases, methods, scoring, tasks
+from lora_jax.runs.reload import Loaded, check_kind, load
+
+SAMPLING = ("temperature", "top_k", "top_p")
+
+
+class Evaluation(NamedTuple):
+    """What `evaluate` and `predict` return: the folder that they wrote, and the figures."""
+
+    folder: Path
+    result: dict[str, Any]
+
+
+def evaluate(
+    run: Loaded | str | Path,
+    *,
+    split: str = "test",
+    data: str | Path | None = None,
+    limit: int | None = None,
+    missing: str | None = None,
+    decoding: Mapping[str, Any] = {},
+    batch_size: int = 32,
+    seed: int = 0,
+    command: str | None = None,
+) -> Evaluation:
+    """Scores a run: one text for every distinct context of a split, by the official scores of its data.
+
+    Writes evaluation/SPLIT-PARAMS/ into the workdir: predictions.jsonl (context, prediction, references) and
+    evaluate.json, the result, with 95% bootstrap intervals. What a stopped call had written is resumed.
+
+    Args:
+      run: of `load`, or a workdir.
+      split: of the data.
+      data: where they are, if not where the run's config says.
+      limit: only so many contexts, the first ones.
+      missing: WebNLG and DART: what stands for references that a context lacks, "first" or "empty" (`metrics.score`).
+      decoding: options of `generation.generate` instead of those of the run's config.
+      batch_size: contexts that are completed together.
+      seed: of sampling.
+      command: the command line that makes the result again, kept in it.
+
+    Raises:
+      FileNotFoundError: the data are not there. ValueError: the run classifies, or `missing` has no meaning here.
+    """
+    loaded = run if isinstance(run, Loaded) else load(run)
+    config = loaded.config.data
+    check_kind(loaded.config, loaded.workdir, classifies=False)
+    task = named(config.name)
+    if missing and task.style not in FILLED:
+        raise ValueError(f"--missing={missing}: references of {config.name} are not filled, leave it out")
+    examples = _first_contexts(task.load(data or config.path, split), limit)
+    groups = contexts(examples)
+    folder = loaded.workdir / "evaluation" / (f"{split}-{loaded.kind}" + (f"-first{limit}" if limit else ""))
+    kept = folder / "predictions.jsonl.part"
+    resumed, started = kept.exists(), time.perf_counter()
+    predictions = complete(loaded, list(groups), decoding=decoding, batch_size=batch_size, seed=seed, kept=kept)
+    seconds = time.perf_counter() - started
+    rows = [
+        {"context": context, "prediction": prediction, "references": references}
+        for (context, references), prediction in zip(groups.items(), predictions, strict=True)
+    ]
+    if "seen" in examples.column_names:
+        seen = dict(zip(examples["context"], examples["seen"], strict=True))
+        rows = [row | {"seen": seen[row["context"]]} for row in rows]
+    checkpoints.write_atomically(folder / "predictions.jsonl", json_lines(rows))
+    loss, skipped = _validation_loss(loaded, examples)
+    result = {
+        "command": command,
+        "split": split,
+        "params": loaded.kind,
+        "step": loaded.step,
+        "decoding": decoding_options(loaded.config, decoding),
+        "missing": missing,
+        "contexts": len(groups),
+        "references": len(examples),
+        "skipped": skipped,
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "scores": scoring.scores(rows, task, missing),
+        "seconds": None if resumed else seconds,
+        "device": jax.devices()[0].device_kind,
+    }
+    _write_json(folder / "evaluate.json", result)
+    kept.unlink()
+    return Evaluation(folder, result)
+
+
+def predict(
+    run: Loaded | str | Path, *, split: str = "valid", data: str | Path | None = None, command: str | None = None
+) -> Evaluation:
+    """Predicts the labels of a split of GLUE: scores them, or writes what GLUE's server takes.
+
+    Writes predictions/SPLIT-PARAMS/ into the workdir: of a split with labels predictions.tsv (index, prediction,
+    label) and predict.json, the result; of a test split the file for the server, the result's "file".
+
+    Args:
+      run: of `load`, or a workdir.
+      split: of MNLI also valid_mismatched and test_mismatched.
+      data: where they are, if not where the run's config says.
+      command: the command line that makes the result again, kept in it.
+    """
+    loaded = run if isinstance(run, Loaded) else load(run)
+    config = loaded.config.data
+    check_kind(loaded.config, loaded.workdir, classifies=True)
+    name = config.name
+    examples = glue.load(name, data or config.path, split)
+    predicted = tasks.predictions(name, _outputs(loaded, examples))
+    folder = loaded.workdir / "predictions" / f"{split}-{loaded.kind}"
+    if "label" not in examples.column_names:
+        file, text = glue.submission(name, split, examples, predicted)
+        checkpoints.write_atomically(folder / file, text.encode())
+        return Evaluation(folder, {"file": str(folder / file), "examples": len(examples)})
+    rows = zip(examples["index"], predicted.tolist(), examples["label"], strict=True)
+    text = "".join("\t".join(map(str, row)) + "\n" for row in [("index", "prediction", "label"), *rows])
+    checkpoints.write_atomically(folder / "predictions.tsv", text.encode())
+    result = {
+        "command": command,
+        "task": name,
+        "split": split,
+        "params": loaded.kind,
+        "step": loaded.step,
+        "examples": len(examples),
+        **glue_metrics(name, predicted, np.asarray(examples["label"])),
+    }
+    _write_json(folder / "predict.json", result)
+    return Evaluation(folder, result)
+
+
+def decoding_options(config: ConfigDict, given: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """How a run decodes: as its config's `decode` says (greedily where it says nothing), but for the options given;
+    those of sampling stand instead of the config's beam search."""
+    options = {"max_new_tokens": 64, **dict(config.get("decode", {}))}
+    if set(given) & set(SAMPLING):
+        options = {"max_new_tokens": options["max_new_tokens"]}
+    return options | dict(given)
+
+
+def sampling_key(options: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """{"key": that of the seed} where the options of decoding ask for sampling, else nothing."""
+    return {"key": jax.random.key(seed)} if set(options) & set(SAMPLING) else {}
+
+
+def complete(
+    loaded: Loaded,
+    texts: Sequence[str],
+    *,
+    decoding: Mapping[str, Any] = {},
+    batch_size: int = 32,
+    seed: int = 0,
+    kept: Path | None = None,
+) -> list[str]:
+    """The model's completion of each context.
+
+    Args:
+      loaded: of `load`.
+      texts: the contexts.
+      decoding: options of `generation.generate` instead of those of the run's config.
+      batch_size: contexts that are completed together.
+      seed: of sampling.
+      kept: a file that keeps completions as they come; a killed call resumes from it.
+
+    Raises:
+      ValueError: the file holds completions of other contexts or settings.
+    """
+    options = decoding_options(loaded.config, decoding)
+    settings: dict[str, Any] = {"params": loaded.kind, "seed": seed, "batch_size": batch_size}
+    settings |= {"workdir": str(loaded.workdir.resolve()), "step": loaded.step, "base": loaded.base}
+    done = completed(kept, settings | options | {"contexts": list(texts)}) if kept else {}
+    eos = loaded.model.config.eos_token_id
+    batches = completions(
+        loaded.model,
+        loaded.params,
+        loaded.tokenizer,
+        prompts(texts, loaded.tokenizer, eos=eos, **methods.placeholders(loaded.spec, loaded.model)),
+        eos=end_tokens(loaded.tokenizer, eos),
+        batch_size=batch_size,
+        done=done.copy(),
+        **options | sampling_key(options, seed),
+    )
+    with tqdm(total=len(texts), initial=len(done), unit="text", desc="generate") as bar:
+        for batch in batches:
+            if kept:
+                with kept.open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps([row, text], ensure_ascii=False) + "\n" for row, text in batch.items())
+            bar.update(len(batch.keys() - done.keys()))
+            done |= batch
+    return [done[row] for row in range(len(texts))]
+
+
+def answer(
+    base: bases.Base, method: ParamTransform, delta: Delta, strength: float, context: str, decoding: Mapping[str, Any]
+) -> str:
+    """The completion of one context by the base with an adapter of any strength, which is an array in the program:
+    only an adapter of other shapes, or a context of another multiple of 16 tokens, is compiled anew.
+
+    Args:
+      decoding: of `decoding_options`, with a `key` where it samples.
+
+    Raises:
+      ValueError: the context is too long.
+    """
+    eos = base.model.config.eos_token_id
+    params = method.apply(base.params, delta, strength=np.float32(strength))
+    inserted = methods.placeholders(method.spec, base.model)
+    tokens = prompts([context], base.tokenizer, eos=eos, **inserted)
+    ends = end_tokens(base.tokenizer, eos)
+    (text,) = generate_texts(base.model, params, base.tokenizer, tokens, eos=ends, progress=False, **decoding)
+    return text
+
+
+def completed(kept: Path, settings: Mapping[str, Any]) -> dict[int, str]:
+    """The completions that a killed call left, by the number of their context; makes the file where there is none."""
+    head = json.dumps(settings, ensure_ascii=False, sort_keys=True) + "\n"
+    if not kept.is_file():
+        checkpoints.write_atomically(kept, head.encode())
+        return {}
+    raw = kept.read_bytes()
+    lines = raw[: raw.rfind(b"\n") + 1].decode()  # the last line may have been cut off
+    if not lines.startswith(head):
+        raise ValueError(f"{kept} was begun with other contexts or settings: delete it, or finish it as it was begun")
+    checkpoints.write_atomically(kept, lines.encode())
+    return dict(map(json.loads, lines.split("\n")[1:-1]))  # not splitlines: texts may hold its rarer line ends
+
+
+def json_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """One JSON object a line."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def _first_contexts(examples: Dataset, limit: int | None) -> Dataset:
+    """The pairs of the first contexts only."""
+    kept = set(list(contexts(examples))[:limit])
+    return examples.select([i for i, context in enumerate(examples["context"]) if context in kept])
+
+
+def _validation_loss(loaded: Loaded, examples: Dataset) -> tuple[float, int]:
+    """Nats per label of the pairs, as in training, and how many were too long to count."""
+    config, model = loaded.config.data, loaded.model
+    length = min(config.length, model.config.n_positions)
+    inserted = methods.placeholders(loaded.spec, model)
+    eos = model.config.eos_token_id
+    encoded = encode(examples, loaded.tokenizer, eos=eos, length=length, long=config.long, **inserted)
+    batches = bucketed(encoded, config.batch_size, buckets=config.buckets)
+    return training.validate(training.language_model(model), loaded.params, batches)["validation_loss"], encoded.skipped
+
+
+def _outputs(loaded: Loaded, examples: Dataset) -> np.ndarray:
+    """The model's outputs (N, labels), in the order of the examples."""
+    epoch = tasks.texts(loaded.config, loaded, examples, loaded.spec)(0)
+    forward = jax.jit(training.classifier(loaded.model).forward)
+    outputs = [forward(loaded.params, batch) for batch in tqdm(epoch, unit="batch", desc="predict")]
+    return in_order(epoch, jax.device_get(outputs))
+
+
+def _write_json(file: Path, result: Mapping[str, Any]) -> None:
+    checkpoints.write_atomically(file, (json.dumps(result, indent=2) + "\n").encode())

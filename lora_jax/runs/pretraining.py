@@ -1,0 +1,123 @@
+"""A small GPT-2 from plain text, as a base for what is adapted where no pretrained one can be had."""
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+from tokenizers import Tokenizer
+
+import lora_jax as lj
+from lora_jax import checkpoints, training
+from lora_jax.data import text
+from lora_jax.data.batches import Schedule, packed
+from lora_jax.distributed import processes, sharding
+from lora_jax.interop import hf
+from lora_jax.models import gpt2
+from lora_jax.runs import bases
+from lora_jax.runs.run import Prepared, Started, _ignore
+
+
+class Pretrained(NamedTuple):
+    """What `pretrain` returns.
+
+    Attributes:
+      finished: False where SIGTERM ended it; all is saved, and the same call resumes it.
+      step, total: the steps done, and those of the whole run.
+      model: the Hugging Face folder; None where not all is done.
+      loss: nats per token of validation, and `perplexity`, its exponential.
+    """
+
+    finished: bool
+    step: int
+    total: int
+    model: Path | None = None
+    loss: float = math.nan
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+
+def pretrain(config: ConfigDict, workdir: str | Path, *, started: Started = _ignore) -> Pretrained:
+    """Trains a GPT-2 as a config of configs/pretrain.py says, or resumes it.
+
+    The workdir gets what a run of `train` leaves, and `model/`, a Hugging Face folder.
+
+    Args:
+      config: with `model`, `tokenizer`, `vocab_size`, `data` and what training reads.
+      workdir: made where there is none.
+      started: called with the run before it trains.
+    """
+    workdir = Path(workdir)
+    training.claim(workdir, config)
+    tokenizer, eos, batches = _read(config, workdir)
+    shape = gpt2.GPT2Config(vocab_size=tokenizer.get_vocab_size(), eos_token_id=eos, **config.model.to_dict())
+    model = gpt2.GPT2(shape)
+    run = _prepare(config, workdir, model, batches)
+    started(run)
+    job = run.job
+    result = training.train(job)
+    if not result.finished:
+        return Pretrained(False, result.step, job.total)
+    folder = workdir / "model"
+    hf.save(folder, model, job.method.apply(job.params, result.delta), tokenizer, merge=True)
+    entries = processes.by_first(lambda: training.read_metrics(workdir))
+    loss = next(entry["validation_loss"] for entry in reversed(entries) if "validation_loss" in entry)
+    return Pretrained(True, result.step, job.total, folder, loss)
+
+
+def _read(config: ConfigDict, workdir: Path) -> tuple[Tokenizer, int, dict[str, Schedule]]:
+    """The tokenizer, given or learnt, its end of text, and the schedules of "train" and "valid"."""
+    held_out = text.files(config.data.validation)
+    paths = [path for path in text.files(config.data.path) if path not in held_out]
+    kept = workdir / "tokenizer.json"
+    if config.tokenizer and not Path(config.tokenizer).is_file():
+        raise FileNotFoundError(f"{config.tokenizer}: no such file; GPT-2's is in the hub's gpt2")
+
+    def make() -> None:
+        if checkpoints.latest_step(workdir) is None:
+            given = Tokenizer.from_file(config.tokenizer) if config.tokenizer else None
+            made = given or text.train_tokenizer(paths, config.vocab_size)
+            checkpoints.write_atomically(kept, made.to_str().encode())
+
+    processes.by_first(make)
+    tokenizer = Tokenizer.from_file(str(kept))
+    eos = tokenizer.token_to_id(text.END)
+    if eos is None:
+        raise ValueError(f"{config.tokenizer} has no token {text.END!r}, which parts documents")
+    sizes = config.data.batch_size, config.data.length, config.seed
+    schedules = {
+        name: packed(text.encode(files, tokenizer, eos=eos), *sizes, eos=eos)
+        for name, files in (("train", paths), ("valid", held_out))
+    }
+    return tokenizer, eos, schedules
+
+
+def _prepare(config: ConfigDict, workdir: Path, model: gpt2.GPT2, batches: dict[str, Schedule]) -> Prepared:
+    """The run, ready to train: the base is random weights, all of which are tuned."""
+    mesh = bases.mesh_of(config)
+    model = sharding.on_mesh(model, mesh)
+    rules = sharding.rules_for(model, mesh)
+
+    def init(key: jax.Array) -> Any:
+        return model.init(key, jnp.zeros((1, 8), jnp.int32))["params"]
+
+    key = jax.random.key(config.seed)
+    params = jax.jit(init, out_shardings=sharding.shardings(jax.eval_shape(init, key), mesh, rules))(key)
+    method = lj.tune(lj.select("**"))
+    job = training.prepare(
+        config,
+        workdir,
+        method=method,
+        model=model,
+        params=params,
+        base=checkpoints.identity(params, f"random weights of seed {config.seed}"),
+        batches=batches["train"],
+        validation=batches["valid"],
+        mesh=mesh,
+        rules=rules,
+    )
+    return Prepared(workdir, job, lj.check(method, params))
