@@ -56,11 +56,11 @@ Liu et al. (2019, Table 10) and Ben Zaken et al. (2021) searched.
 
 from typing import Any
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
-from configs import methods
 from configs.methods import METHODS
 from lora_jax.metrics.glue import MAIN
+from lora_jax.runs.config import default_config
 
 TASKS = ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb")
 _K = 1e-4
@@ -127,7 +127,7 @@ def get_config(name: str = "base,mrpc") -> ConfigDict:
             f"no config {name!r}: give one of {', '.join(ROWS)}, a comma, one of {', '.join(TASKS)}, and after another "
             f"comma perhaps one of {', '.join(VARIANTS)}"
         )
-    config = _common()
+    config = default_config("classification")
     config.data.name, config.best = task, MAIN[task]
     number = TASKS.index(task)
     for changes in (ROWS[row], VARIANTS[variant]):
@@ -138,60 +138,3 @@ def get_config(name: str = "base,mrpc") -> ConfigDict:
 
 def _by_task(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == len(TASKS) and not isinstance(value[0], str)
-
-
-def _common() -> ConfigDict:
-    config = ConfigDict()
-    config.seed = 0
-    config.seeds = (0, 1, 2, 3, 4)  # a run each; () is one run, of `seed`
-    config.base = ""  # a folder, or a name on the Hugging Face Hub
-
-    config.method = "lora"  # or another of configs/methods.py, with its options by its name, or "none"
-    config.update(methods.options(rank=8, alpha=8.0))
-    config.head = ("classifier/**",)  # trains besides
-    config.warm_start = config_dict.placeholder(str)  # a workdir or an adapter that the delta starts from
-
-    config.data = data = ConfigDict()
-    data.name = ""  # of lora_jax.data.glue
-    data.path = "nyu-mll/glue"  # or a folder in the layout of glue_data
-    data.batch_size = 16
-    data.length = 512  # longer texts are cut
-    data.buckets = 12  # lengths, each compiled once
-
-    config.epochs = 30
-    config.steps = config_dict.placeholder(int)  # ends (and decays to) there instead
-    config.accumulate = 1  # micro-batches a batch is split into
-    config.best = "accuracy"  # the delta with the highest of this validation metric is kept
-
-    config.optimizer = optimizer = ConfigDict()
-    optimizer.learning_rate = 4e-4
-    optimizer.schedule = "linear"
-    optimizer.warmup_steps = config_dict.placeholder(int)  # instead of a share:
-    optimizer.warmup_share = 0.06
-    optimizer.final_share = 0.0
-    optimizer.b1 = 0.9
-    optimizer.b2 = 0.999
-    optimizer.eps = 1e-8
-    optimizer.weight_decay = 0.1
-    optimizer.decay = ("matrices",)  # what the method's traits name; no biases and norms
-    optimizer.clip_norm = 1.0
-    optimizer.b_ratio = 1.0  # LoRA+: the rate of B over that of A
-
-    config.model = model = ConfigDict()
-    model.dropout = 0.1
-    model.attention_dropout = 0.1
-    model.dtype = "float32"  # computes in; what trains is float32 always
-    model.param_dtype = "float32"  # the base is kept in
-    model.scan_layers = False
-    model.remat = False
-
-    config.sweep = methods.sweep()
-
-    config.mesh = mesh = ConfigDict()
-    mesh.data = mesh.fsdp = mesh.tensor = 1
-
-    config.log_every = 50
-    config.eval_every = config_dict.placeholder(int)  # besides each epoch's end
-    config.save_every = 1000  # and each epoch's end
-    config.keep = 2  # checkpoints
-    return config

@@ -57,7 +57,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import nlg
-from configs.methods import METHODS, QV
+from configs.methods import METHODS
+from lora_jax.runs.config import QV
 
 BATCH, LENGTH, WARMUP_TOKENS = 128, 384, 250_000
 RATES = {

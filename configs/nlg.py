@@ -29,9 +29,10 @@ prefix-tuning), whose rate of 5e-5 they have here, on all three data sets.
 from collections.abc import Mapping
 from typing import Any
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 from configs import methods
+from lora_jax.runs.config import default_config
 
 SIZES = {"small": "gpt2", "medium": "gpt2-medium", "large": "gpt2-large"}
 LAYERS = {"small": 12, "medium": 24, "large": 36}
@@ -84,68 +85,8 @@ def make(name: str, task: Changes, more: Mapping[str, Changes] | None = None) ->
 
 def changed(base: str, *changes: Changes) -> ConfigDict:
     """The config of LoRA on query and value of a base, with changes by full keys, the later ones last."""
-    config = _common()
+    config = default_config("generation")
     config.base = base
     for each in changes:
         config.update_from_flattened_dict(each)
-    return config
-
-
-def _common() -> ConfigDict:
-    config = ConfigDict()
-    config.seed = 110  # the authors' README; they report 3 seeds
-    config.base = ""  # a folder, or a name on the Hugging Face Hub
-
-    config.method = "lora"  # or another of configs/methods.py, with its options by its name, or "none"
-    config.update(methods.options(rank=4, alpha=32.0, dropout=0.1, a_init="gaussian"))
-
-    config.data = data = ConfigDict()
-    data.name = ""  # of lora_jax.data.tasks
-    data.path = ""  # a folder of the files, or a name on the Hugging Face Hub
-    data.batch_size = 8
-    data.length = 512  # longer examples ...
-    data.long = "skip"  # ... are skipped and counted, or an "error"
-    data.buckets = 8  # lengths, each compiled once: so many that 9 of 10 tokens computed are real
-
-    config.epochs = 5
-    config.steps = config_dict.placeholder(int)  # ends (and decays to) there instead
-    config.label_smoothing = 0.1
-    config.accumulate = 1  # micro-batches a batch is split into
-
-    config.optimizer = optimizer = ConfigDict()
-    optimizer.learning_rate = 2e-4
-    optimizer.schedule = "linear"
-    optimizer.warmup_steps = 500
-    optimizer.final_share = 0.0
-    optimizer.b1 = 0.9
-    optimizer.b2 = 0.999
-    optimizer.eps = 1e-6
-    optimizer.weight_decay = 0.01
-    optimizer.decay = ("**",)  # all that trains, as in the authors' code
-    optimizer.clip_norm = config_dict.placeholder(float)  # the authors do not clip
-    optimizer.b_ratio = 1.0  # LoRA+: the rate of B over that of A
-
-    config.model = model = ConfigDict()
-    model.dtype = "float32"  # computes in; what trains is float32 always
-    model.param_dtype = "float32"  # the base is kept in
-    model.query_block = 0  # attention takes so many queries at a time, for long texts; 0: all
-    model.scan_layers = False
-    model.remat = False  # on a CPU together with scan_layers alone: in a loop XLA undoes it
-
-    config.decode = decode = ConfigDict()  # how experiments.evaluate writes texts
-    decode.num_beams = 10
-    decode.length_penalty = 0.8
-    decode.no_repeat_ngram_size = 4
-    decode.max_new_tokens = 64
-    decode.beam_rule = "lora_paper"
-
-    config.sweep = methods.sweep()
-
-    config.mesh = mesh = ConfigDict()
-    mesh.data = mesh.fsdp = mesh.tensor = 1
-
-    config.log_every = 100
-    config.eval_every = config_dict.placeholder(int)  # besides each epoch's end
-    config.save_every = 1000  # and each epoch's end
-    config.keep = 3  # checkpoints
     return config

@@ -13,7 +13,9 @@ Wikipedia and web pages, with these rates, gave the tiny one a perplexity of 146
 bits a byte) on WikiText-2's validation text, in 78 minutes on 2 cores.
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
+
+from lora_jax.training.config import OptimizerConfig, TrainConfig, as_config_dict
 
 SIZES = {"tiny": (256, 6, 8, 512), "small": (768, 12, 12, 1024)}
 
@@ -24,8 +26,6 @@ def get_config(name: str = "tiny") -> ConfigDict:
         raise ValueError(f"no config {name!r}: give one of {', '.join(SIZES)}")
 
     config = ConfigDict()
-    config.seed = 0
-
     config.model = model = ConfigDict()
     model.n_embd, model.n_layer, model.n_head, model.n_positions = SIZES[name]
     model.dtype = "bfloat16"
@@ -41,28 +41,17 @@ def get_config(name: str = "tiny") -> ConfigDict:
     data.batch_size = 16
     data.length = 512
 
-    config.epochs = 1
-    config.steps = config_dict.placeholder(int)  # ends (and decays to) there instead
-    config.label_smoothing = 0.0
-    config.accumulate = 1
-
-    config.optimizer = optimizer = ConfigDict()
-    optimizer.learning_rate = 1.5e-3 if name == "tiny" else 6e-4
-    optimizer.schedule = "cosine"
-    optimizer.warmup_steps = 200
-    optimizer.final_share = 0.02
-    optimizer.b1 = 0.9
-    optimizer.b2 = 0.98
-    optimizer.eps = 1e-8
-    optimizer.weight_decay = 0.05
-    optimizer.decay = ("**/{kernel,embedding}",)
-    optimizer.clip_norm = 1.0
-
-    config.mesh = mesh = ConfigDict()
-    mesh.data = mesh.fsdp = mesh.tensor = 1
-
-    config.log_every = 50
-    config.eval_every = config_dict.placeholder(int)
-    config.save_every = 500
-    config.keep = 2
+    optimizer = OptimizerConfig(
+        learning_rate=1.5e-3 if name == "tiny" else 6e-4,
+        schedule="cosine",
+        warmup_steps=200,
+        end_lr_ratio=0.02,
+        b2=0.98,
+        weight_decay=0.05,
+        decay=("**/{kernel,embedding}",),
+        clip_norm=1.0,
+    )
+    settings = TrainConfig(log_every=50, save_every=500, max_to_keep=2, optimizer=optimizer)
+    config.update(as_config_dict(settings))
+    config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
     return config

@@ -14,7 +14,9 @@ from typing import Any, NoReturn
 import jax
 from absl import app, flags, logging
 
+from lora_jax.distributed import processes
 from lora_jax.metrics.statistics import spread  # noqa: F401  used as cli.spread
+from lora_jax.training.config import RENAMED
 
 flags.DEFINE_string("workdir", None, "Folder of the run: made, or gone on with if it holds one.")
 flags.DEFINE_string("out", None, "What to write: see above.")
@@ -44,8 +46,10 @@ def run(main: Callable[[], None]) -> None:
         if len(argv) > 1:
             _end(f"{argv[1]!r} is not expected: write --flag=value")
         keep_compiled()
-        connect()
+        values = flags.FLAGS
         try:
+            several = values.coordinator, values.processes, values.process
+            processes.connect(*several, auto=values.distributed == "auto", heartbeat=values.heartbeat)
             with contextlib.ExitStack() as stack:
                 if jax.distributed.is_initialized() and jax.process_index() > 0:
                     stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
@@ -62,28 +66,9 @@ def run(main: Callable[[], None]) -> None:
             said = (str(error).splitlines() or [""])[0]
             _end(f"{type(error).__name__} {said} (has another process of the run ended?)")
 
+    for old, new in RENAMED.items():  # ml_collections reads sys.argv
+        sys.argv[1:] = [re.sub(rf"^(--?config\.){re.escape(old)}(?==|$)", rf"\g<1>{new}", arg) for arg in sys.argv[1:]]
     app.run(guarded, flags_parser=_parse)
-
-
-def connect() -> None:
-    """Makes this process one of several, as the flags say; before anything uses a device."""
-    values = flags.FLAGS
-    given: dict[str, Any] = {name: values[name].value for name in ("coordinator", "processes", "process")}
-    missing = [f"--{name}" for name, value in given.items() if value is None]
-    if values.distributed and len(missing) < len(given):
-        _end("--distributed=auto finds coordinator, processes and process itself: leave them out")
-    if not values.distributed and len(missing) == len(given):
-        return
-    if not values.distributed and missing:
-        _end(f"several processes need --coordinator=HOST:PORT, --processes=N and --process=I: {missing[0]} is missing")
-    if not values.distributed and given["process"] >= given["processes"]:
-        _end(f"--process={given['process']} of --processes={given['processes']}: they are counted from 0")
-    try:
-        coordinator, count, number = given.values()
-        jax.distributed.initialize(coordinator, count, number, heartbeat_timeout_seconds=values.heartbeat)
-    except (ValueError, RuntimeError) as error:
-        hint = " Say it with --coordinator, --processes and --process" if values.distributed else ""
-        _end(f"the processes do not find each other: {str(error).splitlines()[0].rstrip('.')}.{hint}")
 
 
 def keep_compiled() -> None:

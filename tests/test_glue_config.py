@@ -53,7 +53,7 @@ def test_the_rows_of_table_9(row: str, number: int) -> None:
     assert config.optimizer.learning_rate == pytest.approx(expected["rate"][number])
     assert config.data.length == expected["length"][number]
     assert (config.lora.rank, config.lora.alpha) == (8, expected["alpha"])
-    assert (config.optimizer.warmup_steps, config.optimizer.warmup_share) == (None, 0.06)
+    assert (config.optimizer.warmup_steps, config.optimizer.warmup_ratio) == (None, 0.06)
     assert len(config.seeds) == 5
     assert config.best == {"cola": "matthews", "stsb": "pearson"}.get(ORDER[number], "accuracy")
 

@@ -19,6 +19,45 @@ _ERRORS = (FileNotFoundError, OSError, TypeError, ValueError)
 _PIECE = 1024  # sizes are rounded up to it: each size of what is sent is a compiled program
 
 
+def connect(
+    coordinator: str | None,
+    processes: int | None,
+    process: int | None,
+    *,
+    auto: bool = False,
+    heartbeat: int = 10,
+) -> None:
+    """Makes this process one of several; before anything uses a device. Nothing happens where nothing is given.
+
+    Args:
+      coordinator: "HOST:PORT" of process 0.
+      processes: how many there are.
+      process: which of them this one is, from 0.
+      auto: the three are found (Slurm, Open MPI, TPU pods).
+      heartbeat: seconds of silence after which a process counts as dead.
+
+    Raises:
+      ValueError: some of the three are missing or make no sense, or the processes do not find each other.
+    """
+    given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+    missing = [name for name, value in given.items() if value is None]
+    if auto and len(missing) < len(given):
+        raise ValueError("--distributed=auto finds coordinator, processes and process itself: leave them out")
+    if not auto and len(missing) == len(given):
+        return
+    if not auto and missing:
+        needed = "--coordinator=HOST:PORT, --processes=N and --process=I"
+        raise ValueError(f"several processes need {needed}: {missing[0]} is missing")
+    if process is not None and processes is not None and process >= processes:
+        raise ValueError(f"--process={process} of --processes={processes}: they are counted from 0")
+    try:
+        jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=heartbeat)
+    except (ValueError, RuntimeError) as error:
+        hint = " Say it with --coordinator, --processes and --process" if auto else ""
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"the processes do not find each other: {reason}.{hint}") from error
+
+
 # --- agreement --------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ loaded = runs.load("runs/e2e")             # model, params, tokenizer, method, d
 runs.evaluate(loaded).result["scores"]
 """
 
+from lora_jax.runs.config import default_config
 from lora_jax.runs.evaluation import Evaluation, complete, evaluate, predict
 from lora_jax.runs.exchange import Imported, export_run, import_run
 from lora_jax.runs.pretraining import Pretrained, pretrain
@@ -21,6 +22,7 @@ __all__ = [
     "RunResult",
     "SweepResult",
     "complete",
+    "default_config",
     "evaluate",
     "export_run",
     "import_run",

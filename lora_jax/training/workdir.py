@@ -1,4 +1,4 @@
-"""The config of a workdir: a run goes on under the config, and the function, it began with, or not at all."""
+"""The config of a workdir: a run resumes under the config, and the function, that it began with, or not at all."""
 
 import dataclasses
 import json
@@ -13,10 +13,11 @@ from lora_jax.core.arrays import is_adapted
 from lora_jax.core.lifting.taps import untapped
 from lora_jax.core.selection import flatten
 from lora_jax.distributed import processes
+from lora_jax.training.config import TrainConfig, as_json, with_new_names
 from lora_jax.training.logging import read_metrics
 
-# What may change when a run goes on. How the base is called may; its identity is compared.
-MAY_CHANGE = ("base", "decode", "log_every", "save_every", "keep", "mesh")
+# What may change when a run resumes. How the base is called may; its identity is compared.
+MAY_CHANGE = ("base", "decode", "log_every", "save_every", "max_to_keep", "mesh")
 
 # A config's value of before, and what means the same now.
 _FORMERLY = {
@@ -32,7 +33,7 @@ _FORMERLY = {
 
 
 def claim(workdir: str | Path, config: Any) -> None:
-    """Writes config.json, the whole resolved config (a ConfigDict), into the workdir.
+    """Writes config.json, the resolved config (a ConfigDict or a TrainConfig), into the workdir.
 
     A config that left nothing else there (it failed at once) is replaced. Of several processes the first one does it.
 
@@ -44,11 +45,16 @@ def claim(workdir: str | Path, config: Any) -> None:
 
 def _claim(workdir: str | Path, config: Any) -> None:
     path = Path(workdir) / "config.json"
-    new = json.loads(config.to_json())
+    new = as_json(config)
     if path.exists() and (latest_step(workdir) is not None or read_metrics(workdir)):
+<<<<<<< HEAD
         old = json.loads(path.read_text())
         here, there = _flat(new), _flat(old)
         there |= {key: now for key, (before, now) in _FORMERLY.items() if there.get(key) == before}
+=======
+        defaults = _flat(as_json(TrainConfig()))
+        here, there = (defaults | _flat(values) for values in (new, with_new_names(json.loads(path.read_text()))))
+>>>>>>> 02f174a (TrainConfig and OptimizerConfig say what training reads; default configs in the package; old key names still work)
         keys = sorted(here.keys() | there.keys())
         different = [
             f"{key} is {there.get(key, 'absent')!r} there and {here.get(key, 'absent')!r} here"
