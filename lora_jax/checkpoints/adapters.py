@@ -48,7 +48,7 @@ def save_adapter(path: str | Path, method: ParamTransform, delta: Delta, base_id
     info["digest"] = digest(as_json([info, table]))
     pieces = _pieces(arrays, table, as_json(info))
     file = _adapter_file(path)
-    if processes.first():
+    if processes.is_primary():
         write_atomically(file, pieces)
     else:
         for _ in pieces:  # takes part in gathering them

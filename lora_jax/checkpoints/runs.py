@@ -42,7 +42,7 @@ class Run(NamedTuple):
 
 
 class _Manager(ocp.CheckpointManager):
-    """Leaves it to the training loop to ask whether the run has been told to end (`training.loop.sigterm`).
+    """Leaves it to the training loop to ask whether the run has been told to end (`training.loop`).
 
     JAX's service plans the stop for the step after the last number that it was asked with. Orbax asks too, with the
     step that it saves, also late and from another thread: the stop could then be planned for a step that is past.
@@ -64,7 +64,7 @@ def manager(workdir: str | Path, *, keep: int = 3) -> ocp.CheckpointManager:
         for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(unfinished, ignore_errors=True)
 
-    processes.by_first(clear)
+    processes.on_primary(clear)
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
     return _Manager(folder, options=options)
 
@@ -226,11 +226,11 @@ def _required(path: Path) -> Path:
 def _good_steps(workdir: str | Path, step: int | None = None) -> Iterator[tuple[int, dict]]:
     """`(step, meta)` of the checkpoints whose meta is whole, newest first; the same on all processes."""
     folder = _folder(workdir)
-    steps = processes.by_first(lambda: sorted(_steps(workdir), reverse=True))
+    steps = processes.on_primary(lambda: sorted(_steps(workdir), reverse=True))
     if not steps or (step is not None and step not in steps):
         raise FileNotFoundError(f"{folder}: no checkpoint{_of(step)}; there are steps {steps}")
     for each in steps if step is None else [step]:
-        meta = processes.by_first(functools.partial(_meta, folder / str(each)))
+        meta = processes.on_primary(functools.partial(_meta, folder / str(each)))
         if meta is not None:
             yield each, meta
 

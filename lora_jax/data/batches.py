@@ -102,6 +102,35 @@ class Epoch(Sequence):
         return self.schedule.collate(rows if held is None else rows[held], *self.schedule.shapes[bucket])
 
 
+@dataclass(frozen=True)
+class Stacked:
+    """The batches of several schedules that differ in the seed alone: each array is (members, b, ...), padded to the
+    longest of the members' buckets."""
+
+    members: tuple[Schedule, ...]
+
+    def __len__(self) -> int:
+        return len(self.members[0])
+
+    def __call__(self, epoch: int) -> "StackedEpoch":
+        return StackedEpoch(tuple(schedule(epoch) for schedule in self.members))
+
+
+@dataclass(frozen=True)
+class StackedEpoch(Sequence):
+    """One epoch of `Stacked`, each batch made when asked for."""
+
+    members: tuple[Epoch, ...]
+
+    def __len__(self) -> int:
+        return len(self.members[0])
+
+    def __getitem__(self, i: Any) -> Any:
+        bucket = max(epoch.bucket_of[i] for epoch in self.members)  # the lengths ascend
+        batches = [epoch.padded(i, bucket) for epoch in self.members]
+        return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+
+
 def bucketed(examples: Encoded, batch_size: int, seed: int = 0, *, buckets: int = 8) -> Schedule:
     """Batches of examples of about equal length, padded on the right to their bucket's l and n.
 

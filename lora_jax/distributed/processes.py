@@ -61,12 +61,12 @@ def connect(
 # --- agreement --------------------------------------------------------------------------------
 
 
-def first() -> bool:
+def is_primary() -> bool:
     """Whether this process is the one that writes files and prints."""
     return jax.process_index() == 0
 
 
-def by_first(function: Callable[[], T]) -> T:
+def on_primary(function: Callable[[], T]) -> T:
     """What the function gives on the first process, on all of them; it can be written as JSON.
 
     No process goes on before the function has ended.
@@ -76,7 +76,7 @@ def by_first(function: Callable[[], T]) -> T:
     if jax.process_count() == 1:
         return function()
     said: dict[str, Any] = {}
-    if first():
+    if is_primary():
         try:
             said = {"value": function()}
         except _ERRORS as error:
@@ -85,7 +85,7 @@ def by_first(function: Callable[[], T]) -> T:
     content = np.frombuffer(json.dumps(said).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
     padded = np.zeros(_padded(size), np.uint8)
-    padded[: len(content)] = content if first() else 0
+    padded[: len(content)] = content if is_primary() else 0
     said = json.loads(multihost_utils.broadcast_one_to_all(padded)[:size].tobytes())
     if "error" in said:
         raise next(kind for kind in _ERRORS if kind.__name__ == said["error"])(said["message"])

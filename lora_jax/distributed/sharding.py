@@ -15,7 +15,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -104,6 +104,32 @@ def shardings(
         return NamedSharding(mesh, _fitting(path, leaf.shape, spec, mesh, misfits))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+class Placement(NamedTuple):
+    """A mesh, and the rules that say where on it each array lies: what `shardings` and `batch_sharding` need."""
+
+    mesh: Mesh
+    rules: Rules
+
+    @classmethod
+    def of(cls, model: Any, mesh: Mesh) -> "Placement":
+        """A model's, by its family's rules."""
+        return cls(mesh, rules_for(model, mesh))
+
+    @classmethod
+    def one_device(cls) -> "Placement":
+        """Everything on the first device."""
+        return cls(make_mesh({}), {"**": P()})
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """On every device."""
+        return NamedSharding(self.mesh, P())
+
+    def shardings(self, tree: Any, adapted: Any = None) -> Any:
+        """`shardings` of a tree on this mesh, by these rules."""
+        return shardings(tree, self.mesh, self.rules, adapted)
 
 
 def _specs(tree: Any, rules: Rules) -> Iterator[tuple[str, P]]:

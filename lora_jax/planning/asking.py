@@ -119,7 +119,7 @@ def step(workload: Workload, layout: Layout, mesh: Mesh) -> Step:
     rate = training.schedule(workload.optimizer, 10_000)
     tx = training.optimizer(workload.optimizer, rate, spec=method.spec)
     params = param_shapes(model)
-    rules = sharding.rules_for(model, mesh)
+    placement = sharding.Placement.of(model, mesh)
 
     def start(params: Any) -> training.State:
         return training.new_state(method, tx, params, jax.random.key(0), dtype=model.config.dtype)
@@ -127,13 +127,13 @@ def step(workload: Workload, layout: Layout, mesh: Mesh) -> Step:
     state = jax.eval_shape(start, params)
     adapted = jax.eval_shape(method.apply, params, state.delta)
     params = lj.without_tuned(params, state.delta)
-    places = training.state_shardings(state, mesh, rules, adapted)
+    places = training.state_shardings(state, placement, adapted)
     batch = _batch(workload, layout)
     over_rows = NamedSharding(mesh, P(None, *sharding.batch_sharding(mesh).spec))
     return Step(
         jax.jit(training.make_step(objective, method, tx, rate), donate_argnums=0, out_shardings=places),
         _with_shardings(state, places),
-        _with_shardings(params, sharding.shardings(params, mesh, rules)),
+        _with_shardings(params, placement.shardings(params)),
         _with_shardings(batch, dict.fromkeys(batch, over_rows)),
     )
 

@@ -27,6 +27,7 @@ class Base(NamedTuple):
     params: Any
     tokenizer: Tokenizer
     identity: dict[str, str]
+    placement: sharding.Placement
     new: tuple[str, ...] = ()  # globs of what the source lacks and every method has to train
 
 
@@ -62,19 +63,20 @@ def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None
     new = hf.untrained(model, source)
     base = model
     model = type(model)(dataclasses.replace(model.config, **config.model.to_dict()))
-    if mesh is not None and mesh.size == 1:
-        mesh = None
-    model = model if mesh is None else sharding.on_mesh(model, mesh)
+    mesh = sharding.make_mesh({}) if mesh is None else mesh
+    one = mesh.size == 1
+    model = model if one else sharding.on_mesh(model, mesh)
+    placement = sharding.Placement.of(model, mesh)
     scan, dtype = model.config.scan_layers, model.config.param_dtype
-    params = hf.read(stored, scan_layers=scan, dtype=dtype, place=None if mesh is None else _places(model, mesh))
+    params = hf.read(stored, scan_layers=scan, dtype=dtype, place=None if one else _places(placement))
     # Digests are of the loop layout in float32: what was read otherwise is read again for them, tensor by tensor.
-    as_digested = mesh is None and not scan and dtype == "float32"
+    as_digested = one and not scan and dtype == "float32"
 
     def identify() -> dict[str, str]:
         return _identity(base, params if as_digested else stored, source, new)
 
-    known = processes.by_first(identify)  # no other process reads the whole of it
-    return Base(model, params, tokenizer, known, new)
+    identity = processes.on_primary(identify)  # no other process reads all of it
+    return Base(model, params, tokenizer, identity, placement, new)
 
 
 def check_task(model: Any, task: str, source: str) -> None:
@@ -85,12 +87,11 @@ def check_task(model: Any, task: str, source: str) -> None:
         raise ValueError(f"{source} is a {family.name}, but {task} needs a model that {needed}")
 
 
-def _places(model: Any, mesh: Mesh) -> Callable[[str, tuple[int, ...]], Sharding]:
-    """Where the parameters of a model go on a mesh, for `hf.read`."""
-    rules = sharding.rules_for(model, mesh)
+def _places(placement: sharding.Placement) -> Callable[[str, tuple[int, ...]], Sharding]:
+    """Where the parameters go, for `hf.read`."""
 
     def place(path: str, shape: tuple[int, ...]) -> Sharding:
-        return sharding.shardings({path: jax.ShapeDtypeStruct(shape, jnp.float32)}, mesh, rules)[path]
+        return placement.shardings({path: jax.ShapeDtypeStruct(shape, jnp.float32)})[path]
 
     return place
 

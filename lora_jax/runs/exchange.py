@@ -49,8 +49,7 @@ def export_run(workdir: str | Path, form: Form, out: str | Path, *, base: str | 
     if form == "merged":
         if mesh is not None:
             adapted = jax.eval_shape(method.apply, loaded.params, delta)
-            rules = sharding.rules_for(loaded.model, mesh)
-            delta = jax.device_put(delta, sharding.shardings(delta, mesh, rules, adapted))
+            delta = jax.device_put(delta, loaded.placement.shardings(delta, adapted))
         hf.save(out, loaded.model, method.apply(loaded.params, delta), loaded.tokenizer, merge=True)
     else:
         peft.save(out, method, to_loop(delta), params=to_loop(loaded.params))

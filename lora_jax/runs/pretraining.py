@@ -64,7 +64,7 @@ def pretrain(config: ConfigDict, workdir: str | Path, *, started: Started = _ign
         return Pretrained(False, result.step, job.total)
     folder = workdir / "model"
     hf.save(folder, model, job.method.apply(job.params, result.delta), tokenizer, merge=True)
-    entries = processes.by_first(lambda: training.read_metrics(workdir))
+    entries = processes.on_primary(lambda: training.read_metrics(workdir))
     loss = next(entry["validation_loss"] for entry in reversed(entries) if "validation_loss" in entry)
     return Pretrained(True, result.step, job.total, folder, loss)
 
@@ -83,7 +83,7 @@ def _read(config: ConfigDict, workdir: Path) -> tuple[Tokenizer, int, dict[str, 
             made = given or text.train_tokenizer(paths, config.vocab_size)
             checkpoints.write_atomically(kept, made.to_str().encode())
 
-    processes.by_first(make)
+    processes.on_primary(make)
     tokenizer = Tokenizer.from_file(str(kept))
     eos = tokenizer.token_to_id(text.END)
     if eos is None:
@@ -100,13 +100,13 @@ def _prepare(config: ConfigDict, workdir: Path, model: gpt2.GPT2, batches: dict[
     """The run, ready to train: the base is random weights, all of which are tuned."""
     mesh = bases.mesh_of(config)
     model = sharding.on_mesh(model, mesh)
-    rules = sharding.rules_for(model, mesh)
+    placement = sharding.Placement.of(model, mesh)
 
     def init(key: jax.Array) -> Any:
         return model.init(key, jnp.zeros((1, 8), jnp.int32))["params"]
 
     key = jax.random.key(config.seed)
-    params = jax.jit(init, out_shardings=sharding.shardings(jax.eval_shape(init, key), mesh, rules))(key)
+    params = jax.jit(init, out_shardings=placement.shardings(jax.eval_shape(init, key)))(key)
     method = lj.tune(lj.select("**"))
     job = training.prepare(
         config,
@@ -117,7 +117,6 @@ def _prepare(config: ConfigDict, workdir: Path, model: gpt2.GPT2, batches: dict[
         base=checkpoints.identity(params, f"random weights of seed {config.seed}"),
         batches=batches["train"],
         validation=batches["valid"],
-        mesh=mesh,
-        rules=rules,
+        placement=placement,
     )
     return Prepared(workdir, job, lj.check(method, params))

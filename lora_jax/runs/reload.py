@@ -63,8 +63,7 @@ def load(workdir: str | Path, *, params: Kind = "adapted", base: str | None = No
     config = read_config(workdir)
     if params != "base" and config.method == "none":
         raise ValueError(f"{workdir} trained nothing (method none): there is --params=base only")
-    loaded = bases.load(config, base)
-    model, plain, tokenizer, identity, _ = loaded
+    model, plain, tokenizer, identity, *_ = bases.load(config, base)
     if params == "base":
         return Loaded(workdir, config, model, plain, tokenizer, None, None, 0, identity, params)
     method, delta, step, trained_on = trained(workdir, config)

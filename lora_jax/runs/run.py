@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 import lora_jax as lj
 from lora_jax import Delta, checkpoints, training
-from lora_jax.distributed import processes, sharding
+from lora_jax.distributed import processes
 from lora_jax.metrics.statistics import spread
 from lora_jax.runs import bases, tasks
 from lora_jax.runs.summary import summarize, write_summary
@@ -70,8 +70,7 @@ def prepare(config: ConfigDict, workdir: str | Path) -> Prepared:
       FileNotFoundError: no base or no data where the config says.
       ValueError: the workdir holds another config's run, or the config names what there is not.
     """
-    mesh = bases.mesh_of(config)
-    setup = tasks.load(config, mesh)
+    setup = tasks.load(config, bases.mesh_of(config))
     base = setup.base
     method = lj.from_spec(setup.spec)
     report = lj.check(method, base.params)
@@ -86,9 +85,8 @@ def prepare(config: ConfigDict, workdir: str | Path) -> Prepared:
         batches=setup.batches["train"],
         validation=setup.batches["valid"],
         objective=setup.objective,
-        known=initial,
-        mesh=mesh,
-        rules=sharding.rules_for(base.model, mesh),
+        initial=initial,
+        placement=base.placement,
     )
     return Prepared(Path(workdir), job, report, note)
 
@@ -142,7 +140,7 @@ def _train_delta(config: ConfigDict, workdir: Path, command: str | None, started
     file, summary = workdir / "adapter" / "adapter.safetensors", None
     if not config.get("best"):  # else the best is there already
         checkpoints.save_adapter(file, job.method, result.delta, job.base)
-    if processes.first():
+    if processes.is_primary():
         numbers = {"trained": run.report.trained, "total": run.report.total}
         numbers |= {"adapter_bytes": file.stat().st_size, "steps": result.step}
         summary = summarize(config, workdir, command=command, **numbers)
@@ -152,15 +150,13 @@ def _train_delta(config: ConfigDict, workdir: Path, command: str | None, started
 
 def _train_base(config: ConfigDict, workdir: Path, command: str | None, started: Started) -> RunResult:
     """Method "none": the validation loss, and the task's metrics, of the base."""
-    mesh = bases.mesh_of(config)
-    setup = tasks.load(config, mesh)
-    params = setup.base.params
-    rules = sharding.rules_for(setup.base.model, mesh)
-    figures = training.validate(setup.objective, params, setup.batches["valid"], mesh=mesh, rules=rules)
+    setup = tasks.load(config, bases.mesh_of(config))
+    params, placement = setup.base.params, setup.base.placement
+    figures = training.validate(setup.objective, params, setup.batches["valid"], placement=placement)
     with training.Log(workdir, step=-1) as log:
         log.write(0, **figures)
     summary = None
-    if processes.first():
+    if processes.is_primary():
         total = sum(leaf.size for leaf in jax.tree.leaves(params))
         summary = summarize(config, workdir, command=command, trained=0, total=total, adapter_bytes=0, steps=0)
         write_summary(workdir, summary)
@@ -174,19 +170,19 @@ def _train_seeds(config: ConfigDict, workdir: Path, command: str | None, started
         configs[workdir / f"seed_{seed}"] = member = config.copy_and_resolve_references()
         member.seed, member.seeds = seed, ()
     for folder, member in configs.items():
-        if processes.by_first(folder.is_dir):
+        if processes.on_primary(folder.is_dir):
             training.claim(folder, member)  # before anything is written: another config is refused
     training.claim(workdir, config)
     members, summaries = [], []
     for folder, member in configs.items():
         file = folder / "summary.json"
-        if not processes.by_first(file.is_file):
+        if not processes.on_primary(file.is_file):
             members.append(_train(member, folder, command, started, ended))
             if not members[-1].finished:
                 return RunResult(workdir, False, members=tuple(members))
-        summaries.append(json.loads(processes.by_first(file.read_text)))
+        summaries.append(json.loads(processes.on_primary(file.read_text)))
     summary = None
-    if processes.first():
+    if processes.is_primary():
         scores = {name: [each[name] for each in summaries] for name in summaries[0]["validation"]}
         spreads = {name: spread(values) for name, values in scores.items()}
         summary = summaries[0] | spreads | {"seed": list(config.seeds)}

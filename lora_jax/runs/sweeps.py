@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 import lora_jax as lj
 from lora_jax import checkpoints, training
-from lora_jax.distributed import processes, sharding
+from lora_jax.distributed import processes
 from lora_jax.runs import bases, methods, tasks
 from lora_jax.runs.summary import summarize, write_summary
 from lora_jax.training import sweep as training_sweep
@@ -87,14 +87,14 @@ def sweep(
         base=base.identity,
         objective=setup.objective,
         validation=setup.batches["valid"],
-        mesh=mesh,
-        rules=sharding.rules_for(base.model, mesh),
+        placement=base.placement,
+        dtype=base.model.config.dtype,
     )
     results = training_sweep.train(job)
     if results is None:
         return SweepResult(workdir, False, job.total, {}, [])
     done = dict(zip(configs, results, strict=True))
-    rows = _write(workdir, configs, reports, done, command) if processes.first() else []
+    rows = _write(workdir, configs, reports, done, command) if processes.is_primary() else []
     return SweepResult(workdir, True, job.total, done, rows)
 
 

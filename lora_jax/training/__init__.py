@@ -3,22 +3,29 @@
 from lora_jax.core.extras import extra
 
 with extra("train"):
-    from lora_jax.training.logging import TIMES, Log, plot_loss, read_metrics
-    from lora_jax.training.loop import Job, Result, prepare, train, validate
+    from lora_jax.training.config import OptimizerConfig, TrainConfig
+    from lora_jax.training.logging import TIMES, JsonLines, Log, Logger, TensorBoard, plot_loss, read_metrics
+    from lora_jax.training.loop import Job, Result, prepare, train
     from lora_jax.training.loss import cross_entropy, squared_error
     from lora_jax.training.objectives import Objective, classifier, language_model
     from lora_jax.training.optimizers import optimizer, schedule
     from lora_jax.training.step import METRICS, State, make_step, new_state, state_shardings
+    from lora_jax.training.validation import validate
     from lora_jax.training.workdir import claim, difference
 
 __all__ = [
     "METRICS",
     "TIMES",
     "Job",
+    "JsonLines",
     "Log",
+    "Logger",
     "Objective",
+    "OptimizerConfig",
     "Result",
     "State",
+    "TensorBoard",
+    "TrainConfig",
     "claim",
     "classifier",
     "cross_entropy",

@@ -36,10 +36,11 @@ class OptimizerConfig:
       end_lr_ratio: the rate at the last step, over the peak.
       b1, b2, eps: Adam's.
       weight_decay: decoupled, times the rate.
-      decay: globs of the delta's `path` or `path/factor` that decay; all that trains, as in the authors' code.
+      decay: globs of the delta's `path` or `path/factor` that decay; "matrices": what the method's traits name. The
+        default, all that trains, is the authors'.
       clip_norm: the largest global norm of the gradient; None: no clipping.
-      loraplus_lr_ratio: the rate, and with it the decay, of LoRA's B over that of A (LoRA+, Hayou et al. 2024, arXiv
-        2402.12354).
+      loraplus_lr_ratio: the rate, and with it the decay, of LoRA's B, or what the method's traits name instead, over
+        that of the other factors (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
     """
 
     learning_rate: float = 2e-4

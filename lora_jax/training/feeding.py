@@ -16,24 +16,24 @@ from lora_jax.distributed.sharding import batch_sharding
 Put = Callable[[Batch], dict[str, jax.Array]]
 
 
-def seen(output: Any, batch: Batch, placed: dict[str, jax.Array]) -> tuple[Any, dict[str, Any]]:
+def gathered(output: Any, batch: Batch, placed: dict[str, jax.Array]) -> tuple[Any, dict[str, Any]]:
     """What metrics need of a batch, to be fetched: also of the rows that other processes hold."""
     if output is None or jax.process_count() == 1:
         return output, batch
     return processes.replicate((output, {name: placed[name] for name in ("labels", "weights")}))
 
 
-def validation_putter(mesh: Mesh, schedule: Schedule) -> tuple[Put, Schedule]:
-    """Puts a batch of validation on the mesh: (b, ...), b over the devices; and the schedule of what this process puts
-    there."""
+def validation_placer(mesh: Mesh, schedule: Schedule) -> tuple[Put, Schedule]:
+    """What puts a batch of validation on the mesh, (b, ...) with b over the devices; and the schedule of the rows that
+    this process puts there."""
     sharding, rows = batch_sharding(mesh), schedule.batch_size
     held = processes.own_rows(sharding, (rows,))
     return lambda batch: processes.put_rows(batch, sharding, 0, rows), _of_rows(schedule, held)
 
 
-def putter(mesh: Mesh, schedule: Schedule, micro: int, members: int | None = None) -> tuple[Put, Schedule]:
-    """Puts a batch on the mesh as `micro` batches of equal size: (k, b, ...), b over the devices; one for each of the
-    members where there are such: (members, k, b, ...). And the schedule of what this process puts there."""
+def batch_placer(mesh: Mesh, schedule: Schedule, micro: int, members: int | None = None) -> tuple[Put, Schedule]:
+    """What puts a batch on the mesh as `micro` batches of equal size, (k, b, ...) with b over the devices, or of
+    several members (members, k, b, ...); and the schedule of the rows that this process puts there."""
     rows, devices = schedule.batch_size, mesh.shape["data"] * mesh.shape["fsdp"]
     if micro < 1 or rows % (micro * devices):
         raise ValueError(

@@ -3,9 +3,10 @@
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from lora_jax.checkpoints import write_atomically
 from lora_jax.core.extras import extra
@@ -28,56 +29,106 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     return entries
 
 
-class Log:
-    """Writes metrics of a workdir; on resuming from `step`, what came after it is dropped first.
+class Logger(Protocol):
+    """Where the metrics of a run go: W&B, MLflow, a file. A resumed run writes again what came after its checkpoint."""
 
-    Of several processes the first one writes; each knows all entries.
-    """
+    def write(self, step: int, entries: Mapping[str, float]) -> None:
+        """Entries of one step: of the training loss, or of a validation."""
+
+    def close(self) -> None:
+        """The end of the run."""
+
+
+class JsonLines:
+    """metrics.jsonl of a workdir, of which what came after `step` is dropped first."""
 
     def __init__(self, workdir: str | Path, step: int) -> None:
-        self.workdir = Path(workdir)
-        self.entries = [e for e in read_metrics(workdir) if e["step"] <= step]
-        if not processes.first():
-            return
+        path = Path(workdir) / "metrics.jsonl"
+        entries = [entry for entry in read_metrics(workdir) if entry["step"] <= step]
+        write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
+        self._file = path.open("a")
+
+    def write(self, step: int, entries: Mapping[str, float]) -> None:
+        """One line, on disk before this returns: what a checkpoint of this step counts on."""
+        self._file.write(json.dumps({"step": step, **entries}) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Events of TensorBoard in a workdir; those after `step` are taken back."""
+
+    def __init__(self, workdir: str | Path, step: int) -> None:
         with extra("train"):
             from tensorboardX import SummaryWriter  # slow to import: takes torch along
 
-        path = Path(workdir) / "metrics.jsonl"
-        write_atomically(path, "".join(json.dumps(e) + "\n" for e in self.entries).encode())
-        self._file = path.open("a")
         self._board = SummaryWriter(str(workdir), purge_step=step + 1)
 
-    def write(self, step: int, **values: float) -> None:
-        """One entry, on disk before this returns: what a checkpoint of this step counts on."""
-        self.entries.append({"step": step} | values)
-        if not processes.first():
-            return
-        self._file.write(json.dumps(self.entries[-1]) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        for name, value in values.items():
+    def write(self, step: int, entries: Mapping[str, float]) -> None:
+        for name, value in entries.items():
             self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._board.close()
+
+
+class Prefixed(NamedTuple):
+    """A logger for one of several runs, the names of whose entries begin with the prefix; it closes nothing."""
+
+    logger: Logger
+    prefix: str
+
+    def write(self, step: int, entries: Mapping[str, float]) -> None:
+        self.logger.write(step, {self.prefix + name: value for name, value in entries.items()})
+
+    def close(self) -> None:
+        pass
+
+
+class Log:
+    """The metrics of a workdir: on resuming from `step`, what came after it is dropped first.
+
+    Of several processes the first one writes; each knows all entries.
+
+    Args:
+      loggers: written to as well; who made them closes them.
+    """
+
+    def __init__(self, workdir: str | Path, step: int, loggers: Sequence[Logger] = ()) -> None:
+        self.entries = [entry for entry in read_metrics(workdir) if entry["step"] <= step]
+        self._files: list[Logger] = []
+        if processes.is_primary():
+            self._files = [JsonLines(workdir, step), TensorBoard(workdir, step)]
+        self._loggers = [*self._files, *loggers] if processes.is_primary() else []
+
+    def write(self, step: int, **values: float) -> None:
+        """One entry, on disk before this returns."""
+        self.entries.append({"step": step} | values)
+        for logger in self._loggers:
+            logger.write(step, values)
 
     def last(self, name: str, default: float = 0) -> Any:
         """The newest value of that name."""
-        return next((e[name] for e in reversed(self.entries) if name in e), default)
+        return next((entry[name] for entry in reversed(self.entries) if name in entry), default)
 
     def highest(self, name: str) -> float:
         """The highest value of that name; minus infinity where there is none."""
-        return max((e[name] for e in self.entries if name in e), default=-math.inf)
+        return max((entry[name] for entry in self.entries if name in entry), default=-math.inf)
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if processes.first():
-            self._file.close()
-            self._board.close()
+        for file in self._files:
+            file.close()
 
 
 def plot_loss(workdir: str | Path) -> None:
     """Draws loss.png from metrics.jsonl: training loss and validation loss; the first of several processes does."""
-    if not processes.first():
+    if not processes.is_primary():
         return
     with extra("train"):
         from matplotlib.figure import Figure  # slow to import

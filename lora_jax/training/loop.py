@@ -1,4 +1,4 @@
-"""The training loop: batches to a delta, resumable at any step.
+"""The training loop: batches to a delta, resumable at any step; of one run, or of a sweep's in one program.
 
 Nothing in it waits for the device: metrics are summed there and fetched once a logging interval.
 """
@@ -6,53 +6,99 @@ Nothing in it waits for the device: metrics are summed there and fetched once a 
 import contextlib
 import itertools
 import json
-import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from lora_jax import checkpoints
 from lora_jax.core.transforms import Delta, ParamTransform, from_spec, without_tuned
-from lora_jax.data.batches import Batch, Schedule
+from lora_jax.data.batches import Batch, Schedule, Stacked
 from lora_jax.distributed import processes
-from lora_jax.distributed.sharding import Rules, make_mesh, shardings
+from lora_jax.distributed.sharding import Placement
 from lora_jax.training import step as steps
-from lora_jax.training.feeding import Put, putter, seen, validation_putter
-from lora_jax.training.logging import Log, plot_loss
-from lora_jax.training.meter import Labels, Meter, check
+from lora_jax.training.config import TrainConfig
+from lora_jax.training.feeding import Put, batch_placer
+from lora_jax.training.logging import Log, Logger, Prefixed, plot_loss
+from lora_jax.training.meter import LabelCount, Meter, fetch
 from lora_jax.training.objectives import Objective, language_model
 from lora_jax.training.optimizers import optimizer, schedule
+from lora_jax.training.validation import Figures, validator
 from lora_jax.training.workdir import claim, difference
 
-_ASKED = itertools.count(1)
-EVERYWHERE: Rules = {"**": P()}
+_SYNC_POINTS = itertools.count(1)
+
+
+class Member(NamedTuple):
+    """A run, alone or of a sweep.
+
+    Attributes:
+      name: of its folder in the workdir of a sweep; "" of a run alone.
+      config: a TrainConfig, or a ConfigDict with its keys and others besides.
+      method: what trains.
+      params: the base, with the head that its seed draws where there is a new one; None in a job.
+      batches: the schedule of its seed, in which alone those of a sweep's members differ.
+    """
+
+    name: str
+    config: Any
+    method: ParamTransform
+    params: Any
+    batches: Schedule
 
 
 class Job(NamedTuple):
-    """A run made ready by `prepare`."""
+    """A run, or a sweep of several, made ready by `prepare` or `sweep.prepare`.
 
-    config: Any
+    Attributes:
+      settings: of the loop.
+      workdir: with the checkpoints.
+      members: the run, or those of the sweep.
+      base: the base's `checkpoints.identity`.
+      params: the base, without the leaves that the delta holds.
+      state: new, or of the newest checkpoint; of a sweep stacked and padded. `drive` uses it up.
+      start, total: the steps done, and those of the whole run.
+      batches: `batches(epoch)[i]` is one for `step`, once `put` has placed it.
+      step: (state, params, batch) -> state.
+      validate: state -> the figures of each run, None where the loss is not finite.
+      put: places a batch.
+      shapes: of a sweep, each run's state without the leading axis and the padding; None of a run alone.
+      loggers: written to besides the files.
+    """
+
+    settings: TrainConfig
     workdir: Path
-    method: ParamTransform
+    members: tuple[Member, ...]
     base: dict[str, str]
-    params: Any  # without the leaves that the delta holds
-    state: steps.State  # new, or of the newest checkpoint; `train` uses it up
-    start: int  # its step
+    params: Any
+    state: steps.State
+    start: int
     total: int
-    batches: Schedule
+    batches: Schedule | Stacked
     step: Callable[[steps.State, Any, Any], steps.State]
-    validate: Callable[[Delta], dict[str, float]] | None
+    validate: Callable[[steps.State], Sequence[Figures | None]] | None
     put: Put
+    shapes: tuple[steps.State, ...] | None = None
+    loggers: tuple[Logger, ...] = ()
+
+    @property
+    def method(self) -> ParamTransform:
+        """What trains, in the first member."""
+        return self.members[0].method
+
+    def part(self, stacked: Any, number: int, of_shapes: Callable[[steps.State], Any] = lambda shapes: shapes) -> Any:
+        """One run's part of the state, or of what `of_shapes` takes out of it, without padding."""
+        if self.shapes is None:
+            return stacked
+        like = of_shapes(self.shapes[number])
+        return jax.tree.map(lambda x, like: x[number][tuple(slice(0, n) for n in like.shape)], stacked, like)
 
 
 class Result(NamedTuple):
@@ -74,9 +120,9 @@ def prepare(
     batches: Schedule,
     validation: Schedule | None = None,
     objective: Objective | None = None,
-    known: Mapping[str, Any] = {},
-    mesh: Mesh | None = None,
-    rules: Rules = EVERYWHERE,
+    initial: Mapping[str, Any] = {},
+    placement: Placement | None = None,
+    loggers: Sequence[Logger] = (),
 ) -> Job:
     """A run of this config in this workdir, from its start or from its newest good checkpoint.
 
@@ -84,9 +130,8 @@ def prepare(
     (`jax.distributed`) all of them call this with the same arguments; the workdir is one that all see.
 
     Args:
-      config: a ConfigDict with `seed`, `epochs`, `steps`, `label_smoothing` (without an objective), `accumulate`,
-        `log_every`, `eval_every`, `save_every`, `keep` and `optimizer` (configs/e2e.py); where it
-        has `best`, the delta with the highest validation metric of that name is kept in adapter/.
+      config: a TrainConfig, or a ConfigDict with its keys and others besides. Where it has `best`, the delta with the
+        highest validation metric of that name is kept in adapter/.
       workdir: created where it does not exist.
       method: what trains.
       model: a GPT-2 of `lora_jax.models`; with an objective any. Where its `config.dtype` is float16, the loss is
@@ -95,49 +140,55 @@ def prepare(
       base: its `checkpoints.identity`.
       batches, validation: schedules of `lora_jax.data`.
       objective: what the model is trained for; a language model without it.
-      known: entries of the delta that start from given values, not anew.
-      mesh, rules: of `lora_jax.sharding`; one device without.
+      initial: entries of the delta that start from given values, not anew.
+      placement: the mesh and the rules for it; one device without.
+      loggers: written to besides metrics.jsonl and TensorBoard's events; the caller closes them.
 
     Raises:
       ValueError: the workdir holds another config's run or another base's or method's, no checkpoint
         of it is good, the batch does not divide over micro-batches and devices, or a process has no
         device on the mesh.
     """
-    workdir = Path(workdir).absolute()
+    workdir, settings = Path(workdir).absolute(), TrainConfig.of(config)
     claim(workdir, config)
-    mesh = make_mesh({}) if mesh is None else mesh
-    processes.check_mesh(mesh)
-    total = config.steps or config.epochs * len(batches)
-    rate = schedule(config.optimizer, total)
-    tx = optimizer(config.optimizer, rate, spec=method.spec)
-    params = processes.place(params, shardings(params, mesh, rules))
-    put, batches = putter(mesh, batches, config.accumulate)
+    placement = placement or Placement.one_device()
+    processes.check_mesh(placement.mesh)
+    total = settings.steps or settings.epochs * len(batches)
+    rate = schedule(settings.optimizer, total)
+    tx = optimizer(settings.optimizer, rate, spec=method.spec)
+    params = processes.place(params, placement.shardings(params))
+    put, batches = batch_placer(placement.mesh, batches, settings.accumulate)
     dtype = getattr(getattr(model, "config", None), "dtype", "float32")
 
     def start(params: Any) -> steps.State:
-        return steps.new_state(method, tx, params, jax.random.key(config.seed), known, dtype=dtype)
+        return steps.new_state(method, tx, params, jax.random.key(settings.seed), initial, dtype=dtype)
 
-    state = _state(workdir, method, start, params, base, mesh, rules)
+    state = _state(workdir, method, start, params, base, placement)
     params = without_tuned(params, state.delta)
-    objective = objective or language_model(model, config.label_smoothing)
+    objective = objective or language_model(model, settings.label_smoothing)
+    validate = None
+    if validation is not None:
+        of_delta = validator(jax.jit(steps.make_validation(objective, method)), objective, validation, placement)
+        validate = lambda state: of_delta(state.delta, params)  # noqa: E731
     step = steps.make_step(objective, method, tx, rate)
     return Job(
-        config=config,
+        settings=settings,
         workdir=workdir,
-        method=method,
+        members=(Member("", config, method, None, batches),),
         base=base,
         params=params,
         state=state,
         start=int(state.step),
         total=total,
         batches=batches,
-        step=jax.jit(step, donate_argnums=0, out_shardings=where(state)),
-        validate=_validator(objective, method, params, validation, mesh) if validation is not None else None,
+        step=jax.jit(step, donate_argnums=0, out_shardings=shardings_of(state)),
+        validate=validate,
         put=put,
+        loggers=tuple(loggers),
     )
 
 
-def where(state: Any) -> Any:
+def shardings_of(state: Any) -> Any:
     """The shardings of a state, in which a step leaves it: else the compiler chooses others, and compiles again."""
     return jax.tree.map(lambda x: x.sharding, state)
 
@@ -148,14 +199,13 @@ def _state(
     start: Callable[[Any], steps.State],
     params: Any,
     base: dict[str, str],
-    mesh: Mesh,
-    rules: Rules,
+    placement: Placement,
 ) -> steps.State:
     """The newest good checkpoint, or where there is none the start; placed on the mesh."""
     shapes = jax.eval_shape(start, params)
     adapted = jax.eval_shape(method.apply, params, shapes.delta)
-    places = steps.state_shardings(shapes, mesh, rules, adapted)
-    if processes.by_first(lambda: checkpoints.latest_step(workdir)) is None:
+    places = steps.state_shardings(shapes, placement, adapted)
+    if processes.on_primary(lambda: checkpoints.latest_step(workdir)) is None:
         return jax.jit(start, out_shardings=places)(params)
 
     def placed(x: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -163,119 +213,126 @@ def _state(
 
     state = checkpoints.restore(workdir, jax.tree.map(placed, shapes, places), base=base)
     spec = checkpoints.meta_of(workdir)["spec"]
-    same = json.dumps(spec) == json.dumps(method.spec)  # also of a method that no name makes again
-    if not same and (
-        found := difference(from_spec(spec).apply(params, state.delta), method.apply(params, state.delta))
-    ):
-        raise ValueError(f"{workdir} holds the delta of another method than the config's: {found}")
+    if json.dumps(spec) != json.dumps(method.spec):  # equal also of a method that no name makes again
+        then, now = from_spec(spec).apply(params, state.delta), method.apply(params, state.delta)
+        if other := difference(then, now):
+            raise ValueError(f"{workdir} holds the delta of another method than the config's: {other}")
     return state
 
 
 def train(job: Job) -> Result:
-    """Trains to the end, or to SIGTERM, and leaves metrics, checkpoints and loss.png in the workdir.
+    """Trains a run to the end, or to SIGTERM, and leaves metrics, checkpoints and loss.png in the workdir.
 
     Raises:
       ValueError: a batch has no labels, or loss or gradient are not finite; names the step. The
         checkpoints before it stay.
       OSError: the workdir cannot be written; names the newest checkpoint that is whole.
     """
-    config, state, done = job.config, job.state, job.start
-    if done == job.total:  # launched again
-        plot_loss(job.workdir)
-        return Result(state.delta, done, True)
-    epoch_steps = len(job.batches)
-    labels = Labels(job.workdir, epoch_steps, done)
-    with (
-        written(job.workdir),
-        sigterm() as stopping,
-        checkpoints.opened(job.workdir, keep=config.keep) as manager,
-        Log(job.workdir, done) as log,
-        progress(done, job.total) as bar,
-    ):
-        checkpoints.forget_after(manager, done)
-        meter = Meter([log], bar, epoch_steps, state)
-        for done, batch in enumerate(batches(job.batches, job.start, job.total, labels), job.start + 1):
-            state = job.step(state, job.params, job.put(batch))
-            bar.update()
-            stop, last = stopping(done), done == job.total
-            epoch_ends = last or done % epoch_steps == 0
-            logs = last or due(done, config.log_every)
-            measures = epoch_ends or due(done, config.eval_every)
-            saves = stop or epoch_ends or due(done, config.save_every)
-            if logs or measures or saves:
-                labels.check()
-            if logs:
-                state = meter.write(done, state)
-                if meter.bad:
-                    check(state, job.workdir)
-            if job.validate and measures:
-                with meter.paused(state):
-                    found = job.validate(state.delta)
-                    record(config, job.workdir, job.method, job.base, log, done, found, state.delta)
-                    meter.say(f"step {done}: {shown(found)}")
-            if saves:
-                with meter.paused(state):
-                    _save(job, manager, done, state)
-            if stop:
-                break
+    state, done = drive(job)
     plot_loss(job.workdir)
     return Result(state.delta, done, done == job.total)
 
 
-def record(
-    config: Any,
-    workdir: Path,
-    method: ParamTransform,
-    base: dict[str, str],
-    log: Log,
-    done: int,
-    found: dict[str, float],
-    delta: Delta,
-) -> None:
-    """Logs validation's loss and metrics, and keeps the delta in adapter/ where it is the best so far."""
-    name = config.get("best")
-    if name and name not in found:
-        raise ValueError(f"best={name!r} is no metric of validation: it has {', '.join(found)}")
-    if name and processes.by_first(lambda: bool(found[name] > log.highest(name))):
-        checkpoints.save_adapter(workdir / "adapter", method, delta, base)
-    log.write(done, **found)
+def drive(job: Job) -> tuple[steps.State, int]:
+    """The loop, of a run or of a sweep: the state at the end, or at SIGTERM, and the steps done. All is saved.
+
+    Raises: as `train`; of a sweep a ValueError where every run diverged.
+    """
+    settings, state, done = job.settings, job.state, job.start
+    if done == job.total:  # launched again
+        return state, done
+    epoch_steps = len(job.batches)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_unwritten(job.workdir))
+        stopping = stack.enter_context(_sigterm())
+        manager = stack.enter_context(checkpoints.opened(job.workdir, keep=settings.max_to_keep))
+        logs = [stack.enter_context(_log(job, member)) for member in job.members]
+        bar = stack.enter_context(_progress(done, job.total))
+        checkpoints.forget_after(manager, done)
+        labels, meter = LabelCount(job.workdir, epoch_steps, done), Meter(logs, bar, epoch_steps, state)
+        for done, batch in enumerate(_batches(job, labels), job.start + 1):
+            state = job.step(state, job.params, job.put(batch))
+            bar.update()
+            stop = stopping(done)
+            epoch_ends = done == job.total or done % epoch_steps == 0
+            logs_now = done == job.total or _due(done, settings.log_every)
+            validates = epoch_ends or _due(done, settings.eval_every)
+            saves = stop or epoch_ends or _due(done, settings.save_every)
+            if logs_now or validates or saves:
+                labels.check()
+            if logs_now:
+                state = meter.write(done, state)
+                if len(meter.bad) == len(job.members):
+                    _check_finite(job, state)
+            if job.validate and validates:
+                with meter.paused(state):
+                    _validate(job, job.validate(state), logs, meter, done, state)
+            if saves:
+                with meter.paused(state):
+                    _check_finite(job, state)
+                    specs = [member.method.spec for member in job.members]
+                    spec = specs[0] if job.shapes is None else {"method": "sweep", "of": specs}
+                    position = divmod(done, epoch_steps)
+                    checkpoints.save(manager, done, state, spec=spec, base=job.base, position=position)
+            if stop:
+                break
+    return state, done
 
 
-def shown(found: dict[str, float]) -> str:
-    """Validation's figures in words."""
-    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in found.items())
+def _log(job: Job, member: Member) -> Log:
+    loggers = [Prefixed(logger, f"{member.name}/") for logger in job.loggers] if member.name else job.loggers
+    return Log(job.workdir / member.name, job.start, loggers)
 
 
-def due(done: int, every: int | None) -> bool:
-    return every is not None and done % every == 0
-
-
-def batches(schedule: Schedule, start: int, total: int, labels: Labels) -> Iterator[Batch]:
-    """The batches of the steps from start to total."""
-    for done in range(start, total):
-        epoch, index = divmod(done, len(schedule))
-        if done == start or index == 0:
-            order = schedule(epoch)
+def _batches(job: Job, labels: LabelCount) -> Iterator[Batch]:
+    """The batches of the steps from the job's start to its end."""
+    for done in range(job.start, job.total):
+        epoch, index = divmod(done, len(job.batches))
+        if done == job.start or index == 0:
+            order = job.batches(epoch)
         batch = order[index]
         labels.note(batch)
         yield batch
 
 
-def _save(job: Job, manager: ocp.CheckpointManager, done: int, state: steps.State) -> None:
-    check(state, job.workdir)
-    checkpoints.save(
-        manager,
-        done,
-        state,
-        spec=job.method.spec,
-        base=job.base,
-        position=divmod(done, len(job.batches)),
-    )
+def _due(done: int, every: int | None) -> bool:
+    return every is not None and done % every == 0
+
+
+def _validate(
+    job: Job, figures: Sequence[Figures | None], logs: Sequence[Log], meter: Meter, done: int, state: steps.State
+) -> None:
+    """Logs validation's loss and metrics, and keeps a delta in adapter/ where it is the best so far."""
+    if not any(figures):
+        raise ValueError("the validation loss is not finite")
+    for number, (member, log, values) in enumerate(zip(job.members, logs, figures, strict=True)):
+        if values is None:
+            continue
+        best = TrainConfig.of(member.config).best
+        if best and best not in values:
+            raise ValueError(f"best={best!r} is no metric of validation: it has {', '.join(values)}")
+        if best and processes.on_primary(partial(bool, values[best] > log.highest(best))):
+            delta = job.part(state.delta, number, lambda shapes: shapes.delta)
+            checkpoints.save_adapter(job.workdir / member.name / "adapter", member.method, delta, job.base)
+        log.write(done, **values)
+        shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
+        meter.say(f"step {done}{', ' if member.name else ''}{member.name}: {shown}")
+
+
+def _check_finite(job: Job, state: steps.State) -> None:
+    """A ValueError where every run had a step whose loss or gradient was not finite; what is saved stays."""
+    bad = {number: int(metrics["bad_step"]) for number, metrics in enumerate(fetch(state))}
+    if all(bad.values()) and job.shapes is not None:
+        raise ValueError(f"every member of {job.workdir} diverged: {bad}")
+    if all(bad.values()):
+        raise ValueError(
+            f"step {bad[0]}: the loss or its gradient is not finite; the checkpoints from before stay in {job.workdir}"
+        )
 
 
 @contextlib.contextmanager
-def written(workdir: Path) -> Iterator[None]:
-    """What fails inside because a file cannot be written (the disk is full) says what of the run is whole."""
+def _unwritten(workdir: Path) -> Iterator[None]:
+    """An error inside because a file cannot be written (the disk is full) names the newest good checkpoint."""
     try:
         yield
     except OSError as error:
@@ -284,19 +341,19 @@ def written(workdir: Path) -> Iterator[None]:
         checkpoints.raise_unwritten(workdir, error)
 
 
-def progress(done: int, total: int) -> tqdm:
+def _progress(done: int, total: int) -> tqdm:
     """The bar of a run, shown by the first process."""
-    return tqdm(total=total, initial=done, unit="step", mininterval=1.0, disable=not processes.first())
+    return tqdm(total=total, initial=done, unit="step", mininterval=1.0, disable=not processes.is_primary())
 
 
 @contextlib.contextmanager
-def sigterm() -> Iterator[Callable[[int], bool]]:
+def _sigterm() -> Iterator[Callable[[int], bool]]:
     """`stopping(step)`, to be asked after each step: whether the run has been told to end. Of several processes one may
     have been told: then it is true for all of them, after the same step."""
     if jax.distributed.is_initialized():  # its preemption service takes the signal
         # It wants numbers that grow as long as the process lives, whichever run a step is of, and from one asker: the
         # stop is planned for the step after the largest last number (`checkpoints.manager` keeps orbax from asking).
-        yield lambda step: multihost_utils.reached_preemption_sync_point(next(_ASKED))
+        yield lambda step: multihost_utils.reached_preemption_sync_point(next(_SYNC_POINTS))
         return
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # no signals arrive elsewhere
@@ -307,62 +364,3 @@ def sigterm() -> Iterator[Callable[[int], bool]]:
         yield lambda step: bool(received)
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def validate(
-    objective: Objective,
-    params: Any,
-    validation: Schedule,
-    *,
-    mesh: Mesh | None = None,
-    rules: Rules = EVERYWHERE,
-) -> dict[str, float]:
-    """Loss and metrics of parameters that do not train (a frozen base): see `Job.validate`."""
-    mesh = make_mesh({}) if mesh is None else mesh
-    processes.check_mesh(mesh)
-    params = processes.place(params, shardings(params, mesh, rules))
-    return _validator(objective, None, params, validation, mesh)(Delta())
-
-
-def _validator(
-    objective: Objective,
-    method: ParamTransform | None,
-    params: Any,
-    validation: Schedule,
-    mesh: Mesh,
-) -> Callable[[Delta], dict[str, float]]:
-    """`delta -> {"validation_loss": nats per label, ...}` and the objective's metrics, over all of validation: every
-    label weighs the same, without smoothing or dropout."""
-    validate = jax.jit(steps.make_validation(objective, method))
-    put, validation = validation_putter(mesh, validation)
-
-    def measure(delta: Delta) -> dict[str, float]:
-        sums = processes.place(np.zeros(2, np.float32), NamedSharding(mesh, P()))
-        outputs = []
-        for batch in validation(0):
-            placed = put(batch)
-            sums, output = validate(sums, delta, params, placed)
-            outputs.append(seen(output, batch, placed))
-        found = figures(objective, jax.device_get(sums), jax.device_get(outputs))
-        if found is None:
-            raise ValueError("the validation loss is not finite")
-        return found
-
-    return measure
-
-
-def figures(
-    objective: Objective, sums: np.ndarray, outputs: Sequence[tuple[np.ndarray | None, Batch]]
-) -> dict[str, float] | None:
-    """Validation's loss and metrics of what `make_validation` gave for all batches; None where it is not finite."""
-    total, count = sums.tolist()
-    if not count:
-        raise ValueError("the validation data have no labels")
-    if not math.isfinite(total):
-        return None
-    found = {"validation_loss": total / count}
-    if objective.metrics:
-        predicted = [output[batch["weights"] > 0] for output, batch in outputs if output is not None]
-        labels = [batch["labels"][batch["weights"] > 0] for _, batch in outputs]
-        found |= objective.metrics(np.concatenate(predicted), np.concatenate(labels))
-    return found

@@ -42,7 +42,7 @@ def squared_error(outputs: Array, labels: Array, weights: Array) -> tuple[Array,
     return jnp.sum(error * error * weights), jnp.sum(weights)
 
 
-def in_pieces(fn: Callable[..., Array], weights: Any, x: Array, *along: Array, pieces: int) -> Array:
+def chunked_loss(fn: Callable[..., Array], weights: Any, x: Array, *along: Array, pieces: int) -> Array:
     """The sum of `fn(weights, x, *along)` over pieces along axis 1 of x and of what goes along.
 
     The gradient of each piece is formed as soon as its value is: so what lies between (the logits of a cross-entropy)

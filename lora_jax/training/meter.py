@@ -22,45 +22,35 @@ def fetch(state: State) -> list[dict[str, float]]:
     return [dict(zip(METRICS, row, strict=True)) for row in rows]
 
 
-def check(state: State, workdir: Path) -> None:
-    """A ValueError where some step's loss or gradient was not finite; what is saved stays."""
-    (metrics,) = fetch(state)
-    if metrics["bad_step"]:
-        raise ValueError(
-            f"step {metrics['bad_step']:.0f}: the loss or its gradient is not finite; the "
-            f"checkpoints from before stay in {workdir}"
-        )
-
-
-class Labels:
+class LabelCount:
     """Finds a batch without labels.
 
-    Several processes see each their own rows of a batch. To ask the others at every step would be to wait for them:
+    Each of several processes has its own rows of a batch. To ask the others at every step would be to wait for them:
     they are asked when something is written, and nothing is written of such a batch.
     """
 
     def __init__(self, workdir: Path, epoch_steps: int, start: int) -> None:
         self._workdir, self._epoch_steps, self._checked = workdir, epoch_steps, start
-        self._found: list[bool] = []
+        self._has_labels: list[bool] = []
 
     def note(self, batch: Batch) -> None:
         """Of every step's batch, in order."""
-        self._found.append(bool(batch["weights"].any()))
+        self._has_labels.append(bool(batch["weights"].any()))
         if jax.process_count() == 1:
             self.check()
 
     def check(self) -> None:
         """A ValueError on all processes that names the first batch without labels since the last check."""
-        found = processes.anywhere(self._found)
-        if not all(found):
-            step = self._checked + found.index(False)
+        has_labels = processes.anywhere(self._has_labels)
+        if not all(has_labels):
+            step = self._checked + has_labels.index(False)
             epoch, index = divmod(step, self._epoch_steps)
             raise ValueError(
                 f"step {step + 1}: batch {index} of epoch {epoch} has no labels; the checkpoints "
                 f"from before stay in {self._workdir}"
             )
-        self._checked += len(self._found)
-        self._found = []
+        self._checked += len(self._has_labels)
+        self._has_labels = []
 
 
 class Meter:
@@ -79,11 +69,11 @@ class Meter:
 
     def write(self, done: int, state: State) -> State:
         """Logs what was summed since the last time; returns the state with the sums at zero."""
-        found = fetch(state)
+        fetched = fetch(state)
         now = time.perf_counter()
-        speed = (sum(metrics["real_tokens"] for metrics in found) - self._before) / (now - self._since)
+        speed = (sum(metrics["real_tokens"] for metrics in fetched) - self._before) / (now - self._since)
         losses = []
-        for number, (log, metrics) in enumerate(zip(self._logs, found, strict=True)):
+        for number, (log, metrics) in enumerate(zip(self._logs, fetched, strict=True)):
             if metrics["bad_step"]:
                 self.bad.setdefault(number, int(metrics["bad_step"]))
                 continue
@@ -101,8 +91,8 @@ class Meter:
                 seconds=now - self._begin,
             )
         low, high = min(losses, default=math.nan), max(losses, default=math.nan)
-        said = f"loss {low:.4f}" if len(found) == 1 else f"losses {low:.4f} to {high:.4f}"
-        self._bar.set_postfix_str(f"{said}, {speed:,.0f} tokens/s")
+        shown = f"loss {low:.4f}" if len(fetched) == 1 else f"losses {low:.4f} to {high:.4f}"
+        self._bar.set_postfix_str(f"{shown}, {speed:,.0f} tokens/s")
         self._before, self._since = 0.0, now
         zeros = np.zeros(state.metrics.shape, np.float32)
         for number, step in self.bad.items():
@@ -111,7 +101,7 @@ class Meter:
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        if processes.first():
+        if processes.is_primary():
             self._bar.write(text)
 
     @contextlib.contextmanager

@@ -12,7 +12,7 @@ from lora_jax.core.arrays import map_adapted
 from lora_jax.core.lifting.interpreter import lift
 from lora_jax.core.lifting.taps import untapped
 from lora_jax.core.transforms import stable_hash
-from lora_jax.training.loss import cross_entropy, in_pieces, squared_error
+from lora_jax.training.loss import chunked_loss, cross_entropy, squared_error
 
 
 class Forward(Protocol):
@@ -66,7 +66,7 @@ def language_model(model: Any, smoothing: float = 0.0) -> Objective:
         drops = any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(top))  # once for all x
         pieces = 1 if drops else min(PIECES, x.shape[0] * x.shape[1] // LEAST)
         weights = batch["weights"].astype(jnp.float32)
-        return in_pieces(of, top, x, batch["labels"], weights, pieces=pieces), jnp.sum(weights)
+        return chunked_loss(of, top, x, batch["labels"], weights, pieces=pieces), jnp.sum(weights)
 
     return Objective(forward, loss, lambda params, batch: (*loss(params, batch, smoothing=0.0), None))
 

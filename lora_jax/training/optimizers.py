@@ -11,26 +11,27 @@ import optax
 from lora_jax.core.freezing import freeze_base
 from lora_jax.core.selection import matches
 from lora_jax.core.transforms import owners
+from lora_jax.training.config import OptimizerConfig
 
 
 def schedule(config: Any, steps: int, peak: Any = None) -> optax.Schedule:
-    """Learning rate: linear warm-up from 0, then "linear" or "cosine" down to a share, or "constant".
+    """Learning rate: linear warm-up from 0, then "linear" or "cosine" decay, or "constant".
 
     Args:
-      config: has `learning_rate` (the peak), `schedule`, `final_share`, and `warmup_steps` or, where that is None,
-        `warmup_share` of the steps (rounded up).
-      steps: of the whole run; the rate reaches `final_share` of the peak there.
-      peak: instead of the config's; it may be traced.
+      config: an OptimizerConfig, or a mapping of its keys.
+      steps: of the whole run; the rate reaches `end_lr_ratio` of the peak there.
+      peak: instead of the config's `learning_rate`; it may be traced.
     """
+    config = OptimizerConfig.of(config)
     peak, warmup = config.learning_rate if peak is None else peak, config.warmup_steps
     if warmup is None:
-        warmup = math.ceil(steps * config.warmup_share)
+        warmup = math.ceil(steps * config.warmup_ratio)
     if warmup >= steps:
         logging.warning("warm-up takes %d steps and the run has %d: the peak rate is never reached", warmup, steps)
     rest = max(steps - warmup, 1)
     after = {
-        "linear": optax.linear_schedule(peak, peak * config.final_share, rest),
-        "cosine": optax.cosine_decay_schedule(peak, rest, config.final_share),
+        "linear": optax.linear_schedule(peak, peak * config.end_lr_ratio, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest, config.end_lr_ratio),
         "constant": optax.constant_schedule(peak),
     }
     if config.schedule not in after:
@@ -47,14 +48,12 @@ def optimizer(
     """AdamW with decoupled weight decay, clipped where asked; no state for the base.
 
     Args:
-      config: has `b1`, `b2`, `eps`, `weight_decay`, `decay` (globs of the delta's `path` or `path/factor` that decay;
-        the authors decay every trained array; "matrices": what the traits of the method name), `clip_norm` (None: no
-        clipping), and perhaps `b_ratio`: how many times the rate, and with it the decay, LoRA's B has, or what the
-        method's traits name instead (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
+      config: an OptimizerConfig, or a mapping of its keys.
       rate: the schedule.
       weight_decay: instead of the config's; it may be traced.
       spec: the method's, needed for "matrices"; without it B is what is named `b`.
     """
+    config = OptimizerConfig.of(config)
     globs = tuple(config.decay)
     if "matrices" in globs and spec is None:
         raise ValueError("optimizer.decay has 'matrices', which the method's traits name: give its spec")
@@ -65,7 +64,7 @@ def optimizer(
     weight_decay = config.weight_decay if weight_decay is None else weight_decay
     adamw = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=weight_decay, mask=decays)
     parts = [adamw] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm), adamw]
-    if (ratio := config.get("b_ratio", 1.0)) != 1:
+    if (ratio := config.loraplus_lr_ratio) != 1:
         by_label = {"b": optax.scale(ratio), "other": optax.identity()}
         parts.append(optax.partition(by_label, lambda delta: _rates(delta, spec or {})))
     return freeze_base(optax.chain(*parts))

@@ -8,12 +8,10 @@ import jax.numpy as jnp
 import optax
 from flax.training.dynamic_scale import DynamicScale
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from lora_jax.core.freezing import partition, rejoin
 from lora_jax.core.transforms import Delta, ParamTransform
-from lora_jax.distributed.sharding import Rules, shardings
+from lora_jax.distributed.sharding import Placement
 from lora_jax.training.objectives import Objective
 
 # What a step adds up on the device since the metrics were last fetched, all at once: the loss and
@@ -48,18 +46,18 @@ def new_state(
     tx: optax.GradientTransformation,
     params: Any,
     key: Array,
-    known: Mapping[str, Any] = {},
+    initial: Mapping[str, Any] = {},
     *,
     dtype: Any = jnp.float32,
 ) -> State:
     """The state before the first step.
 
     Args:
-      known: entries of the delta that start where another run ended.
+      initial: entries of the delta that start where another run ended.
       dtype: the model's; in float16 the loss is scaled.
     """
     for_init, for_steps = jax.random.split(key)
-    delta = Delta({**method.init(for_init, params), **known})
+    delta = Delta({**method.init(for_init, params), **initial})
     half = jnp.dtype(dtype) == jnp.float16
     return State(
         step=jnp.zeros((), jnp.int32),
@@ -72,11 +70,10 @@ def new_state(
     )
 
 
-def state_shardings(state: State, mesh: Mesh, rules: Rules, adapted: Any) -> State:
+def state_shardings(state: State, placement: Placement, adapted: Any) -> State:
     """Where a state lies: delta and optimizer by `sharding.shardings`, the rest on every device."""
-    delta, optimizer = shardings((state.delta, state.optimizer), mesh, rules, adapted)
-    whole = NamedSharding(mesh, P())
-    return jax.tree.map(lambda _: whole, state)._replace(delta=delta, optimizer=optimizer)
+    delta, optimizer = placement.shardings((state.delta, state.optimizer), adapted)
+    return jax.tree.map(lambda _: placement.replicated, state)._replace(delta=delta, optimizer=optimizer)
 
 
 def make_step(

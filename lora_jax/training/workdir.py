@@ -19,18 +19,6 @@ from lora_jax.training.logging import read_metrics
 # What may change when a run resumes. How the base is called may; its identity is compared.
 MAY_CHANGE = ("base", "decode", "log_every", "save_every", "max_to_keep", "mesh")
 
-# A config's value of before, and what means the same now.
-_FORMERLY = {
-    "optimizer.decay": (
-        [
-            "**/{kernel,embedding}/{value,a,b,w1,w1_a,w1_b,w2,w2_a,w2_b,rows}",
-            "@shared/**/a",
-            "@*/*/{down,up,down_left,down_right,up_left,up_right,values}",
-        ],
-        ["matrices"],
-    )
-}
-
 
 def claim(workdir: str | Path, config: Any) -> None:
     """Writes config.json, the resolved config (a ConfigDict or a TrainConfig), into the workdir.
@@ -40,21 +28,15 @@ def claim(workdir: str | Path, config: Any) -> None:
     Raises:
       ValueError: the workdir holds a run of another config; shows every difference; on all processes.
     """
-    processes.by_first(lambda: _claim(workdir, config))
+    processes.on_primary(lambda: _claim(workdir, config))
 
 
 def _claim(workdir: str | Path, config: Any) -> None:
     path = Path(workdir) / "config.json"
     new = as_json(config)
     if path.exists() and (latest_step(workdir) is not None or read_metrics(workdir)):
-<<<<<<< HEAD
-        old = json.loads(path.read_text())
-        here, there = _flat(new), _flat(old)
-        there |= {key: now for key, (before, now) in _FORMERLY.items() if there.get(key) == before}
-=======
         defaults = _flat(as_json(TrainConfig()))
         here, there = (defaults | _flat(values) for values in (new, with_new_names(json.loads(path.read_text()))))
->>>>>>> 02f174a (TrainConfig and OptimizerConfig say what training reads; default configs in the package; old key names still work)
         keys = sorted(here.keys() | there.keys())
         different = [
             f"{key} is {there.get(key, 'absent')!r} there and {here.get(key, 'absent')!r} here"

@@ -14,7 +14,7 @@ from lora_jax import checkpoints, training
 from lora_jax.data.batches import Schedule, bucketed, classified
 from lora_jax.data.pairs import Encoded
 from lora_jax.data.sentences import Texts
-from lora_jax.distributed.sharding import make_mesh, on_mesh, rules_for
+from lora_jax.distributed.sharding import Placement, make_mesh, on_mesh
 from lora_jax.models import encoder, gpt2
 from tests.helpers.runs import run_config
 
@@ -89,8 +89,7 @@ def prepare(case: str, workdir: Path, sizes: dict[str, int], **options: Any) -> 
         base=checkpoints.identity(params, "tiny"),
         batches=options.pop("batches", schedule_of(case, 0)),
         validation=schedule_of(case, 1),
-        mesh=mesh,
-        rules=rules_for(model, mesh),
+        placement=Placement.of(model, mesh),
         **options,
     )
 

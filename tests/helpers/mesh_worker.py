@@ -97,7 +97,7 @@ def checked(folder: Path, process: int, said: list[str]) -> dict[str, Any]:
     one = prepare(QUICK, folder / "of_one", MESH, changes=saved)._replace(**compiled)
     found["resumed"] = one.start
     training.train(one)
-    processes.by_first(lambda: damage(folder / "of_one"))
+    processes.on_primary(lambda: damage(folder / "of_one"))
     said.clear()
     found["after_damage"] = prepare(QUICK, folder / "of_one", MESH, changes=saved).start
     found["said"] = list(said)

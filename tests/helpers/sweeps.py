@@ -35,7 +35,7 @@ def members(values: Values, spec: dict[str, Any] = LORA, **changes: Any) -> list
     return found
 
 
-def ready(workdir: Path, found: list[sweep.Member], **options: Any) -> sweep.Sweep:
+def ready(workdir: Path, found: list[sweep.Member], **options: Any) -> training.Job:
     model, params = model_and_params()
     base = checkpoints.identity(params, "tiny")
     objective = training.language_model(model, 0.1)

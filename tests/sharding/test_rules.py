@@ -50,7 +50,7 @@ def test_every_leaf_has_a_rule(kind: str, name: str, caplog: pytest.LogCaptureFi
     adapted = jax.eval_shape(method.apply, params, start.delta)
     for tree in (params, adapted):
         sharding.shardings(tree, mesh, rules)
-    places = training.state_shardings(start, mesh, rules, adapted)
+    places = training.state_shardings(start, sharding.Placement(mesh, rules), adapted)
     assert jax.tree.structure(places) == jax.tree.structure(start)
     assert "stays whole" not in caplog.text
 

@@ -16,11 +16,10 @@ import pytest
 import lora_jax as lj
 from lora_jax import checkpoints, training
 from lora_jax.data.batches import Batch, Schedule
-from lora_jax.sharding import gpt2_rules, make_mesh
+from lora_jax.distributed.sharding import Placement, make_mesh
 from lora_jax.training import Job, Log, loop
 from tests.helpers.runs import (
     QV,
-    VOCAB,
     equal_bits,
     model_and_params,
     prepare,
@@ -243,7 +242,7 @@ def test_a_run_goes_on_on_a_mesh(straight: Straight, tmp_path: Path) -> None:
     for step in (12, 15):
         shutil.rmtree(folder / f"checkpoints/{step}")
     mesh = make_mesh({"data": 2, "fsdp": 2})
-    job = prepare(folder, run_config(**CONFIG), mesh=mesh, rules=gpt2_rules(VOCAB, mesh))
+    job = prepare(folder, run_config(**CONFIG), placement=Placement.of(model_and_params()[0], mesh))
     assert job.start == 10
     places = jax.tree.map(lambda x: x.sharding, job.state)
     moved: list[bool] = []

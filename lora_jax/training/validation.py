@@ -1,0 +1,85 @@
+"""Validation: loss and metrics of parameters over all batches of a schedule."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax.core.transforms import Delta
+from lora_jax.data.batches import Batch, Schedule
+from lora_jax.distributed import processes
+from lora_jax.distributed.sharding import Placement
+from lora_jax.training.feeding import gathered, validation_placer
+from lora_jax.training.objectives import Objective
+from lora_jax.training.step import make_validation
+
+Figures = dict[str, float]  # {"validation_loss": nats per label, ...} and the objective's metrics
+
+
+def validate(objective: Objective, params: Any, validation: Schedule, *, placement: Placement | None = None) -> Figures:
+    """Loss and metrics of parameters that do not train (a frozen base). Every label weighs the same, without smoothing
+    or dropout.
+
+    Args:
+      objective: what the parameters are validated for.
+      params: plain or adapted.
+      validation: the batches.
+      placement: of the parameters; one device without.
+
+    Raises:
+      ValueError: the loss is not finite, or no batch has labels.
+    """
+    placement = placement or Placement.one_device()
+    processes.check_mesh(placement.mesh)
+    params = processes.place(params, placement.shardings(params))
+    measure = jax.jit(make_validation(objective, None))
+    (figures,) = validator(measure, objective, validation, placement)(Delta(), params)
+    if figures is None:
+        raise ValueError("the validation loss is not finite")
+    return figures
+
+
+def validator(
+    measure: Callable, objective: Objective, validation: Schedule, placement: Placement, members: int | None = None
+) -> Callable[..., list[Figures | None]]:
+    """`validate(*arguments)`: the figures of each run over all of validation, None where its loss is not finite.
+
+    Args:
+      measure: `(sums, *arguments, batch) -> (sums, outputs)`, as `make_validation` gives it; compiled.
+      members: of how many runs sums and outputs are, along a leading axis; None: of one, without the axis.
+    """
+    put, schedule = validation_placer(placement.mesh, validation)
+
+    def validate(*arguments: Any) -> list[Figures | None]:
+        shape = (2,) if members is None else (members, 2)
+        sums = processes.place(np.zeros(shape, np.float32), placement.replicated)
+        outputs = []
+        for batch in schedule(0):
+            placed = put(batch)
+            sums, output = measure(sums, *arguments, placed)
+            outputs.append(gathered(output, batch, placed))
+        sums, outputs = jax.device_get(sums), jax.device_get(outputs)
+        if members is None:
+            return [_figures(objective, sums, outputs)]
+        each = [[(None if x is None else x[number], batch) for x, batch in outputs] for number in range(members)]
+        return [_figures(objective, *of_member) for of_member in zip(sums, each, strict=True)]
+
+    return validate
+
+
+def _figures(
+    objective: Objective, sums: np.ndarray, outputs: Sequence[tuple[np.ndarray | None, Batch]]
+) -> Figures | None:
+    total, count = sums.tolist()
+    if not count:
+        raise ValueError("the validation data have no labels")
+    if not math.isfinite(total):
+        return None
+    figures = {"validation_loss": total / count}
+    if objective.metrics:
+        predicted = [output[batch["weights"] > 0] for output, batch in outputs if output is not None]
+        labels = [batch["labels"][batch["weights"] > 0] for _, batch in outputs]
+        figures |= objective.metrics(np.concatenate(predicted), np.concatenate(labels))
+    return figures
