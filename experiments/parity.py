@@ -26,7 +26,7 @@ import lora_jax as lj
 from experiments import cli, summaries, train
 from lora_jax import training
 from lora_jax.interop import hf, peft
-from lora_jax.runs import tasks as setups
+from lora_jax.runs import setups
 from lora_jax.training import METRICS
 
 flags.DEFINE_integer("steps", 50, "Steps of both.", lower_bound=1)
@@ -42,7 +42,9 @@ def main() -> None:
     config.update_from_flattened_dict(without_dropout(config))
     setup = setups.load(config)
     batches = setup.batches["train"](0)[: flags.FLAGS.steps]
-    method = lj.from_spec(setup.spec)
+    method = setup.method
+    if method is None:
+        raise ValueError("method 'none' trains nothing: there is nothing to compare")
     rate = training.schedule(config.optimizer, config.epochs * len(setup.batches["train"]))
     tx = training.optimizer(config.optimizer, rate, spec=method.spec)
     state = training.new_state(method, tx, setup.base.params, jax.random.key(config.seed))

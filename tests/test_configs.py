@@ -13,8 +13,7 @@ from configs import dart, e2e, nlg, webnlg
 from lora_jax.data import text
 from lora_jax.interop import hf
 from lora_jax.models import gpt2
-from lora_jax.runs import methods
-from lora_jax.runs import tasks as setups
+from lora_jax.runs import methods, setups
 
 CONFIGS = {"e2e": e2e, "webnlg": webnlg, "dart": dart}
 

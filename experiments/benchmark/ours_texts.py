@@ -23,7 +23,7 @@ from lora_jax.generation.texts import batches_of
 from lora_jax.interop import hf
 from lora_jax.models.family import dimensions_of
 from lora_jax.runs import bases, methods
-from lora_jax.runs import tasks as setups
+from lora_jax.runs.tasks import task_named
 
 
 def epoch(work: dict[str, Any]) -> Parts:
@@ -41,7 +41,7 @@ def epoch(work: dict[str, Any]) -> Parts:
 
     def read() -> Iterator[dict[str, np.ndarray]]:
         if not is_e2e:
-            yield from setups.texts(config, base, examples, spec)(0)
+            yield from task_named(config.data.name).batches(examples, config, base, spec)(0)
             return
         encoded = pairs.encode(examples, base.tokenizer, eos=base.model.config.eos_token_id, length=512)
         for batch in batches.bucketed(encoded, work["batch"], buckets=config.data.buckets)(0):

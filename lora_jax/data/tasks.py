@@ -11,11 +11,11 @@ with extra("data"):
     import datasets
 
 
-class Task(NamedTuple):
-    """A task.
+class TextTask(NamedTuple):
+    """A task of generation: pairs of a context and a completion, and how completions are scored.
 
     Attributes:
-      load: (path, split) -> its pairs, split being "train", "valid" or "test".
+      load: (path, split) -> a Dataset with columns `context` and `completion`; split is "train", "valid" or "test".
       style: how it is scored: the style of `metrics.score`.
       source: where its data can be had.
       normalize: what texts and references go through before they are scored; None: nothing.
@@ -23,24 +23,24 @@ class Task(NamedTuple):
     """
 
     load: Callable[[str | Path, str], datasets.Dataset]
-    style: str
-    source: str
+    style: str = "e2e"
+    source: str = ""
     normalize: Callable[[str], str] | None = None
     most_references: int | None = None
 
 
 # Six references and the normalization are the authors' (microsoft/LoRA, examples/NLG/README.md).
 TASKS = {
-    "e2e": Task(e2e.load, "e2e", e2e.SOURCE),
-    "webnlg": Task(webnlg.load, "webnlg", webnlg.SOURCE, pairs.normalize, 6),
-    "dart": Task(dart.load, "dart", dart.SOURCE, pairs.normalize, 6),
-    "dart_dev": Task(dart.load_dev, "dart", dart.SOURCE, pairs.normalize, 6),
-    "samsum": Task(jsonl.samsum, "samsum", jsonl.SAMSUM),
-    "wikisql": Task(jsonl.wikisql, "wikisql", jsonl.WIKISQL),
+    "e2e": TextTask(e2e.load, "e2e", e2e.SOURCE),
+    "webnlg": TextTask(webnlg.load, "webnlg", webnlg.SOURCE, pairs.normalize, 6),
+    "dart": TextTask(dart.load, "dart", dart.SOURCE, pairs.normalize, 6),
+    "dart_dev": TextTask(dart.load_dev, "dart", dart.SOURCE, pairs.normalize, 6),
+    "samsum": TextTask(jsonl.samsum, "samsum", jsonl.SAMSUM),
+    "wikisql": TextTask(jsonl.wikisql, "wikisql", jsonl.WIKISQL),
 }
 
 
-def named(name: str) -> Task:
+def named(name: str) -> TextTask:
     """The task of that name.
 
     Raises:
@@ -51,7 +51,7 @@ def named(name: str) -> Task:
     return TASKS[name]
 
 
-def references(task: Task, texts: Sequence[str]) -> list[str]:
+def references(task: TextTask, texts: Sequence[str]) -> list[str]:
     """A context's references as the task scores them: cleaned (`pairs.clean`), the first `most_references` of them,
     normalized. What stands for missing ones is the score's."""
     write = task.normalize or str

@@ -12,25 +12,34 @@ from lora_jax.runs.pretraining import Pretrained, pretrain
 from lora_jax.runs.reload import Loaded, load
 from lora_jax.runs.run import Prepared, RunResult, prepare, train
 from lora_jax.runs.sweeps import SweepResult, is_sweep, sweep
+from lora_jax.runs.tasks import Task, TextTask, classification, generation, register_task
+from lora_jax.training import Logger, register_metric
 
 __all__ = [
     "Evaluation",
     "Imported",
     "Loaded",
+    "Logger",
     "Prepared",
     "Pretrained",
     "RunResult",
     "SweepResult",
+    "Task",
+    "TextTask",
+    "classification",
     "complete",
     "default_config",
     "evaluate",
     "export_run",
+    "generation",
     "import_run",
     "is_sweep",
     "load",
     "predict",
     "prepare",
     "pretrain",
+    "register_metric",
+    "register_task",
     "sweep",
     "train",
 ]

@@ -12,10 +12,10 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from lora_jax import Delta, ParamTransform, checkpoints
-from lora_jax.data import glue
 from lora_jax.distributed import processes, sharding
 from lora_jax.interop import hf
 from lora_jax.models.family import family_of
+from lora_jax.runs.tasks import Task, task_named
 
 PUBLIC = "huggingface.co/gpt2, gpt2-medium, gpt2-large, FacebookAI/roberta-base and FacebookAI/roberta-large"
 
@@ -42,8 +42,10 @@ def mesh_of(config: ConfigDict) -> Mesh:
     return mesh
 
 
-def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None) -> Base:
-    """The base at `source`, or where the config says; for a task of GLUE with its head, new unless it is there.
+def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None, task: Task | None = None) -> Base:
+    """The base at `source`, or where the config says; with the head of the task, new unless it is there.
+
+    The task is the config's, if it is not given.
 
     With a mesh of several devices each one's part of each parameter is read from the files by itself, by
     `sharding.rules_for`: no parameter is whole anywhere. The identity is the same whatever the mesh, the
@@ -52,14 +54,15 @@ def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None
     Raises:
       FileNotFoundError: it or its tokenizer is not there. ValueError: a model of another kind than the config's task.
     """
-    source = source or config.base
+    source, task = source or config.base, task or task_named(config.data.name)
+    head = {**task.head, "key": jax.random.key(config.seed)} if task.head else {}
     try:
-        model, stored, tokenizer = hf.unread(source, **_head(config))
+        model, stored, tokenizer = hf.unread(source, **head)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}. The paper's bases are public: {PUBLIC}") from error
     if tokenizer is None:
         raise FileNotFoundError(f"{source} has no tokenizer.json: put the base's own there")
-    check_task(model, config.data.name, source)
+    check_task(model, config.data.name, source, task)
     new = hf.untrained(model, source)
     base = model
     model = type(model)(dataclasses.replace(model.config, **config.model.to_dict()))
@@ -79,12 +82,12 @@ def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None
     return Base(model, params, tokenizer, identity, placement, new)
 
 
-def check_task(model: Any, task: str, source: str) -> None:
-    """A ValueError unless the model, or the one of that config, can be trained for the task of that name."""
-    family, classifies = family_of(model), task in glue.TASKS
-    if not (family.classifies if classifies else family.generates):
-        needed = "classifies" if classifies else "generates text"
-        raise ValueError(f"{source} is a {family.name}, but {task} needs a model that {needed}")
+def check_task(model: Any, name: str, source: str, task: Task | None = None) -> None:
+    """A ValueError unless the model, or the one of that config, can be trained for the task, or that of that name."""
+    family, task = family_of(model), task or task_named(name)
+    if (task.text and not family.generates) or (task.head and not family.classifies):
+        needed = "generates text" if task.text else "classifies"
+        raise ValueError(f"{source} is a {family.name}, but {name} needs a model that {needed}")
 
 
 def _places(placement: sharding.Placement) -> Callable[[str, tuple[int, ...]], Sharding]:
@@ -116,12 +119,3 @@ def adapter(path: Path, base: Base) -> tuple[ParamTransform, Delta]:
     method, delta, info = checkpoints.load_adapter(path)
     checkpoints.check_base(info["base"], base.identity, path)
     return method, delta
-
-
-def _head(config: ConfigDict) -> dict[str, Any]:
-    """The head that a config's task needs, as `hf.load` takes it."""
-    if config.data.name not in glue.TASKS:
-        return {}
-    labels = glue.TASKS[config.data.name].labels
-    head = {"head": "classification", "labels": len(labels)} if labels else {"head": "regression"}
-    return head | {"key": jax.random.key(config.seed)}

@@ -16,15 +16,14 @@ from tqdm import tqdm
 from lora_jax import Delta, ParamTransform, checkpoints, training
 from lora_jax.data import glue
 from lora_jax.data.batches import bucketed, in_order
-from lora_jax.data.pairs import contexts, encode, prompts
-from lora_jax.data.tasks import named
+from lora_jax.data.pairs import contexts, prompts
 from lora_jax.generation import complete as generate_texts
 from lora_jax.generation import completions, end_tokens
-from lora_jax.metrics.glue import glue as glue_metrics
 from lora_jax.metrics.scores import FILLED
 from lora_jax.runs import bases, methods, scoring, tasks
-from lora_jax.runs.reload import Loaded, check_kind, load
+from lora_jax.runs.reload import Loaded, check_writes, load
 
+TextMetric = scoring.TextMetric
 SAMPLING = ("temperature", "top_k", "top_p")
 
 
@@ -45,6 +44,7 @@ def evaluate(
     decoding: Mapping[str, Any] = {},
     batch_size: int = 32,
     seed: int = 0,
+    metrics: Mapping[str, TextMetric] = {},
     command: str | None = None,
 ) -> Evaluation:
     """Scores a run: one text for every distinct context of a split, by the official scores of its data.
@@ -61,15 +61,16 @@ def evaluate(
       decoding: options of `generation.generate` instead of those of the run's config.
       batch_size: contexts that are completed together.
       seed: of sampling.
+      metrics: scores besides the official ones.
       command: the command line that makes the result again, kept in it.
 
     Raises:
       FileNotFoundError: the data are not there. ValueError: the run classifies, or `missing` has no meaning here.
     """
     loaded = run if isinstance(run, Loaded) else load(run)
-    config = loaded.config.data
-    check_kind(loaded.config, loaded.workdir, classifies=False)
-    task = named(config.name)
+    config, task = loaded.config.data, loaded.task.text
+    check_writes(loaded.task, loaded.config, loaded.workdir, text=True)
+    assert task is not None
     if missing and task.style not in FILLED:
         raise ValueError(f"--missing={missing}: references of {config.name} are not filled, leave it out")
     examples = _first_contexts(task.load(data or config.path, split), limit)
@@ -100,7 +101,7 @@ def evaluate(
         "skipped": skipped,
         "loss": loss,
         "perplexity": math.exp(loss),
-        "scores": scoring.scores(rows, task, missing),
+        "scores": scoring.scores(rows, task, missing, metrics),
         "seconds": None if resumed else seconds,
         "device": jax.devices()[0].device_kind,
     }
@@ -112,7 +113,7 @@ def evaluate(
 def predict(
     run: Loaded | str | Path, *, split: str = "valid", data: str | Path | None = None, command: str | None = None
 ) -> Evaluation:
-    """Predicts the labels of a split of GLUE: scores them, or writes what GLUE's server takes.
+    """Predicts the labels of a split: scores them, or writes what GLUE's server takes.
 
     Writes predictions/SPLIT-PARAMS/ into the workdir: of a split with labels predictions.tsv (index, prediction,
     label) and predict.json, the result; of a test split the file for the server, the result's "file".
@@ -124,17 +125,20 @@ def predict(
       command: the command line that makes the result again, kept in it.
     """
     loaded = run if isinstance(run, Loaded) else load(run)
-    config = loaded.config.data
-    check_kind(loaded.config, loaded.workdir, classifies=True)
+    config, task = loaded.config.data, loaded.task
+    check_writes(task, loaded.config, loaded.workdir, text=False)
     name = config.name
-    examples = glue.load(name, data or config.path, split)
-    predicted = tasks.predictions(name, _outputs(loaded, examples))
+    examples = task.load(data or config.path, split)
+    outputs = _outputs(loaded, examples)
+    predicted = tasks.predictions(task, outputs)
+    metrics = task.objective(loaded.config, loaded.model).metrics
     folder = loaded.workdir / "predictions" / f"{split}-{loaded.kind}"
-    if "label" not in examples.column_names:
+    if name in glue.TASKS and "label" not in examples.column_names:
         file, text = glue.submission(name, split, examples, predicted)
         checkpoints.write_atomically(folder / file, text.encode())
         return Evaluation(folder, {"file": str(folder / file), "examples": len(examples)})
-    rows = zip(examples["index"], predicted.tolist(), examples["label"], strict=True)
+    index = examples["index"] if "index" in examples.column_names else range(len(examples))
+    rows = zip(index, predicted.tolist(), examples["label"], strict=True)
     text = "".join("\t".join(map(str, row)) + "\n" for row in [("index", "prediction", "label"), *rows])
     checkpoints.write_atomically(folder / "predictions.tsv", text.encode())
     result = {
@@ -144,7 +148,7 @@ def predict(
         "params": loaded.kind,
         "step": loaded.step,
         "examples": len(examples),
-        **glue_metrics(name, predicted, np.asarray(examples["label"])),
+        **(metrics(outputs, np.asarray(examples["label"])) if metrics else {}),
     }
     _write_json(folder / "predict.json", result)
     return Evaluation(folder, result)
@@ -259,19 +263,16 @@ def _first_contexts(examples: Dataset, limit: int | None) -> Dataset:
 
 def _validation_loss(loaded: Loaded, examples: Dataset) -> tuple[float, int]:
     """Nats per label of the pairs, as in training, and how many were too long to count."""
-    config, model = loaded.config.data, loaded.model
-    length = min(config.length, model.config.n_positions)
-    inserted = methods.placeholders(loaded.spec, model)
-    eos = model.config.eos_token_id
-    encoded = encode(examples, loaded.tokenizer, eos=eos, length=length, long=config.long, **inserted)
-    batches = bucketed(encoded, config.batch_size, buckets=config.buckets)
-    return training.validate(training.language_model(model), loaded.params, batches)["validation_loss"], encoded.skipped
+    data, objective = loaded.config.data, training.language_model(loaded.model)
+    encoded = tasks.encode_pairs(examples, loaded.config, loaded, loaded.spec)
+    batches = bucketed(encoded, data.batch_size, buckets=data.buckets)
+    return training.validate(objective, loaded.params, batches)["validation_loss"], encoded.skipped
 
 
 def _outputs(loaded: Loaded, examples: Dataset) -> np.ndarray:
     """The model's outputs (N, labels), in the order of the examples."""
-    epoch = tasks.texts(loaded.config, loaded, examples, loaded.spec)(0)
-    forward = jax.jit(training.classifier(loaded.model).forward)
+    epoch = loaded.task.batches(examples, loaded.config, loaded, loaded.spec)(0)
+    forward = jax.jit(loaded.task.objective(loaded.config, loaded.model).forward)
     outputs = [forward(loaded.params, batch) for batch in tqdm(epoch, unit="batch", desc="predict")]
     return in_order(epoch, jax.device_get(outputs))
 

@@ -41,7 +41,7 @@ def spec(config: ConfigDict, model: Any, new: Sequence[str] = ()) -> dict[str, A
 def _part(name: str, config: ConfigDict, model: Any) -> dict[str, Any]:
     """The spec of one method."""
     if ".py:" in name:
-        return own(name)(model).spec
+        return _own(name)(model).spec
     if name not in config:
         raise ValueError(f"method is {config.method!r}, but the config has no options for {name!r}")
     # By way of JSON: to_dict sorts keys, and of a mapping from globs the first match wins.
@@ -61,32 +61,38 @@ def _part(name: str, config: ConfigDict, model: Any) -> dict[str, Any]:
     return options
 
 
-def own(name: str) -> Any:
-    """The function of "file.py:function"; its file, run once, registers its methods, as reloading needs too."""
-    file, _, function = name.rpartition(":")
-    made: Any = getattr(_module(Path(file)), function, None)
-    if not callable(made):
-        raise ValueError(f"method is {name!r}, but {file} has no function {function!r}")
-    return made
+def from_file(name: str) -> Any:
+    """The object of "FILE.py:OBJECT"; the file, run once, registers its methods, as reloading needs too."""
+    file, _, name_there = name.rpartition(":")
+    return getattr(_module(Path(file)), name_there, None)
+
+
+def _own(name: str) -> Any:
+    """The function of "FILE.py:FUNCTION"."""
+    function = from_file(name)
+    if not callable(function):
+        file, _, name_there = name.rpartition(":")
+        raise ValueError(f"method is {name!r}, but {file} has no function {name_there!r}")
+    return function
 
 
 def register_own(config: ConfigDict) -> None:
     """Registers the methods of the user's own that a config names, which `from_spec` makes again from then on."""
     for name in config.method.split("+"):
         if ".py:" in name:
-            own(name)
+            _own(name)
 
 
 def _module(file: Path) -> ModuleType:
-    name = f"method_of_{file.resolve()}"
+    name = f"own_file_{file.resolve()}"
     if name in sys.modules:
         return sys.modules[name]
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist: method=FILE.py:FUNCTION names a file of one's own")
-    found: Any = importlib.util.spec_from_file_location(name, file)
-    module = sys.modules[name] = importlib.util.module_from_spec(found)
+        raise FileNotFoundError(f"{file} does not exist: FILE.py:NAME names a file of one's own")
+    location: Any = importlib.util.spec_from_file_location(name, file)
+    module = sys.modules[name] = importlib.util.module_from_spec(location)
     try:
-        found.loader.exec_module(module)
+        location.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise

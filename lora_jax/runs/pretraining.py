@@ -1,6 +1,7 @@
 """A small GPT-2 from plain text, as a base for what is adapted where no pretrained one can be had."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from lora_jax.distributed import processes, sharding
 from lora_jax.interop import hf
 from lora_jax.models import gpt2
 from lora_jax.runs import bases
-from lora_jax.runs.run import Prepared, Started, _ignore
+from lora_jax.runs.run import Prepared, ignore
 
 
 class Pretrained(NamedTuple):
@@ -41,7 +42,7 @@ class Pretrained(NamedTuple):
         return math.exp(self.loss)
 
 
-def pretrain(config: ConfigDict, workdir: str | Path, *, started: Started = _ignore) -> Pretrained:
+def pretrain(config: ConfigDict, workdir: str | Path, *, started: Callable[[Prepared], None] = ignore) -> Pretrained:
     """Trains a GPT-2 as a config of configs/pretrain.py says, or resumes it.
 
     The workdir gets what a run of `train` leaves, and `model/`, a Hugging Face folder.

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer
 
 import lora_jax as lj
 from lora_jax import Delta, ParamTransform, checkpoints, training
-from lora_jax.data import glue
 from lora_jax.runs import bases, methods
+from lora_jax.runs.tasks import Task, task_named
 
 Kind = Literal["base", "adapted", "merged"]
 
@@ -27,6 +27,7 @@ class Loaded(NamedTuple):
       method, delta: what was trained; None for the base alone.
       step: of the checkpoint; 0 for the base alone.
       base: the base's `checkpoints.identity`.
+      task: what the run learnt.
       kind: "base", "adapted" or "merged".
     """
 
@@ -39,6 +40,7 @@ class Loaded(NamedTuple):
     delta: Delta | None
     step: int
     base: dict[str, str]
+    task: Task
     kind: Kind
 
     @property
@@ -47,13 +49,14 @@ class Loaded(NamedTuple):
         return self.method.spec if self.method else {}
 
 
-def load(workdir: str | Path, *, params: Kind = "adapted", base: str | None = None) -> Loaded:
+def load(workdir: str | Path, *, params: Kind = "adapted", base: str | None = None, task: Task | None = None) -> Loaded:
     """The model of a workdir: of its best epoch where its config has `best`, else of its newest checkpoint.
 
     Args:
       workdir: of `train`, or a member's folder of `sweep`.
       params: "adapted", the base adapted by the run; "merged", the same as plain arrays; "base", the base alone.
       base: where the base is, if no longer where the run's config says.
+      task: what `train` was given, if it was given one.
 
     Raises:
       FileNotFoundError: no run there, or no base.
@@ -63,14 +66,15 @@ def load(workdir: str | Path, *, params: Kind = "adapted", base: str | None = No
     config = read_config(workdir)
     if params != "base" and config.method == "none":
         raise ValueError(f"{workdir} trained nothing (method none): there is --params=base only")
-    model, plain, tokenizer, identity, *_ = bases.load(config, base)
+    task = task or task_named(config.data.name)
+    model, plain, tokenizer, identity, *_ = bases.load(config, base, task=task)
     if params == "base":
-        return Loaded(workdir, config, model, plain, tokenizer, None, None, 0, identity, params)
+        return Loaded(workdir, config, model, plain, tokenizer, None, None, 0, identity, task, params)
     method, delta, step, trained_on = trained(workdir, config)
     checkpoints.check_base(trained_on, identity, workdir)
     adapted = method.apply(lj.without_tuned(plain, delta), delta)
     used = lj.merge(adapted) if params == "merged" else adapted
-    return Loaded(workdir, config, model, used, tokenizer, method, delta, step, identity, params)
+    return Loaded(workdir, config, model, used, tokenizer, method, delta, step, identity, task, params)
 
 
 def trained(workdir: Path, config: ConfigDict) -> tuple[ParamTransform, Delta, int, dict[str, str]]:
@@ -115,8 +119,8 @@ def read_config(workdir: str | Path) -> ConfigDict:
     return config
 
 
-def check_kind(config: ConfigDict, workdir: str | Path, *, classifies: bool) -> None:
-    """A ValueError where the run generates texts and should classify them, or the reverse."""
-    if classifies != (config.data.name in glue.TASKS):
-        others = "experiments.evaluate and experiments.generate" if classifies else "experiments.predict"
+def check_writes(task: Task, config: ConfigDict, workdir: str | Path, *, text: bool) -> None:
+    """A ValueError where the run of a task that writes text should classify, or the reverse."""
+    if text != (task.text is not None):
+        others = "experiments.predict" if text else "experiments.evaluate and experiments.generate"
         raise ValueError(f"{workdir} is a run of {config.data.name}: give it to {others}")

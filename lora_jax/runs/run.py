@@ -1,7 +1,8 @@
 """A config and a workdir -> a run."""
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +13,9 @@ import lora_jax as lj
 from lora_jax import Delta, checkpoints, training
 from lora_jax.distributed import processes
 from lora_jax.metrics.statistics import spread
-from lora_jax.runs import bases, tasks
+from lora_jax.runs import bases, setups
 from lora_jax.runs.summary import summarize, write_summary
+from lora_jax.runs.tasks import Task
 
 
 class Prepared(NamedTuple):
@@ -55,30 +57,37 @@ class RunResult(NamedTuple):
     members: tuple["RunResult", ...] = ()
 
 
-Started = Callable[[Prepared], None]
-Ended = Callable[[RunResult], None]
+def ignore(_: Any) -> None:
+    """What `started` and `ended` do if nothing is given."""
 
 
-def _ignore(_: Any) -> None:
-    pass
-
-
-def prepare(config: ConfigDict, workdir: str | Path) -> Prepared:
+def prepare(
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    task: Task | None = None,
+    method: lj.ParamTransform | None = None,
+    metrics: Mapping[str, training.Metric] = {},
+    loggers: Sequence[training.Logger] = (),
+) -> Prepared:
     """A run of this config in this workdir, from its start or from its newest good checkpoint.
+
+    Args: as for `train`, which closes the loggers; this does not.
 
     Raises:
       FileNotFoundError: no base or no data where the config says.
       ValueError: the workdir holds another config's run, or the config names what there is not.
     """
-    setup = tasks.load(config, bases.mesh_of(config))
+    setup = setups.load(config, bases.mesh_of(config), task=task, method=method, metrics=metrics)
     base = setup.base
-    method = lj.from_spec(setup.spec)
-    report = lj.check(method, base.params)
-    initial, note = tasks.warm_start(config, method, base)
+    if setup.method is None:
+        raise ValueError(f"{workdir}: method 'none' trains nothing; runs.train evaluates the base")
+    report = lj.check(setup.method, base.params)
+    initial, note = setups.warm_start(config, setup.method, base)
     job = training.prepare(
         config,
         workdir,
-        method=method,
+        method=setup.method,
         model=base.model,
         params=base.params,
         base=base.identity,
@@ -87,6 +96,7 @@ def prepare(config: ConfigDict, workdir: str | Path) -> Prepared:
         objective=setup.objective,
         initial=initial,
         placement=base.placement,
+        loggers=loggers,
     )
     return Prepared(Path(workdir), job, report, note)
 
@@ -95,9 +105,13 @@ def train(
     config: ConfigDict,
     workdir: str | Path,
     *,
+    task: Task | None = None,
+    method: lj.ParamTransform | None = None,
+    metrics: Mapping[str, training.Metric] = {},
+    loggers: Sequence[training.Logger] = (),
     command: str | None = None,
-    started: Started = _ignore,
-    ended: Ended = _ignore,
+    started: Callable[[Prepared], None] = ignore,
+    ended: Callable[[RunResult], None] = ignore,
 ) -> RunResult:
     """Trains what a config says, or resumes it; of several `seeds` a run each, in folders seed_0, seed_1, ...
 
@@ -107,6 +121,10 @@ def train(
     Args:
       config: of `default_config`, or of a config file.
       workdir: made where there is none.
+      task: what to learn, instead of the task that the config names.
+      method: what trains, instead of the config's method and head, which it replaces as a whole.
+      metrics: of validation, besides the task's own: name -> (outputs, labels) -> figure.
+      loggers: get every entry of the metrics too, of several seeds with "seed_0/" before each name; closed at the end.
       command: the command line that makes the run again, for summary.json.
       started: called with each run before it trains.
       ended: called with each run's result.
@@ -117,22 +135,35 @@ def train(
     workdir = Path(workdir)
     if any((config.get("sweep") or {}).values()):
         raise ValueError("the config has values to sweep: runs.sweep trains them")
-    if config.get("seeds"):
-        return _train_seeds(config, workdir, command, started, ended)
-    return _train(config, workdir, command, started, ended)
+    parts = {"task": task, "method": method, "metrics": metrics}
+    with contextlib.ExitStack() as stack:
+        for logger in loggers:
+            stack.callback(logger.close)
+        options = _Options(parts, tuple(loggers), command, started, ended)
+        return (_train_seeds if config.get("seeds") else _train)(config, workdir, options)
 
 
-def _train(config: ConfigDict, workdir: Path, command: str | None, started: Started, ended: Ended) -> RunResult:
+class _Options(NamedTuple):
+    """What `train` was given for each of its runs."""
+
+    parts: dict[str, Any]
+    loggers: tuple[training.Logger, ...]
+    command: str | None
+    started: Callable[[Prepared], None]
+    ended: Callable[[RunResult], None]
+
+
+def _train(config: ConfigDict, workdir: Path, options: _Options) -> RunResult:
     training.claim(workdir, config)
-    train_kind = _train_base if config.method == "none" else _train_delta
-    result = train_kind(config, workdir, command, started)
-    ended(result)
+    nothing = config.method == "none" and options.parts["method"] is None
+    result = (_train_base if nothing else _train_delta)(config, workdir, options)
+    options.ended(result)
     return result
 
 
-def _train_delta(config: ConfigDict, workdir: Path, command: str | None, started: Started) -> RunResult:
-    run = prepare(config, workdir)
-    started(run)
+def _train_delta(config: ConfigDict, workdir: Path, options: _Options) -> RunResult:
+    run = prepare(config, workdir, **options.parts, loggers=options.loggers)
+    options.started(run)
     job = run.job
     result = training.train(job)
     if not result.finished:
@@ -143,27 +174,28 @@ def _train_delta(config: ConfigDict, workdir: Path, command: str | None, started
     if processes.is_primary():
         numbers = {"trained": run.report.trained, "total": run.report.total}
         numbers |= {"adapter_bytes": file.stat().st_size, "steps": result.step}
-        summary = summarize(config, workdir, command=command, **numbers)
+        summary = summarize(config, workdir, command=options.command, **numbers)
         write_summary(workdir, summary)
     return RunResult(workdir, True, result.step, job.total, result.delta, file, summary)
 
 
-def _train_base(config: ConfigDict, workdir: Path, command: str | None, started: Started) -> RunResult:
+def _train_base(config: ConfigDict, workdir: Path, options: _Options) -> RunResult:
     """Method "none": the validation loss, and the task's metrics, of the base."""
-    setup = tasks.load(config, bases.mesh_of(config))
+    setup = setups.load(config, bases.mesh_of(config), **options.parts)
     params, placement = setup.base.params, setup.base.placement
-    figures = training.validate(setup.objective, params, setup.batches["valid"], placement=placement)
-    with training.Log(workdir, step=-1) as log:
+    objective = training.with_metrics(setup.objective, config.get("metrics", ()))
+    figures = training.validate(objective, params, setup.batches["valid"], placement=placement)
+    with training.Log(workdir, -1, options.loggers) as log:
         log.write(0, **figures)
     summary = None
     if processes.is_primary():
         total = sum(leaf.size for leaf in jax.tree.leaves(params))
-        summary = summarize(config, workdir, command=command, trained=0, total=total, adapter_bytes=0, steps=0)
+        summary = summarize(config, workdir, command=options.command, trained=0, total=total, adapter_bytes=0, steps=0)
         write_summary(workdir, summary)
     return RunResult(workdir, True, summary=summary)
 
 
-def _train_seeds(config: ConfigDict, workdir: Path, command: str | None, started: Started, ended: Ended) -> RunResult:
+def _train_seeds(config: ConfigDict, workdir: Path, options: _Options) -> RunResult:
     """A run for each of the config's seeds; their medians and ranges go into summary.json."""
     configs = {}
     for seed in config.seeds:
@@ -177,7 +209,8 @@ def _train_seeds(config: ConfigDict, workdir: Path, command: str | None, started
     for folder, member in configs.items():
         file = folder / "summary.json"
         if not processes.on_primary(file.is_file):
-            members.append(_train(member, folder, command, started, ended))
+            loggers = tuple(training.Prefixed(logger, f"{folder.name}/") for logger in options.loggers)
+            members.append(_train(member, folder, options._replace(loggers=loggers)))
             if not members[-1].finished:
                 return RunResult(workdir, False, members=tuple(members))
         summaries.append(json.loads(processes.on_primary(file.read_text)))
@@ -186,8 +219,8 @@ def _train_seeds(config: ConfigDict, workdir: Path, command: str | None, started
         scores = {name: [each[name] for each in summaries] for name in summaries[0]["validation"]}
         spreads = {name: spread(values) for name, values in scores.items()}
         summary = summaries[0] | spreads | {"seed": list(config.seeds)}
-        summary |= {"command": command} if command else {}
+        summary |= {"command": options.command} if options.command else {}
         write_summary(workdir, summary)
     result = RunResult(workdir, True, summary=summary, members=tuple(members))
-    ended(result)
+    options.ended(result)
     return result

@@ -1,9 +1,10 @@
 """A config's sweep: every combination of its values, trained in one program (`lora_jax.training.sweep`)."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +13,9 @@ from ml_collections import ConfigDict
 import lora_jax as lj
 from lora_jax import checkpoints, training
 from lora_jax.distributed import processes
-from lora_jax.runs import bases, methods, tasks
+from lora_jax.runs import bases, methods, setups
 from lora_jax.runs.summary import summarize, write_summary
+from lora_jax.runs.tasks import Task
 from lora_jax.training import sweep as training_sweep
 
 KEYS = {"learning_rate": "optimizer.learning_rate", "weight_decay": "optimizer.weight_decay", "seed": "seed"}
@@ -46,6 +48,9 @@ def sweep(
     config: ConfigDict,
     workdir: str | Path,
     *,
+    task: Task | None = None,
+    metrics: Mapping[str, training.Metric] = {},
+    loggers: Sequence[training.Logger] = (),
     command: str | None = None,
     started: Callable[[lj.Report, list[str]], None] = lambda report, names: None,
 ) -> SweepResult:
@@ -56,30 +61,53 @@ def sweep(
     Args:
       config: of `default_config` or a config file, with values under `sweep`.
       workdir: made where there is none.
+      task: what to learn, instead of the task that the config names.
+      metrics: of validation, besides the task's own: name -> (outputs, labels) -> figure.
+      loggers: get every entry of the metrics too, with the member's folder before each name; closed at the end.
       command: the command line that makes the sweep again, for the summaries.
       started: called, before it trains, with the table of what trains in the first member, and the names of all.
 
     Raises:
       FileNotFoundError, ValueError, OSError: as `training.sweep.prepare` and `train`.
     """
+    with contextlib.ExitStack() as stack:
+        for logger in loggers:
+            stack.callback(logger.close)
+        job, configs, reports = _prepare(config, Path(workdir), task, metrics, loggers)
+        started(reports[0], list(configs))
+        results = training_sweep.train(job)
     workdir = Path(workdir)
+    if results is None:
+        return SweepResult(workdir, False, job.total, {}, [])
+    done = dict(zip(configs, results, strict=True))
+    rows = _write(workdir, configs, reports, done, command) if processes.is_primary() else []
+    return SweepResult(workdir, True, job.total, done, rows)
+
+
+def _prepare(
+    config: ConfigDict,
+    workdir: Path,
+    task: Task | None,
+    metrics: Mapping[str, training.Metric],
+    loggers: Sequence[training.Logger],
+) -> tuple[training.Job, dict[str, ConfigDict], list[lj.Report]]:
+    """The sweep, ready to train, the config of each member by its name, and the tables of what trains."""
     if config.method == "none" or config.get("warm_start"):
         raise ValueError("a sweep trains new adapters: no method 'none', no warm_start")
     configs = members(config)
     first, *_ = configs.values()
     mesh = bases.mesh_of(config)
-    setup = tasks.load(first, mesh)
+    setup = setups.load(first, mesh, task=task, metrics=metrics)
     base = setup.base
     params = {first.seed: base.params}
     prepared = []
     for name, member in configs.items():
         if member.seed not in params:  # draws its own head, where there is a new one
-            params[member.seed] = bases.load(member, mesh=mesh).params if member.get("head") else base.params
+            params[member.seed] = bases.load(member, mesh=mesh, task=task).params if member.get("head") else base.params
         method = lj.from_spec(methods.spec(member, base.model, base.new))
         batches = dataclasses.replace(setup.batches["train"], seed=member.seed)
         prepared.append(training_sweep.Member(name, member, method, params[member.seed], batches))
     reports = [lj.check(member.method, base.params) for member in prepared]
-    started(reports[0], list(configs))
     job = training_sweep.prepare(
         config,
         workdir,
@@ -89,13 +117,9 @@ def sweep(
         validation=setup.batches["valid"],
         placement=base.placement,
         dtype=base.model.config.dtype,
+        loggers=loggers,
     )
-    results = training_sweep.train(job)
-    if results is None:
-        return SweepResult(workdir, False, job.total, {}, [])
-    done = dict(zip(configs, results, strict=True))
-    rows = _write(workdir, configs, reports, done, command) if processes.is_primary() else []
-    return SweepResult(workdir, True, job.total, done, rows)
+    return job, configs, reports
 
 
 def _write(

@@ -1,120 +1,136 @@
-"""What a config trains: its base, its batches, its objective, and what starts warm."""
+"""Tasks: what a run learns from which data, known to configs by a name.
 
+A task of one's own, passed to `train` or registered, in whatever package:
+
+    register_task("reviews", classification(load_reviews, ("bad", "good")))
+    config.data.name = "reviews"
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from datasets import Dataset
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-import lora_jax as lj
 from lora_jax import training
-from lora_jax.core.selection import flatten
 from lora_jax.data import batches, glue, pairs, tasks
 from lora_jax.data.batches import Schedule
+from lora_jax.data.tasks import TextTask
 from lora_jax.metrics.glue import glue as glue_metrics
 from lora_jax.models.family import dimensions_of
-from lora_jax.runs import bases, methods
+from lora_jax.runs import methods
+
+Metrics = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 
 
-class Setup(NamedTuple):
-    """All that a run needs besides its method."""
+class Task(NamedTuple):
+    """What a run learns.
 
-    base: bases.Base
-    spec: dict[str, Any]  # of what trains; {} of method "none"
-    batches: dict[str, Schedule]  # "train" and "valid"
-    objective: training.Objective
+    Attributes:
+      load: (path, split) -> examples, in whatever form `batches` takes; split is "train", "valid" or another.
+      batches: (examples, config, base, spec) -> their schedule. The base has model and tokenizer, the spec is the
+        method's, {} of none: `methods.placeholders` says which tokens it inserts.
+      objective: (config, model) -> the objective, with its metrics.
+      head: of the model, as `hf.load` takes it: {"head": "classification", "labels": 3}; {} for none.
+      text: how completions are scored; None where the task writes no text.
+    """
+
+    load: Callable[[str | Path, str], Any]
+    batches: Callable[[Any, ConfigDict, Any, Mapping[str, Any]], Schedule]
+    objective: Callable[[ConfigDict, Any], training.Objective]
+    head: Mapping[str, Any] = {}
+    text: TextTask | None = None
 
 
-def load(config: ConfigDict, mesh: Mesh | None = None) -> Setup:
-    """The setup of a config: a task of generation or one of GLUE; with a mesh its base is read straight onto it.
+_TASKS: dict[str, Task] = {}
+
+
+def register_task(name: str, task: Task) -> None:
+    """Makes a task known to configs by this name (`config.data.name`), in place of an earlier one of that name."""
+    _TASKS[name] = task
+
+
+def task_named(name: str) -> Task:
+    """The task of that name: registered, of GLUE, of `data.tasks`, or "FILE.py:NAME", a Task in a file of one's own.
 
     Raises:
-      FileNotFoundError: no base or no data where the config says.
+      ValueError: there is none; shows those there are.
     """
-    return (_classification if config.data.name in glue.TASKS else _generation)(config, mesh)
+    if ".py:" in name:
+        task = methods.from_file(name)
+        if not isinstance(task, Task):
+            raise ValueError(f"data.name is {name!r}, but that is no Task")
+        return task
+    if name in _TASKS:
+        return _TASKS[name]
+    if name in glue.TASKS:
+        return classification(partial(glue.load, name), glue.TASKS[name].labels, partial(_glue_metrics, name))
+    if name in tasks.TASKS:
+        return generation(tasks.TASKS[name])
+    names = ", ".join([*tasks.TASKS, *glue.TASKS, *_TASKS])
+    raise ValueError(f"no task {name!r} (data.name): one of {names}; or register_task, or task=")
 
 
-def _generation(config: ConfigDict, mesh: Mesh | None) -> Setup:
-    task = tasks.named(config.data.name)
-    data = {split: task.load(config.data.path, split) for split in ("train", "valid")}
-    base, spec = _base(config, mesh)
-    model = base.model
-    schedules = {}
-    for split, examples in data.items():
-        encoded = pairs.encode(
-            examples,
-            base.tokenizer,
-            eos=model.config.eos_token_id,
-            length=min(config.data.length, dimensions_of(model).max_length),
-            long=config.data.long,
-            **methods.placeholders(spec, model),
-        )
-        schedules[split] = batches.bucketed(encoded, config.data.batch_size, config.seed, buckets=config.data.buckets)
-    return Setup(base, spec, schedules, training.language_model(model, config.label_smoothing))
+def generation(text: TextTask) -> Task:
+    """Completing contexts, by a model that predicts the next token."""
+
+    def schedule(examples: Dataset, config: ConfigDict, base: Any, spec: Mapping[str, Any]) -> Schedule:
+        encoded = encode_pairs(examples, config, base, spec)
+        return batches.bucketed(encoded, config.data.batch_size, config.seed, buckets=config.data.buckets)
+
+    def objective(config: ConfigDict, model: Any) -> training.Objective:
+        return training.language_model(model, config.label_smoothing)
+
+    return Task(text.load, schedule, objective, text=text)
 
 
-def _classification(config: ConfigDict, mesh: Mesh | None) -> Setup:
-    data = {split: glue.load(config.data.name, config.data.path, split) for split in ("train", "valid")}
-    base, spec = _base(config, mesh)
-    schedules = {split: texts(config, base, examples, spec) for split, examples in data.items()}
-    return Setup(base, spec, schedules, training.classifier(base.model, metrics_of(config.data.name)))
+def encode_pairs(examples: Dataset, config: ConfigDict, base: Any, spec: Mapping[str, Any]) -> pairs.Encoded:
+    """Tokens of contexts and completions, as a config says, with the placeholders of a method of that spec."""
+    model, data = base.model, config.data
+    eos, length = model.config.eos_token_id, min(data.length, dimensions_of(model).max_length)
+    inserted = methods.placeholders(spec, model)
+    return pairs.encode(examples, base.tokenizer, eos=eos, length=length, long=data.long, **inserted)
 
 
-def _base(config: ConfigDict, mesh: Mesh | None) -> tuple[bases.Base, dict[str, Any]]:
-    base = bases.load(config, mesh=mesh)
-    return base, {} if config.method == "none" else methods.spec(config, base.model, base.new)
+def classification(
+    load: Callable[[str | Path, str], Dataset], labels: Sequence[str], metrics: Metrics | None = None
+) -> Task:
+    """One label for each sentence or pair of sentences, by an encoder.
 
-
-def texts(config: ConfigDict, base: Any, examples: Dataset, spec: dict[str, Any]) -> Schedule:
-    """Batches of examples of GLUE, for what has a model and a tokenizer, and a method of that spec."""
-    task = glue.TASKS[config.data.name]
-    length = min(config.data.length, dimensions_of(base.model).max_length)
-    inserted = methods.placeholders(spec, base.model)
-    if inserted["after"]:
-        raise ValueError(f"infix={len(inserted['after'])}: a text to classify has a prefix alone")
-    before = inserted["before"]
-    encoded = glue.encode(examples, base.tokenizer, length=length, labels=task.outputs, before=before)
-    return batches.classified(encoded, config.data.batch_size, config.seed, buckets=config.data.buckets)
-
-
-def metrics_of(name: str) -> Any:
-    """GLUE's metrics of a task, of a model's outputs (n, labels) and the labels."""
-    return lambda outputs, labels: glue_metrics(name, predictions(name, outputs), labels)
-
-
-def predictions(name: str, outputs: np.ndarray) -> np.ndarray:
-    """What a model's outputs (n, labels) say: the class, or the number."""
-    return outputs.argmax(-1) if glue.TASKS[name].labels else outputs[:, 0]
-
-
-def warm_start(config: ConfigDict, method: lj.ParamTransform, base: bases.Base) -> tuple[dict[str, Any], str]:
-    """The entries of the adapter that the config starts from, those which fit; and a line that says which do not.
-
-    Raises:
-      ValueError: another base's adapter, one that the config's method scales otherwise, or nothing of it fits.
+    Args:
+      load: (path, split) -> a Dataset with columns `first`, of pairs `second`, and `label`, an id.
+      labels: their names, in the order of their ids; none for a regression.
+      metrics: (outputs (N, labels), labels (N,)) -> {name: value}; None: the accuracy, of a regression nothing.
     """
-    if not config.get("warm_start"):
-        return {}, ""
-    path = Path(config.warm_start)
-    if (path / "config.json").is_file() and not (path / "adapter").is_dir():
-        seeds = sorted(str(folder) for folder in path.glob("seed_*"))
-        why = f"name one of its seeds: {', '.join(seeds)}" if seeds else "it was stopped before its adapter was written"
-        raise FileNotFoundError(f"warm_start={path} is a run without an adapter: {why}")
-    theirs, delta = bases.adapter(path / "adapter" if (path / "adapter").is_dir() else path, base)
-    wanted = jax.eval_shape(method.init, jax.random.key(0), base.params)
-    shapes = {name: jax.tree.map(np.shape, factors) for name, factors in delta.items()}
-    fitting = {n: delta[n] for n, factors in wanted.items() if shapes.get(n) == jax.tree.map(np.shape, factors)}
-    if not fitting:
-        raise ValueError(f"{path}: nothing of this adapter fits the method of the config")
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), wanted)
-    flat, treedef = flatten(base.params)  # what they trained whole has perhaps another shape: a head
-    own = jax.tree.unflatten(treedef, [delta.get(path, {}).get("value", leaf) for path, leaf in flat])
-    ours = method.apply(base.params, lj.Delta(zeros | fitting))
-    if found := training.difference(theirs.apply(own, delta), ours, among=fitting):
-        raise ValueError(f"{path} is of another method than the config's: {found}")
-    left = sorted(set(delta) - set(fitting))
-    note = f"starts from {path}: {len(fitting)} entries" + (f"; these do not fit: {', '.join(left)}" if left else "")
-    return fitting, note
+    head = {"head": "classification", "labels": len(labels)} if labels else {"head": "regression"}
+    metrics = metrics or (_accuracy if labels else None)
+
+    def schedule(examples: Dataset, config: ConfigDict, base: Any, spec: Mapping[str, Any]) -> Schedule:
+        length = min(config.data.length, dimensions_of(base.model).max_length)
+        inserted = methods.placeholders(spec, base.model)
+        if inserted["after"]:
+            raise ValueError(f"infix={len(inserted['after'])}: a text to classify has a prefix alone")
+        options = {"length": length, "labels": max(len(labels), 1), "before": inserted["before"]}
+        encoded = glue.encode(examples, base.tokenizer, **options)
+        return batches.classified(encoded, config.data.batch_size, config.seed, buckets=config.data.buckets)
+
+    def objective(config: ConfigDict, model: Any) -> training.Objective:
+        return training.classifier(model, metrics)
+
+    return Task(load, schedule, objective, head)
+
+
+def predictions(task: Task, outputs: np.ndarray) -> np.ndarray:
+    """What a classifier's outputs (N, labels) say: the ids of classes, or the numbers of a regression."""
+    return outputs[:, 0] if task.head["head"] == "regression" else outputs.argmax(-1)
+
+
+def _accuracy(outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    return {"accuracy": float(np.mean(outputs.argmax(-1) == labels))}
+
+
+def _glue_metrics(name: str, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    return glue_metrics(name, outputs.argmax(-1) if glue.TASKS[name].labels else outputs[:, 0], labels)

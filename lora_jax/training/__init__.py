@@ -4,10 +4,10 @@ from lora_jax.core.extras import extra
 
 with extra("train"):
     from lora_jax.training.config import OptimizerConfig, TrainConfig
-    from lora_jax.training.logging import TIMES, JsonLines, Log, Logger, TensorBoard, plot_loss, read_metrics
+    from lora_jax.training.logging import TIMES, JsonLines, Log, Logger, Prefixed, TensorBoard, plot_loss, read_metrics
     from lora_jax.training.loop import Job, Result, prepare, train
     from lora_jax.training.loss import cross_entropy, squared_error
-    from lora_jax.training.objectives import Objective, classifier, language_model
+    from lora_jax.training.objectives import Metric, Objective, classifier, language_model, register_metric, with_metrics
     from lora_jax.training.optimizers import optimizer, schedule
     from lora_jax.training.step import METRICS, State, make_step, new_state, state_shardings
     from lora_jax.training.validation import validate
@@ -20,8 +20,10 @@ __all__ = [
     "JsonLines",
     "Log",
     "Logger",
+    "Metric",
     "Objective",
     "OptimizerConfig",
+    "Prefixed",
     "Result",
     "State",
     "TensorBoard",
@@ -37,9 +39,11 @@ __all__ = [
     "plot_loss",
     "prepare",
     "read_metrics",
+    "register_metric",
     "schedule",
     "squared_error",
     "state_shardings",
     "train",
     "validate",
+    "with_metrics",
 ]

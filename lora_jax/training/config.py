@@ -78,6 +78,7 @@ class TrainConfig:
       steps: of the whole run, to which the rate decays, instead of epochs.
       accumulate: micro-batches that a batch is split into.
       label_smoothing: of a language model's loss in training.
+      metrics: of validation, besides the objective's own: names of `register_metric`.
       best: the validation metric whose highest value's delta is kept in adapter/; None or "": the last delta.
       log_every: steps between two entries of the training loss.
       eval_every: steps between two validations, besides each epoch's end.
@@ -91,6 +92,7 @@ class TrainConfig:
     steps: int | None = None
     accumulate: int = 1
     label_smoothing: float = 0.0
+    metrics: tuple[str, ...] = ()
     best: str | None = None
     log_every: int = 100
     eval_every: int | None = None

@@ -28,7 +28,7 @@ from lora_jax.training.config import TrainConfig
 from lora_jax.training.feeding import Put, batch_placer
 from lora_jax.training.logging import Log, Logger, Prefixed, plot_loss
 from lora_jax.training.meter import LabelCount, Meter, fetch
-from lora_jax.training.objectives import Objective, language_model
+from lora_jax.training.objectives import Objective, language_model, with_metrics
 from lora_jax.training.optimizers import optimizer, schedule
 from lora_jax.training.validation import Figures, validator
 from lora_jax.training.workdir import claim, difference
@@ -165,7 +165,7 @@ def prepare(
 
     state = _state(workdir, method, start, params, base, placement)
     params = without_tuned(params, state.delta)
-    objective = objective or language_model(model, settings.label_smoothing)
+    objective = with_metrics(objective or language_model(model, settings.label_smoothing), settings.metrics)
     validate = None
     if validation is not None:
         of_delta = validator(jax.jit(steps.make_validation(objective, method)), objective, validation, placement)

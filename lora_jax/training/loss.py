@@ -42,28 +42,29 @@ def squared_error(outputs: Array, labels: Array, weights: Array) -> tuple[Array,
     return jnp.sum(error * error * weights), jnp.sum(weights)
 
 
-def chunked_loss(fn: Callable[..., Array], weights: Any, x: Array, *along: Array, pieces: int) -> Array:
-    """The sum of `fn(weights, x, *along)` over pieces along axis 1 of x and of what goes along.
+def chunked_loss(fn: Callable[..., Array], weights: Any, x: Array, *along: Array, chunks: int) -> Array:
+    """The sum of `fn(weights, x, *along)` over chunks along axis 1 of x and of the arrays in `along`.
 
-    The gradient of each piece is formed as soon as its value is: so what lies between (the logits of a cross-entropy)
-    is never whole, in neither pass, and nothing is computed twice. It has no forward mode. With one piece it is `fn`.
+    The gradient of each chunk is formed as soon as its value is: what lies between (the logits of a cross-entropy) is
+    never there for all chunks at once, in neither pass, and nothing is computed twice. It has no forward mode. With one
+    chunk it is `fn`.
 
     Args:
-      fn: gives a float32 scalar, 0 where all that goes along is 0; closes over no traced array.
+      fn: gives a float32 scalar, 0 where all of `along` is 0; closes over no traced array.
       weights: a pytree; of its leaves those get a gradient that are differentiated.
       x: (b, n, ...) float.
       along: (b, n, ...) each, without gradients.
-      pieces: at most so many of equal size, the last one filled up with zeros.
+      chunks: at most so many of equal size, the last one filled up with zeros.
     """
-    if pieces <= 1 or not x.shape[1]:
+    if chunks <= 1 or not x.shape[1]:
         return fn(weights, x, *along)
     leaves, treedef = jax.tree.flatten(weights)
-    size = -(-x.shape[1] // pieces)
-    pieces = -(-x.shape[1] // size)
+    size = -(-x.shape[1] // chunks)
+    chunks = -(-x.shape[1] // size)
 
-    def cut(whole: Array) -> Array:
-        filled = [(0, pieces * size - n if axis == 1 else 0) for axis, n in enumerate(whole.shape)]
-        parts = jnp.pad(whole, filled).reshape(whole.shape[0], pieces, size, *whole.shape[2:])
+    def split(array: Array) -> Array:
+        padding = [(0, chunks * size - n if axis == 1 else 0) for axis, n in enumerate(array.shape)]
+        parts = jnp.pad(array, padding).reshape(array.shape[0], chunks, size, *array.shape[2:])
         return jnp.moveaxis(parts, 1, 0)
 
     def value(leaves: list[Any], x: Array, *along: Array) -> Array:
@@ -71,31 +72,31 @@ def chunked_loss(fn: Callable[..., Array], weights: Any, x: Array, *along: Array
 
     @jax.custom_vjp
     def total(leaves: list[Any], x: Array, along: tuple[Array, ...]) -> Array:
-        def add(total: Array, piece: tuple[Array, ...]) -> tuple[Array, None]:
-            return total + value(leaves, *piece), None
+        def add(total: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
+            return total + value(leaves, *chunk), None
 
-        return lax.scan(add, jnp.zeros((), jnp.float32), tuple(map(cut, (x, *along))))[0]
+        return lax.scan(add, jnp.zeros((), jnp.float32), tuple(map(split, (x, *along))))[0]
 
     def forward(leaves: list[Any], x: Any, along: tuple[Any, ...]) -> tuple[Array, Any]:
         plain = [w.value for w in leaves]
         trained = {i: w.value for i, w in enumerate(leaves) if w.perturbed}
 
-        def add(sums: Any, piece: tuple[Array, ...]) -> tuple[Any, Array]:
-            x, *along = piece
+        def add(sums: Any, chunk: tuple[Array, ...]) -> tuple[Any, Array]:
+            x, *along = chunk
 
-            def of(trained: dict[int, Array], x: Array) -> Array:
+            def chunk_value(trained: dict[int, Array], x: Array) -> Array:
                 return value([trained.get(i, w) for i, w in enumerate(plain)], x, *along)
 
-            found, (grads, by_x) = jax.value_and_grad(of, (0, 1))(trained, x)
-            return jax.tree.map(jnp.add, sums, (found, grads)), by_x
+            loss, (grads, x_grad) = jax.value_and_grad(chunk_value, (0, 1))(trained, x)
+            return jax.tree.map(jnp.add, sums, (loss, grads)), x_grad
 
         start = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trained)
-        (sum_, grads), by_x = lax.scan(add, start, tuple(map(cut, (x.value, *(each.value for each in along)))))
-        whole = jnp.moveaxis(by_x, 0, 1).reshape(x.value.shape[0], pieces * size, *x.value.shape[2:])
-        return sum_, ([grads.get(i) for i in range(len(plain))], whole[:, : x.value.shape[1]])
+        (loss, grads), x_grads = lax.scan(add, start, tuple(map(split, (x.value, *(each.value for each in along)))))
+        x_grad = jnp.moveaxis(x_grads, 0, 1).reshape(x.value.shape[0], chunks * size, *x.value.shape[2:])
+        return loss, ([grads.get(i) for i in range(len(plain))], x_grad[:, : x.value.shape[1]])
 
-    def backward(found: Any, scale: Array) -> tuple[Any, Any, None]:
-        return *jax.tree.map(lambda grad: scaled(grad, scale), found), None
+    def backward(grads: Any, scale: Array) -> tuple[Any, Any, None]:
+        return *jax.tree.map(lambda grad: scaled(grad, scale), grads), None
 
     total.defvjp(forward, backward, symbolic_zeros=True)
     return total(leaves, x, along)

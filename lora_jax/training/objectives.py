@@ -1,6 +1,6 @@
 """What a model is trained for: how a batch becomes outputs, and outputs a loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -27,24 +27,54 @@ class Objective(NamedTuple):
     Attributes:
       forward: (params, batch, key=None) -> outputs.
       loss: (params, batch, key=None) -> (sum, count), two float32 scalars, in training.
-      validation: (params, batch) -> (sum, count, outputs), which smooths nothing; the outputs only where there are
-        metrics.
+      validation: (params, batch, with_outputs=False) -> (sum, count, outputs), which smooths nothing. Outputs are an
+        array with an entry for each label, or None where they are not asked for: there are no metrics.
       metrics: (outputs of all validation, their labels) -> {name: value}, where there is more than the loss to tell.
     """
 
     forward: Forward
     loss: Callable[..., tuple[Array, Array]]
-    validation: Callable[[Any, dict[str, Array]], tuple[Array, Array, Array | None]]
+    validation: Callable[..., tuple[Array, Array, Array | None]]
     metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]] | None = None
 
 
-# The logits of a batch are made and used up in so many pieces, of so many tokens at least: of 8 x 128 tokens and 50,257
-# words, pieces of 256 take 0.88 s with gradients, of 64 1.16 s, the whole 1.05 s (412 MB of temporary memory, not 103).
-PIECES, LEAST = 8, 256
+Metric = Callable[[np.ndarray, np.ndarray], float]  # (outputs of all validation, their labels) -> a figure
+_METRICS: dict[str, Metric] = {}
+
+
+def register_metric(name: str, metric: Metric) -> None:
+    """Makes a metric known to configs by this name (`config.metrics`)."""
+    _METRICS[name] = metric
+
+
+def with_metrics(objective: Objective, metrics: Mapping[str, Metric] | Sequence[str]) -> Objective:
+    """The objective with further metrics, given or registered, besides its own.
+
+    Raises:
+      ValueError: no metric of that name is registered.
+    """
+    if not metrics:
+        return objective
+    if not isinstance(metrics, Mapping):
+        if unknown := sorted(set(metrics) - set(_METRICS)):
+            raise ValueError(f"no metric {unknown[0]!r} is registered (register_metric): there are {sorted(_METRICS)}")
+        metrics = {name: _METRICS[name] for name in metrics}
+
+    def all_metrics(outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        first = objective.metrics(outputs, labels) if objective.metrics else {}
+        return first | {name: float(metric(outputs, labels)) for name, metric in metrics.items()}
+
+    return objective._replace(metrics=all_metrics)
+
+
+# The logits of a batch are made and used up in so many chunks, of so many tokens at least: of 8 x 128 tokens and 50,257
+# words, chunks of 256 take 0.88 s with gradients, of 64 1.16 s, the whole 1.05 s (412 MB of temporary memory, not 103).
+CHUNKS, LEAST = 8, 256
 
 
 def language_model(model: Any, smoothing: float = 0.0) -> Objective:
-    """Next tokens of a GPT-2: logits (b, n, vocabulary) of labelled positions, which the loss has in pieces."""
+    """Next tokens: logits (b, n, vocabulary) of labelled positions, which the loss has in chunks. The outputs of
+    validation are the likeliest tokens, (b, n) int32."""
     apply = lift(model.apply)
 
     def inputs(batch: dict[str, Array]) -> dict[str, Array]:
@@ -54,25 +84,34 @@ def language_model(model: Any, smoothing: float = 0.0) -> Objective:
     def forward(params: Any, batch: dict[str, Array], key: Array | None = None) -> Array:
         return apply({"params": params}, **inputs(batch))
 
-    def loss(
-        params: Any, batch: dict[str, Array], key: Array | None = None, smoothing: float = smoothing
-    ) -> tuple[Array, Array]:
-        def of(top: Any, x: Array, labels: Array, weights: Array) -> Array:
-            return cross_entropy(apply({"params": top}, x, method="head"), labels, weights, smoothing)[0]
+    def summed(
+        params: Any, batch: dict[str, Array], smoothing: float, with_outputs: bool = False
+    ) -> tuple[Array, Array, Array | None]:
+        def logits_of(top: Any, x: Array) -> Array:
+            return apply({"params": top}, x, method="head")
+
+        def loss_of(top: Any, x: Array, labels: Array, weights: Array) -> Array:
+            return cross_entropy(logits_of(top, x), labels, weights, smoothing)[0]
 
         x = apply({"params": params}, **inputs(batch), method="hidden")
         name = "wte" if model.config.tie else "lm_head"
         top = map_adapted(lambda w: w.ready(), {name: untapped(params)[0][name]})
         drops = any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(top))  # once for all x
-        pieces = 1 if drops else min(PIECES, x.shape[0] * x.shape[1] // LEAST)
+        chunks = 1 if drops else min(CHUNKS, x.shape[0] * x.shape[1] // LEAST)
         weights = batch["weights"].astype(jnp.float32)
-        return chunked_loss(of, top, x, batch["labels"], weights, pieces=pieces), jnp.sum(weights)
+        loss = chunked_loss(loss_of, top, x, batch["labels"], weights, chunks=chunks)
+        outputs = jnp.argmax(logits_of(top, x), -1).astype(jnp.int32) if with_outputs else None
+        return loss, jnp.sum(weights), outputs
 
-    return Objective(forward, loss, lambda params, batch: (*loss(params, batch, smoothing=0.0), None))
+    return Objective(
+        forward,
+        loss=lambda params, batch, key=None: summed(params, batch, smoothing)[:2],
+        validation=lambda params, batch, with_outputs=False: summed(params, batch, 0.0, with_outputs),
+    )
 
 
 def classifier(model: Any, metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]] | None = None) -> Objective:
-    """One label a text: cross-entropy of logits (b, labels), or of a regression head the squared error."""
+    """One label a sequence: cross-entropy of logits (b, labels), or of a regression head the squared error."""
     apply = lift(model.apply)
     config = model.config
     drops = config.dropout > 0 or config.attention_dropout > 0
@@ -91,8 +130,10 @@ def classifier(model: Any, metrics: Callable[[np.ndarray, np.ndarray], dict[str,
     def loss(params: Any, batch: dict[str, Array], key: Array | None = None) -> tuple[Array, Array]:
         return loss_of(forward(params, batch, key), batch)
 
-    def validation(params: Any, batch: dict[str, Array]) -> tuple[Array, Array, Array | None]:
+    def validation(
+        params: Any, batch: dict[str, Array], with_outputs: bool = False
+    ) -> tuple[Array, Array, Array | None]:
         outputs = forward(params, batch)
-        return *loss_of(outputs, batch), outputs if metrics else None
+        return *loss_of(outputs, batch), outputs if with_outputs else None
 
     return Objective(forward, loss, validation, metrics)

@@ -179,7 +179,7 @@ def make_validation(
 
     def validate(sums: Array, delta: Delta, params: Any, batch: dict[str, Array]) -> tuple[Array, Array | None]:
         adapted = params if method is None else method.apply(params, delta, **_strength(batch))
-        loss, count, outputs = objective.validation(adapted, batch)
+        loss, count, outputs = objective.validation(adapted, batch, objective.metrics is not None)
         return sums + jnp.stack([loss, count]), outputs
 
     return validate

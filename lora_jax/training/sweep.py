@@ -30,7 +30,7 @@ from lora_jax.training.feeding import batch_placer
 from lora_jax.training.logging import Logger, plot_loss
 from lora_jax.training.loop import Job, Member, Result, drive, shardings_of
 from lora_jax.training.meter import fetch
-from lora_jax.training.objectives import Objective
+from lora_jax.training.objectives import Objective, with_metrics
 from lora_jax.training.optimizers import optimizer, schedule
 from lora_jax.training.validation import validator
 from lora_jax.training.workdir import claim
@@ -73,6 +73,7 @@ def prepare(
     processes.check_mesh(placement.mesh)
     settings = [TrainConfig.of(member.config) for member in members]
     options, batches = settings[0].optimizer, members[0].batches
+    objective = with_metrics(objective, settings[0].metrics)
     total = settings[0].steps or settings[0].epochs * len(batches)
     spec, values = _common([member.method.spec for member in members])
     for name in _RATES:

@@ -41,7 +41,7 @@ def loss(weights: Any, x: Any, labels: Any, real: Any) -> Any:
 @given(st.integers(1, 3), st.integers(1, 11), st.integers(1, 12), st.integers(0, 99))
 def test_the_sum_and_every_gradient_are_those_of_the_whole(b: int, n: int, pieces: int, seed: int) -> None:
     given_ = made(b, n, seed)
-    cut = functools.partial(chunked_loss, loss, pieces=pieces)
+    cut = functools.partial(chunked_loss, loss, chunks=pieces)
     found, expected = (jax.jit(jax.value_and_grad(fn, (0, 1)))(*given_) for fn in (cut, loss))
     jax.tree.map(close, found, expected)
     close(jax.jit(cut)(*given_), expected[0])
@@ -50,20 +50,20 @@ def test_the_sum_and_every_gradient_are_those_of_the_whole(b: int, n: int, piece
 @pytest.mark.parametrize("around", [jax.jit, jax.checkpoint, lambda f: lambda *xs: 3 * f(*xs) / 3])
 def test_its_gradient_is_taken_from_outside_too(around: Any) -> None:
     given_ = made(2, 7)
-    found = jax.jit(jax.grad(around(functools.partial(chunked_loss, loss, pieces=3)), (0, 1)))(*given_)
+    found = jax.jit(jax.grad(around(functools.partial(chunked_loss, loss, chunks=3)), (0, 1)))(*given_)
     jax.tree.map(close, found, jax.jit(jax.grad(loss, (0, 1)))(*given_))
 
 
 def test_in_bfloat16_gradients_keep_their_dtypes() -> None:
     weights, x, *along = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, made(2, 6))
-    found = jax.grad(functools.partial(chunked_loss, loss, pieces=3), (0, 1))(weights, x, *along)
+    found = jax.grad(functools.partial(chunked_loss, loss, chunks=3), (0, 1))(weights, x, *along)
     jax.tree.map(lambda g, w: np.testing.assert_equal(g.dtype, w.dtype), found, (weights, x))
 
 
 def test_members_of_a_vmap_have_their_own() -> None:
     weights, x, *along = made(2, 7)
     many = jax.tree.map(lambda w: jnp.stack([w, 2 * w]), weights)
-    grad = jax.grad(functools.partial(chunked_loss, loss, pieces=4), (0, 1))
+    grad = jax.grad(functools.partial(chunked_loss, loss, chunks=4), (0, 1))
     found = jax.vmap(lambda w: grad(w, x, *along))(many)
     for k in range(2):
         own, expected = jax.tree.map(lambda w, k=k: w[k], (many, found))
@@ -73,10 +73,10 @@ def test_members_of_a_vmap_have_their_own() -> None:
 def test_a_frozen_head_has_no_gradient_and_nothing_is_computed_twice() -> None:
     weights, x, *along = made(2, 8)
     product = count(lambda x: x @ weights["w"], x)
-    of_x = jax.grad(lambda x: chunked_loss(loss, weights, x, *along, pieces=4))
+    of_x = jax.grad(lambda x: chunked_loss(loss, weights, x, *along, chunks=4))
     assert count(of_x, x) == 2 * product
-    assert count(jax.grad(lambda w, x: chunked_loss(loss, w, x, *along, pieces=4), (0, 1)), weights, x) == 3 * product
-    assert count(lambda x: chunked_loss(loss, weights, x, *along, pieces=4), x) == product
+    assert count(jax.grad(lambda w, x: chunked_loss(loss, w, x, *along, chunks=4), (0, 1)), weights, x) == 3 * product
+    assert count(lambda x: chunked_loss(loss, weights, x, *along, chunks=4), x) == product
 
 
 def test_the_logits_are_never_whole() -> None:
@@ -84,7 +84,7 @@ def test_the_logits_are_never_whole() -> None:
     logits = 4 * x[..., 0].size * 4096
 
     def bytes_of(pieces: int) -> int:
-        grad = jax.jit(jax.grad(functools.partial(chunked_loss, loss, pieces=pieces), 1))
+        grad = jax.jit(jax.grad(functools.partial(chunked_loss, loss, chunks=pieces), 1))
         return grad.lower(weights, x, *along).compile().memory_analysis().temp_size_in_bytes
 
     assert bytes_of(1) > logits
@@ -119,7 +119,7 @@ def test_a_language_model_s_loss_in_pieces_is_that_of_its_logits(head: str, tie:
         return cross_entropy(logits, batch["labels"], batch["weights"], 0.1)[0]
 
     monkeypatch.setattr(objectives, "LEAST", 1)
-    monkeypatch.setattr(objectives, "PIECES", 4)
+    monkeypatch.setattr(objectives, "CHUNKS", 4)
     key = jax.random.key(0)
     assert batch["labels"].shape[1] % 4  # the last piece is filled up
     in_parts = lambda delta: objective.loss(method.apply(params, delta, key=key), batch)[0]  # noqa: E731
