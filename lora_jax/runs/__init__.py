@@ -12,7 +12,7 @@ from lora_jax.runs.pretraining import Pretrained, pretrain
 from lora_jax.runs.reload import Loaded, load
 from lora_jax.runs.run import Prepared, RunResult, prepare, train
 from lora_jax.runs.sweeps import SweepResult, is_sweep, sweep
-from lora_jax.runs.tasks import Task, TextTask, classification, generation, register_task
+from lora_jax.runs.tasks import Task, TextTask, classification, generation, register_task, task_named
 from lora_jax.training import Logger, register_metric
 
 __all__ = [
@@ -41,5 +41,6 @@ __all__ = [
     "register_metric",
     "register_task",
     "sweep",
+    "task_named",
     "train",
 ]
