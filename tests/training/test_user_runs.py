@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 import lora_jax as lj
 from lora_jax import checkpoints, runs, training
 from lora_jax.models import gpt2
-from lora_jax.training.config import TrainConfig, as_config_dict
+from lora_jax.training.config import RENAMED, TrainConfig, as_config_dict
 from tests.helpers import glue_inputs
 from tests.helpers.cli import make_inputs
 
@@ -91,7 +91,7 @@ def test_a_run_with_parts_of_the_users_own(folder: Path, tmp_path: Path, capsys:
     scored = runs.evaluate(
         loaded, split="valid", limit=1, decoding=decoding, metrics={"one": lambda texts, _: len(texts)}
     )
-    assert scored.result["scores"]["all"]["one"]["score"] == 1.0
+    assert scored.result["scores"]["all"]["count"]["score"] == 1.0
     assert json.loads((scored.folder / "evaluate.json").read_text()) == scored.result
     assert capsys.readouterr().out == ""  # nothing below the entry points prints
 
@@ -124,7 +124,7 @@ def test_a_task_and_a_metric_in_a_package_of_the_users_own(
         found = runs.predict(loaded).result
         assert found["accuracy"] == result.summary["accuracy"] and found["examples"] == 12
     jax.tree.map(np.testing.assert_array_equal, *deltas)
-    with pytest.raises(ValueError, match="no task 'nothing'.*reviews"):
+    with pytest.raises(ValueError, match=r"no task 'nothing'.*reviews"):
         runs.task_named("nothing")
     config.metrics = ("nothing",)
     with pytest.raises(ValueError, match="no metric 'nothing' is registered"):
@@ -196,7 +196,7 @@ def test_a_config_is_read_by_its_keys() -> None:
     config = as_config_dict(TrainConfig(seed=3)).lock()
     assert TrainConfig.of(config) == TrainConfig(seed=3)
     assert config.get_type("steps") is int and config.optimizer.get_type("clip_norm") is float
-    with pytest.raises(AttributeError, match="Did you mean.*epochs"):
+    with pytest.raises(AttributeError, match=r"Did you mean.*epochs"):
         config.epoch = 1
     for kind in ("generation", "classification"):
         config = runs.default_config(kind)
