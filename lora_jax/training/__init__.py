@@ -7,7 +7,14 @@ with extra("train"):
     from lora_jax.training.logging import TIMES, JsonLines, Log, Logger, Prefixed, TensorBoard, plot_loss, read_metrics
     from lora_jax.training.loop import Job, Result, prepare, train
     from lora_jax.training.loss import cross_entropy, squared_error
-    from lora_jax.training.objectives import Metric, Objective, classifier, language_model, register_metric, with_metrics
+    from lora_jax.training.objectives import (
+        Metric,
+        Objective,
+        classifier,
+        language_model,
+        register_metric,
+        with_metrics,
+    )
     from lora_jax.training.optimizers import optimizer, schedule
     from lora_jax.training.step import METRICS, State, make_step, new_state, state_shardings
     from lora_jax.training.validation import validate

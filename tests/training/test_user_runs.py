@@ -176,12 +176,10 @@ def test_old_names_of_keys_mean_the_same(folder: Path, tmp_path: Path) -> None:
     # a workdir of before: old names, and none of the keys that came later
     del written["best"], written["metrics"], written["max_to_keep"]
     written["keep"] = 5
-    for name, was in (
-        ("end_lr_ratio", "final_share"),
-        ("warmup_ratio", "warmup_share"),
-        ("loraplus_lr_ratio", "b_ratio"),
-    ):
-        written["optimizer"][was] = written["optimizer"].pop(name)
+    for old_name, new_name in RENAMED.items():
+        group, _, name = old_name.rpartition(".")
+        if group:
+            written[group][name] = written[group].pop(new_name.rpartition(".")[2])
     file.write_text(json.dumps(written))
     assert runs.load(tmp_path / "run").step == 4
     assert runs.train(config, tmp_path / "run").finished
