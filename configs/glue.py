@@ -131,8 +131,8 @@ def get_config(name: str = "base,mrpc") -> ConfigDict:
     config.data.name, config.best = task, MAIN[task]
     number = TASKS.index(task)
     for changes in (ROWS[row], VARIANTS[variant]):
-        own = {key: value[number] if _by_task(value) else value for key, value in changes.items()}
-        config.update_from_flattened_dict(own)
+        of_task = {key: value[number] if _by_task(value) else value for key, value in changes.items()}
+        config.update_from_flattened_dict(of_task)
     return config
 
 

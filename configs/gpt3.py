@@ -101,17 +101,17 @@ TASK = {
 def variants() -> dict[str, dict[str, Any]]:
     """What each row changes in the config of LoRA on query and value."""
     full = {"method": "tune", "model.param_dtype": "float32"}
-    found: dict[str, dict[str, Any]] = {"full": full, "bitfit": METHODS["bitfit"]}
+    changes: dict[str, dict[str, Any]] = {"full": full, "bitfit": METHODS["bitfit"]}
     for name, pairs in PREFIXES.items():
         for prefix, infix in pairs:
             sizes = {f"{name}.prefix": prefix, f"{name}.infix": infix}
-            found[f"{name}_{prefix}_{infix}"] = METHODS[name] | sizes
-    found |= {f"adapter_h_r{rank}": METHODS["adapter_h"] | {"adapter.rank": rank} for rank in ADAPTERS}
+            changes[f"{name}_{prefix}_{infix}"] = METHODS[name] | sizes
+    changes |= {f"adapter_h_r{rank}": METHODS["adapter_h"] | {"adapter.rank": rank} for rank in ADAPTERS}
     for name, ranks in LORAS.items():
-        found |= {f"lora_{name}_r{rank}": {"lora.select": TARGETS[name], "lora.rank": rank} for rank in ranks}
+        changes |= {f"lora_{name}_r{rank}": {"lora.select": TARGETS[name], "lora.rank": rank} for rank in ranks}
     for name, ranks in COMBINATIONS.items():
-        found |= {f"{name}_r{rank}": METHODS[name] | {"lora.rank": rank} for rank in ranks}
-    return found
+        changes |= {f"{name}_r{rank}": METHODS[name] | {"lora.rank": rank} for rank in ranks}
+    return changes
 
 
 def get_config(name: str = "lora_qv_r8") -> ConfigDict:

@@ -18,7 +18,7 @@ from lora_jax.distributed import processes
 from lora_jax.metrics.statistics import spread  # noqa: F401  used as cli.spread
 from lora_jax.training.config import RENAMED
 
-flags.DEFINE_string("workdir", None, "Folder of the run: made, or gone on with if it holds one.")
+flags.DEFINE_string("workdir", None, "Folder of the run: made, or resumed if it holds one.")
 flags.DEFINE_string("out", None, "What to write: see above.")
 flags.DEFINE_string("data", None, "The data, where they are not where the run's config says.")
 flags.DEFINE_string("split", None, "Of the data: by default test of a task of generation, valid of one of GLUE.")
@@ -63,8 +63,8 @@ def run(main: Callable[[], None]) -> None:
                 raise
             if flags.FLAGS.verbosity > 0 or not isinstance(error, jax.errors.JaxRuntimeError):
                 traceback.print_exc()
-            said = (str(error).splitlines() or [""])[0]
-            _end(f"{type(error).__name__} {said} (has another process of the run ended?)")
+            reason = (str(error).splitlines() or [""])[0]
+            _end(f"{type(error).__name__} {reason} (has another process of the run ended?)")
 
     for old, new in RENAMED.items():  # ml_collections reads sys.argv
         sys.argv[1:] = [re.sub(rf"^(--?config\.){re.escape(old)}(?==|$)", rf"\g<1>{new}", arg) for arg in sys.argv[1:]]
@@ -92,8 +92,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except (AttributeError, KeyError) as error:  # of ml_collections: a key that is not there
         message = str(error.args[0])
         hint = re.search(r"Did you mean .*\?", message)
-        said = hint[0] if hint else "The config file lists the keys."
-        _end(f"the config has no key {re.findall(r'[a-zA-Z_]+', message)[0]!r}. {said}")
+        advice = hint[0] if hint else "The config file lists the keys."
+        _end(f"the config has no key {re.findall(r'[a-zA-Z_]+', message)[0]!r}. {advice}")
     except flags.Error as error:
         _end(str(error).strip().splitlines()[-1])
 
@@ -110,7 +110,7 @@ def _end(message: str, *, at_once: bool = False) -> NoReturn:
     sys.exit(1)
 
 
-def _unraisable(found: Any) -> None:
+def _unraisable(raised: Any) -> None:
     # 2026-11-29: a read or write that fails leaves tensorstore's others to a loop that orbax has closed.
-    if "Event loop is closed" not in str(found.exc_value):
-        sys.__unraisablehook__(found)
+    if "Event loop is closed" not in str(raised.exc_value):
+        sys.__unraisablehook__(raised)

@@ -61,7 +61,7 @@ def hold(further: dict[str, Path]) -> None:
             key = {"key": jax.random.fold_in(options["key"], turn)} if "key" in options else {}
             try:
                 print(answer(base, *adapters[name], strength, line, options | key), flush=True)
-            except ValueError as error:  # too long, for example: the dialogue goes on
+            except ValueError as error:  # too long, for example: the dialogue continues
                 print(f"({error})", flush=True)
 
 

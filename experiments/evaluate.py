@@ -5,7 +5,7 @@
 
 Decodes as the config says, or the flags. Writes evaluation/SPLIT-PARAMS/ into the workdir: predictions.jsonl (context,
 prediction, references) and evaluate.json (the numbers that it prints, with 95% bootstrap intervals). The same command
-goes on where it was stopped. experiments.compare compares two runs.
+resumes what was stopped. experiments.compare compares two runs.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Gives a run away, or takes one in: as a merged model, as an adapter of PEFT, or as an adapter of our own.
+"""Exports a run, or imports one: as a merged model, as an adapter of PEFT, or as an adapter of lora_jax.
 
     python -m experiments.export --workdir=runs/mrpc/seed_0 --form=merged --out=mrpc-roberta
     python -m experiments.export --workdir=runs/e2e --form=peft --out=e2e-peft
@@ -11,7 +11,7 @@ folder that transformers loads, of the base's speed; `peft` one for PeftModel.fr
 lora_jax.checkpoints.load_adapter reads.
 
 With --source, a folder in one of those forms, a new workdir begins with that delta at step 0: evaluate, generate and
-predict take it as they take a trained run, and train goes on from it where the config's method has the same factors.
+predict take it as they take a trained run, and train resumes it where the config's method has the same factors.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ from experiments import cli, reload, train  # noqa: F401  reload defines --base
 from lora_jax import runs
 
 flags.DEFINE_enum("form", None, ["merged", "peft", "native"], "What to write.")
-flags.DEFINE_string("source", None, "A folder to take in: its form is found.")
+flags.DEFINE_string("source", None, "A folder to import; its form is detected.")
 flags.declare_key_flag("out")
 flags.declare_key_flag("workdir")
 flags.declare_key_flag("base")

@@ -6,7 +6,7 @@
     python -m experiments.generate --workdir=runs/e2e --interactive --adapter=other:runs/other
 
 A file has one context a line. Prints each context with its text, or writes JSON lines to --out, where
-the same command goes on after it was stopped. --interactive asks for contexts and lets the adapter and
+the same command resumes after it was stopped. --interactive asks for contexts and lets the adapter and
 its strength be changed between them; --adapter names further ones.
 """
 
@@ -34,7 +34,7 @@ def main() -> None:
     if values.interactive == bool(values.context or values.file or values.out):
         raise ValueError("give --interactive, or else contexts: --context=TEXT or --file=FILE")
     if values.adapter and not values.interactive:
-        raise ValueError("--adapter is for --interactive: otherwise --workdir says what is used")
+        raise ValueError("--adapter is for --interactive: otherwise --workdir names what is used")
     if values.interactive:
         return dialogue.hold(dict(_named(text) for text in values.adapter))
     contexts = list(values.context)

@@ -1,4 +1,4 @@
-"""Trains what a config says on a pretrained base, or goes on with it.
+"""Trains what a config says on a pretrained base, or resumes it.
 
     python -m experiments.train --config=configs/e2e.py:medium --workdir=runs/e2e
     python -m experiments.train --config=configs/e2e.py:medium --workdir=runs/r8 \\
@@ -7,10 +7,10 @@
 Every key of the config can be set as --config.KEY=VALUE; the config file lists them and the names
 after its colon. The workdir gets config.json, metrics.jsonl, TensorBoard events, loss.png,
 checkpoints/ and at the end adapter/ and summary.json; where the config has several seeds, a folder
-for each and the medians in summary.json. The same command goes on where a run was stopped: by
+for each and the medians in summary.json. The same command resumes a run that was stopped: by
 Ctrl-C, SIGTERM (saves first), SIGKILL or a crash.
 
-Several values train at once, in one program, every combination in a folder of its own:
+Several values train at once, in one program, every combination each in its folder:
 
     python -m experiments.train --config=configs/e2e.py:medium --workdir=runs/sweep \\
       --config.sweep.learning_rate=1e-4,2e-4,5e-4 --config.sweep.rank=4,8
@@ -53,7 +53,7 @@ def show_start(run: runs.Prepared) -> None:
 
 def show_end(result: runs.RunResult) -> None:
     if not result.finished:
-        return print(f"saved at step {result.step} of {result.total}: the same command goes on")
+        return print(f"saved at step {result.step} of {result.total}: the same command resumes it")
     if result.summary:
         print(json.dumps(result.summary, indent=2))
     if result.adapter:
@@ -66,7 +66,7 @@ def sweep(config: ConfigDict, workdir: Path) -> None:
 
     result = runs.sweep(config, workdir, command=cli.command("train"), started=show)
     if not result.finished:
-        return print(f"saved before step {result.total}: the same command goes on")
+        return print(f"saved before step {result.total}: the same command resumes it")
     if result.rows:
         print(results.table([row | {"command": None} for row in result.rows]))
         print(f"plot: {workdir / 'sweep.png'}")

@@ -67,9 +67,9 @@ def _pieces(arrays: Mapping[str, Any], table: Mapping[str, list], info: str) -> 
         end = at + math.prod(shape) * jnp.dtype(dtype).itemsize
         header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [at, end]}
         at = end
-    said = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    said += b" " * (-len(said) % 8)
-    yield len(said).to_bytes(8, "little") + said
+    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
+    yield len(head).to_bytes(8, "little") + head
     for name in order:
         yield raw_bytes(processes.on_host(arrays[name]))
 
@@ -89,7 +89,7 @@ def load_adapter(path: str | Path) -> tuple[ParamTransform, Delta, dict[str, Any
             text = (opened.metadata() or {}).get("lora_jax")
             arrays = {name: opened.get_tensor(name) for name in opened.keys()}
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
+        raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
     if text is None:
         raise ValueError(f"{file} was not written by save_adapter: its metadata lacks 'lora_jax'")
     for name, array in arrays.items():
@@ -97,21 +97,21 @@ def load_adapter(path: str | Path) -> tuple[ParamTransform, Delta, dict[str, Any
             raise ValueError(f"{file}: {name} is {array.dtype}; an adapter is floating-point")
         if not np.isfinite(array.astype(np.float32)).all():
             raise ValueError(f"{file}: {name} is not finite")
-    info = _whole(text, arrays, file)
+    info = _checked(text, arrays, file)
     delta = nested({name: jnp.asarray(x) for name, x in arrays.items()})
     return from_spec(info["spec"]), delta, info
 
 
-def _whole(text: str, arrays: Mapping[str, np.ndarray], file: Path) -> dict[str, Any]:
-    """The metadata of an adapter's file, where it and the arrays are as they were written."""
+def _checked(text: str, arrays: Mapping[str, np.ndarray], file: Path) -> dict[str, Any]:
+    """The metadata of an adapter's file; a ValueError where it or the arrays are not as they were written."""
     try:
         info = json.loads(text)
-        said = info.pop("digest")
+        stored = info.pop("digest")
     except (ValueError, KeyError, TypeError, AttributeError):
-        said = info = None
+        stored = info = None
     table = table_of(arrays)
-    if said is None or said != digest(as_json([info, table])):
+    if stored is None or stored != digest(as_json([info, table])):
         raise ValueError(f"{file} differs from its digest: it was changed or damaged")
     if info["format"] != 1:
         raise ValueError(f"{file} is of format {info['format']}; this version reads format 1")
-    return info | {"digest": said}
+    return info | {"digest": stored}

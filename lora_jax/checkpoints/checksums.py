@@ -1,6 +1,6 @@
 """Checksums of arrays, computed where the arrays are: equal on every mesh, and nothing is gathered.
 
-Each element's bits are mixed with a hash of its place in the array, and the results added up modulo 2^32: a sum does
+Each element's bits are mixed with a hash of its position in the array, and the results added up modulo 2^32: a sum does
 not depend on how the elements are spread over devices. A change of one element always changes the first sum (the
 mixing is one-to-one); for all else two sums leave a chance of 2^-64.
 """
@@ -18,16 +18,16 @@ from jax.sharding import PartitionSpec as P
 
 
 def checksums(arrays: Mapping[str, Array]) -> dict[str, str]:
-    """Of each array 16 hex digits that its values, bit by bit, and their places determine; of any dtype but keys.
+    """Of each array 16 hex digits that its values, bit by bit, and their positions determine; of any dtype but keys.
 
     Each is computed on its array's devices, in one pass. With several processes all of them call it.
     """
-    found = {}
+    hexes = {}
     for name, x in arrays.items():
         # one after the other: CPU devices of several processes deadlock in many small programs at once
         pair = jax.device_get(_compiled(_everywhere(x))(x))
-        found[name] = "".join(f"{part:08x}" for part in pair.tolist())
-    return found
+        hexes[name] = "".join(f"{part:08x}" for part in pair.tolist())
+    return hexes
 
 
 def _everywhere(x: Array) -> Sharding | None:
@@ -36,17 +36,17 @@ def _everywhere(x: Array) -> Sharding | None:
 
 
 @functools.cache
-def _compiled(place: Sharding | None) -> Any:
-    return jax.jit(_sums, out_shardings=place)
+def _compiled(sharding: Sharding | None) -> Any:
+    return jax.jit(_sums, out_shardings=sharding)
 
 
 def _sums(x: Array) -> Array:
     """(2,) uint32."""
     words = _words(x)
-    place = jnp.full(words.shape, 0x9E3779B9, jnp.uint32)
+    position = jnp.full(words.shape, 0x9E3779B9, jnp.uint32)
     for axis in range(words.ndim):
-        place = _mixed(place + lax.broadcasted_iota(jnp.uint32, words.shape, axis))
-    one, other = _mixed(words + place), _mixed((words ^ place) * np.uint32(0x2C1B3C6D))
+        position = _mixed(position + lax.broadcasted_iota(jnp.uint32, words.shape, axis))
+    one, other = _mixed(words + position), _mixed((words ^ position) * np.uint32(0x2C1B3C6D))
     return jnp.stack([jnp.sum(one, dtype=jnp.uint32), jnp.sum(other, dtype=jnp.uint32)])
 
 

@@ -1,4 +1,4 @@
-"""What checkpoints and adapters share: digests, the identity of a base, files that are whole or not there."""
+"""What checkpoints and adapters share: digests, the identity of a base, files written all or not at all."""
 
 import hashlib
 import json
@@ -69,19 +69,19 @@ def identity(params: Any, source: str) -> dict[str, str]:
     return {"source": str(source), "shapes": digest(as_json(shapes)), "content": digest(as_json(table))}
 
 
-def check_base(expected: Mapping[str, str], found: Mapping[str, str], where: str | Path) -> None:
-    """A ValueError that shows the difference, where `found` is not the base that `where` needs."""
+def check_base(expected: Mapping[str, str], actual: Mapping[str, str], where: str | Path) -> None:
+    """A ValueError that shows the difference, where `actual` is not the base that `where` needs."""
     for part, what in (("shapes", "other shapes"), ("content", "other weights of the same shapes")):
-        if expected[part] != found[part]:
+        if expected[part] != actual[part]:
             raise ValueError(
                 f"{where} belongs to the base {expected['source']!r} ({part} "
-                f"{expected[part][:12]}), but {found['source']!r} has {what} "
-                f"({found[part][:12]}): give the base it was trained on"
+                f"{expected[part][:12]}), but {actual['source']!r} has {what} "
+                f"({actual[part][:12]}): give the base it was trained on"
             )
 
 
 def write_atomically(path: str | Path, content: bytes | Iterable[bytes | memoryview]) -> None:
-    """Writes a file, given whole or piece by piece, so that a crash at any moment leaves the old one or the new one."""
+    """Writes a file, given at once or in pieces, so that a crash at any moment leaves the old one or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

@@ -2,8 +2,8 @@
 
 A checkpoint (orbax) holds the delta and the rest of the training state, the transform's spec, the
 identity of the base and a checksum of every array, never the base's weights. Each process writes
-and reads what its own devices hold. Orbax keeps no checksum of array data: a flipped bit would be
-read silently, so every reader here compares the checksums, says what is damaged
+and reads what its devices hold. Orbax keeps no checksum of array data: a flipped bit would be
+read silently, so every reader here compares the checksums, warns of what is damaged
 (`logging.warning`) and takes the checkpoint before it.
 """
 
@@ -56,7 +56,7 @@ def manager(workdir: str | Path, *, keep: int = 3) -> ocp.CheckpointManager:
     """Orbax's manager of `workdir/checkpoints` for writing: saves in the background, keeps `keep`.
 
     What earlier writers left unfinished is removed: one run at a time writes a workdir. With several
-    processes all of them make one, of one folder that all of them see.
+    processes all of them make one, of one folder that all of them can read and write.
     """
     folder = _folder(workdir)
 
@@ -74,7 +74,7 @@ def opened(workdir: str | Path, *, keep: int = 3) -> Iterator[ocp.CheckpointMana
     """`manager` for a block, at whose end it waits for what is being written.
 
     Raises:
-      OSError: it could not be written; names the newest checkpoint that is whole.
+      OSError: it could not be written; names the newest complete checkpoint.
     """
     made = manager(workdir, keep=keep)
     try:
@@ -90,10 +90,10 @@ def opened(workdir: str | Path, *, keep: int = 3) -> Iterator[ocp.CheckpointMana
 
 
 def raise_unwritten(workdir: str | Path, error: Exception) -> NoReturn:
-    """An OSError that says which checkpoint of a run is whole, where something of it could not be written."""
+    """Raises an OSError that names the newest complete checkpoint of a run of which something could not be written."""
     step = latest_step(workdir)
-    kept = "there is no checkpoint yet" if step is None else f"the checkpoint of step {step} is whole"
-    raise OSError(f"{workdir} cannot be written: {_first_line(error)}. {kept}; the same command goes on") from error
+    kept = "there is no checkpoint yet" if step is None else f"the checkpoint of step {step} is complete"
+    raise OSError(f"{workdir} cannot be written: {_first_line(error)}. {kept}; the same command resumes it") from error
 
 
 def save(
@@ -119,7 +119,7 @@ def save(
       position: in the data (epoch, batch), for the reader.
 
     Raises:
-      OSError: this checkpoint, or the one before, could not be written; names the one that is whole.
+      OSError: this checkpoint, or the one before, could not be written; names the complete one.
     """
     parts = {"delta": named(state.delta), "rest": named(state._replace(delta=None))}
     parts = {part: {name: jnp.asarray(x) for name, x in arrays.items()} for part, arrays in parts.items()}
@@ -138,7 +138,7 @@ def save(
 
 def _table(arrays: Mapping[str, jax.Array]) -> dict[str, list]:
     """`{name: [shape, dtype, checksum]}`."""
-    return {n: [list(arrays[n].shape), str(arrays[n].dtype), said] for n, said in checksums(arrays).items()}
+    return {n: [list(arrays[n].shape), str(arrays[n].dtype), checksum] for n, checksum in checksums(arrays).items()}
 
 
 def forget_after(manager: ocp.CheckpointManager, step: int) -> None:
@@ -152,7 +152,7 @@ def forget_after(manager: ocp.CheckpointManager, step: int) -> None:
 
 
 def restore(workdir: str | Path, like: S, *, base: Mapping[str, str] | None = None) -> S:
-    """The newest good checkpoint as a state to go on training with.
+    """The newest good checkpoint as a state to resume from.
 
     With several processes all of them call it, and each reads what its devices will hold.
 
@@ -170,9 +170,9 @@ def restore(workdir: str | Path, like: S, *, base: Mapping[str, str] | None = No
         if base is not None:
             check_base(meta["base"], base, workdir)
         wanted = {part: _wanted(tree, meta["arrays"][part], workdir) for part, tree in parts.items()}
-        found = _read(workdir, step, meta, wanted)
-        if found is not None:
-            delta, rest = (jax.tree.unflatten(jax.tree.structure(parts[p]), found[p].values()) for p in parts)
+        arrays = _read(workdir, step, meta, wanted)
+        if arrays is not None:
+            delta, rest = (jax.tree.unflatten(jax.tree.structure(parts[p]), arrays[p].values()) for p in parts)
             return rest._replace(delta=delta)
     raise ValueError(f"{_folder(workdir)}: no checkpoint is readable; start again in a new workdir")
 
@@ -184,17 +184,17 @@ def load(workdir: str | Path, *, step: int | None = None) -> Run:
     >>> adapted = run.method.apply(params, run.delta)  # doctest: +SKIP
     """
     config = json.loads(_required(Path(workdir) / "config.json").read_text())
-    for found_step, meta in _good_steps(workdir, step):
+    for good_step, meta in _good_steps(workdir, step):
         table = meta["arrays"]["delta"]
         wanted = {n: np.empty(shape, jnp.dtype(dtype)) for n, (shape, dtype, _) in table.items()}
-        found = _read(workdir, found_step, meta, {"delta": wanted})
-        if found is not None:
-            return Run(from_spec(meta["spec"]), nested(found["delta"]), found_step, config)
+        arrays = _read(workdir, good_step, meta, {"delta": wanted})
+        if arrays is not None:
+            return Run(from_spec(meta["spec"]), nested(arrays["delta"]), good_step, config)
     raise ValueError(f"{_folder(workdir)}: no checkpoint is readable{_of(step)}")
 
 
 def meta_of(workdir: str | Path) -> dict[str, Any]:
-    """What the newest good checkpoint says of itself: "step", "spec" of the transform, "base" for `check_base`, ..."""
+    """The metadata of the newest good checkpoint: "step", "spec" of the transform, "base" for `check_base`, ..."""
     for _, meta in _good_steps(workdir):
         return meta
     raise ValueError(f"{_folder(workdir)}: no checkpoint is readable")
@@ -224,19 +224,19 @@ def _required(path: Path) -> Path:
 
 
 def _good_steps(workdir: str | Path, step: int | None = None) -> Iterator[tuple[int, dict]]:
-    """`(step, meta)` of the checkpoints whose meta is whole, newest first; the same on all processes."""
+    """`(step, meta)` of the checkpoints whose metadata are good, newest first; the same on all processes."""
     folder = _folder(workdir)
     steps = processes.on_primary(lambda: sorted(_steps(workdir), reverse=True))
     if not steps or (step is not None and step not in steps):
         raise FileNotFoundError(f"{folder}: no checkpoint{_of(step)}; there are steps {steps}")
-    for each in steps if step is None else [step]:
-        meta = processes.on_primary(functools.partial(_meta, folder / str(each)))
+    for candidate in steps if step is None else [step]:
+        meta = processes.on_primary(functools.partial(_meta, folder / str(candidate)))
         if meta is not None:
-            yield each, meta
+            yield candidate, meta
 
 
 def _meta(folder: Path) -> dict | None:
-    """What a checkpoint says of itself, or None (and a warning) where that is damaged."""
+    """The metadata of a checkpoint, or None (and a warning) where they are damaged."""
     try:
         meta = dict(json.loads((folder / "meta" / "metadata").read_text()))
         if meta.pop("digest", "") != digest(as_json(meta)):
@@ -250,20 +250,20 @@ def _meta(folder: Path) -> dict | None:
 def _read(workdir: str | Path, step: int, meta: dict, wanted: dict[str, dict[str, Any]]) -> Any:
     """`{part: {name: array}}` as wanted, or None (and a warning) where the checkpoint is damaged; one process that
     finds it so is enough."""
-    folder, found, error = _folder(workdir) / str(step), {}, None
+    folder, read, error = _folder(workdir) / str(step), {}, None
     for part, arrays in wanted.items():
         try:
             if not (folder / part).is_dir():
                 raise FileNotFoundError("the folder is missing")
             # no Checkpointer: after an error here it would let the other processes wait
-            found[part] = ocp.StandardCheckpointHandler().restore(folder / part, args=ocp.args.StandardRestore(arrays))
+            read[part] = ocp.StandardCheckpointHandler().restore(folder / part, args=ocp.args.StandardRestore(arrays))
         except Exception as caught:  # whatever orbax and tensorstore raise on damaged files
             error = error or ValueError(f"its {part}: {caught}")
     if error is None and processes.everywhere(True):
-        found = {part: {name: jnp.asarray(found[part][name]) for name in arrays} for part, arrays in wanted.items()}
-        bad = [f"{part}/{n}" for part in found for n in _differing(found[part], meta["arrays"][part])]
+        read = {part: {name: jnp.asarray(read[part][name]) for name in arrays} for part, arrays in wanted.items()}
+        bad = [f"{part}/{n}" for part in read for n in _differing(read[part], meta["arrays"][part])]
         if not bad:
-            return found
+            return read
         error = ValueError(f"{len(bad)} arrays differ from their checksums, {bad[0]} first")
     elif error is not None:
         processes.everywhere(False)
@@ -277,10 +277,10 @@ def _differing(arrays: Mapping[str, jax.Array], table: Mapping[str, list]) -> li
         n for n, (shape, dtype, _) in table.items() if (list(arrays[n].shape), str(arrays[n].dtype)) != (shape, dtype)
     ]:
         return other
-    if any(len(said) == 32 for _, _, said in table.values()):  # written before 2026-11-29: digests of whole arrays
-        return [n for n, (_, _, said) in table.items() if digest(processes.on_host(arrays[n])) != said]
+    if any(len(stored) == 32 for _, _, stored in table.values()):  # written before 2026-11-29: digests of whole arrays
+        return [n for n, (_, _, stored) in table.items() if digest(processes.on_host(arrays[n])) != stored]
     sums = checksums(arrays)
-    return [n for n, (_, _, said) in table.items() if sums[n] != said]
+    return [n for n, (_, _, stored) in table.items() if sums[n] != stored]
 
 
 def _warn(folder: Path, error: Exception) -> None:

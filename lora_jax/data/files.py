@@ -8,7 +8,7 @@ from typing import Any
 
 
 def read_text(path: str | Path) -> str:
-    """The whole of a UTF-8 file, unzipped where its name ends in `.gz`; line ends are kept as they
+    """The text of a UTF-8 file, unzipped where its name ends in `.gz`; line ends are kept as they
     are.
 
     Raises:
@@ -47,7 +47,7 @@ def find(path: str | Path, split: str, names: Mapping[str, Sequence[str]], sourc
       path: a folder, or a file, which is taken as it is.
       split: a key of `names`.
       names: the file names of each split, tried in this order, each also with `.gz`.
-      source: says where the data can be had, for the errors.
+      source: where the data can be had, for the errors.
 
     Raises:
       FileNotFoundError: there is no such path, or the folder has none of the names.
@@ -61,7 +61,7 @@ def find(path: str | Path, split: str, names: Mapping[str, Sequence[str]], sourc
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such file or folder; {source}")
     tried = [name + end for name in names[split] for end in ("", ".gz")]
-    found = [path / name for name in tried if (path / name).is_file()]
-    if not found:
+    files = [path / name for name in tried if (path / name).is_file()]
+    if not files:
         raise FileNotFoundError(f"{path}: holds none of {', '.join(tried)}; {source}")
-    return found[0]
+    return files[0]

@@ -181,21 +181,21 @@ def submission(name: str, split: str, examples: datasets.Dataset, predictions: A
     ending = task.splits[split].submission
     if ending is None:
         raise ValueError(f"split {split!r}: only predictions for a test split are submitted")
-    found = np.asarray(predictions)
-    if found.shape != (len(examples),):
-        raise ValueError(f"predictions of shape {found.shape}: one for each of {len(examples)} examples")
-    lines = [f"{index}\t{value}\n" for index, value in zip(examples["index"], _written(task, found), strict=True)]
+    values = np.asarray(predictions)
+    if values.shape != (len(examples),):
+        raise ValueError(f"predictions of shape {values.shape}: one for each of {len(examples)} examples")
+    lines = [f"{index}\t{value}\n" for index, value in zip(examples["index"], _written(task, values), strict=True)]
     return f"{task.folder}{ending}.tsv", "".join(["index\tprediction\n", *lines])
 
 
-def _written(task: GlueTask, found: np.ndarray) -> list[str]:
+def _written(task: GlueTask, values: np.ndarray) -> list[str]:
     if not task.labels:
-        if not np.isfinite(found).all():
+        if not np.isfinite(values).all():
             raise ValueError(f"{task.folder}: a prediction is NaN or infinite")
-        return [f"{value:.3f}" for value in np.clip(found, 0, 5) + 0.0]  # the sum: no "-0.000"
-    if found.dtype.kind not in "iu" or not np.isin(found, np.arange(task.outputs)).all():
+        return [f"{value:.3f}" for value in np.clip(values, 0, 5) + 0.0]  # the sum: no "-0.000"
+    if values.dtype.kind not in "iu" or not np.isin(values, np.arange(task.outputs)).all():
         raise ValueError(f"{task.folder}: predictions are ids of labels, integers from 0 to {task.outputs - 1}")
-    return [task.labels[i] if task.by_name else str(i) for i in found]
+    return [task.labels[i] if task.by_name else str(i) for i in values]
 
 
 def _check_split(name: str, split: str) -> None:
@@ -234,7 +234,7 @@ def _columns(
 ) -> dict[str, list[Any]]:
     """The values of the columns that have a reader. `first`: the number of the first line; `broken`: shorter lines are
     left out."""
-    places = [(names.index(name), name, read) for name, read in readers.items()]
+    columns = [(names.index(name), name, read) for name, read in readers.items()]
     values: dict[str, list[Any]] = {name: [] for name in readers}
     short = 0
     for number, line in enumerate(lines, first):
@@ -246,11 +246,11 @@ def _columns(
             raise ValueError(
                 f"{file}:{number}: {len(fields)} columns where {len(names)} are wanted ({', '.join(names)})"
             )
-        for place, name, read in places:
+        for column, name, read in columns:
             try:
-                values[name].append(read(fields[place]))
+                values[name].append(read(fields[column]))
             except ValueError as error:
-                raise ValueError(f"{file}:{number}: {fields[place]!r} is no {name}: {error}") from error
+                raise ValueError(f"{file}:{number}: {fields[column]!r} is no {name}: {error}") from error
     if short == len(lines):
         raise ValueError(f"{file}: no examples")
     if short:

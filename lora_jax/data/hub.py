@@ -24,7 +24,7 @@ def load(
 
     Args:
       splits: how the dataset calls each split.
-      source: says where else the data can be had, for the error.
+      source: where else the data can be had, for the error.
       config: the dataset's configuration, where it has several.
 
     Raises:

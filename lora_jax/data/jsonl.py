@@ -90,10 +90,10 @@ def _pairs(file: Path, pair: Callable[[dict[str, Any]], tuple[str, str]], source
 
 def _read(file: Path, take: Callable[[dict[str, Any]], Any], source: str) -> list[Any]:
     """What `take` makes of each line."""
-    found = []
+    taken = []
     for number, line in enumerate(read_text(file).removesuffix("\n").split("\n"), 1):
         try:
-            found.append(take(json.loads(line)))
+            taken.append(take(json.loads(line)))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file}:{number}: not a line of the form wanted ({error!r}); {source}") from error
-    return found
+    return taken

@@ -68,10 +68,10 @@ def encode(
     if skipped and (long == "error" or skipped == len(fits)):
         first = fits.index(False)
         size = len(heads[first]) + len(tails[first]) - 1
-        own = f", {len(before) + len(after)} of them the method's own" if before or after else ""
+        placeholders = f", {len(before) + len(after)} of them the method's own" if before or after else ""
         raise ValueError(
-            f"example {first} (counted from 0) has {size} tokens{own}, {size - length} more than the context of "
-            f"{length}, as have {skipped} of {len(fits)} examples: {examples[first]['context'][:80]!r}"
+            f"example {first} (counted from 0) has {size} tokens{placeholders}, {size - length} more than the "
+            f"context of {length}, as have {skipped} of {len(fits)} examples: {examples[first]['context'][:80]!r}"
         )
     if skipped:
         log.warning("skipped %d of %d examples longer than %d tokens", skipped, len(fits), length)

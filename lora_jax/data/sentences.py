@@ -72,8 +72,8 @@ def _truncating(tokenizer: Tokenizer, length: int, pairs: bool, inserted: int) -
             "TemplateProcessing)"
         )
     if length <= special + inserted:  # the library would then not cut at all
-        own = f" and {inserted} of a prefix" if inserted else ""
-        raise ValueError(f"length={length}: must be more than the {special} special tokens{own}")
+        prefix = f" and {inserted} of a prefix" if inserted else ""
+        raise ValueError(f"length={length}: must be more than the {special} special tokens{prefix}")
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     tokenizer.no_padding()
     tokenizer.enable_truncation(length - inserted, strategy="longest_first")
@@ -84,10 +84,10 @@ def _labels(examples: datasets.Dataset, count: int) -> np.ndarray:
     dtype = np.float32 if count == 1 else np.int32
     if "label" not in examples.column_names:
         return np.zeros(len(examples), dtype)
-    found = np.array(examples["label"])
-    if count > 1 and (found.dtype.kind != "i" or found.min() < 0 or found.max() >= count):
+    labels = np.array(examples["label"])
+    if count > 1 and (labels.dtype.kind != "i" or labels.min() < 0 or labels.max() >= count):
         raise ValueError(
-            f"labels from {found.min()} to {found.max()} ({found.dtype}): with labels={count} they must be integers "
+            f"labels from {labels.min()} to {labels.max()} ({labels.dtype}): with labels={count} they must be integers "
             f"from 0 to {count - 1}"
         )
-    return found.astype(dtype)
+    return labels.astype(dtype)

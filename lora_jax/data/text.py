@@ -21,17 +21,17 @@ def files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     Raises:
       FileNotFoundError: one does not exist, or a folder holds no text.
     """
-    found: list[Path] = []
+    listed: list[Path] = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
         here = [Path(path)]
         if Path(path).is_dir():
             here = sorted(p for p in Path(path).iterdir() if p.name.endswith((".txt", ".txt.gz")))
         if not here or not all(p.is_file() for p in here):
             raise FileNotFoundError(f"{path}: no text here (a file, or a folder of .txt, .txt.gz)")
-        found += here
-    if not found:
+        listed += here
+    if not listed:
         raise FileNotFoundError("no text files were named")
-    return found
+    return listed
 
 
 def documents(path: str | Path) -> list[str]:

@@ -1,6 +1,6 @@
 """Several processes as one run (`jax.distributed`): what each holds, what the first does for all, what all agree on.
 
-All processes call these functions in the same order; with one process each is the plain thing that it stands for.
+All processes call these functions in the same order; with one process each does the same without communication.
 """
 
 import json
@@ -69,27 +69,27 @@ def is_primary() -> bool:
 def on_primary(function: Callable[[], T]) -> T:
     """What the function gives on the first process, on all of them; it can be written as JSON.
 
-    No process goes on before the function has ended.
+    No process returns before the function has ended.
 
     Raises: the function's ValueError, TypeError or OSError, with its message, on every process.
     """
     if jax.process_count() == 1:
         return function()
-    said: dict[str, Any] = {}
+    answer: dict[str, Any] = {}
     if is_primary():
         try:
-            said = {"value": function()}
+            answer = {"value": function()}
         except _ERRORS as error:
             kind = next(kind for kind in _ERRORS if isinstance(error, kind))
-            said = {"error": kind.__name__, "message": str(error)}
-    content = np.frombuffer(json.dumps(said).encode(), np.uint8)
+            answer = {"error": kind.__name__, "message": str(error)}
+    content = np.frombuffer(json.dumps(answer).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
     padded = np.zeros(_padded(size), np.uint8)
     padded[: len(content)] = content if is_primary() else 0
-    said = json.loads(multihost_utils.broadcast_one_to_all(padded)[:size].tobytes())
-    if "error" in said:
-        raise next(kind for kind in _ERRORS if kind.__name__ == said["error"])(said["message"])
-    return said["value"]
+    answer = json.loads(multihost_utils.broadcast_one_to_all(padded)[:size].tobytes())
+    if "error" in answer:
+        raise next(kind for kind in _ERRORS if kind.__name__ == answer["error"])(answer["message"])
+    return answer["value"]
 
 
 def anywhere(flags: Sequence[bool]) -> list[bool]:
@@ -124,10 +124,10 @@ def check_mesh(mesh: jax.sharding.Mesh) -> None:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """`jax.device_put` of arrays that every process has whole, or that lie on the mesh already.
+    """`jax.device_put` of arrays that every process has in full, or that lie on the mesh already.
 
     Args:
-      shardings: one, or one for each leaf. Each process puts there what its own devices hold.
+      shardings: one, or one for each leaf. Each process puts there what its devices hold.
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
@@ -139,8 +139,8 @@ def place(tree: Any, shardings: Any) -> Any:
 def _place(leaf: Any, sharding: Sharding) -> jax.Array:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.device_put(leaf, sharding)
-    whole = np.asarray(leaf)
-    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+    array = np.asarray(leaf)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def own_rows(sharding: Sharding, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -150,7 +150,7 @@ def own_rows(sharding: Sharding, shape: tuple[int, ...]) -> np.ndarray | None:
       sharding: of an array of the batch.
       shape: the first axes of the array, over which its rows lie in order.
 
-    Returns: (own,) the rows' numbers, ascending. Two processes may hold the same ones.
+    Returns: (rows,) their numbers, ascending. Two processes may hold the same ones.
     """
     if jax.process_count() == 1:
         return None
@@ -161,11 +161,11 @@ def own_rows(sharding: Sharding, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def put_rows(batch: Mapping[str, np.ndarray], sharding: Sharding, axis: int, rows: int) -> dict[str, jax.Array]:
-    """The batch on the mesh, out of each process's own rows of it.
+    """The batch on the mesh, made of the rows that each process has.
 
     Args:
       batch: arrays with this process's rows along `axis`; with one process all rows.
-      rows: of the whole batch along `axis`.
+      rows: of the batch, of all processes together, along `axis`.
     """
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
@@ -176,11 +176,11 @@ def put_rows(batch: Mapping[str, np.ndarray], sharding: Sharding, axis: int, row
 
 
 def replicate(tree: Any) -> Any:
-    """Arrays of one mesh, whole on every device of it, so that each process can fetch them."""
+    """Arrays of one mesh, replicated on every device of it, so that each process can fetch them."""
     sharding = jax.tree.leaves(tree)[0].sharding
-    found = jax.jit(_same, out_shardings=NamedSharding(sharding.mesh, P()))(tree)
+    replicated = jax.jit(_same, out_shardings=NamedSharding(sharding.mesh, P()))(tree)
     # CPU devices of several processes may deadlock where small programs that wait for each other run at once
-    return jax.block_until_ready(found) if jax.default_backend() == "cpu" else found
+    return jax.block_until_ready(replicated) if jax.default_backend() == "cpu" else replicated
 
 
 def _same(tree: Any) -> Any:
@@ -188,7 +188,7 @@ def _same(tree: Any) -> Any:
 
 
 def on_host(leaf: Any) -> np.ndarray:
-    """An array whole in this process's memory, wherever it lies; all processes call it."""
+    """All of an array in this process's memory, wherever it lies; all processes call it."""
     if not isinstance(leaf, jax.Array):
         return np.asarray(leaf)
     if not leaf.is_fully_addressable:

@@ -47,8 +47,8 @@ def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None
 
     The task is the config's, if it is not given.
 
-    With a mesh of several devices each one's part of each parameter is read from the files by itself, by
-    `sharding.rules_for`: no parameter is whole anywhere. The identity is the same whatever the mesh, the
+    With a mesh of several devices each device's part of a parameter is read from the files by itself, by
+    its family's rules: no process holds all of a parameter. The identity is the same whatever the mesh, the
     layout and the dtype.
 
     Raises:
@@ -61,7 +61,7 @@ def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}. The paper's bases are public: {PUBLIC}") from error
     if tokenizer is None:
-        raise FileNotFoundError(f"{source} has no tokenizer.json: put the base's own there")
+        raise FileNotFoundError(f"{source} has no tokenizer.json: put that of the base there")
     check_task(model, config.data.name, source, task)
     new = hf.untrained(model, source)
     base = model
@@ -106,8 +106,8 @@ def identity(model: Any, params: Any, source: str) -> dict[str, str]:
 
 
 def _identity(model: Any, params: Any, source: str, new: Sequence[str]) -> dict[str, str]:
-    above = {*family_of(model).head_params, *(glob.partition("/")[0] for glob in new)}
-    return checkpoints.identity({name: part for name, part in params.items() if name not in above}, source)
+    heads = {*family_of(model).head_params, *(glob.partition("/")[0] for glob in new)}
+    return checkpoints.identity({name: part for name, part in params.items() if name not in heads}, source)
 
 
 def adapter(path: Path, base: Base) -> tuple[ParamTransform, Delta]:

@@ -96,38 +96,38 @@ def _classification(config: ConfigDict) -> None:
 
 def method_options(**lora: Any) -> ConfigDict:
     """The options of every method, by its name; those given are LoRA's, and its relatives' too where they have them."""
-    found = ConfigDict()
+    options = ConfigDict()
     shared = {"select": QV, "exclude": (), "rank": 4, "alpha": 4.0, "scale_rule": "alpha/r"} | {
         name: value for name, value in lora.items() if name in ("select", "rank", "alpha")
     }
     trained = {"dropout": 0.0, "a_init": "kaiming_uniform"}
     trained |= {name: value for name, value in lora.items() if name in trained}
-    found.lora = ConfigDict(shared | trained)
-    found.dora = ConfigDict(shared | trained)
-    found.pissa = ConfigDict(shared)
-    found.vera = ConfigDict({"select": shared["select"], "exclude": (), "rank": 256, "d_initial": 0.1})
-    found.ia3 = ConfigDict(
+    options.lora = ConfigDict(shared | trained)
+    options.dora = ConfigDict(shared | trained)
+    options.pissa = ConfigDict(shared)
+    options.vera = ConfigDict({"select": shared["select"], "exclude": (), "rank": 256, "d_initial": 0.1})
+    options.ia3 = ConfigDict(
         {
             "select": ("**/attn/{key,value}/kernel", "**/mlp/down/kernel"),
             "exclude": (),
             "feedforward": ("**/mlp/down/kernel",),  # scales the input there, as in the paper
         }
     )
-    found.lokr = ConfigDict(
+    options.lokr = ConfigDict(
         {"select": shared["select"], "exclude": (), "rank": 8, "alpha": 8.0, "decompose_factor": -1}
     )
-    found.tune = ConfigDict({"select": ("**",), "exclude": ()})
+    options.tune = ConfigDict({"select": ("**",), "exclude": ()})
     # layers: of those that the model has, () is all; AdapterDrop leaves out the first ones
-    found.adapter = ConfigDict(
+    options.adapter = ConfigDict(
         {"sites": ATTENTION_AND_MLP, "rank": 8, "activation": "gelu", "norm": False, "layers": ()}
     )
-    found.compacter = ConfigDict({"sites": ATTENTION_AND_MLP, "rank": 64, "n": 4, "activation": "gelu", "layers": ()})
+    options.compacter = ConfigDict({"sites": ATTENTION_AND_MLP, "rank": 64, "n": 4, "activation": "gelu", "layers": ()})
     # infix: tokens between context and completion, in generation alone
-    found.prefix_embedding = ConfigDict(
+    options.prefix_embedding = ConfigDict(
         {"select": ("**/{wte,word}/embedding",), "exclude": (), "prefix": 64, "infix": 0}
     )
-    found.prefix_layer = ConfigDict({"sites": ("block_out",), "prefix": 8, "infix": 0})
-    return found
+    options.prefix_layer = ConfigDict({"sites": ("block_out",), "prefix": 8, "infix": 0})
+    return options
 
 
 def sweep_options() -> ConfigDict:

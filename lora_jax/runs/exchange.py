@@ -1,4 +1,4 @@
-"""Runs given away and taken in: a merged model, an adapter of PEFT, an adapter of our own."""
+"""Exporting and importing runs: as a merged model, as an adapter of PEFT, or as an adapter of lora_jax."""
 
 import math
 from pathlib import Path
@@ -57,7 +57,7 @@ def export_run(workdir: str | Path, form: Form, out: str | Path, *, base: str | 
 
 
 def _mesh(config: ConfigDict) -> Mesh | None:
-    """The run's own mesh where it has several devices and they are there: its base may be too large for one."""
+    """The mesh of the run where it has several devices and they are there: its base may be too large for one."""
     shape = config.mesh.to_dict() if config.get("mesh") else {}
     return sharding.make_mesh(shape) if 1 < math.prod(shape.values()) <= jax.device_count() else None
 
@@ -111,7 +111,7 @@ def _merged(source: Path, base: bases.Base) -> tuple[ParamTransform, Delta]:
         head = {"head": kind, "labels": base.model.config.labels}
     params = hf.load(source, **head)[1]
     if base.model.config.scan_layers:
-        raise ValueError(f"{source}: a whole model is taken in with --config.model.scan_layers=False")
+        raise ValueError(f"{source}: a merged model is imported with --config.model.scan_layers=False")
     method = lj.tune(lj.select("**"))
     shapes = [jax.tree.map(lambda x: x.shape, tree) for tree in (params, base.params)]
     if shapes[0] != shapes[1]:

@@ -48,10 +48,10 @@ def _part(name: str, config: ConfigDict, model: Any) -> dict[str, Any]:
     options = {"method": name, **json.loads(config[name].to_json())}
     family = family_of(model)
     if "sites" in options:
-        known = family.sites(model.config)
-        if missing := sorted(set(options["sites"]) - set(known)):
-            raise ValueError(f"{name}.sites: the model names {sorted(known)}, not {missing[0]!r}")
-        options["sites"] = {site: [known[site][0], (known[site][1] or (0,))[-1]] for site in options["sites"]}
+        sites = family.sites(model.config)
+        if missing := sorted(set(options["sites"]) - set(sites)):
+            raise ValueError(f"{name}.sites: the model names {sorted(sites)}, not {missing[0]!r}")
+        options["sites"] = {site: [sites[site][0], (sites[site][1] or (0,))[-1]] for site in options["sites"]}
     elif name != "tune":
         options["axes"] = dict(family.axes)
     if name == "prefix_layer":
@@ -77,7 +77,7 @@ def _own(name: str) -> Any:
 
 
 def register_own(config: ConfigDict) -> None:
-    """Registers the methods of the user's own that a config names, which `from_spec` makes again from then on."""
+    """Registers the methods that a config names by FILE.py:FUNCTION, so that `from_spec` can make them."""
     for name in config.method.split("+"):
         if ".py:" in name:
             _own(name)
@@ -88,7 +88,7 @@ def _module(file: Path) -> ModuleType:
     if name in sys.modules:
         return sys.modules[name]
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist: FILE.py:NAME names a file of one's own")
+        raise FileNotFoundError(f"{file} does not exist: FILE.py:NAME names an object in a Python file")
     location: Any = importlib.util.spec_from_file_location(name, file)
     module = sys.modules[name] = importlib.util.module_from_spec(location)
     try:

@@ -26,7 +26,7 @@ class Pretrained(NamedTuple):
 
     Attributes:
       finished: False where SIGTERM ended it; all is saved, and the same call resumes it.
-      step, total: the steps done, and those of the whole run.
+      step, total: the steps done, and the steps of the run.
       model: the Hugging Face folder; None where not all is done.
       loss: nats per token of validation, and `perplexity`, its exponential.
     """

@@ -103,14 +103,14 @@ def adapter(path: str | Path, base: bases.Base) -> tuple[ParamTransform, Delta]:
     path = Path(path)
     if not (path / "config.json").is_file():
         return bases.adapter(path, base)
-    read_config(path)  # registers a method of the user's own
+    read_config(path)  # registers a method from a file
     run = checkpoints.load(path)
     checkpoints.check_base(checkpoints.meta_of(path)["base"], base.identity, path)
     return run.method, run.delta
 
 
 def read_config(workdir: str | Path) -> ConfigDict:
-    """The config of the run in a workdir; the methods of the user's own that it names are registered."""
+    """The config of the run in a workdir; the methods from files that it names are registered."""
     file = Path(workdir) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: is {workdir} the workdir of a run?")

@@ -40,7 +40,7 @@ class RunResult(NamedTuple):
     Attributes:
       workdir: of the run.
       finished: False where SIGTERM ended it; all is saved, and the same call resumes it.
-      step, total: the steps done, and those of the whole run.
+      step, total: the steps done, and the steps of the run.
       delta: trained; None of method "none", and of several seeds.
       adapter: the file of the delta; None where nothing trained or not all is done.
       summary: what summary.json holds; None on all but the first process, and where not all is done.
@@ -122,7 +122,7 @@ def train(
       config: of `default_config`, or of a config file.
       workdir: made where there is none.
       task: what to learn, instead of the task that the config names.
-      method: what trains, instead of the config's method and head, which it replaces as a whole.
+      method: what trains, in place of both the config's method and its head.
       metrics: of validation, besides the task's own: name -> (outputs, labels) -> figure.
       loggers: get every entry of the metrics too, of several seeds with "seed_0/" before each name; closed at the end.
       command: the command line that makes the run again, for summary.json.

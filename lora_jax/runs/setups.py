@@ -62,7 +62,7 @@ def load(
 
 
 def warm_start(config: ConfigDict, method: lj.ParamTransform, base: bases.Base) -> tuple[dict[str, Any], str]:
-    """The entries of the adapter that the config starts from, those which fit; and a line that says which do not.
+    """The entries of the adapter that the config starts from, those which fit; and a line that names the others.
 
     Raises:
       ValueError: another base's adapter, one that the config's method scales otherwise, or nothing of it fits.
@@ -81,7 +81,7 @@ def warm_start(config: ConfigDict, method: lj.ParamTransform, base: bases.Base) 
     if not fitting:
         raise ValueError(f"{path}: nothing of this adapter fits the method of the config")
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), wanted)
-    flat, treedef = flatten(base.params)  # what they trained whole has perhaps another shape: a head
+    flat, treedef = flatten(base.params)  # a tuned leaf may have another shape there: a head
     theirs_base = jax.tree.unflatten(treedef, [delta.get(path, {}).get("value", leaf) for path, leaf in flat])
     ours = method.apply(base.params, lj.Delta(zeros | fitting))
     if other := training.difference(theirs.apply(theirs_base, delta), ours, among=fitting):

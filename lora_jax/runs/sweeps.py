@@ -27,7 +27,7 @@ class SweepResult(NamedTuple):
     Attributes:
       workdir: of the sweep.
       finished: False where SIGTERM ended it; all is saved, and the same call resumes it.
-      total: the steps of the whole sweep.
+      total: the steps of the sweep.
       members: the result of each member by the name of its folder; None for one that diverged.
       rows: a row of a table for each member, as in sweep.json; none on all but the first process.
     """
@@ -102,7 +102,7 @@ def _prepare(
     params = {first.seed: base.params}
     prepared = []
     for name, member in configs.items():
-        if member.seed not in params:  # draws its own head, where there is a new one
+        if member.seed not in params:  # another seed draws another head, where the head is new
             params[member.seed] = bases.load(member, mesh=mesh, task=task).params if member.get("head") else base.params
         method = lj.from_spec(methods.spec(member, base.model, base.new))
         batches = dataclasses.replace(setup.batches["train"], seed=member.seed)

@@ -1,6 +1,6 @@
-"""Tasks: what a run learns from which data, known to configs by a name.
+"""Tasks: what a run learns from which data; configs know them by a name.
 
-A task of one's own, passed to `train` or registered, in whatever package:
+A task of a user's package, passed to `train` or registered:
 
     register_task("reviews", classification(load_reviews, ("bad", "good")))
     config.data.name = "reviews"
@@ -54,7 +54,7 @@ def register_task(name: str, task: Task) -> None:
 
 
 def task_named(name: str) -> Task:
-    """The task of that name: registered, of GLUE, of `data.tasks`, or "FILE.py:NAME", a Task in a file of one's own.
+    """The task of that name: registered, of GLUE, of `data.tasks`, or "FILE.py:NAME", a Task in a Python file.
 
     Raises:
       ValueError: there is none; shows those there are.

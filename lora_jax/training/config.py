@@ -32,7 +32,7 @@ class OptimizerConfig:
       learning_rate: the peak.
       schedule: after the warm-up: "linear" or "cosine" down to `end_lr_ratio`, or "constant".
       warmup_steps: steps of linear warm-up from 0; None: `warmup_ratio` of all steps, rounded up.
-      warmup_ratio: see there.
+      warmup_ratio: the share of all steps that warms up, where `warmup_steps` is None.
       end_lr_ratio: the rate at the last step, over the peak.
       b1, b2, eps: Adam's.
       weight_decay: decoupled, times the rate.
@@ -75,16 +75,16 @@ class TrainConfig:
     Attributes:
       seed: of the delta's start, of dropout and of the order of the data.
       epochs: how often each example comes.
-      steps: of the whole run, to which the rate decays, instead of epochs.
+      steps: the length of the run, instead of `epochs`; the rate decays until then.
       accumulate: micro-batches that a batch is split into.
       label_smoothing: of a language model's loss in training.
-      metrics: of validation, besides the objective's own: names of `register_metric`.
+      metrics: names of `register_metric`: metrics of validation besides those of the objective.
       best: the validation metric whose highest value's delta is kept in adapter/; None or "": the last delta.
       log_every: steps between two entries of the training loss.
       eval_every: steps between two validations, besides each epoch's end.
       save_every: steps between two checkpoints, besides each epoch's end.
       max_to_keep: checkpoints, the newest ones.
-      optimizer: see there.
+      optimizer: AdamW and its schedule.
     """
 
     seed: int = 0

@@ -94,7 +94,7 @@ class Log:
     Of several processes the first one writes; each knows all entries.
 
     Args:
-      loggers: written to as well; who made them closes them.
+      loggers: get every entry as well; the caller closes them.
     """
 
     def __init__(self, workdir: str | Path, step: int, loggers: Sequence[Logger] = ()) -> None:

@@ -64,7 +64,7 @@ class Job(NamedTuple):
       base: the base's `checkpoints.identity`.
       params: the base, without the leaves that the delta holds.
       state: new, or of the newest checkpoint; of a sweep stacked and padded. `drive` uses it up.
-      start, total: the steps done, and those of the whole run.
+      start, total: the steps done, and the steps of the run.
       batches: `batches(epoch)[i]` is one for `step`, once `put` has placed it.
       step: (state, params, batch) -> state.
       validate: state -> the figures of each run, None where the loss is not finite.
@@ -127,7 +127,7 @@ def prepare(
     """A run of this config in this workdir, from its start or from its newest good checkpoint.
 
     Drop the params afterwards: the job has all that it needs, each tuned leaf once. With several processes
-    (`jax.distributed`) all of them call this with the same arguments; the workdir is one that all see.
+    (`jax.distributed`) all of them call this with the same arguments, and a workdir that all of them can write.
 
     Args:
       config: a TrainConfig, or a ConfigDict with its keys and others besides. Where it has `best`, the delta with the
@@ -204,14 +204,14 @@ def _state(
     """The newest good checkpoint, or where there is none the start; placed on the mesh."""
     shapes = jax.eval_shape(start, params)
     adapted = jax.eval_shape(method.apply, params, shapes.delta)
-    places = steps.state_shardings(shapes, placement, adapted)
+    state_shardings = steps.state_shardings(shapes, placement, adapted)
     if processes.on_primary(lambda: checkpoints.latest_step(workdir)) is None:
-        return jax.jit(start, out_shardings=places)(params)
+        return jax.jit(start, out_shardings=state_shardings)(params)
 
-    def placed(x: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    def placed(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    state = checkpoints.restore(workdir, jax.tree.map(placed, shapes, places), base=base)
+    state = checkpoints.restore(workdir, jax.tree.map(placed, shapes, state_shardings), base=base)
     spec = checkpoints.meta_of(workdir)["spec"]
     if json.dumps(spec) != json.dumps(method.spec):  # equal also of a method that no name makes again
         then, now = from_spec(spec).apply(params, state.delta), method.apply(params, state.delta)
@@ -226,7 +226,7 @@ def train(job: Job) -> Result:
     Raises:
       ValueError: a batch has no labels, or loss or gradient are not finite; names the step. The
         checkpoints before it stay.
-      OSError: the workdir cannot be written; names the newest checkpoint that is whole.
+      OSError: the workdir cannot be written; names the newest complete checkpoint.
     """
     state, done = drive(job)
     plot_loss(job.workdir)
@@ -336,7 +336,7 @@ def _unwritten(workdir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # says so already
+        if error.errno is None:  # names it already
             raise
         checkpoints.raise_unwritten(workdir, error)
 

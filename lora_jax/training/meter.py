@@ -25,8 +25,8 @@ def fetch(state: State) -> list[dict[str, float]]:
 class LabelCount:
     """Finds a batch without labels.
 
-    Each of several processes has its own rows of a batch. To ask the others at every step would be to wait for them:
-    they are asked when something is written, and nothing is written of such a batch.
+    Each of several processes has only its rows of a batch. Asking the others at every step would mean waiting for them:
+    they are asked before something is written, so that nothing is written of such a batch.
     """
 
     def __init__(self, workdir: Path, epoch_steps: int, start: int) -> None:

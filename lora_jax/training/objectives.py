@@ -68,7 +68,7 @@ def with_metrics(objective: Objective, metrics: Mapping[str, Metric] | Sequence[
 
 
 # The logits of a batch are made and used up in so many chunks, of so many tokens at least: of 8 x 128 tokens and 50,257
-# words, chunks of 256 take 0.88 s with gradients, of 64 1.16 s, the whole 1.05 s (412 MB of temporary memory, not 103).
+# words, chunks of 256 take 0.88 s with gradients, of 64 1.16 s, one chunk 1.05 s (412 MB of temporary memory, not 103).
 CHUNKS, LEAST = 8, 256
 
 

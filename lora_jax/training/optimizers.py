@@ -19,7 +19,7 @@ def schedule(config: Any, steps: int, peak: Any = None) -> optax.Schedule:
 
     Args:
       config: an OptimizerConfig, or a mapping of its keys.
-      steps: of the whole run; the rate reaches `end_lr_ratio` of the peak there.
+      steps: of the run; the rate reaches `end_lr_ratio` of the peak there.
       peak: instead of the config's `learning_rate`; it may be traced.
     """
     config = OptimizerConfig.of(config)

@@ -15,13 +15,13 @@ from lora_jax.distributed.sharding import Placement
 from lora_jax.training.objectives import Objective
 
 # What a step adds up on the device since the metrics were last fetched, all at once: the loss and
-# the labels (sums), the tokens computed and the real ones (sums), the newest gradient norm and
+# the labels (sums), the tokens computed and those that are not padding (sums), the newest gradient norm and
 # learning rate, and the first step with a non-finite loss or gradient (0: none).
 METRICS = ("loss", "labels", "tokens", "real_tokens", "gradient_norm", "learning_rate", "bad_step")
 
 
 class State(NamedTuple):
-    """All that a run needs to go on; every leaf is a device array.
+    """All that a run needs to resume; every leaf is a device array.
 
     Attributes:
       step: () int32, the steps done; the position in the data follows from it.
@@ -87,7 +87,7 @@ def make_step(
     Each array of the batch is (k, b, ...): k micro-batches of b rows. Their losses and gradients
     are summed and divided once by all their labels, so that k micro-batches are one big batch
     however the labels spread over them. Only the delta is differentiated. Where a batch has a
-    `strength` (b,) or (b, K), each row trains the adapters of a bank that it says (`lora_jax.bank`).
+    `strength` (b,) or (b, K), each row trains those adapters of a bank that it selects (`lora_jax.bank`).
     """
 
     def step(state: State, params: Any, batch: dict[str, Array]) -> State:

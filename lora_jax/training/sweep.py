@@ -132,7 +132,7 @@ def train(sweep: Job) -> list[Result | None] | None:
 
     Raises:
       ValueError: a batch has no labels, or every member diverged.
-      OSError: the workdir cannot be written; names the newest checkpoint that is whole.
+      OSError: the workdir cannot be written; names the newest complete checkpoint.
     """
     states, done = drive(sweep)
     return _finish(sweep, states) if done == sweep.total else None

@@ -55,10 +55,10 @@ def difference(first: Any, second: Any, among: Container[str] | None = None) -> 
     """Where two adapted trees of one base compute different functions, in words; "" where they do not. What acts in
     training alone (dropout) is not compared; `among` limits it to some paths."""
     (first, taps), (second, other_taps) = untapped(first), untapped(second)
-    said, others_said = ({tap.name: (tap.fn, tap.layers, tap.count) for tap in each} for each in (taps, other_taps))
-    for name in (name for name in said | others_said if among is None or name in among):
-        if said.get(name) != others_said.get(name):
-            return f"{name} is {said.get(name)} in one, {others_said.get(name)} in the other"
+    ours, theirs = ({tap.name: (tap.fn, tap.layers, tap.count) for tap in group} for group in (taps, other_taps))
+    for name in (name for name in ours | theirs if among is None or name in among):
+        if ours.get(name) != theirs.get(name):
+            return f"{name} is {ours.get(name)} in one, {theirs.get(name)} in the other"
     ones, others = ({p: w for p, w in flatten(tree, is_adapted)[0] if is_adapted(w)} for tree in (first, second))
     for path in (path for path in [*ones, *others] if among is None or path in among):
         one, other = ones.get(path), others.get(path)

@@ -200,5 +200,5 @@ def test_a_full_disk_is_one_error_that_names_what_is_whole(inputs: Path) -> None
     (error,) = (line for line in said.splitlines() if "error: " in line)
     step = checkpoints.latest_step(workdir)
     assert "full_disk cannot be written: " in error and "File too large" in error, error
-    assert f"the checkpoint of step {step} is whole; the same command goes on" in error, error
+    assert f"the checkpoint of step {step} is complete; the same command resumes it" in error, error
     assert checkpoints.load(workdir).step == step
