@@ -92,7 +92,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except (AttributeError, KeyError) as error:  # of ml_collections: a key that is not there
         message = str(error.args[0])
         hint = re.search(r"Did you mean .*\?", message)
-        advice = hint[0] if hint else "The config file lists the keys."
+        advice = hint[0] if hint else "lora_jax/runs/config.py lists the keys."
         _end(f"the config has no key {re.findall(r'[a-zA-Z_]+', message)[0]!r}. {advice}")
     except flags.Error as error:
         _end(str(error).strip().splitlines()[-1])

@@ -4,8 +4,8 @@
     python -m experiments.train --config=configs/e2e.py:medium --workdir=runs/r8 \\
       --config.lora.rank=8 --config.base=/models/gpt2-medium --config.data.path=/data/e2e
 
-Every key of the config can be set as --config.KEY=VALUE; the config file lists them and the names
-after its colon. The workdir gets config.json, metrics.jsonl, TensorBoard events, loss.png,
+Every key of the config can be set as --config.KEY=VALUE; lora_jax/runs/config.py lists them, the
+config file the names after its colon. The workdir gets config.json, metrics.jsonl, TensorBoard events, loss.png,
 checkpoints/ and at the end adapter/ and summary.json; where the config has several seeds, a folder
 for each and the medians in summary.json. The same command resumes a run that was stopped: by
 Ctrl-C, SIGTERM (saves first), SIGKILL or a crash.

@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -99,7 +99,7 @@ def _module(file: Path) -> ModuleType:
     return module
 
 
-def placeholders(spec: dict[str, Any], model: Any) -> dict[str, Sequence[int]]:
+def placeholders(spec: Mapping[str, Any], model: Any) -> dict[str, Sequence[int]]:
     """The ids, behind the vocabulary, that the data insert for a method: {"before": prefix, "after": infix}."""
     prefix, infix = inserted_tokens(spec)
     first = model.config.vocab_size
