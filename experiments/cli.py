@@ -2,21 +2,18 @@
 
 import contextlib
 import os
-import re
 import shlex
 import sys
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
 
+from experiments.ending import end, parse, unraisable, with_new_names
 from lora_jax.distributed import processes
 from lora_jax.metrics.statistics import spread  # noqa: F401  used as cli.spread
-from lora_jax.training.config import RENAMED
 
 flags.DEFINE_string("workdir", None, "Folder of the run: made, or resumed if it holds one.")
 flags.DEFINE_string("out", None, "What to write: see above.")
@@ -42,9 +39,9 @@ def run(main: Callable[[], None]) -> None:
             logging.set_verbosity(logging.WARNING)
             # orbax tells each step it takes, and every error with its traceback before it raises it
             logging.get_absl_logger().setLevel("CRITICAL")
-            sys.unraisablehook = _unraisable
+            sys.unraisablehook = unraisable
         if len(argv) > 1:
-            _end(f"{argv[1]!r} is not expected: write --flag=value")
+            end(f"{argv[1]!r} is not expected: write --flag=value")
         keep_compiled()
         values = flags.FLAGS
         try:
@@ -57,18 +54,17 @@ def run(main: Callable[[], None]) -> None:
         except (ValueError, TypeError, OSError) as error:
             if flags.FLAGS.verbosity > 0:
                 traceback.print_exc()
-            _end(str(error), at_once=isinstance(error, OSError))
+            end(str(error), at_once=isinstance(error, OSError))
         except (Exception, KeyboardInterrupt) as error:
             if not jax.distributed.is_initialized():
                 raise
             if flags.FLAGS.verbosity > 0 or not isinstance(error, jax.errors.JaxRuntimeError):
                 traceback.print_exc()
             reason = (str(error).splitlines() or [""])[0]
-            _end(f"{type(error).__name__} {reason} (has another process of the run ended?)")
+            end(f"{type(error).__name__} {reason} (has another process of the run ended?)")
 
-    for old, new in RENAMED.items():  # ml_collections reads sys.argv
-        sys.argv[1:] = [re.sub(rf"^(--?config\.){re.escape(old)}(?==|$)", rf"\g<1>{new}", arg) for arg in sys.argv[1:]]
-    app.run(guarded, flags_parser=_parse)
+    sys.argv[1:] = with_new_names(sys.argv[1:])  # ml_collections reads sys.argv
+    app.run(guarded, flags_parser=parse)
 
 
 def keep_compiled() -> None:
@@ -84,33 +80,3 @@ def keep_compiled() -> None:
 def command(name: str) -> str:
     """The command line of this process, of the entry point of that name, for what is made again with it."""
     return shlex.join(["python", "-m", f"experiments.{name}", *sys.argv[1:]])
-
-
-def _parse(argv: Sequence[str]) -> list[str]:
-    try:
-        return flags.FLAGS(argv)
-    except (AttributeError, KeyError) as error:  # of ml_collections: a key that is not there
-        message = str(error.args[0])
-        hint = re.search(r"Did you mean .*\?", message)
-        advice = hint[0] if hint else "lora_jax/runs/config.py lists the keys."
-        _end(f"the config has no key {re.findall(r'[a-zA-Z_]+', message)[0]!r}. {advice}")
-    except flags.Error as error:
-        _end(str(error).strip().splitlines()[-1])
-
-
-def _end(message: str, *, at_once: bool = False) -> NoReturn:
-    """Ends the program with a message. At once: without what usual exits do, which waits for the other processes, and
-    tells of what orbax could not finish."""
-    sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    if jax.distributed.is_initialized() and jax.process_index() == 0:
-        time.sleep(1)  # the end of this process ends the others: let them say their word
-    if at_once or jax.distributed.is_initialized():
-        os._exit(1)
-    sys.exit(1)
-
-
-def _unraisable(raised: Any) -> None:
-    # 2026-11-29: a read or write that fails leaves tensorstore's others to a loop that orbax has closed.
-    if "Event loop is closed" not in str(raised.exc_value):
-        sys.__unraisablehook__(raised)

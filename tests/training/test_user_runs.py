@@ -13,6 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import lora_jax as lj
+from experiments.ending import with_new_names
 from lora_jax import checkpoints, runs, training
 from lora_jax.models import gpt2
 from lora_jax.training.config import RENAMED, TrainConfig, as_config_dict
@@ -186,6 +187,19 @@ def test_old_names_of_keys_mean_the_same(folder: Path, tmp_path: Path) -> None:
     config.optimizer.end_lr_ratio = 0.2
     with pytest.raises(ValueError, match=r"optimizer.end_lr_ratio is 0.1 there and 0.2 here"):
         runs.train(config, tmp_path / "run")
+
+
+def test_old_names_on_the_command_line() -> None:
+    old = ["--config.keep=5", "-config.optimizer.final_share", "0.1", "--config.data.keep=1", "--config.keeper=1"]
+    new = [
+        "--config.max_to_keep=5",
+        "-config.optimizer.end_lr_ratio",
+        "0.1",
+        "--config.data.keep=1",
+        "--config.keeper=1",
+    ]
+    assert with_new_names(old) == new
+    assert with_new_names(["--workdir=config.keep"]) == ["--workdir=config.keep"]
 
 
 def test_a_config_is_read_by_its_keys() -> None:

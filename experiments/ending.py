@@ -1,0 +1,55 @@
+"""How an entry point that cannot continue ends: with one message that a user can act on."""
+
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import jax
+from absl import flags
+
+
+def with_new_names(arguments: Sequence[str]) -> list[str]:
+    """The arguments, in which keys of the config have their new names."""
+    if not any(argument.lstrip("-").startswith("config.") for argument in arguments):
+        return list(arguments)
+    from lora_jax.training.config import RENAMED  # slow to import
+
+    for old, new in RENAMED.items():
+        pattern = rf"^(--?config\.){re.escape(old)}(?==|$)"
+        arguments = [re.sub(pattern, rf"\g<1>{new}", argument) for argument in arguments]
+    return list(arguments)
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """absl's parsing of the flags; a flag or a key of the config that there is not ends the program."""
+    try:
+        return flags.FLAGS(argv)
+    except (AttributeError, KeyError) as error:  # of ml_collections: a key that is not there
+        message = str(error.args[0])
+        hint = re.search(r"Did you mean .*\?", message)
+        advice = hint[0] if hint else "lora_jax/runs/config.py lists the keys."
+        end(f"the config has no key {re.findall(r'[a-zA-Z_]+', message)[0]!r}. {advice}")
+    except flags.Error as error:
+        end(str(error).strip().splitlines()[-1])
+
+
+def end(message: str, *, at_once: bool = False) -> NoReturn:
+    """Ends the program with a message. At once: without what usual exits do, which waits for the other processes, and
+    tells of what orbax could not finish."""
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized() and jax.process_index() == 0:
+        time.sleep(1)  # the end of this process ends the others: let them say their word
+    if at_once or jax.distributed.is_initialized():
+        os._exit(1)
+    sys.exit(1)
+
+
+def unraisable(raised: Any) -> None:
+    """Python's hook for errors in destructors, without one that says nothing."""
+    # 2026-11-29: a read or write that fails leaves tensorstore's others to a loop that orbax has closed.
+    if "Event loop is closed" not in str(raised.exc_value):
+        sys.__unraisablehook__(raised)
