@@ -40,7 +40,7 @@ HEAVY = {"flax", "orbax", "safetensors", "huggingface_hub", "tokenizers", "datas
 CORE = {"core", "methods"}
 LAYERS = {
     "models": ({"core.dropout", "core.extras"}, {"jax", "flax", "numpy"}),
-    "data": ({"core.extras"}, {"numpy", "datasets", "tokenizers", "huggingface_hub"}),
+    "data": ({"core.extras"}, {"numpy", "datasets", "jaxtyping", "tokenizers", "huggingface_hub"}),
     "metrics": ({"core.extras"}, {"numpy", "sacrebleu", "scipy", "sklearn"}),
     "distributed": (CORE | {"models"}, CORE_OUTSIDE),
     "checkpoints": (CORE | {"models", "distributed"}, CORE_OUTSIDE | HEAVY),
@@ -48,7 +48,7 @@ LAYERS = {
     "generation": (CORE | {"models"}, CORE_OUTSIDE | {"flax", "tokenizers", "tqdm"}),
     "training": (
         CORE | {"models", "data", "metrics", "distributed", "checkpoints", "interop", "generation"},
-        CORE_OUTSIDE | HEAVY | {"tqdm", "tensorboardX", "matplotlib", "ml_collections"},
+        CORE_OUTSIDE | HEAVY | {"tqdm", "tensorboardX", "matplotlib", "ml_collections", "jaxtyping"},
     ),
 }
 LAYERS["planning"] = (CORE | {"models", "distributed", "checkpoints", "training"}, CORE_OUTSIDE)

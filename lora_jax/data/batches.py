@@ -25,7 +25,11 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.core.extras import extra
 from lora_jax.data.encoded import Encoded, Texts
+
+with extra("data"):
+    from jaxtyping import Bool, Int, Int32, Shaped
 
 Batch = dict[str, np.ndarray]
 
@@ -80,13 +84,13 @@ class Epoch(Sequence):
     """The batches of one epoch, each made when asked for.
 
     Attributes:
-      rows: (steps, batch_size) of all processes together; -1 for none.
-      bucket_of: (steps,) each batch's bucket.
+      rows: of all processes together; -1 for none.
+      bucket_of: each batch's bucket.
     """
 
     schedule: Schedule
-    rows: np.ndarray
-    bucket_of: np.ndarray
+    rows: Int[np.ndarray, "steps batch_size"]
+    bucket_of: Int[np.ndarray, " steps"]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -170,7 +174,7 @@ def classified(examples: Texts, batch_size: int, seed: int = 0, *, buckets: int 
       ValueError: a batch size or a number of buckets below 1.
     """
     _check_sizes(batch_size, buckets)
-    lengths, members = _whole_batches(examples.lengths, batch_size, buckets)
+    lengths, members = _full_batches(examples.lengths, batch_size, buckets)
 
     def collate(rows: np.ndarray, length: int, count: int) -> Batch:
         return _texts_batch(examples, rows, length)
@@ -178,7 +182,7 @@ def classified(examples: Texts, batch_size: int, seed: int = 0, *, buckets: int 
     return Schedule(members, tuple((length, 1) for length in lengths), batch_size, seed, collate)
 
 
-def in_order(epoch: Epoch, outputs: Sequence[np.ndarray]) -> np.ndarray:
+def in_order(epoch: Epoch, outputs: Sequence[Shaped[np.ndarray, "b ..."]]) -> Shaped[np.ndarray, "N ..."]:
     """What was computed for each row, in the order of the rows.
 
     Args:
@@ -197,7 +201,7 @@ def in_order(epoch: Epoch, outputs: Sequence[np.ndarray]) -> np.ndarray:
     return flat[np.argsort(rows)[np.count_nonzero(rows < 0) :]]
 
 
-def packed(tokens: np.ndarray, batch_size: int, length: int, seed: int = 0, *, eos: int) -> Schedule:
+def packed(tokens: Int32[np.ndarray, " total"], batch_size: int, length: int, seed: int = 0, *, eos: int) -> Schedule:
     """Rows of exactly `length` tokens out of documents laid end to end, for pretraining.
 
     Every document begins with `eos`, as `text.encode` makes them, and so every token of the stream
@@ -206,7 +210,6 @@ def packed(tokens: np.ndarray, batch_size: int, length: int, seed: int = 0, *, e
     each segment. The last row of all may be short.
 
     Args:
-      tokens: (total,) int32.
       length: l; also n.
       eos: the token that begins a document.
 
@@ -225,7 +228,7 @@ def packed(tokens: np.ndarray, batch_size: int, length: int, seed: int = 0, *, e
     return Schedule((rows,), ((length, length),), batch_size, seed, collate)
 
 
-def bucket_lengths(lengths: np.ndarray, count: int) -> np.ndarray:
+def bucket_lengths(lengths: Int[np.ndarray, " rows"], count: int) -> Int[np.ndarray, " buckets"]:
     """At most `count` lengths to pad to, ascending, with the least padding in all.
 
     >>> bucket_lengths(np.array([3, 3, 4, 9, 10, 10]), 2)
@@ -235,10 +238,12 @@ def bucket_lengths(lengths: np.ndarray, count: int) -> np.ndarray:
     return values[_cuts(values, np.cumsum(counts), count)]
 
 
-def _whole_batches(lengths: np.ndarray, batch_size: int, count: int) -> tuple[list[int], tuple[np.ndarray, ...]]:
+def _full_batches(
+    lengths: Int[np.ndarray, " rows"], batch_size: int, count: int
+) -> tuple[list[int], tuple[Int[np.ndarray, " _"], ...]]:
     """The lengths of at most `count` buckets of full batches, and their rows, with the least padding in all.
 
-    >>> _whole_batches(np.array([9, 3, 4, 3, 5]), 2, 2)
+    >>> _full_batches(np.array([9, 3, 4, 3, 5]), 2, 2)
     ([4, 9], (array([-1,  1,  3,  2]), array([4, 0])))
     """
     order = np.concatenate([np.full(-len(lengths) % batch_size, -1), np.argsort(lengths, kind="stable")])
@@ -250,7 +255,7 @@ def _whole_batches(lengths: np.ndarray, batch_size: int, count: int) -> tuple[li
     return along[ends - 1].tolist(), tuple(np.split(order, ends[:-1]))
 
 
-def _cuts(values: np.ndarray, below: np.ndarray, count: int) -> np.ndarray:
+def _cuts(values: Int[np.ndarray, " ends"], below: Int[np.ndarray, " ends"], count: int) -> Int[np.ndarray, " buckets"]:
     """Which of the possible ends to choose for at most `count` buckets, the last one among them, so that padding is
     least. At end i a bucket is padded to `values[i]`, and `below[i]` rows lie before it; both ascend."""
     below = np.concatenate([[0], below])
@@ -273,14 +278,16 @@ def _check_sizes(batch_size: int, buckets: int) -> None:
         raise ValueError(f"batch_size={batch_size}, buckets={buckets}: both must be at least 1")
 
 
-def _positions(examples: Encoded | Texts, rows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(b, l): where each row's tokens lie, and which of those positions belong to the row."""
+def _positions(
+    examples: Encoded | Texts, rows: Int[np.ndarray, " b"], length: int
+) -> tuple[Int[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
+    """Where each row's tokens lie, and which of those positions belong to the row."""
     along = np.arange(length)
     mask = (rows >= 0)[:, None] & (along < examples.lengths[rows][:, None])
     return examples.offsets[rows][:, None] + along, mask
 
 
-def _texts_batch(examples: Texts, rows: np.ndarray, length: int) -> Batch:
+def _texts_batch(examples: Texts, rows: Int[np.ndarray, " b"], length: int) -> Batch:
     at, mask = _positions(examples, rows, length)
     real = rows >= 0
     return {
@@ -292,7 +299,7 @@ def _texts_batch(examples: Texts, rows: np.ndarray, length: int) -> Batch:
     }
 
 
-def _pairs_batch(examples: Encoded, rows: np.ndarray, length: int, count: int) -> Batch:
+def _pairs_batch(examples: Encoded, rows: Int[np.ndarray, " b"], length: int, count: int) -> Batch:
     at, mask = _positions(examples, rows, length)
     first = examples.offsets[rows][:, None]
     start = examples.starts[rows][:, None]
@@ -308,7 +315,7 @@ def _pairs_batch(examples: Encoded, rows: np.ndarray, length: int, count: int) -
     }
 
 
-def _packed_batch(tokens: np.ndarray, rows: np.ndarray, length: int, eos: int) -> Batch:
+def _packed_batch(tokens: Int32[np.ndarray, " total"], rows: Int[np.ndarray, " b"], length: int, eos: int) -> Batch:
     along = np.arange(length)
     at = rows[:, None] * length + along
     mask = (rows >= 0)[:, None] & (at < len(tokens) - 1)
@@ -326,6 +333,8 @@ def _packed_batch(tokens: np.ndarray, rows: np.ndarray, length: int, eos: int) -
     }
 
 
-def _take(tokens: np.ndarray, at: np.ndarray, where: np.ndarray) -> np.ndarray:
+def _take(
+    tokens: Int[np.ndarray, " total"], at: Int[np.ndarray, "b l"], where: Bool[np.ndarray, "b l"]
+) -> Int32[np.ndarray, "b l"]:
     """The tokens at those positions, 0 where `where` is False (the position may lie outside)."""
     return np.where(where, tokens.take(at, mode="clip"), 0).astype(np.int32)

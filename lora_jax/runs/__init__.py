@@ -5,15 +5,18 @@ loaded = runs.load("runs/e2e")             # model, params, tokenizer, method, d
 runs.evaluate(loaded).result["scores"]
 """
 
-from lora_jax.runs.config import default_config
-from lora_jax.runs.evaluation import Evaluation, complete, evaluate, predict
-from lora_jax.runs.exchange import Imported, export_run, import_run
-from lora_jax.runs.pretraining import Pretrained, pretrain
-from lora_jax.runs.reload import Loaded, load
-from lora_jax.runs.run import Prepared, RunResult, prepare, train
-from lora_jax.runs.sweeps import SweepResult, is_sweep, sweep
-from lora_jax.runs.tasks import Task, TextTask, classification, generation, register_task, task_named
-from lora_jax.training import Logger, register_metric
+from lora_jax.core.extras import extra
+
+with extra("train,hf,data"):
+    from lora_jax.runs.config import default_config
+    from lora_jax.runs.evaluation import Evaluation, complete, evaluate, predict
+    from lora_jax.runs.exchange import Imported, export_run, import_run
+    from lora_jax.runs.pretraining import Pretrained, pretrain
+    from lora_jax.runs.reload import Loaded, load
+    from lora_jax.runs.run import Prepared, RunResult, prepare, train
+    from lora_jax.runs.sweeps import SweepResult, is_sweep, sweep
+    from lora_jax.runs.tasks import Task, TextTask, classification, generation, register_task, task_named
+    from lora_jax.training import Logger, register_metric
 
 __all__ = [
     "Evaluation",

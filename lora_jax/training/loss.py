@@ -6,11 +6,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Float, Float32, Int, Shaped
 
 from lora_jax.core.arrays import scaled
 
+Sum = Float32[Array, ""]
 
-def cross_entropy(logits: Array, labels: Array, weights: Array, smoothing: float = 0.0) -> tuple[Array, Array]:
+
+def cross_entropy(
+    logits: Float[Array, "*positions vocabulary"],
+    labels: Int[Array, "*positions"],
+    weights: Float[Array, "*positions"],
+    smoothing: float = 0.0,
+) -> tuple[Sum, Sum]:
     """Weighted sum of the label-smoothed negative log-likelihood, and the sum of the weights.
 
     A token costs `(1 - smoothing) * nll + smoothing * mean over the vocabulary of -log p`, as in
@@ -18,12 +26,12 @@ def cross_entropy(logits: Array, labels: Array, weights: Array, smoothing: float
     mean: micro-batches and devices add up, and the caller divides once.
 
     Args:
-      logits: (..., vocabulary), any float dtype; computed in float32.
-      labels: (...) int.
-      weights: (...) float; 0 leaves a position out.
+      logits: any float dtype; computed in float32.
+      labels: ids of the vocabulary.
+      weights: 0 leaves a position out.
       smoothing: 0 is the plain negative log-likelihood, in nats.
 
-    Returns: (sum, count), two float32 scalars.
+    Returns: (sum, count).
     """
     logits = logits.astype(jnp.float32)
     weights = weights.astype(jnp.float32)
@@ -35,14 +43,22 @@ def cross_entropy(logits: Array, labels: Array, weights: Array, smoothing: float
     return jnp.sum(loss * weights), jnp.sum(weights)
 
 
-def squared_error(outputs: Array, labels: Array, weights: Array) -> tuple[Array, Array]:
-    """Weighted sum of the squared errors, and the sum of the weights; all (...) float, computed in float32."""
+def squared_error(
+    outputs: Float[Array, "*rows"], labels: Float[Array, "*rows"], weights: Float[Array, "*rows"]
+) -> tuple[Sum, Sum]:
+    """Weighted sum of the squared errors, and the sum of the weights; computed in float32."""
     error = outputs.astype(jnp.float32) - labels.astype(jnp.float32)
     weights = weights.astype(jnp.float32)
     return jnp.sum(error * error * weights), jnp.sum(weights)
 
 
-def chunked_loss(fn: Callable[..., Array], weights: Any, x: Array, *along: Array, chunks: int) -> Array:
+def chunked_loss(
+    fn: Callable[..., Sum],
+    weights: Any,
+    x: Float[Array, "b n *features"],
+    *along: Shaped[Array, "b n ..."],
+    chunks: int,
+) -> Sum:
     """The sum of `fn(weights, x, *along)` over chunks along axis 1 of x and of the arrays in `along`.
 
     The gradient of each chunk is formed as soon as its value is: what lies between (the logits of a cross-entropy) is
@@ -52,8 +68,8 @@ def chunked_loss(fn: Callable[..., Array], weights: Any, x: Array, *along: Array
     Args:
       fn: gives a float32 scalar, 0 where all of `along` is 0; closes over no traced array.
       weights: a pytree; of its leaves those get a gradient that are differentiated.
-      x: (b, n, ...) float.
-      along: (b, n, ...) each, without gradients.
+      x: what is cut, along axis 1.
+      along: cut as x is; without gradients.
       chunks: at most so many of equal size, the last one filled up with zeros.
     """
     if chunks <= 1 or not x.shape[1]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax.training.dynamic_scale import DynamicScale
 from jax import Array
+from jaxtyping import Float32, Int32, UInt32
 
 from lora_jax.core.freezing import partition, rejoin
 from lora_jax.core.transforms import Delta, ParamTransform
@@ -20,24 +21,27 @@ from lora_jax.training.objectives import Objective
 METRICS = ("loss", "labels", "tokens", "real_tokens", "gradient_norm", "learning_rate", "bad_step")
 
 
+Sums = Float32[Array, " 2"]  # of losses, and of weights
+
+
 class State(NamedTuple):
     """All that a run needs to resume; every leaf is a device array.
 
     Attributes:
-      step: () int32, the steps done; the position in the data follows from it.
+      step: the steps done; the position in the data follows from it.
       delta: float32.
       optimizer: the state of the optimizer, for the trainable half of the delta.
-      key: (2,) uint32, the data of the run's key; step i draws from `fold_in(key, i)`.
-      metrics: (7,) float32, see METRICS.
+      key: the data of the run's key; step i draws from `fold_in(key, i)`.
+      metrics: see METRICS.
       scaler: in float16, whose gradients would vanish else: what the loss is multiplied by (Micikevicius et al. 2018,
         arXiv 1710.03740). A step that overflows halves it and changes nothing else. None: no scaling.
     """
 
-    step: Array
+    step: Int32[Array, ""]
     delta: Delta
     optimizer: Any
-    key: Array
-    metrics: Array
+    key: UInt32[Array, " 2"]
+    metrics: Float32[Array, " 7"]
     scaler: DynamicScale | None = None
 
 
@@ -173,11 +177,11 @@ def _metrics(
 
 def make_validation(
     objective: Objective, method: ParamTransform | None
-) -> Callable[[Array, Delta, Any, dict[str, Array]], tuple[Array, Array | None]]:
-    """`validate(sums, delta, params, batch) -> (sums, outputs)`: (2,) float32, to which the batch's loss (no smoothing,
+) -> Callable[[Sums, Delta, Any, dict[str, Array]], tuple[Sums, Array | None]]:
+    """`validate(sums, delta, params, batch) -> (sums, outputs)`: the sums, to which the batch's loss (no smoothing,
     no dropout) and count are added, and the outputs where the objective has metrics. Without a method: of the base."""
 
-    def validate(sums: Array, delta: Delta, params: Any, batch: dict[str, Array]) -> tuple[Array, Array | None]:
+    def validate(sums: Sums, delta: Delta, params: Any, batch: dict[str, Array]) -> tuple[Sums, Array | None]:
         adapted = params if method is None else method.apply(params, delta, **_strength(batch))
         loss, count, outputs = objective.validation(adapted, batch, objective.metrics is not None)
         return sums + jnp.stack([loss, count]), outputs
