@@ -21,11 +21,13 @@ from tests.helpers import glue_inputs
 from tests.helpers.cli import make_inputs
 
 REVIEWS = """
+from pathlib import Path
+
 import datasets
 from lora_jax import runs
 
 def load(path, split):
-    rows = [line.split("\\t") for line in open(f"{path}/{split}.tsv").read().splitlines()]
+    rows = [line.split("\\t") for line in Path(path, f"{split}.tsv").read_text().splitlines()]
     return datasets.Dataset.from_dict({"first": [row[1] for row in rows], "label": [int(row[0]) for row in rows]})
 
 reviews = runs.classification(load, ("bad", "good"))
