@@ -35,10 +35,10 @@ def validate(objective: Objective, params: Any, validation: Schedule, *, placeme
     processes.check_mesh(placement.mesh)
     params = processes.place(params, placement.shardings(params))
     measure = jax.jit(make_validation(objective, None))
-    (figures,) = validator(measure, objective, validation, placement)(Delta(), params)
-    if figures is None:
+    (values,) = validator(measure, objective, validation, placement)(Delta(), params)
+    if values is None:
         raise ValueError("the validation loss is not finite")
-    return figures
+    return values
 
 
 def validator(
@@ -62,24 +62,25 @@ def validator(
             outputs.append(gathered(output, batch, placed))
         sums, outputs = jax.device_get(sums), jax.device_get(outputs)
         if members is None:
-            return [_figures(objective, sums, outputs)]
+            return [figures(objective, sums, outputs)]
         each = [[(None if x is None else x[number], batch) for x, batch in outputs] for number in range(members)]
-        return [_figures(objective, *of_member) for of_member in zip(sums, each, strict=True)]
+        return [figures(objective, *of_member) for of_member in zip(sums, each, strict=True)]
 
     return validate
 
 
-def _figures(
+def figures(
     objective: Objective, sums: np.ndarray, outputs: Sequence[tuple[np.ndarray | None, Batch]]
 ) -> Figures | None:
+    """Loss and metrics of what `make_validation` gave for all batches; None where the loss is not finite."""
     total, count = sums.tolist()
     if not count:
         raise ValueError("the validation data have no labels")
     if not math.isfinite(total):
         return None
-    figures = {"validation_loss": total / count}
+    values = {"validation_loss": total / count}
     if objective.metrics:
         predicted = [output[batch["weights"] > 0] for output, batch in outputs if output is not None]
         labels = [batch["labels"][batch["weights"] > 0] for _, batch in outputs]
-        figures |= objective.metrics(np.concatenate(predicted), np.concatenate(labels))
-    return figures
+        values |= objective.metrics(np.concatenate(predicted), np.concatenate(labels))
+    return values

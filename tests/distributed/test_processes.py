@@ -46,8 +46,8 @@ def never() -> Any:
 
 @pytest.mark.parametrize("value", [None, 3, "text", {"a": [1.5, None]}, "x" * 1500])
 def test_both_have_what_the_first_finds(two: Two, value: Any) -> None:
-    assert two.first(lambda: processes.by_first(lambda: value)) == value
-    assert two.second(lambda: processes.by_first(never)) == value
+    assert two.first(lambda: processes.on_primary(lambda: value)) == value
+    assert two.second(lambda: processes.on_primary(never)) == value
 
 
 @pytest.mark.parametrize("kind", [FileNotFoundError, PermissionError, ValueError, TypeError])
@@ -58,7 +58,7 @@ def test_both_raise_what_the_first_meets(two: Two, kind: type[Exception]) -> Non
     raised = OSError if kind is PermissionError else kind
     for process, function in ((two.first, fail), (two.second, never)):
         with pytest.raises(raised, match="no such thing") as caught:
-            process(lambda function=function: processes.by_first(function))
+            process(lambda function=function: processes.on_primary(function))
         assert type(caught.value) is raised
 
 

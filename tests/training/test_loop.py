@@ -17,9 +17,8 @@ import lora_jax as lj
 from lora_jax import checkpoints, training
 from lora_jax.data.batches import Batch, Schedule
 from lora_jax.distributed.sharding import Placement, make_mesh
-from lora_jax.training import Job, Log, loop
+from lora_jax.training import Job, validation
 from tests.helpers.runs import (
-    QV,
     equal_bits,
     model_and_params,
     prepare,
@@ -267,25 +266,40 @@ def test_batches_that_do_not_divide_are_refused(tmp_path: Path) -> None:
         prepare(tmp_path, run_config(accumulate=3))
     mesh = make_mesh({"data": 2, "fsdp": 2})
     with pytest.raises(ValueError, match=r"accumulate=2 micro-batches over 4 devices \(data x fsdp\)"):
-        prepare(tmp_path, run_config(accumulate=2), mesh=mesh, rules=gpt2_rules(VOCAB, mesh))
+        prepare(tmp_path, run_config(accumulate=2), placement=Placement.of(model_and_params()[0], mesh))
 
 
 def test_the_best_delta_is_kept(tmp_path: Path) -> None:
     """Of all so far, not of the newest measurement."""
-    method, config = lj.from_spec({"method": "lora", **QV}), run_config()
+    scores = iter([0.5, 0.2, 0.3, 0.9, 0.9])
+    kept, now = [], []
+
+    def validate(state: training.State) -> list[dict[str, float]]:
+        now.append(jax.device_get(state.delta))
+        return [{"validation_loss": 1.0, "score": next(scores)}]
+
+    config = run_config(steps=5, eval_every=1)
     config.best = "score"
-    delta = method.init(jax.random.key(0), model_and_params()[1])
-    kept = []
-    with Log(tmp_path, 0) as log:
-        for step, score in enumerate([0.5, 0.2, 0.3, 0.9, 0.9], 1):
-            found = {"validation_loss": 1.0, "score": score}
-            now = jax.tree.map(lambda x, step=step: x * 0 + step, delta)
-            loop.record(config, tmp_path, method, {"source": "tiny"}, log, step, found, now)
-            kept.append(float(checkpoints.load_adapter(tmp_path / "adapter")[1]["h_0/attn/query/kernel"]["a"][0, 0]))
-        config.best = "accuracy"
-        with pytest.raises(ValueError, match="best='accuracy' is no metric of validation: it has validation_loss, sc"):
-            loop.record(config, tmp_path, method, {"source": "tiny"}, log, 6, found, now)
-    assert kept == [1, 1, 1, 4, 4]
+    job = prepare(tmp_path, config)._replace(validate=validate)
+
+    def put(batch: Batch) -> dict[str, jax.Array]:
+        if now:
+            kept.append(checkpoints.load_adapter(tmp_path / "adapter")[1])
+        return job.put(batch)
+
+    training.train(job._replace(put=put))
+    kept.append(checkpoints.load_adapter(tmp_path / "adapter")[1])
+    assert [[equal_bits(delta, of_step) for of_step in now].index(True) for delta in kept] == [0, 0, 0, 3, 3]
+    assert [entry["score"] for entry in training.read_metrics(tmp_path) if "score" in entry] == [
+        0.5,
+        0.2,
+        0.3,
+        0.9,
+        0.9,
+    ]
+    other = prepare(tmp_path / "other", run_config(best="accuracy", steps=1))
+    with pytest.raises(ValueError, match="best='accuracy' is no metric of validation: it has validation_loss"):
+        training.train(other)
 
 
 def test_the_figures_of_validation_leave_empty_rows_out() -> None:
@@ -297,8 +311,8 @@ def test_the_figures_of_validation_leave_empty_rows_out() -> None:
         (np.array([7, 8]), {"weights": np.array([1.0, 1.0]), "labels": np.array([1, 2])}),
         (np.array([9, 0]), {"weights": np.array([1.0, 0.0]), "labels": np.array([3, 0])}),
     ]
-    found = loop.figures(objective, np.array([6.0, 4.0]), rows)
-    assert found == {"validation_loss": 1.5, "outputs": [7, 8, 9], "labels": [1, 2, 3]}
-    assert loop.figures(objective, np.array([np.nan, 4.0]), rows) is None
+    figures = validation.figures(objective, np.array([6.0, 4.0]), rows)
+    assert figures == {"validation_loss": 1.5, "outputs": [7, 8, 9], "labels": [1, 2, 3]}
+    assert validation.figures(objective, np.array([np.nan, 4.0]), rows) is None
     with pytest.raises(ValueError, match="no labels"):
-        loop.figures(objective, np.zeros(2), rows)
+        validation.figures(objective, np.zeros(2), rows)
