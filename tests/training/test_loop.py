@@ -297,7 +297,9 @@ def test_the_best_delta_is_kept(tmp_path: Path) -> None:
         0.9,
         0.9,
     ]
-    other = prepare(tmp_path / "other", run_config(best="accuracy", steps=1))
+    config = run_config(steps=1)
+    config.best = "accuracy"
+    other = prepare(tmp_path / "other", config)
     with pytest.raises(ValueError, match="best='accuracy' is no metric of validation: it has validation_loss"):
         training.train(other)
 
