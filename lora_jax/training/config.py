@@ -16,12 +16,6 @@ RENAMED = {
     "optimizer.warmup_share": "optimizer.warmup_ratio",
     "optimizer.b_ratio": "optimizer.loraplus_lr_ratio",
 }
-# What ("matrices",) was called in config.json then.
-_OLD_MATRICES = [
-    "**/{kernel,embedding}/{value,a,b,w1,w1_a,w1_b,w2,w2_a,w2_b,rows}",
-    "@shared/**/a",
-    "@*/*/{down,up,down_left,down_right,up_left,up_right,values}",
-]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,6 +133,4 @@ def with_new_names(config: Any) -> dict[str, Any]:
         part = values.get(group, {}) if group else values
         if name in part:
             part[new.rpartition(".")[2]] = part.pop(name)
-    if list(values.get("optimizer", {}).get("decay", ())) == _OLD_MATRICES:
-        values["optimizer"]["decay"] = ["matrices"]
     return values

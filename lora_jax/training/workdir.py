@@ -19,6 +19,13 @@ from lora_jax.training.logging import read_metrics
 # What may change when a run resumes. How the base is called may; its identity is compared.
 MAY_CHANGE = ("base", "decode", "log_every", "save_every", "max_to_keep", "mesh")
 
+# What ("matrices",) was called in config.json then.
+_OLD_MATRICES = [
+    "**/{kernel,embedding}/{value,a,b,w1,w1_a,w1_b,w2,w2_a,w2_b,rows}",
+    "@shared/**/a",
+    "@*/*/{down,up,down_left,down_right,up_left,up_right,values}",
+]
+
 
 def claim(workdir: str | Path, config: Any) -> None:
     """Writes config.json, the resolved config (a ConfigDict or a TrainConfig), into the workdir.
@@ -35,8 +42,7 @@ def _claim(workdir: str | Path, config: Any) -> None:
     path = Path(workdir) / "config.json"
     new = as_json(config)
     if path.exists() and (latest_step(workdir) is not None or read_metrics(workdir)):
-        defaults = _flat(as_json(TrainConfig()))
-        here, there = (defaults | _flat(values) for values in (new, with_new_names(json.loads(path.read_text()))))
+        here, there = _comparable(new), _comparable(with_new_names(json.loads(path.read_text())))
         keys = sorted(here.keys() | there.keys())
         different = [
             f"{key} is {there.get(key, 'absent')!r} there and {here.get(key, 'absent')!r} here"
@@ -49,6 +55,14 @@ def _claim(workdir: str | Path, config: Any) -> None:
                 "Give another --workdir, or the config it began with"
             )
     write_atomically(path, (json.dumps(new, indent=2) + "\n").encode())
+
+
+def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+    """A config's values by their full keys, with the defaults of the keys that it does not have."""
+    values = _flat(as_json(TrainConfig())) | _flat(config)
+    if values["optimizer.decay"] == _OLD_MATRICES:
+        values["optimizer.decay"] = ["matrices"]
+    return values
 
 
 def difference(first: Any, second: Any, among: Container[str] | None = None) -> str:
