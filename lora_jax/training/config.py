@@ -130,7 +130,7 @@ def with_new_names(config: Any) -> dict[str, Any]:
         values["optimizer"] = dict(values["optimizer"].items())
     for old, new in RENAMED.items():
         group, _, name = old.rpartition(".")
-        part = values.get(group, {}) if group else values
-        if name in part:
+        part = values.get(group) if group else values
+        if isinstance(part, dict) and name in part:
             part[new.rpartition(".")[2]] = part.pop(name)
     return values
