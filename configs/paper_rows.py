@@ -1,10 +1,12 @@
 """Every row of the paper's Tables 2, 3, 4 and 15 (Hu et al. 2021) with the config that has it, for experiments.count.
 
+Not a config of its own.
+
 Where the row's count is not the printed figure, a note gives the arithmetic. "Nominal" is a figure that is no count of
 what trains, "truncated" one that was not rounded; where the difference is not explained, the note says "differs".
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class PaperRow(NamedTuple):
@@ -142,3 +144,31 @@ ROWS = [
     *_rows(4, "GPT-3,", "gpt3", GPT3),
     *_rows(15, "GPT-3,", "gpt3", GPT3_SWEEP),
 ]
+
+
+def compared(row: PaperRow, number: int | None) -> dict[str, Any]:
+    """A row and the number of parameters that its config trains, as JSON: label, table, config, trained, printed,
+    verdict.
+
+    Raises:
+      ValueError: the number is not the paper's, and the row does not say why.
+    """
+    if number is not None and agrees(number, row.printed):
+        verdict = "; ".join(filter(None, ["equal", row.note]))
+    elif row.note:
+        verdict = row.note
+    else:
+        raise ValueError(f"Table {row.table}, {row.label}: {number:,} is not {row.printed}, and no note says why")
+    counted = {"label": row.label, "table": row.table, "config": row.config, "trained": number}
+    return counted | {"printed": row.printed, "verdict": verdict}
+
+
+def agrees(number: int, printed: str) -> bool:
+    """Whether a number rounds to a printed figure.
+
+    >>> agrees(11_089_152, "11.09M"), agrees(11_064_576, "11.09M")
+    (True, False)
+    """
+    figure, unit = printed[:-1], printed[-1]
+    decimals = len(figure.partition(".")[2])
+    return f"{number / {'M': 1e6, 'B': 1e9}[unit]:,.{decimals}f}" == figure

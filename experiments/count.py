@@ -21,7 +21,7 @@ from typing import Any
 
 from absl import flags
 
-from configs.paper_rows import ROWS, PaperRow
+from configs.paper_rows import ROWS, PaperRow, compared
 from experiments import cli, train
 from lora_jax.checkpoints import write_atomically
 from lora_jax.runs import shapes
@@ -29,7 +29,6 @@ from lora_jax.runs import shapes
 flags.DEFINE_bool("all", False, "Counts every row of the paper's Tables 2, 3, 4 and 15.")
 flags.declare_key_flag("config")
 flags.declare_key_flag("out")
-UNITS = {"M": 1e6, "B": 1e9}
 
 
 def main() -> None:
@@ -59,31 +58,8 @@ def trained(config: str) -> int:
 
 
 def paper_row(row: PaperRow) -> dict[str, Any]:
-    """A row of the paper with our count, as JSON: label, table, config, trained, printed, verdict.
-
-    Raises:
-      ValueError: the count is not the paper's, and the row does not say why.
-    """
-    number = row.formula if row.config is None else trained(row.config)
-    if number is not None and agrees(number, row.printed):
-        verdict = "; ".join(filter(None, ["equal", row.note]))
-    elif row.note:
-        verdict = row.note
-    else:
-        raise ValueError(f"Table {row.table}, {row.label}: {number:,} is not {row.printed}, and no note says why")
-    counted = {"label": row.label, "table": row.table, "config": row.config, "trained": number}
-    return counted | {"printed": row.printed, "verdict": verdict}
-
-
-def agrees(number: int, printed: str) -> bool:
-    """Whether a count rounds to a printed figure.
-
-    >>> agrees(11_089_152, "11.09M"), agrees(11_064_576, "11.09M")
-    (True, False)
-    """
-    figure, unit = printed[:-1], printed[-1]
-    decimals = len(figure.partition(".")[2])
-    return f"{number / UNITS[unit]:,.{decimals}f}" == figure
+    """A row of the paper with our count, as JSON."""
+    return compared(row, row.formula if row.config is None else trained(row.config))
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -13,86 +13,20 @@ experiments write such a file themselves, with --out. The README says where a ta
 and `results: benchmark_cpu step` takes those rows whose labels begin with step.
 """
 
-import json
-import re
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from experiments import cli, summaries
+from experiments import cli
 from lora_jax.checkpoints import write_atomically
+from lora_jax.runs import tables
+from lora_jax.runs.tables import table  # noqa: F401  until sweeps print it themselves
 
 flags.DEFINE_string("name", None, "Collects the runs under this name.")
 flags.DEFINE_multi_string("run", [], "LABEL:WORKDIR, a row of the table; as often as there are.")
 flags.DEFINE_string("readme", "README.md", "The file whose tables are written.")
 flags.DEFINE_string("folder", "docs/results", "Where the figures are.")
-
-COLUMNS = {
-    "table": ("table", "{}"),
-    "config": ("config", "`{}`"),
-    "size": ("rank or tokens", "{}"),
-    "trained": ("trained parameters", "{:,}"),
-    "rate": ("learning rate", "{:g}"),
-    "printed": ("the paper's figure", "{}"),
-    "verdict": ("", "{}"),
-    "adapter_bytes": ("adapter, bytes", "{:,}"),
-    "validation_loss": ("validation loss", "{:.4f}"),
-    "accuracy": ("accuracy", "{:.3f}"),
-    "f1": ("F1", "{:.3f}"),
-    "matthews": ("Matthews", "{:.3f}"),
-    "pearson": ("Pearson", "{:.3f}"),
-    "spearman": ("Spearman", "{:.3f}"),
-    "contexts": ("test contexts", "{:,}"),
-    "bleu": ("BLEU", "{:.2f}"),
-    "nist": ("NIST", "{:.2f}"),
-    "meteor": ("METEOR", "{:.3f}"),
-    "rouge_l": ("ROUGE-L", "{:.3f}"),
-    "cider": ("CIDEr", "{:.2f}"),
-    "ter": ("TER", "{:.3f}"),
-    "tokens_per_second": ("tokens/s", "{:,}"),
-    "relative_speed": ("relative to full fine-tuning", "{:.2f}"),
-    "steps_compared": ("steps", "{}"),
-    "loss_difference": ("losses differ by", "{:.1e}"),
-    "factor_difference": ("factors differ by", "{:.1e}"),
-    "ratio_total": ("our time over PEFT's", "{:.2f}"),
-    "ratio_median": ("median of the steps", "{:.2f}"),
-    "base_seconds": ("base, seconds", "{:.2f}"),
-    "latency_lora_merged": ("LoRA merged", "{:.2f}"),
-    "latency_lora": ("unmerged", "{:.2f}"),
-    "latency_adapter_l": ("AdapterL", "{:.2f}"),
-    "latency_adapter_h": ("AdapterH", "{:.2f}"),
-    "latency_prefix": ("prefix of 14", "{:.2f}"),
-    "times_ratio": ("the peer's time over ours", "{:.2f}"),
-    "times_normalised": ("each over its matrix products", "{:.2f}"),
-    "times_over_floor": ("our time over our matrix products", "{:.2f}"),
-    "times_single": ("one adapter for all", "{:.2f}"),
-    "times_tokens": ("its tokens over ours", "{:.2f}"),
-    "times_token": ("a token, once compiled", "{:.2f}"),
-    "times_load": ("loading", "{:.1f}"),
-    "times_merge": ("merging", "{:.1f}"),
-    "times_unmerge": ("taking out", "{:.1f}"),
-    "times_switch": ("switching and a forward", "{:.1f}"),
-    "times_cold": ("start, nothing kept", "{:.2f}"),
-    "times_kept": ("start, compiled before", "{:.2f}"),
-    "times_peak": ("its memory over ours", "{:.2f}"),
-    "held_gb": ("training holds, GB", "{:,.0f}"),
-    "saved_mb": ("a checkpoint in 16 bits, MB", "{:,.1f}"),
-    "petaflops": ("10^15 FLOPs a step", "{:,.0f}"),
-    "petaflops_kept": ("without remat", "{:,.0f}"),
-    "sent_fsdp": ("sent along fsdp, GB", "{:,.1f}"),
-    "sent_tensor": ("along tensor, GB", "{:,.1f}"),
-    "times_tensor": ("so often", "{:,}"),
-    "v5e": ("smallest v5e", "{}"),
-    "v5p": ("v5p", "{}"),
-    "v6e": ("v6e", "{}"),
-    "texts": ("texts", "{}"),
-    "peak_batch": ("at once, GB", "{:.2f}"),
-    "fits_batch": ("fits", "{}"),
-    "peak_text": ("one at a time, GB", "{:.2f}"),
-    "fits_text": ("fits", "{}"),
-}
-WORDS = {"config", "verdict"}  # stand on the left
 
 
 def main() -> None:
@@ -102,75 +36,17 @@ def main() -> None:
         raise ValueError("--name and --run go together: docs/results/NAME.json gets a row for each run")
     if values.name:
         rows = [row for run in values.run for row in collect(run)]
-        summaries.add_rows(folder / f"{values.name}.json", rows)
+        tables.add_rows(folder / f"{values.name}.json", rows)
     readme = Path(values.readme)
-    write_atomically(readme, fill(readme.read_text(), folder).encode())
+    write_atomically(readme, tables.fill(readme.read_text(), folder).encode())
 
 
 def collect(run: str) -> list[dict[str, Any]]:
-    """A run's summary.json with the scores of its evaluation on test, if there is one; behind it a row for each part
-    of the test set (seen, unseen) that was scored for itself."""
+    """The rows of LABEL:WORKDIR."""
     label, _, workdir = run.rpartition(":")
     if not label:
         raise ValueError(f"--run={run!r}: write LABEL:WORKDIR")
-    summary = Path(workdir) / "summary.json"
-    if not summary.is_file():
-        raise FileNotFoundError(f"{summary} does not exist: experiments.train writes it at its end")
-    row = {"label": label} | json.loads(summary.read_text())
-    del row["tokens_per_second"]  # runs share the machine with whatever else it does: experiments.speed compares
-    kind = "test-base*" if row["method"] == "none" else "test-[!b]*"
-    found = [json.loads(file.read_text()) for file in Path(workdir, "evaluation").glob(f"{kind}/evaluate.json")]
-    if not found:
-        return [row]
-    result = max(found, key=lambda result: result["contexts"])  # others are of the first contexts only
-    scores = result["scores"]
-    row |= {name: result.get(name) for name in ("contexts", "skipped", "decoding", "missing")} | scores["all"]
-    row["evaluation"] = result.get("command")
-    parts = [{"label": f"{label}, {part}"} | score for part, score in scores.items() if part != "all"]
-    return [row, *parts]
-
-
-def fill(text: str, folder: Path) -> str:
-    """The text with each marked table written anew."""
-
-    def table_of(match: re.Match) -> str:
-        file = folder / f"{match[1]}.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} does not exist, but a table is marked {match[1]!r}")
-        rows = [row for row in json.loads(file.read_text())["rows"] if row["label"].startswith(match[2] or "")]
-        return f"{match[0].splitlines()[0]}\n{table(rows)}<!-- end -->"
-
-    return re.sub(r"<!-- results: (\w+)(?: (\w+))? -->\n.*?<!-- end -->", table_of, text, flags=re.S)
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as Markdown, with the commands below."""
-    shown = {name: form for name, form in COLUMNS.items() if any(name in row for row in rows)}
-    lines = [
-        ["", *(title for title, _ in shown.values())],
-        ["---", *("---" if name in WORDS else "---:" for name in shown)],
-    ]
-    for row in rows:
-        cells = (cell(row.get(name), form) for name, (_, form) in shown.items())
-        lines.append([row["label"], *cells])
-    parts = ["| " + " | ".join(line) + " |" for line in lines]
-    commands = dict.fromkeys(row[kind] for row in rows for kind in ("command", "evaluation") if row.get(kind))
-    if commands:
-        seeds = " or ".join(dict.fromkeys(str(row["seed"]).strip("[]") for row in rows if "seed" in row))
-        said = f"Seed {seeds}, {rows[0]['device']}:" if seeds else f"{rows[0]['device']}:"
-        parts += ["", said, "", "```sh", *commands, "```"]
-    return "\n".join(parts) + "\n"
-
-
-def cell(value: Any, form: str) -> str:
-    """A figure, with its interval or range where it has one."""
-    if value is None:
-        return "-"
-    if isinstance(value, dict) and value["low"] == value["high"]:
-        value = value["score"]  # of one seed
-    if isinstance(value, dict):
-        return f"{form} [{form}, {form}]".format(value["score"], value["low"], value["high"])
-    return form.format(value)
+    return tables.rows_of(label, workdir)
 
 
 if __name__ == "__main__":

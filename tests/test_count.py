@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from configs import e2e, glue, gpt3
-from configs.paper_rows import ROWS
+from configs.paper_rows import ROWS, agrees
 from experiments import count
 from lora_jax.runs import shapes
 from tests.helpers.cli import run_entry
@@ -163,7 +163,7 @@ def test_the_numbers_in_the_notes(rows: list[dict[str, Any]]) -> None:
     assert round(175_255.8 - untied / 1e6, 1) == 34.0 and round(L * 12 * G / 1e6, 1) == 14.2
     assert [round(24 * 1024 * n / 1e6, 2) for n in (14, 15)] == [0.34, 0.37]
     assert [round(36 * 1280 * n / 1e6, 2) for n in (16, 17)] == [0.74, 0.78]
-    assert not any(count.agrees(adapters(48, 1024, r), "11.09M") for r in range(1, 1024))
+    assert not any(agrees(adapters(48, 1024, r), "11.09M") for r in range(1, 1024))
     assert 2 * 301.9 == 603.8
 
 

@@ -6,16 +6,17 @@ import pytest
 from experiments import quickstart
 from lora_jax import checkpoints
 from lora_jax.data import pairs, restaurants
+from lora_jax.runs.example import Size
 
-TINY = quickstart.Size(width=32, layers=1, base_steps=40, steps=20, batch_size=8, restaurants=200, contexts=8)
+TINY = Size(width=32, layers=1, base_steps=40, steps=20, batch_size=8, restaurants=200, contexts=8)
 
 
 def test_the_quickstart_in_small(tmp_path, capsys):
     frozen, lora, full = quickstart.run(tmp_path, TINY)
     assert frozen.trained == frozen.bytes == 0
     assert 0 < lora.trained < full.trained and 4 * lora.trained < lora.bytes < full.bytes
-    assert lora.loss < frozen.loss and full.loss < frozen.loss
-    assert all(len(row.texts) == 8 for row in (frozen, lora, full))
+    assert lora.score.loss < frozen.score.loss and full.score.loss < frozen.score.loss
+    assert all(len(row.score.texts) == 8 for row in (frozen, lora, full))
     said = capsys.readouterr().out
     before, after = (line.split()[-1] for line in said.splitlines() if line.startswith("base "))
     assert before == after and len(before) == 32
@@ -28,9 +29,9 @@ def test_the_quickstart_in_small(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_quickstart_as_users_run_it(tmp_path):
-    frozen, lora, full = quickstart.run(tmp_path, quickstart.Size())
-    assert lora.bleu > frozen.bleu + 30
-    assert full.bleu > frozen.bleu + 30
+    frozen, lora, full = quickstart.run(tmp_path, Size())
+    assert lora.score.bleu > frozen.score.bleu + 30
+    assert full.score.bleu > frozen.score.bleu + 30
     assert lora.bytes < full.bytes / 10
 
 

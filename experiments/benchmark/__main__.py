@@ -31,10 +31,11 @@ import jax
 from absl import flags
 from tqdm import tqdm
 
-from experiments import cli, results, summaries
+from experiments import cli
 from experiments.benchmark import contests, report
 from experiments.benchmark.contests import OURS, Contest
 from experiments.benchmark.side import Missing, Side
+from lora_jax.runs import tables
 
 flags.DEFINE_multi_string("only", [], "Contests: globs.")
 flags.DEFINE_float("minutes", 30.0, "Of all contests together; each gets its share, and three rounds at least.")
@@ -72,7 +73,7 @@ def compare(folder: Path) -> None:
         if values.out:
             report.write(file, found)
     rows = report.rows_of({name: found["contests"][name] for name in (each.name for each in chosen)})
-    print(results.table([{name: value for name, value in row.items() if name != "command"} for row in rows]))
+    print(tables.table([{name: value for name, value in row.items() if name != "command"} for row in rows]))
 
 
 def how() -> dict[str, Any]:
@@ -83,7 +84,7 @@ def how() -> dict[str, Any]:
         commit = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
     return {
         "command": cli.command("benchmark"),
-        **summaries.machine(*PACKAGES),
+        **tables.machine(*PACKAGES),
         "commit": commit,
         "seed": 0,
     }

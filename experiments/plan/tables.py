@@ -23,10 +23,10 @@ import jax
 from absl import flags
 
 from configs import e2e, glue, gpt3
-from experiments import cli, summaries
+from experiments import cli
 from lora_jax.planning import asking, search, topologies
 from lora_jax.planning.asking import Layout
-from lora_jax.runs import shapes
+from lora_jax.runs import shapes, tables
 
 flags.DEFINE_list("only", ["pods", "gpus"], "Which tables.")
 flags.DEFINE_float("minutes", 20, "How long to search.", lower_bound=0)
@@ -56,7 +56,7 @@ def main() -> None:
     if "gpus" in values.only:
         rows += [gpu(label, method, cache) for label in GPUS for method in ("LoRA", "full fine-tuning")]
     if values.out:
-        summaries.add_rows(Path(values.out), rows)
+        tables.add_rows(Path(values.out), rows)
     else:
         print(json.dumps(rows, indent=2))
 
@@ -87,7 +87,7 @@ def pod(label: str, name: str, cache: search.Cache, seconds: float) -> dict[str,
             mesh = f"{best['data']},{best['fsdp']},{best['tensor']}"
             room = f"{best['peak'] / 2**30:.2f} of {best['limit'] / 2**30:.2f} GiB"
             row[family] = f"{best['chips']} ({mesh}; {room})"
-    return row | {"command": cli.command("plan.tables"), **summaries.machine("jax", "libtpu")}
+    return row | {"command": cli.command("plan.tables"), **tables.machine("jax", "libtpu")}
 
 
 def gpu(label: str, method: str, cache: search.Cache) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def gpu(label: str, method: str, cache: search.Cache) -> dict[str, Any]:
         peak = cache.ask(workload, topology, layout)["peak"]
         row[f"peak_{column}"] = peak / 1e9
         row[f"fits_{column}"] = " and ".join(f"{size / 1e9:.0f} GB" for size in SIZES if peak <= size) or "-"
-    return row | {"command": cli.command("plan.tables"), **summaries.machine("jax")}
+    return row | {"command": cli.command("plan.tables"), **tables.machine("jax")}
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ import jax
 import pytest
 
 import lora_jax as lj
-from experiments import results
 from experiments.benchmark import contests, ours, report, shapes
 from experiments.benchmark.side import Missing, Side
 from lora_jax import training
 from lora_jax.planning.flops import equations
+from lora_jax.runs import tables
 
 WORK = {"model": "small_base", "targets": "qv", "batch": 2, "length": 8}
 
@@ -112,7 +112,7 @@ def test_names_of_contests(tmp_path: Path):
     assert all(report.wanted(name, []) for name in names) and not report.wanted("sweep", [])
     assert [name for name in names if report.wanted(name, ["step/*/qv"])] == [n for n in names if n.endswith("/qv")]
     parts = {part for each in found for part in each.parts} - {"unit", "floor"}
-    assert {f"times_{part}" for part in parts} <= set(results.COLUMNS)
+    assert {f"times_{part}" for part in parts} <= set(tables.COLUMNS)
 
 
 def python(code: str, **env: str) -> str:

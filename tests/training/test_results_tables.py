@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.results import collect, fill
+from experiments.results import collect
+from lora_jax.runs.tables import fill
 
 
 def leave(workdir: Path, **summary: object) -> str:

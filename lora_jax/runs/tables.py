@@ -1,0 +1,175 @@
+"""Tables of results: rows as JSON, from what runs leave, and as Markdown."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lora_jax.checkpoints import write_atomically
+
+# A row is a dict. Of its entries the table shows those named here, in this order: the title, and the format of a number
+# or of each part of {"score", "low", "high"}.
+COLUMNS = {
+    "table": ("table", "{}"),
+    "config": ("config", "`{}`"),
+    "size": ("rank or tokens", "{}"),
+    "trained": ("trained parameters", "{:,}"),
+    "rate": ("learning rate", "{:g}"),
+    "printed": ("the paper's figure", "{}"),
+    "verdict": ("", "{}"),
+    "adapter_bytes": ("adapter, bytes", "{:,}"),
+    "validation_loss": ("validation loss", "{:.4f}"),
+    "accuracy": ("accuracy", "{:.3f}"),
+    "f1": ("F1", "{:.3f}"),
+    "matthews": ("Matthews", "{:.3f}"),
+    "pearson": ("Pearson", "{:.3f}"),
+    "spearman": ("Spearman", "{:.3f}"),
+    "contexts": ("test contexts", "{:,}"),
+    "bleu": ("BLEU", "{:.2f}"),
+    "nist": ("NIST", "{:.2f}"),
+    "meteor": ("METEOR", "{:.3f}"),
+    "rouge_l": ("ROUGE-L", "{:.3f}"),
+    "cider": ("CIDEr", "{:.2f}"),
+    "ter": ("TER", "{:.3f}"),
+    "tokens_per_second": ("tokens/s", "{:,}"),
+    "relative_speed": ("relative to full fine-tuning", "{:.2f}"),
+    "steps_compared": ("steps", "{}"),
+    "loss_difference": ("losses differ by", "{:.1e}"),
+    "factor_difference": ("factors differ by", "{:.1e}"),
+    "ratio_total": ("our time over PEFT's", "{:.2f}"),
+    "ratio_median": ("median of the steps", "{:.2f}"),
+    "base_seconds": ("base, seconds", "{:.2f}"),
+    "latency_lora_merged": ("LoRA merged", "{:.2f}"),
+    "latency_lora": ("unmerged", "{:.2f}"),
+    "latency_adapter_l": ("AdapterL", "{:.2f}"),
+    "latency_adapter_h": ("AdapterH", "{:.2f}"),
+    "latency_prefix": ("prefix of 14", "{:.2f}"),
+    "times_ratio": ("the peer's time over ours", "{:.2f}"),
+    "times_normalised": ("each over its matrix products", "{:.2f}"),
+    "times_over_floor": ("our time over our matrix products", "{:.2f}"),
+    "times_single": ("one adapter for all", "{:.2f}"),
+    "times_tokens": ("its tokens over ours", "{:.2f}"),
+    "times_token": ("a token, once compiled", "{:.2f}"),
+    "times_load": ("loading", "{:.1f}"),
+    "times_merge": ("merging", "{:.1f}"),
+    "times_unmerge": ("taking out", "{:.1f}"),
+    "times_switch": ("switching and a forward", "{:.1f}"),
+    "times_cold": ("start, nothing kept", "{:.2f}"),
+    "times_kept": ("start, compiled before", "{:.2f}"),
+    "times_peak": ("its memory over ours", "{:.2f}"),
+    "held_gb": ("training holds, GB", "{:,.0f}"),
+    "saved_mb": ("a checkpoint in 16 bits, MB", "{:,.1f}"),
+    "petaflops": ("10^15 FLOPs a step", "{:,.0f}"),
+    "petaflops_kept": ("without remat", "{:,.0f}"),
+    "sent_fsdp": ("sent along fsdp, GB", "{:,.1f}"),
+    "sent_tensor": ("along tensor, GB", "{:,.1f}"),
+    "times_tensor": ("so often", "{:,}"),
+    "v5e": ("smallest v5e", "{}"),
+    "v5p": ("v5p", "{}"),
+    "v6e": ("v6e", "{}"),
+    "texts": ("texts", "{}"),
+    "peak_batch": ("at once, GB", "{:.2f}"),
+    "fits_batch": ("fits", "{}"),
+    "peak_text": ("one at a time, GB", "{:.2f}"),
+    "fits_text": ("fits", "{}"),
+}
+LEFT_ALIGNED = {"config", "verdict"}
+
+Row = dict[str, Any]
+
+
+def rows_of(label: str, workdir: str | Path) -> list[Row]:
+    """A run's summary.json with the scores of its evaluation on test, if there is one; after it a row for each part of
+    the test set (seen, unseen) with scores of its own.
+
+    Raises:
+      FileNotFoundError: the run is not done.
+    """
+    summary = Path(workdir) / "summary.json"
+    if not summary.is_file():
+        raise FileNotFoundError(f"{summary} does not exist: experiments.train writes it at its end")
+    row = {"label": label} | json.loads(summary.read_text())
+    del row["tokens_per_second"]  # runs share the machine with whatever else it does: experiments.speed compares
+    kind = "test-base*" if row["method"] == "none" else "test-[!b]*"
+    results = [json.loads(file.read_text()) for file in Path(workdir, "evaluation").glob(f"{kind}/evaluate.json")]
+    if not results:
+        return [row]
+    result = max(results, key=lambda result: result["contexts"])  # others are of the first contexts only
+    scores = result["scores"]
+    row |= {name: result.get(name) for name in ("contexts", "skipped", "decoding", "missing")} | scores["all"]
+    row["evaluation"] = result.get("command")
+    parts = [{"label": f"{label}, {part}"} | score for part, score in scores.items() if part != "all"]
+    return [row, *parts]
+
+
+def fill(text: str, folder: Path) -> str:
+    """The text with each marked table made again: after `<!-- results: NAME -->`, up to `<!-- end -->`, the rows of
+    folder/NAME.json; after `<!-- results: NAME START -->` those whose labels begin so.
+
+    Raises:
+      FileNotFoundError: such a file is not there.
+    """
+
+    def table_of(match: re.Match) -> str:
+        file = folder / f"{match[1]}.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} does not exist, but a table is marked {match[1]!r}")
+        rows = [row for row in json.loads(file.read_text())["rows"] if row["label"].startswith(match[2] or "")]
+        return f"{match[0].splitlines()[0]}\n{table(rows)}<!-- end -->"
+
+    return re.sub(r"<!-- results: (\w+)(?: (\w+))? -->\n.*?<!-- end -->", table_of, text, flags=re.S)
+
+
+def table(rows: list[Row]) -> str:
+    """Rows as Markdown, with the commands that made them below."""
+    shown = {name: form for name, form in COLUMNS.items() if any(name in row for row in rows)}
+    lines = [
+        ["", *(title for title, _ in shown.values())],
+        ["---", *("---" if name in LEFT_ALIGNED else "---:" for name in shown)],
+    ]
+    for row in rows:
+        cells = (_cell(row.get(name), form) for name, (_, form) in shown.items())
+        lines.append([row["label"], *cells])
+    parts = ["| " + " | ".join(line) + " |" for line in lines]
+    commands = dict.fromkeys(row[kind] for row in rows for kind in ("command", "evaluation") if row.get(kind))
+    if commands:
+        seeds = " or ".join(dict.fromkeys(str(row["seed"]).strip("[]") for row in rows if "seed" in row))
+        device = rows[0]["device"]
+        parts += ["", f"Seed {seeds}, {device}:" if seeds else f"{device}:", "", "```sh", *commands, "```"]
+    return "\n".join(parts) + "\n"
+
+
+def _cell(value: Any, form: str) -> str:
+    """A figure, with its interval or range where it has one."""
+    if value is None:
+        return "-"
+    if isinstance(value, dict) and value["low"] == value["high"]:
+        value = value["score"]  # of one seed
+    if isinstance(value, dict):
+        return f"{form} [{form}, {form}]".format(value["score"], value["low"], value["high"])
+    return form.format(value)
+
+
+def add_rows(file: Path, rows: list[Row]) -> None:
+    """Writes rows into a file of results, in place of those with the same labels."""
+    labels = {row["label"] for row in rows}
+    kept = json.loads(file.read_text())["rows"] if file.is_file() else []
+    content = {"rows": [row for row in kept if row["label"] not in labels] + rows}
+    write_atomically(file, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def machine(*packages: str) -> Row:
+    """The device and the packages' versions, for a row of results."""
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    device = f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}"
+    return {"device": device, "versions": versions}
