@@ -16,15 +16,14 @@ config was made to fit a figure. --out writes these rows as JSON, for experiment
 
 import functools
 import importlib
-import json
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from configs.paper_rows import ROWS, PaperRow, compared
 from experiments import cli, train
-from lora_jax.checkpoints import write_atomically
-from lora_jax.runs import shapes
+from lora_jax.runs import shapes, tables
 
 flags.DEFINE_bool("all", False, "Counts every row of the paper's Tables 2, 3, 4 and 15.")
 flags.declare_key_flag("config")
@@ -41,7 +40,7 @@ def main() -> None:
         rows = list(map(paper_row, ROWS))
         print(table(rows))
         if out:
-            write_atomically(out, (json.dumps({"rows": rows}, indent=2) + "\n").encode())
+            tables.write_rows(Path(out), rows)
         return
     report, head = shapes.count(config)
     print(report)

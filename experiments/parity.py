@@ -13,15 +13,13 @@ and PEFT: pip install torch transformers peft.
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-import lora_jax as lj
 from experiments import cli, train
-from experiments.benchmark.parity import by_turns, difference, our_step
+from experiments.benchmark.parity import by_turns, difference, our_step, without_dropout
 from lora_jax import training
 from lora_jax.interop import hf, peft
 from lora_jax.runs import setups, tables
@@ -56,17 +54,6 @@ def main() -> None:
         save(f"{folder}/trained")
         their_delta = peft.load(f"{folder}/trained", setup.base.params)[1]
     report(config, losses, seconds, difference(our_delta(), their_delta))
-
-
-def without_dropout(config: ConfigDict) -> dict[str, Any]:
-    """What differs from the config in both runs (GPT-2: the A that query, key and value share, too)."""
-    changes: dict[str, Any] = {"lora.dropout": 0.0}
-    if "dropout" in config.model:
-        return changes | {"model.dropout": 0.0, "model.attention_dropout": 0.0}
-    fused = ("**/attn/{query,key,value}/kernel",)
-    with config.unlocked():
-        config.lora.shared = fused
-    return changes | {"lora.select": fused}
 
 
 def report(config: ConfigDict, losses: dict, seconds: dict, factors: float) -> None:

@@ -21,7 +21,6 @@ from absl import flags
 from experiments import cli
 from lora_jax.checkpoints import write_atomically
 from lora_jax.runs import tables
-from lora_jax.runs.tables import table  # noqa: F401  until sweeps print it themselves
 
 flags.DEFINE_string("name", None, "Collects the runs under this name.")
 flags.DEFINE_multi_string("run", [], "LABEL:WORKDIR, a row of the table; as often as there are.")

@@ -25,8 +25,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import lora_jax as lj
-from experiments import cli, results
+from experiments import cli
 from lora_jax import runs
+from lora_jax.runs import tables
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "FILE.py or FILE.py:NAME; see above.")
 flags.declare_key_flag("workdir")
@@ -68,7 +69,7 @@ def sweep(config: ConfigDict, workdir: Path) -> None:
     if not result.finished:
         return print(f"saved before step {result.total}: the same command resumes it")
     if result.rows:
-        print(results.table([row | {"command": None} for row in result.rows]))
+        print(tables.table([row | {"command": None} for row in result.rows]))
         print(f"plot: {workdir / 'sweep.png'}")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 import lora_jax as lj
 from lora_jax import training
@@ -13,6 +14,17 @@ from lora_jax.training import METRICS
 
 Batch = dict[str, np.ndarray]
 Figures = dict[str, list[float]]
+
+
+def without_dropout(config: ConfigDict) -> dict[str, Any]:
+    """What differs from the config in both runs (GPT-2: the A that query, key and value share, too)."""
+    changes: dict[str, Any] = {"lora.dropout": 0.0}
+    if "dropout" in config.model:
+        return changes | {"model.dropout": 0.0, "model.attention_dropout": 0.0}
+    fused = ("**/attn/{query,key,value}/kernel",)
+    with config.unlocked():
+        config.lora.shared = fused
+    return changes | {"lora.select": fused}
 
 
 def our_step(

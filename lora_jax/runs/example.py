@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 import lora_jax as lj
@@ -17,6 +16,7 @@ from lora_jax.data.batches import Schedule, bucketed
 from lora_jax.generation import complete
 from lora_jax.metrics import bleu
 from lora_jax.models import gpt2
+from lora_jax.training.config import OptimizerConfig, TrainConfig
 
 EOS = 0  # of the tokenizers that `data.text` trains
 LENGTH = 96  # tokens: longer than any example
@@ -99,13 +99,23 @@ def make_model(tokenizer: Tokenizer, size: Size) -> tuple[gpt2.GPT2, Any]:
     return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
 
 
-def make_config(steps: int, learning_rate: float) -> ConfigDict:
+def make_config(steps: int, learning_rate: float) -> TrainConfig:
     """What `training.prepare` reads."""
-    optimizer = {"learning_rate": learning_rate, "schedule": "cosine", "warmup_steps": steps // 20, "final_share": 0.05}
-    optimizer |= {"b1": 0.9, "b2": 0.98, "eps": 1e-8, "weight_decay": 0.01, "decay": ("**",), "clip_norm": 1.0}
-    run = {"seed": 0, "epochs": 1, "steps": steps, "label_smoothing": 0.0, "accumulate": 1}
-    every = {"log_every": max(steps // 20, 1), "eval_every": max(steps // 5, 1), "save_every": steps, "keep": 1}
-    return ConfigDict(run | every | {"optimizer": optimizer})
+    return TrainConfig(
+        steps=steps,
+        log_every=max(steps // 20, 1),
+        eval_every=max(steps // 5, 1),
+        save_every=steps,
+        max_to_keep=1,
+        optimizer=OptimizerConfig(
+            learning_rate=learning_rate,
+            schedule="cosine",
+            warmup_steps=steps // 20,
+            end_lr_ratio=0.05,
+            b2=0.98,
+            clip_norm=1.0,
+        ),
+    )
 
 
 def train(

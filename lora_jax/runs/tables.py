@@ -155,12 +155,20 @@ def _cell(value: Any, form: str) -> str:
     return form.format(value)
 
 
+def read_rows(file: Path) -> list[Row]:
+    """The rows of a file of results; none where there is no file."""
+    return json.loads(file.read_text())["rows"] if file.is_file() else []
+
+
+def write_rows(file: Path, rows: list[Row]) -> None:
+    """Writes a file of results."""
+    write_atomically(file, (json.dumps({"rows": rows}, indent=2) + "\n").encode())
+
+
 def add_rows(file: Path, rows: list[Row]) -> None:
     """Writes rows into a file of results, in place of those with the same labels."""
     labels = {row["label"] for row in rows}
-    kept = json.loads(file.read_text())["rows"] if file.is_file() else []
-    content = {"rows": [row for row in kept if row["label"] not in labels] + rows}
-    write_atomically(file, (json.dumps(content, indent=2) + "\n").encode())
+    write_rows(file, [row for row in read_rows(file) if row["label"] not in labels] + rows)
 
 
 def machine(*packages: str) -> Row:

@@ -1,0 +1,169 @@
+"""Comparing methods at one budget: a size for a number of parameters, a learning rate after the first steps."""
+
+import bisect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+import lora_jax as lj
+from lora_jax import training
+from lora_jax.checkpoints import write_atomically
+from lora_jax.core.extras import extra
+from lora_jax.data import pairs, tasks
+from lora_jax.generation import complete, end_tokens
+from lora_jax.metrics import bleu
+from lora_jax.models.family import family_of
+from lora_jax.runs import bases, methods, run
+from lora_jax.runs.reload import load
+
+
+def write_pairs(task: str, source: str, folder: Path, counts: Mapping[str, int | None]) -> None:
+    """Writes the first pairs of each split of a task into folder/SPLIT.txt, in E2E's form.
+
+    Args:
+      counts: split -> the number of pairs; None: all.
+    """
+    for split, count in counts.items():
+        data = tasks.named(task).load(source, split)[:count]
+        lines = (f"{context}||{text}\n" for context, text in zip(data["context"], data["completion"], strict=True))
+        write_atomically(folder / f"{split}.txt", "".join(lines).encode())
+
+
+def trained(config: ConfigDict, base: bases.Base) -> int:
+    """The number of parameters that a config trains on a base, without those of a new head."""
+    report = lj.check(lj.from_spec(methods.spec(config, base.model, base.new)), base.params)
+    head = family_of(base.model).head_params
+    return sum(row.trained for row in report.rows if row.path.partition("/")[0] not in head)
+
+
+def resize(config: ConfigDict, option: str, base: bases.Base, wanted: int, sizes: Sequence[int]) -> int:
+    """Sets the option of a config, such as "lora.rank", to the size with which it trains the number of parameters
+    nearest to the wanted one; returns the size, of several with that number the smallest.
+
+    The method's alpha, where it has one, becomes the size, so that its scale is 1.
+
+    Args:
+      sizes: to choose from, smallest first.
+    """
+
+    def count(size: int) -> int:
+        config.update_from_flattened_dict({option: size})
+        options = config[option.partition(".")[0]]
+        if "alpha" in options:
+            options.alpha = float(size)
+        return trained(config, base)
+
+    above = bisect.bisect_left(sizes, wanted, key=count)
+    size = min(sizes[max(above - 1, 0) : above + 1], key=lambda size: abs(count(size) - wanted))
+    size = sizes[bisect.bisect_left(sizes, count(size), key=count)]
+    count(size)
+    return size
+
+
+def best_rate(config: ConfigDict, folder: Path, rates: Sequence[float], steps: int) -> tuple[ConfigDict, Path]:
+    """Trains the first steps of a run with each learning rate, in folder/rate_RATE, where that is not done yet.
+
+    Returns:
+      The config with the rate whose validation loss is then the lowest, and its workdir, in which `runs.train` resumes.
+
+    Raises:
+      InterruptedError: training was stopped; the same call resumes it.
+    """
+    losses = {}
+    for rate in rates:
+        member, workdir = config.copy_and_resolve_references(), folder / f"rate_{rate:g}"
+        member.optimizer.learning_rate = rate
+        losses[_loss_after(steps, member, workdir)] = member, workdir
+    return losses[min(losses)]
+
+
+def _loss_after(steps: int, config: ConfigDict, workdir: Path) -> float:
+    """The validation loss of a run after its first steps."""
+    training.claim(workdir, config)  # another config's results are refused
+    if steps not in _validated(workdir):
+        job = run.prepare(config, workdir).job
+        if not training.train(job._replace(total=steps)).finished:
+            raise InterruptedError(f"{workdir} was stopped: the same command goes on")
+    return _validated(workdir)[steps]
+
+
+def _validated(workdir: Path) -> dict[int, float]:
+    """The validation loss of a run by its step."""
+    entries = training.read_metrics(workdir)
+    return {entry["step"]: entry["validation_loss"] for entry in entries if "validation_loss" in entry}
+
+
+def finish(
+    config: ConfigDict, workdir: Path, train: Callable[[ConfigDict, Path], bool], contexts: int = 0
+) -> dict[str, Any]:
+    """A run's summary with `method_trained`, the number of parameters that train without a head; kept in study.json of
+    the workdir.
+
+    Args:
+      train: trains the run, or resumes it; False where it was stopped.
+      contexts: of a text task, BLEU of greedy texts for so many is in the summary too.
+
+    Raises:
+      InterruptedError: training was stopped; the same call resumes it.
+    """
+    file = workdir / "study.json"
+    training.claim(workdir, config)
+    if file.is_file():
+        return json.loads(file.read_text())
+    if not train(config, workdir):
+        raise InterruptedError(f"{workdir} was stopped: the same command goes on")
+    summary = json.loads((workdir / "summary.json").read_text())
+    summary["method_trained"] = trained(config, bases.load(config))
+    if contexts:
+        summary["bleu"] = greedy_bleu(workdir, contexts)
+    write_atomically(file, (json.dumps(summary, indent=2) + "\n").encode())
+    return summary
+
+
+def greedy_bleu(workdir: Path, contexts: int) -> float:
+    """BLEU of a run's greedy texts for the first contexts of its test set."""
+    loaded = load(workdir)
+    examples = tasks.named(loaded.config.data.name).load(loaded.config.data.path, "test")
+    references = dict(islice(pairs.contexts(examples).items(), contexts))
+    eos = loaded.model.config.eos_token_id
+    inserted = methods.placeholders(loaded.spec, loaded.model)
+    texts = complete(
+        loaded.model,
+        loaded.params,
+        loaded.tokenizer,
+        pairs.prompts(list(references), loaded.tokenizer, eos=eos, **inserted),
+        max_new_tokens=64,
+        eos=end_tokens(loaded.tokenizer, eos),
+        batch_size=50,
+    )
+    return bleu(texts, [[pairs.clean(text) for text in descriptions] for descriptions in references.values()])
+
+
+def plot(rows: Sequence[dict[str, Any]], titles: Mapping[str, str], file: Path) -> None:
+    """Draws figures of rows, such as `experiments.study` writes, against trained parameters, as the paper's Figure 2.
+
+    Args:
+      titles: of each figure that gets a diagram: its name in a row -> what stands beside the axis.
+    """
+    with extra("train"):
+        from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(7.5 * len(titles), 7), layout="constrained")
+    for axes, (measured, title) in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles.items(), strict=True):
+        ordered = sorted(rows, key=lambda row: row[measured]["score"])
+        for number, row in enumerate(ordered):
+            score = row[measured]
+            at = (row["trained"], score["score"])
+            ends = [[score["score"] - score["low"]], [score["high"] - score["score"]]]
+            color = axes.errorbar(*at, yerr=ends, fmt="o", capsize=3)[0].get_color()
+            line = {"arrowstyle": "-", "color": color, "linewidth": 0.5}
+            beside = (1.04, (number + 0.5) / len(rows))  # in their order, so that no name hides another
+            place = {"xytext": beside, "textcoords": "axes fraction", "verticalalignment": "center"}
+            axes.annotate(row["label"], at, color=color, arrowprops=line, **place)
+        axes.set(xscale="log", xlabel="trained parameters (a head apart)", ylabel=title)
+        axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=100)
