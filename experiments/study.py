@@ -27,16 +27,15 @@ from configs import study
 from experiments import cli, train
 from lora_jax.interop import hf
 from lora_jax.models.family import dimensions_of
-from lora_jax.runs import bases, budget, tables
+from lora_jax.runs import budget, tables
 
 flags.DEFINE_enum("task", "e2e", ["e2e", "mrpc"], "What is learnt.")
 flags.DEFINE_string("base", None, "A folder: a GPT-2 for E2E, a RoBERTa or BERT for MRPC.")
 flags.DEFINE_list("methods", [], "Only these.")
 flags.DEFINE_integer("steps", 300, "Of a run.", lower_bound=1)
 flags.DEFINE_integer("search_steps", 100, "After so many the rate is chosen.", lower_bound=1)
-flags.declare_key_flag("workdir")
-flags.declare_key_flag("data")
-flags.declare_key_flag("out")
+for _name in ("workdir", "data", "out"):
+    flags.declare_key_flag(_name)
 flags.mark_flags_as_required(["workdir", "base", "data"])
 
 QUALITY = {"e2e": ("bleu", "BLEU"), "mrpc": ("accuracy", "accuracy")}
@@ -66,22 +65,20 @@ def row_of(name: str, workdir: Path) -> dict[str, Any]:
     values = flags.FLAGS
     config, option, size = config_of(name, workdir), study.METHODS[name][2], None
     if option:
-        base = bases.load(config)
-        wanted = budget.trained(config_of("lora", workdir), base)
-        size = budget.resize(config, option, base, wanted, study.sizes_of(values.task, name, config))
+        sizes = study.sizes_of(values.task, name, config)
+        size = budget.resize(config, option, sizes, like=config_of("lora", workdir))
     rates, seeds = study.rates_of(values.task, name), study.SEEDS.get(name, (0,))
     contexts = study.CONTEXTS if values.task == "e2e" else 0
     config, folder = budget.best_rate(config, workdir / name, rates, values.search_steps)
     summaries = [budget.finish(config, folder, train.train, contexts)]
     for config.seed in seeds[1:]:
         summaries.append(budget.finish(config, workdir / name / f"seed_{config.seed}", train.train, contexts))
-    figures = ("validation_loss", QUALITY[values.task][0])
     return {
         "label": name,
         "size": size,
         "trained": summaries[0]["method_trained"],
         "rate": config.optimizer.learning_rate,
-        **{figure: cli.spread([summary[figure] for summary in summaries]) for figure in figures},
+        **{key: cli.spread([each[key] for each in summaries]) for key in ("validation_loss", QUALITY[values.task][0])},
         "seed": list(seeds),
         "device": f"{summaries[0]['device']}, {os.cpu_count()} CPU cores",
         "jax": jax.__version__,
@@ -91,8 +88,7 @@ def row_of(name: str, workdir: Path) -> dict[str, Any]:
 def config_of(name: str, workdir: Path) -> ConfigDict:
     """The config of a method, but for its size and rate."""
     values = flags.FLAGS
-    layers = dimensions_of(hf.without_weights(values.base)).depth
-    config = study.get_config(f"{values.task},{name}", layers)
+    config = study.get_config(f"{values.task},{name}", dimensions_of(hf.without_weights(values.base)).depth)
     config.base, config.steps = values.base, values.steps
     config.data.path = str(workdir / "data") if values.task == "e2e" else values.data
     return config

@@ -40,15 +40,18 @@ def trained(config: ConfigDict, base: bases.Base) -> int:
     return sum(row.trained for row in report.rows if row.path.partition("/")[0] not in head)
 
 
-def resize(config: ConfigDict, option: str, base: bases.Base, wanted: int, sizes: Sequence[int]) -> int:
+def resize(config: ConfigDict, option: str, sizes: Sequence[int], *, like: ConfigDict) -> int:
     """Sets the option of a config, such as "lora.rank", to the size with which it trains the number of parameters
-    nearest to the wanted one; returns the size, of several with that number the smallest.
+    nearest to that of another config; returns the size, of several with that number the smallest.
 
     The method's alpha, where it has one, becomes the size, so that its scale is 1.
 
     Args:
       sizes: to choose from, smallest first.
+      like: the other config, of the same base.
     """
+    base = bases.load(config)
+    wanted = trained(like, base)
 
     def count(size: int) -> int:
         config.update_from_flattened_dict({option: size})

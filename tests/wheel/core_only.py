@@ -46,7 +46,7 @@ merged = lj.merge(method.apply(params, delta))
 difference = jnp.abs(model(merged, x) - forward(method.apply(params, delta), x)).max()
 assert difference < 1e-5, difference
 
-EXTRAS = {"models.gpt2": "train", "training": "train", "checkpoints": "train"}
+EXTRAS = {"models.gpt2": "train", "training": "train", "checkpoints": "train", "runs": "train,hf,data"}
 EXTRAS |= {"interop.hf": "hf", "interop.peft": "hf", "generation": "hf", "data.pairs": "data"}
 for module, name in EXTRAS.items():
     try:
