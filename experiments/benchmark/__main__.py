@@ -59,20 +59,20 @@ def compare(folder: Path) -> None:
     """All contests that are asked for, one after the other; each is written when it is done."""
     values = flags.FLAGS
     sources = {name: values[name].value for name in ("base", "data", "bert", "glue")}
-    known = contests.all_of(sources, folder)
-    chosen = [each for each in known if report.wanted(each.name, values.only)]
+    possible = contests.all_of(sources, folder)
+    chosen = [contest for contest in possible if report.wanted(contest.name, values.only)]
     if not chosen:
-        raise ValueError(f"--only={values.only}: none of {', '.join(each.name for each in known)}")
+        raise ValueError(f"--only={values.only}: none of {', '.join(contest.name for contest in possible)}")
     file = Path(values.out or ".") / f"benchmark_{'cpu' if jax.default_backend() == 'cpu' else 'gpu'}.json"
-    found = json.loads(file.read_text()) if file.is_file() else {"contests": {}}
+    content = json.loads(file.read_text()) if file.is_file() else {"contests": {}}
     for number, contest in enumerate(chosen):
         share = values.minutes * 60 / len(chosen)
         print(f"{contest.name} ({number + 1} of {len(chosen)})", flush=True)
         figures = started(contest) if contest.name == "start" else measured(contest, share)
-        found["contests"][contest.name] = figures | {"how": how()}
+        content["contests"][contest.name] = figures | {"how": how()}
         if values.out:
-            report.write(file, found)
-    rows = report.rows_of({name: found["contests"][name] for name in (each.name for each in chosen)})
+            report.write(file, content)
+    rows = report.rows_of({contest.name: content["contests"][contest.name] for contest in chosen})
     print(tables.table([{name: value for name, value in row.items() if name != "command"} for row in rows]))
 
 
@@ -80,8 +80,8 @@ def how() -> dict[str, Any]:
     """Machine, versions and commit."""
     commit = ""
     if shutil.which("git"):
-        asked = ["git", "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return {
         "command": cli.command("benchmark"),
         **tables.machine(*PACKAGES),
@@ -118,8 +118,8 @@ def measured(contest: Contest, share: float) -> dict[str, Any]:
                 except Missing as why:
                     leave_out(name, why, out, sides, seconds)
                 else:
-                    for part, own in taken.items():
-                        seconds[name][part].append(own)
+                    for part, value in taken.items():
+                        seconds[name][part].append(value)
         return figures(contest, seconds, sides, out)
     finally:
         for side in sides.values():
@@ -147,19 +147,19 @@ def started(contest: Contest) -> dict[str, Any]:
     return figures(contest, seconds, sides, out)
 
 
-def leave_out(name: str, why: Missing, out: dict[str, Any], *held: dict[str, Any]) -> None:
-    """Goes on without a peer; what is held of it is dropped."""
+def leave_out(name: str, why: Missing, out: dict[str, Any], *mappings: dict[str, Any]) -> None:
+    """Goes on without a peer; its entries in the mappings are dropped."""
     if name == OURS:
         raise ValueError(f"our side failed: {why}")
     print(f"  {name} is left out: {why}", flush=True)
     out[name] = {"left_out": str(why)}
-    for each in held:
-        each.pop(name, None)
+    for mapping in mappings:
+        mapping.pop(name, None)
 
 
 def figures(contest: Contest, seconds: report.Seconds, sides: dict[str, Side], out: dict[str, Any]) -> dict[str, Any]:
-    for name, own in seconds.items():
-        parts = {part: cli.spread(each) for part, each in own.items()}
+    for name, of_part in seconds.items():
+        parts = {part: cli.spread(values) for part, values in of_part.items()}
         out[name] = {"seconds": parts, "peak": sides[name].peak, "first": sides[name].first}
     rounds = len(seconds[OURS][contest.parts[0]])
     return {"sides": out, "rounds": rounds, "ratios": report.ratios(contest, seconds, out)}

@@ -21,18 +21,18 @@ class Contest(NamedTuple):
 
 def all_of(sources: dict[str, str | None], folder: Path) -> list[Contest]:
     """Those that can run from these sources of real data; a folder gets the texts that all sides read."""
-    found = [*steps(), mixed(), switch(), start()]
+    contests = [*steps(), mixed(), switch(), start()]
     base, data, bert = sources["base"], sources["data"], sources["bert"]
     if base and data:
-        found += [*epochs_of_pairs(base, data, folder), *decoding(base, data, folder), sweep(base, data)]
+        contests += [*epochs_of_pairs(base, data, folder), *decoding(base, data, folder), sweep(base, data)]
     if bert and sources["glue"]:
-        found.append(epoch_of_sentences(bert, sources["glue"], folder))
-    return found
+        contests.append(epoch_of_sentences(bert, sources["glue"], folder))
+    return contests
 
 
 def steps() -> list[Contest]:
     """Training steps. Medium has fewer tokens: a step of it should not take a minute."""
-    found = []
+    contests = []
     for model, batch in (("small_base", 8), ("gpt2_small", 8), ("gpt2_medium", 2), ("roberta_base", 8)):
         for targets in ("qv", "all"):
             work = {"model": model, "targets": targets, "batch": batch, "length": 128, "steady": True}
@@ -43,8 +43,8 @@ def steps() -> list[Contest]:
                 "qwix": ("flax_peers:qwix_step", work),
                 "nnx": ("flax_peers:nnx_step", work),
             }
-            found.append(Contest(f"step/{model}/{targets}", sides, ("unit", "floor")))
-    return found
+            contests.append(Contest(f"step/{model}/{targets}", sides, ("unit", "floor")))
+    return contests
 
 
 def mixed() -> Contest:
@@ -78,10 +78,10 @@ def epochs_of_pairs(base: str, data: str, folder: Path) -> list[Contest]:
     chosen = tasks.named("e2e").load(data, "train").shuffle(seed=0)[:128]
     work = {"task": "e2e", "base": base, "file": _kept(folder / "e2e.json", chosen), "batch": 8}
     ours, theirs = "ours_texts:epoch", "torch_texts:epoch"
-    whole = {"ours": (ours, work), "ours_512": (ours, work | {"pad": 512}), "peft_512": (theirs, work | {"pad": 512})}
+    padded = {"ours": (ours, work), "ours_512": (ours, work | {"pad": 512}), "peft_512": (theirs, work | {"pad": 512})}
     return [
         Contest("epoch/e2e", {"ours": (ours, work), "peft_dynamic": (theirs, work)}),
-        Contest("epoch/e2e_512", whole, rounds=3),
+        Contest("epoch/e2e_512", padded, rounds=3),
     ]
 
 
@@ -100,11 +100,11 @@ def decoding(base: str, data: str, folder: Path) -> list[Contest]:
     return [
         Contest(
             f"decode/{name}",
-            {"ours": ("ours_texts:decode", own), "transformers": ("torch_texts:decode", own)},
+            {"ours": ("ours_texts:decode", options), "transformers": ("torch_texts:decode", options)},
             ("unit", "tokens"),
             rounds=5,
         )
-        for name, own in (
+        for name, options in (
             ("greedy", work | {"how": {"max_new_tokens": 64}}),
             ("beams_10", work | {"how": beams}),
         )

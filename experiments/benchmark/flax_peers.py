@@ -52,16 +52,16 @@ def qwix_step(work: dict[str, Any]) -> ours.Parts:
 
 def nnx_step(work: dict[str, Any]) -> ours.Parts:
     model, batch = Transformer(work, nnx.Rngs(0)), ours.batch_of(work)
-    own = nnx.All(nnx.Param, nnx.Any(nnx.LoRAParam, nnx.PathContains("classifier")))
+    trains = nnx.All(nnx.Param, nnx.Any(nnx.LoRAParam, nnx.PathContains("classifier")))
     assert sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.LoRAParam))) == shapes.trained(work)
-    optimizer = nnx.Optimizer(model, optax.adamw(shapes.RATE), wrt=own)
+    optimizer = nnx.Optimizer(model, optax.adamw(shapes.RATE), wrt=trains)
 
     @nnx.jit
     def one(model: Any, optimizer: Any, batch: Any) -> jax.Array:
         def loss(model: Any) -> jax.Array:
             return loss_of(model(batch["tokens"]), batch)
 
-        value, grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, own))(model)
+        value, grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, trains))(model)
         optimizer.update(model, grads)
         return value
 

@@ -77,7 +77,7 @@ def step(work: dict[str, Any]) -> Parts:
     options.update(learning_rate=shapes.RATE, schedule="constant", warmup_steps=0)
     objective = training.classifier(model) if family_of(model).classifies else training.language_model(model)
     delta = jax.eval_shape(method.init, jax.random.key(0), params)
-    factors = jax.tree.leaves({path: own for path, own in delta.items() if "a" in own})
+    factors = jax.tree.leaves({path: factors for path, factors in delta.items() if "a" in factors})
     assert sum(x.size for x in factors) == shapes.trained(work)
     one, batch = trainer(objective, method, params, options), batch_of(work)
     return {"unit": lambda: _done(one(batch)), "floor": lambda: floor(work)}

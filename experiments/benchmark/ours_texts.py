@@ -67,8 +67,8 @@ def decode(work: dict[str, Any]) -> Parts:
     def unit() -> None:
         nonlocal written
         written = 0
-        asked = pairs.prompts(contexts, tokenizer, eos=eos)
-        for _, tokens, mask in batches_of(asked, work["batch"], dimensions_of(model).max_length - 64):
+        rows = pairs.prompts(contexts, tokenizer, eos=eos)
+        for _, tokens, mask in batches_of(rows, work["batch"], dimensions_of(model).max_length - 64):
             new = np.asarray(generate(model, params, tokens, mask, eos=eos, pad=eos, **work["how"]))
             written += int((new != eos).sum())
 

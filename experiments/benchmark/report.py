@@ -20,22 +20,22 @@ def wanted(name: str, globs: Sequence[str]) -> bool:
 
 def ratios(contest: Contest, seconds: Seconds, sides: dict[str, Any]) -> dict[str, Any]:
     """Of each peer: its time over ours, part by part, and its memory; the same over their floors."""
-    found: dict[str, Any] = {}
+    ratios_of: dict[str, Any] = {}
     ours = seconds[OURS]
-    for name, own in seconds.items():
+    for name, theirs in seconds.items():
         if name == OURS:
             continue
-        found[name] = {"peak": sides[name]["peak"] / sides[OURS]["peak"]}
+        ratios_of[name] = {"peak": sides[name]["peak"] / sides[OURS]["peak"]}
         for part in contest.parts:
             if part != "floor":
                 label = "ratio" if part == "unit" else part
-                found[name] |= _spread(label, _over(own[part], ours[part]))
+                ratios_of[name] |= _spread(label, _over(theirs[part], ours[part]))
         if "floor" in contest.parts:
-            theirs, mine = (_over(times["unit"], times["floor"]) for times in (own, ours))
-            found[name] |= _spread("normalised", _over(theirs, mine))
+            over_floor = (_over(times["unit"], times["floor"]) for times in (theirs, ours))
+            ratios_of[name] |= _spread("normalised", _over(*over_floor))
     if "floor" in contest.parts:
-        found[OURS] = _spread("over_floor", _over(ours["unit"], ours["floor"]))
-    return found
+        ratios_of[OURS] = _spread("over_floor", _over(ours["unit"], ours["floor"]))
+    return ratios_of
 
 
 def _over(above: Sequence[float], below: Sequence[float]) -> list[float]:
@@ -47,30 +47,30 @@ def _spread(label: str, values: Sequence[float]) -> dict[str, float]:
     return {f"{label}_{name}": spread[key] for name, key in (("median", "score"), ("low", "low"), ("high", "high"))}
 
 
-def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
+def rows_of(contests: dict[str, Any]) -> list[dict[str, Any]]:
     """A row of the table for each peer of each contest."""
     rows = []
-    for name, contest in found.items():
-        for peer, own in contest["ratios"].items():
+    for name, contest in contests.items():
+        for peer, ratios in contest["ratios"].items():
             row = {"label": f"{name}/{peer}", **{key: contest["how"][key] for key in ("command", "device", "seed")}}
-            row |= {"times_peak": own["peak"]} if "peak" in own else {}
-            for label in (key.removesuffix("_median") for key in own if key.endswith("_median")):
+            row |= {"times_peak": ratios["peak"]} if "peak" in ratios else {}
+            for label in (key.removesuffix("_median") for key in ratios if key.endswith("_median")):
                 row[f"times_{label}"] = {
-                    w: own[f"{label}_{k}"] for w, k in (("score", "median"), ("low", "low"), ("high", "high"))
+                    w: ratios[f"{label}_{k}"] for w, k in (("score", "median"), ("low", "low"), ("high", "high"))
                 }
             rows.append(row)
     return rows
 
 
-def write(file: Path, found: dict[str, Any]) -> None:
+def write(file: Path, content: dict[str, Any]) -> None:
     """The file, its rows for the README's table, the ratios by their paths, and the plot."""
     tree: dict[str, Any] = {}
-    for name, contest in found["contests"].items():
+    for name, contest in content["contests"].items():
         at = tree
         for key in name.split("/"):
             at = at.setdefault(key, {})
         at |= contest["ratios"]
-    content = {"contests": found["contests"], "rows": rows_of(found["contests"]), **tree}
+    content = {"contests": content["contests"], "rows": rows_of(content["contests"]), **tree}
     checkpoints.write_atomically(file, (json.dumps(content, indent=2) + "\n").encode())
     plot(content["rows"], file.with_suffix(".png"))
 

@@ -25,14 +25,14 @@ def products(work: dict[str, Any]) -> dict[tuple[int, int, int], int]:
     (not that of the lowest layer's query, key and value, whose input has none), and the head of a GPT-2 likewise."""
     shape = MODELS[work["model"]]
     tokens, width, layers = work["batch"] * work["length"], shape["width"], shape["layers"]
-    found = {
+    counts = {
         (tokens, width, width): 8 * layers - 3,
         (tokens, width, 4 * width): 2 * layers,
         (tokens, 4 * width, width): 2 * layers,
     }
     if shape["kind"] == "gpt2":
-        found |= {(tokens, width, shape["vocab"]): 1, (tokens, shape["vocab"], width): 1}
-    return found
+        counts |= {(tokens, width, shape["vocab"]): 1, (tokens, shape["vocab"], width): 1}
+    return counts
 
 
 def trained(work: dict[str, Any], *, fused: bool = False) -> int:

@@ -19,9 +19,9 @@ class Side:
 
     def __init__(self, target: str, work: dict[str, Any], env: dict[str, str] | None = None):
         begin = time.perf_counter()
-        own = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # all sides are there at once
+        settings = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # all sides are there at once
         if not target.startswith("ours"):
-            own["GLIBC_TUNABLES"] = ""  # peers run as they come: without experiments/__init__.py's huge pages
+            settings["GLIBC_TUNABLES"] = ""  # peers run as they come: without experiments/__init__.py's huge pages
         command = [sys.executable, "-m", "experiments.benchmark.worker", target, json.dumps(work)]
         self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
@@ -30,14 +30,14 @@ class Side:
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
-            env=os.environ | own | (env or {}),
+            env=os.environ | settings | (env or {}),
         )
         self.peak = 0
         self.first: dict[str, float] = {}
-        said = self._answer()
-        if "missing" in said:
-            raise self._gone(f"no module {said['missing']}")
-        self.device = said["device"]
+        reply = self._answer()
+        if "missing" in reply:
+            raise self._gone(f"no module {reply['missing']}")
+        self.device = reply["device"]
         self.first["ready"] = time.perf_counter() - begin
 
     def run(self, part: str) -> float:
@@ -46,13 +46,13 @@ class Side:
         with contextlib.suppress(BrokenPipeError):  # the answer says why
             self.process.stdin.write(part + "\n")
             self.process.stdin.flush()
-        said = self._answer()
-        if "failed" in said:
-            raise self._gone(said["failed"])
+        reply = self._answer()
+        if "failed" in reply:
+            raise self._gone(reply["failed"])
         if part != "floor" and not (self.first.get("floor")):
-            self.peak = said["peak"]  # until the bare products want memory of their own
-        self.first.setdefault(part, said["seconds"])
-        return said["seconds"]
+            self.peak = reply["peak"]  # until the bare products want memory of their own
+        self.first.setdefault(part, reply["seconds"])
+        return reply["seconds"]
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None

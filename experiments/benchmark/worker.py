@@ -25,8 +25,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
 
-    def answer(**said: Any) -> None:
-        print(json.dumps(said), file=answers, flush=True)
+    def answer(**values: Any) -> None:
+        print(json.dumps(values), file=answers, flush=True)
 
     module, function = sys.argv[1].split(":")
     work = json.loads(sys.argv[2])
@@ -52,22 +52,22 @@ def timed(part: Callable[[], float | None], steady: bool) -> float:
         part()
     begin, count = time.perf_counter(), 0
     while True:
-        said, count = part(), count + 1
+        seconds, count = part(), count + 1
         taken = time.perf_counter() - begin
         if not steady or taken > 1.5:
-            return taken / count if said is None else said
+            return taken / count if seconds is None else seconds
 
 
 def peak() -> int:
     """The most bytes so far: of the accelerator's allocator where there is one, else of this process or one it ran."""
     for name in ("jax", "torch"):
-        found = _ON_DEVICE[name](sys.modules[name]) if name in sys.modules else None
-        if found:
-            return found
+        on_device = _ON_DEVICE[name](sys.modules[name]) if name in sys.modules else None
+        if on_device:
+            return on_device
     status = Path("/proc/self/status")  # what getrusage says is at least what the starting process had
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
-    own = int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return 1024 * max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+    kilobytes = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    of_process = int(kilobytes[1]) if kilobytes else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 1024 * max(of_process, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 def device() -> str:

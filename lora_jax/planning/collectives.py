@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its HLO text."""
+"""The collectives of a compiled program, read from its HLO text."""
 
 import itertools
 import math
@@ -51,26 +51,28 @@ def of_program(text: str, mesh: Mapping[str, int]) -> list[Collective]:
     """
     computations, entry = _computations(text)
     times = _times(computations, entry)
-    found: dict[Any, Collective] = {}
+    distinct: dict[Any, Collective] = {}
     for name, lines in computations.items():
         for line in lines:
-            if not times[name] or not (one := _collective(line, name, times[name], mesh)):
+            if not times[name] or not (collective := _collective(line, name, times[name], mesh)):
                 continue
             channel = re.search(r"channel_id=(\d+)", line)
-            key = (one.kind, channel[1]) if channel else len(found)
-            if key not in found or found[key].times < one.times:  # of a loop's prologue and its body, the body
-                found[key] = one
-    return list(found.values())
+            key = (collective.kind, channel[1]) if channel else len(distinct)
+            if (
+                key not in distinct or distinct[key].times < collective.times
+            ):  # of a loop's prologue and its body, the body
+                distinct[key] = collective
+    return list(distinct.values())
 
 
-def summary(found: Iterable[Collective]) -> list[dict]:
-    """By kind and axes: how many a step, and the bytes that a device sends."""
+def summary(collectives: Iterable[Collective]) -> list[dict]:
+    """By kind and axes: the number in a run of the program, and the bytes that a device sends."""
     counts: Counter = Counter()
     sent: defaultdict[tuple, float] = defaultdict(float)
-    for one in found:
-        if one.axes:
-            counts[one.kind, one.axes] += one.times
-            sent[one.kind, one.axes] += one.times * one.sent
+    for collective in collectives:
+        if collective.axes:
+            counts[collective.kind, collective.axes] += collective.times
+            sent[collective.kind, collective.axes] += collective.times * collective.sent
     return [
         {"kind": kind, "axes": list(axes), "times": counts[kind, axes], "bytes": int(sent[kind, axes])}
         for kind, axes in sorted(counts)
@@ -78,17 +80,17 @@ def summary(found: Iterable[Collective]) -> list[dict]:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of every computation, and the name of the program's own."""
-    found: dict[str, list[str]] = {}
+    """The lines of every computation, and the name of the entry computation."""
+    lines_of: dict[str, list[str]] = {}
     name = entry = ""
     for line in text.splitlines():
         if begins := _COMPUTATION.match(line):
             name = begins[2]
             entry = name if begins[1] else entry
-            found[name] = []
+            lines_of[name] = []
         elif name and " = " in line:
-            found[name].append(line)
-    return found, entry
+            lines_of[name].append(line)
+    return lines_of, entry
 
 
 def _times(computations: Mapping[str, Sequence[str]], entry: str) -> Counter:
@@ -104,8 +106,8 @@ def _times(computations: Mapping[str, Sequence[str]], entry: str) -> Counter:
             if not called:
                 continue
             trips = _trips(line, computations) if " while(" in line else 1
-            for each in called:
-                reach(each, count * trips)
+            for callee in called:
+                reach(callee, count * trips)
 
     reach(entry, 1)
     return times
@@ -113,14 +115,14 @@ def _times(computations: Mapping[str, Sequence[str]], entry: str) -> Counter:
 
 def _trips(line: str, computations: Mapping[str, Sequence[str]]) -> int:
     """How often a loop runs."""
-    if known := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line):
-        return int(known[1])
+    if trip_count := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line):
+        return int(trip_count[1])
     condition = re.search(r"condition=%?([\w.\-]+)", line)
     pending, numbers = [condition[1]] if condition else [], []
     while pending:
-        for each in computations.get(pending.pop(), ()):
-            numbers += [int(n) for n in re.findall(r"s32\[\][^=]* constant\((\d+)\)", each)]
-            pending += _CALLED.findall(each)
+        for instruction in computations.get(pending.pop(), ()):
+            numbers += [int(n) for n in re.findall(r"s32\[\][^=]* constant\((\d+)\)", instruction)]
+            pending += _CALLED.findall(instruction)
     return max(numbers, default=1)
 
 
@@ -145,10 +147,10 @@ def _collective(line: str, name: str, times: int, mesh: Mapping[str, int]) -> Co
     scattered = kind == "all-reduce" and name.startswith("all-reduce-scatter")  # a fusion, in which a slice follows
     result = sum(math.prod(shape) * width for shape, width in shapes)
     share = (size - 1) / size
-    whole = result * size if kind == "reduce-scatter" else result
+    gathered = result * size if kind == "reduce-scatter" else result
     kind = "reduce-scatter" if scattered else kind
-    sent = {"all-reduce": 2 * share * whole, "collective-permute": float(whole)}.get(kind, share * whole)
-    return Collective(kind, axes, whole, sent, times, tuple(shape for shape, _ in shapes), name)
+    sent = {"all-reduce": 2 * share * gathered, "collective-permute": float(gathered)}.get(kind, share * gathered)
+    return Collective(kind, axes, gathered, sent, times, tuple(shape for shape, _ in shapes), name)
 
 
 def _along(line: str, mesh: Mapping[str, int]) -> tuple[tuple[str, ...], int]:

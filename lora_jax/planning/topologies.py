@@ -1,4 +1,4 @@
-"""Devices to compile for: slices of TPUs, of which only the compiler is here, or so many that exist nowhere."""
+"""Devices to compile for: slices of TPUs, which libtpu compiles for without one, and any number of CPU devices that stand for GPUs."""
 
 import math
 import os
@@ -21,8 +21,8 @@ class Topology(NamedTuple):
     """Devices that a program can be compiled for.
 
     Attributes:
-      limit: bytes that a program may use on each of them; None: nobody says.
-      asks: whether the compiler itself refuses what does not fit.
+      limit: bytes that a program may use on each device; None: unknown.
+      asks: whether the compiler itself refuses a program that does not fit.
     """
 
     name: str
@@ -33,15 +33,16 @@ class Topology(NamedTuple):
 
 
 def prepare(names: list[str]) -> None:
-    """Before JAX's first use: so many CPU devices as the largest of these topologies wants, and a quiet libtpu."""
+    """Sets up JAX, before its first use, to compile for these topologies: as many CPU devices as the largest of them has,
+    and a libtpu that looks for no TPU."""
     if counts := [_generic(name)[0] for name in names if _is_generic(name)]:
         jax.config.update("jax_num_cpu_devices", max(counts))
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_compilation_cache_dir", None)  # what is compiled for other devices cannot be read again
-    quiet = {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
+    one_host = {"TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
     # Several processes may ask the compiler at once, and none of them looks for a TPU.
-    own = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_MIN_LOG_LEVEL": "3"}
-    for name, value in (own | quiet).items():
+    shared = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_MIN_LOG_LEVEL": "3"}
+    for name, value in (shared | one_host).items():
         os.environ.setdefault(name, value)
 
 
@@ -69,12 +70,12 @@ def named(name: str) -> Topology:
     if any(side % 2 for side in dims[:2]):  # a host has 2 x 2 chips, unless there are fewer
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+        description = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except RuntimeError as error:
         if "JAX TPU support not installed" in str(error):
             raise ValueError(f"{name} wants the TPU's compiler: pip install 'lora_jax[tpu]' brings it") from error
         raise ValueError(f"topology {name!r}: {str(error).splitlines()[0]}") from error
-    return Topology(name, list(found.devices), math.prod(dims), HBM[family] * GIB, True)
+    return Topology(name, list(description.devices), math.prod(dims), HBM[family] * GIB, True)
 
 
 def _is_generic(name: str) -> bool:
@@ -82,9 +83,9 @@ def _is_generic(name: str) -> bool:
 
 
 def _generic(name: str) -> tuple[int, float | None]:
-    """How many devices, and the bytes of each."""
-    found = re.fullmatch(r"cpu:(\d+)|gpu:(\d+)x(\d+)GB", name)
-    if not found:
+    """The number of devices, and the bytes of each."""
+    written = re.fullmatch(r"cpu:(\d+)|gpu:(\d+)x(\d+)GB", name)
+    if not written:
         raise ValueError(f"no topology {name!r}: name one such as {NAMES}")
-    count, gpus, size = found.groups()
+    count, gpus, size = written.groups()
     return (int(count), None) if count else (int(gpus), int(size) * 1e9)
