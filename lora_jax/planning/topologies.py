@@ -1,4 +1,4 @@
-"""Devices to compile for: slices of TPUs, which libtpu compiles for without one, and any number of CPU devices that stand for GPUs."""
+"""Devices to compile for that are not at hand: slices of TPUs, by libtpu; GPUs of a size, by the CPU's compiler."""
 
 import math
 import os
@@ -33,8 +33,8 @@ class Topology(NamedTuple):
 
 
 def prepare(names: list[str]) -> None:
-    """Sets up JAX, before its first use, to compile for these topologies: as many CPU devices as the largest of them has,
-    and a libtpu that looks for no TPU."""
+    """Sets up JAX, before its first use, to compile for these topologies: CPU devices for the largest of them, and a
+    libtpu that looks for no TPU."""
     if counts := [_generic(name)[0] for name in names if _is_generic(name)]:
         jax.config.update("jax_num_cpu_devices", max(counts))
     jax.config.update("jax_platforms", "cpu")
