@@ -1,20 +1,27 @@
 """Adapting a large model as a transform of its parameter tree: LoRA and its relatives, in JAX."""
 
-from lora_jax.core.arrays import Adapted, LowRank, Tuned
-from lora_jax.core.freezing import freeze_base, labels, partition, rejoin
+from lora_jax.core.arrays import Adapted, LowRank, PathLabel, Tuned
+from lora_jax.core.freezing import combine, freeze_base, labels, partition, rejoin
 from lora_jax.core.lifting import control_flow, rules  # noqa: F401  (they register the rules of primitives)
 from lora_jax.core.lifting.interpreter import DenseWeight, lift
 from lora_jax.core.lifting.taps import Tapped, sites
 from lora_jax.core.selection import Absent, Selection, select
 from lora_jax.core.transforms import (
+    Axes,
     Delta,
+    Factors,
+    Params,
     ParamTransform,
     Report,
+    Spec,
+    Target,
     Traits,
     chain,
     check,
     from_spec,
     merge,
+    per_site,
+    per_target,
     register,
     stable_hash,
     traits_of,
@@ -24,6 +31,7 @@ from lora_jax.core.transforms import (
 from lora_jax.methods import arithmetic
 from lora_jax.methods.adapter import adapter
 from lora_jax.methods.bank import bank
+from lora_jax.methods.bias_delta import bias_delta, shift
 from lora_jax.methods.compacter import compacter
 from lora_jax.methods.dora import dora
 from lora_jax.methods.ia3 import ia3
@@ -31,8 +39,7 @@ from lora_jax.methods.lokr import lokr
 from lora_jax.methods.lora import lora
 from lora_jax.methods.pissa import pissa
 from lora_jax.methods.prefix import prefix_embedding, prefix_layer
-from lora_jax.methods.rows import rows
-from lora_jax.methods.shift import shift
+from lora_jax.methods.token_rows import rows, token_rows
 from lora_jax.methods.tune import tune
 from lora_jax.methods.vera import vera
 
@@ -41,20 +48,28 @@ __version__ = "0.1.0"
 __all__ = [
     "Absent",
     "Adapted",
+    "Axes",
     "Delta",
     "DenseWeight",
+    "Factors",
     "LowRank",
     "ParamTransform",
+    "Params",
+    "PathLabel",
     "Report",
     "Selection",
+    "Spec",
     "Tapped",
+    "Target",
     "Traits",
     "Tuned",
     "adapter",
     "arithmetic",
     "bank",
+    "bias_delta",
     "chain",
     "check",
+    "combine",
     "compacter",
     "dora",
     "freeze_base",
@@ -66,6 +81,8 @@ __all__ = [
     "lora",
     "merge",
     "partition",
+    "per_site",
+    "per_target",
     "pissa",
     "prefix_embedding",
     "prefix_layer",
@@ -76,6 +93,7 @@ __all__ = [
     "shift",
     "sites",
     "stable_hash",
+    "token_rows",
     "traits_of",
     "tune",
     "unmerge",

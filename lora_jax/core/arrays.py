@@ -2,7 +2,7 @@
 
 An `Adapted` array is a frozen dataclass of `base` and factors (its pytree leaves) and static fields. `layout` names the
 axes of each factor: s, i, o stand for all axes of that class of the base, in the base's order, any other letter for one
-axis of its own. Slicing, transposing, scanning, vmapping and sharding follow from it (`structure.py`).
+axis of its own. Slicing, transposing, scanning, vmapping and sharding follow from it (`lifting/axis_ops.py`).
 """
 
 import dataclasses
@@ -20,17 +20,20 @@ from lora_jax.core.selection import CLASS
 T = TypeVar("T")
 
 
-class Label(str):
-    """A path for messages. All labels are equal, so that layers with equal shapes compile once."""
+class PathLabel(str):
+    """The path of an adapted array, for messages. All are equal, so that layers of equal shapes compile once."""
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Label)
+        return isinstance(other, PathLabel)
 
     def __ne__(self, other: object) -> bool:
-        return not isinstance(other, Label)
+        return not isinstance(other, PathLabel)
 
     def __hash__(self) -> int:
         return 0
+
+
+Label = PathLabel  # its name before
 
 
 def static(**kwargs: Any) -> Any:
@@ -45,19 +48,19 @@ def adapted_array(cls: type[T]) -> type[T]:
 
 
 class Op(Protocol):
-    """The equation that an adapted weight meets, seen with the weight in the order `(i.., o..)`."""
+    """The equation that an adapted weight meets, with the weight's axes in the order `(i.., o..)`."""
 
     @property
-    def draws(self) -> bool:
-        """Whether the input can be dropped out: not where it is ids."""
+    def drops_input(self) -> bool:
+        """Whether dropout applies to the input: not to the ids of an embedding lookup."""
 
     def __call__(self, x: Array, w: Array) -> Array:
         """x times a weight `(i.., o..)`, ending in `o..`."""
 
-    def thin(self, x: Array, a: Array) -> Array:
+    def down(self, x: Array, a: Array) -> Array:
         """x times a factor `(i.., r)`, ending in r."""
 
-    def then(self, z: Array, b: Array) -> Array:
+    def up(self, z: Array, b: Array) -> Array:
         """The plain product of z's last axis with b `(r, o..)`, ending in `o..`."""
 
     def scale_input(self, x: Array, w: Array, scale: Array) -> Array:
@@ -70,7 +73,7 @@ class Adapted:
     layout: ClassVar[dict[str, str]] = {}
     frozen: ClassVar[tuple[str, ...]] = ("base", "key", "scale")  # fields that do not train
     exact: ClassVar[tuple[str, ...]] = ()  # factors that keep their dtype where the base is cast to another
-    whole: ClassVar[bool] = False  # the factors are of whole sides: where an input or output axis is cut, it is dense
+    indivisible: ClassVar[bool] = False  # no factor follows a part of an input or output axis: a cut one is dense
     base: Any
     core: str
     path: str
@@ -132,6 +135,7 @@ class Adapted:
 
 
 def is_adapted(node: Any) -> bool:
+    """Whether this is an adapted array."""
     return isinstance(node, Adapted)
 
 
@@ -187,7 +191,7 @@ class LowRank(Adapted):
     key: Array | None = None
     core: str = static()
     dropout: float = static(default=0.0)
-    path: str = static(default=Label())
+    path: str = static(default=PathLabel())
 
     def product(self, x: Array, op: Op) -> Array:
         y = op(x, lax.stop_gradient(self.base))
@@ -195,12 +199,12 @@ class LowRank(Adapted):
 
     def branch(self, x: Array, op: Op) -> Array:
         """scale * x A B."""
-        z = op.thin(x, self.a)
-        return op.then(z * lax.stop_gradient(self.scale).astype(z.dtype), self.b)
+        z = op.down(x, self.a)
+        return op.up(z * lax.stop_gradient(self.scale).astype(z.dtype), self.b)
 
     def dropped(self, x: Array, op: Op) -> Array:
         """The branch's input: x after dropout; x itself for ids, and where there is none."""
-        key = self.key if self.dropout and op.draws else None
+        key = self.key if self.dropout and op.drops_input else None
         return x if key is None else drop(key, x, self.dropout)
 
     def delta(self) -> Array:
@@ -208,8 +212,8 @@ class LowRank(Adapted):
         wide = widened(self.dtype)
         a, b, stack = (subscripts(layout, self.axes) for layout in (self.layout["a"], self.layout["b"], "s"))
         scaled = jnp.einsum(f"{a},{stack}->{a}", self.a.astype(wide), self.scale.astype(wide))
-        whole = "".join(chr(65 + axis) for axis in range(self.ndim))
-        return jnp.einsum(f"{a},{b}->{whole}", scaled, self.b.astype(wide), precision="highest")
+        base = "".join(chr(65 + axis) for axis in range(self.ndim))
+        return jnp.einsum(f"{a},{b}->{base}", scaled, self.b.astype(wide), precision="highest")
 
     def materialize(self) -> Array:
         return rounded_sum(self.base, self.delta(), self.dtype)
@@ -236,7 +240,7 @@ class Tuned(Adapted):
     frozen: ClassVar = ()
 
     value: Array
-    path: str = static(default=Label())
+    path: str = static(default=PathLabel())
 
     @property
     def base(self) -> Array:  # type: ignore[override]

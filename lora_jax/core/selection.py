@@ -44,7 +44,7 @@ def path_of(keys: tuple) -> str:
 
 
 def flatten(params: Any, is_leaf: Callable[[Any], bool] = lambda _: False) -> tuple[list[tuple[str, Any]], Any]:
-    """`[(path, leaf)], treedef`; an Absent leaf, and what `is_leaf` says, are leaves."""
+    """`[(path, leaf)], treedef`; an Absent leaf, and what `is_leaf` accepts, are leaves."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(
         params, is_leaf=lambda node: isinstance(node, Absent) or is_leaf(node)
     )
@@ -123,8 +123,8 @@ class Selection(NamedTuple):
                 f"select({', '.join(map(repr, self.globs))}) with exclude={list(self.exclude)} and "
                 f"layers={self.layers} leaves no parameter"
             )
-        met = set().union(*(self._layers_of(path, leaf) for path, leaf in chosen.items()))
-        if self.layers and (missing := sorted(set(self.layers) - met)):
+        present = set().union(*(self._layers_of(path, leaf) for path, leaf in chosen.items()))
+        if self.layers and (missing := sorted(set(self.layers) - present)):
             raise ValueError(f"layers={self.layers}: {next(iter(chosen))} and its like have no layer {missing[0]}")
         return chosen
 
@@ -135,10 +135,10 @@ class Selection(NamedTuple):
             name = re.split(r"[/.]", path)[-1]
             axes = _DEFAULT_AXES.get(name, "io") if leaf.ndim == 2 else "o" * leaf.ndim
         if axes is None or len(axes) != leaf.ndim or set(axes) - set(CLASS):
-            said = "no axes are named" if axes is None else f"axes={axes!r}"
+            named = "no axes are named" if axes is None else f"axes={axes!r}"
             hint = ", ".join(_CANDIDATES.get(leaf.ndim, ("one of i, o, s, k, v an axis",)))
             raise ValueError(
-                f"{path} has shape {tuple(leaf.shape)} but {said}: name its {leaf.ndim} axes with "
+                f"{path} has shape {tuple(leaf.shape)} but {named}: name its {leaf.ndim} axes with "
                 f"select(..., axes={{{path!r}: ...}}), for example {hint}"
             )
         return axes
@@ -146,8 +146,8 @@ class Selection(NamedTuple):
     def spec(self) -> dict[str, Any]:
         """This selection as JSON, the form that `from_spec` reads."""
         axes = dict(self.axes) if isinstance(self.axes, Mapping) else self.axes
-        said = {"axes": axes, "layers": self.layers and list(self.layers), "exclude": list(self.exclude)}
-        return {"select": list(self.globs)} | {name: value for name, value in said.items() if value}
+        options = {"axes": axes, "layers": self.layers and list(self.layers), "exclude": list(self.exclude)}
+        return {"select": list(self.globs)} | {name: value for name, value in options.items() if value}
 
     def _named(self, path: str) -> str | None:
         if not isinstance(self.axes, Mapping):
@@ -175,7 +175,7 @@ def select(
     Args:
       globs: `*` within one part, `**` any number of parts, `{a,b}` alternatives; each must match something.
       axes: one string for all (`"io"`), or a mapping glob -> string (first match wins). Two axes need no naming where
-        the leaf's name says them: `kernel` "io", `embedding` "vo", `weight` "oi" (torch, Equinox), else "io".
+        the leaf's name tells them: `kernel` "io", `embedding` "vo", `weight` "oi" (torch, Equinox), else "io".
       layers: only these: the number in `h_3`, or entries of the stacked axis `s`.
       exclude: globs of leaves to leave out.
 

@@ -1,10 +1,25 @@
 """One method, one file; each registers itself."""
 
-from lora_jax.methods import adapter, bank, compacter, dora, ia3, lokr, lora, pissa, prefix, rows, shift, tune, vera
+from lora_jax.methods import (
+    adapter,
+    bank,
+    bias_delta,
+    compacter,
+    dora,
+    ia3,
+    lokr,
+    lora,
+    pissa,
+    prefix,
+    token_rows,
+    tune,
+    vera,
+)
 
 __all__ = [
     "adapter",
     "bank",
+    "bias_delta",
     "compacter",
     "dora",
     "ia3",
@@ -12,8 +27,7 @@ __all__ = [
     "lora",
     "pissa",
     "prefix",
-    "rows",
-    "shift",
+    "token_rows",
     "tune",
     "vera",
 ]

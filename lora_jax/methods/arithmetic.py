@@ -17,8 +17,8 @@ from jax import Array, lax
 from lora_jax.core.arrays import LowRank, Tuned, is_adapted
 from lora_jax.core.selection import CLASS, Selection, flatten, look_up, matches, select
 from lora_jax.core.transforms import Delta, ParamTransform, chain, from_spec, traits_of
+from lora_jax.methods.bias_delta import BiasDelta, bias_delta
 from lora_jax.methods.lora import lora
-from lora_jax.methods.shift import Shift, shift
 from lora_jax.methods.tune import tune
 
 Pair = tuple[ParamTransform, Delta]
@@ -116,20 +116,20 @@ def _need_sum(method: ParamTransform, delta: Delta) -> None:
 
 def _sums(pairs: Sequence[Pair], weights: Sequence[Any], params: Any) -> tuple[dict[str, Any], dict[str, str]]:
     """`{path: factors}` of the sum, and `{path: axes}` of those of low rank."""
-    found: dict[str, Terms] = {}
+    by_path: dict[str, Terms] = {}
     for (method, delta), weight in zip(pairs, weights, strict=True):
         method, base = _stand_in(method, delta) if params is None else (method, params)
         for path, w in flatten(method.apply(base, delta), is_adapted)[0]:
             if is_adapted(w):
-                found.setdefault(path, []).append((weight, w))
+                by_path.setdefault(path, []).append((weight, w))
     average = all(isinstance(weight, numbers.Real) for weight in weights) and math.isclose(sum(weights), 1)
     leaves, factors, axes = dict(flatten(params)[0]), dict[str, Any](), dict[str, str]()
-    for path, terms in found.items():
-        terms = _alike(path, terms)
+    for path, terms in by_path.items():
+        terms = _same_kind(path, terms)
         first = terms[0][1]
         if isinstance(first, LowRank):
             factors[path], axes[path] = _side_by_side(terms), first.axes
-        elif isinstance(first, Shift):
+        elif isinstance(first, BiasDelta):
             factors[path] = {"shift": sum(_scaled(w.shift, w.scale, weight) for weight, w in terms)}
         else:
             # value - base is the change; in an average the base cancels, and any value does in its place
@@ -145,10 +145,10 @@ def _stand_in(method: ParamTransform, delta: Delta) -> tuple[ParamTransform, dic
     """The method for the delta's paths by name, and leaves of the shapes that the factors tell."""
     specs, leaves = [], {}
     for spec, _ in traits_of(method.spec):
-        own = [path for path in delta if not path.startswith("@") and _any(spec.get("select", ()), path)]
-        own = [path for path in own if not _any(spec.get("exclude", ()), path)]
-        leaves.update({path: _leaf(path, delta, spec) for path in own})
-        specs.append(spec | {"select": own, "exclude": []})
+        paths = [path for path in delta if not path.startswith("@") and _any(spec.get("select", ()), path)]
+        paths = [path for path in paths if not _any(spec.get("exclude", ()), path)]
+        leaves.update({path: _leaf(path, delta, spec) for path in paths})
+        specs.append(spec | {"select": paths, "exclude": []})
     return from_spec({"method": "chain", "of": specs}), leaves
 
 
@@ -157,11 +157,11 @@ def _any(globs: Sequence[str], path: str) -> bool:
 
 
 def _leaf(path: str, delta: Delta, spec: dict[str, Any]) -> jax.ShapeDtypeStruct:
-    said = spec.get("axes")
-    axes = look_up({**said, "**": None} if isinstance(said, Mapping) else said, path, "axes")
+    named = spec.get("axes")
+    axes = look_up({**named, "**": None} if isinstance(named, Mapping) else named, path, "axes")
     match delta.get("@shared/" + "/".join(path.split("/")[:-2]), {}) | delta[path]:
-        case {"value": whole} | {"shift": whole}:
-            return jax.ShapeDtypeStruct(whole.shape, whole.dtype)
+        case {"value": factor} | {"shift": factor}:
+            return jax.ShapeDtypeStruct(factor.shape, factor.dtype)
         case {"a": a, "b": b} if not (spec.get("layers") and "s" in (axes or "")):
             axes = axes or Selection((path,)).axes_of(path, jax.ShapeDtypeStruct((1, 1), a.dtype))
             n = axes.count("s")
@@ -170,11 +170,11 @@ def _leaf(path: str, delta: Delta, spec: dict[str, Any]) -> jax.ShapeDtypeStruct
     raise ValueError(f"{path}: the factors {sorted(delta[path])} do not tell the shape of the leaf: pass params=")
 
 
-def _alike(path: str, terms: Terms) -> Terms:
+def _same_kind(path: str, terms: Terms) -> Terms:
     """The terms, if they are of one kind that adds and of one shape; of low rank is whatever `lift` meets as such."""
-    terms = [(weight, w if isinstance(w, Tuned | Shift) else w.ready()) for weight, w in terms]
+    terms = [(weight, w if isinstance(w, Tuned | BiasDelta) else w.ready()) for weight, w in terms]
     kinds = {type(w) for _, w in terms}
-    if len(kinds) > 1 or not kinds <= {LowRank, Shift, Tuned}:
+    if len(kinds) > 1 or not kinds <= {LowRank, BiasDelta, Tuned}:
         names = " and ".join(sorted(kind.__name__ for kind in kinds))
         raise ValueError(f"{path}: changes of {names} do not add; low-rank products do, or shifts, or tuned leaves")
     if len({(w.shape, *(CLASS[letter] for letter in w.axes)) for _, w in terms}) > 1:
@@ -188,9 +188,9 @@ def _wide(x: Array) -> Array:
 
 def _scaled(x: Array, scale: Array, weight: Any) -> Array:
     """weight * scale * x; the scale has x's first axes."""
-    whole = _wide(x)
-    scale = (scale * jnp.asarray(weight, scale.dtype)).astype(whole.dtype)
-    return whole * lax.expand_dims(scale, range(scale.ndim, whole.ndim))
+    wide = _wide(x)
+    scale = (scale * jnp.asarray(weight, scale.dtype)).astype(wide.dtype)
+    return wide * lax.expand_dims(scale, range(scale.ndim, wide.ndim))
 
 
 def _side_by_side(terms: Terms) -> dict[str, Array]:
@@ -219,7 +219,7 @@ def _adapter(factors: dict[str, Any], axes: dict[str, str]) -> Pair:
     """The method that has these factors, each path by name; a chain where there are several kinds."""
     ranks = {path: factors[path]["a"].shape[-1] for path in axes}
     methods = [lora(select(*axes, axes=axes), rank=ranks, strict=False)] if axes else []
-    for name, method in (("shift", shift), ("value", tune)):
+    for name, method in (("shift", bias_delta), ("value", tune)):
         if paths := [path for path in factors if name in factors[path]]:
             methods.append(method(select(*paths)))
     return methods[0] if len(methods) == 1 else chain(*methods), Delta(factors)

@@ -16,7 +16,7 @@ from jax import Array, lax
 from lora_jax.core.arrays import Adapted, LowRank, adapted_array, subscripts, widened
 from lora_jax.core.lifting.taps import untapped
 from lora_jax.core.selection import flatten
-from lora_jax.core.transforms import Delta, ParamTransform, from_spec, register
+from lora_jax.core.transforms import Delta, Params, ParamTransform, from_spec, keys_of, register
 
 
 @adapted_array
@@ -28,11 +28,11 @@ class Gated(LowRank):
     exact: ClassVar = ("scale",)
 
     def branch(self, x: Array, op: Any) -> Array:
-        z, gate = op.thin(x, self.a), lax.stop_gradient(self.scale)
+        z, gate = op.down(x, self.a), lax.stop_gradient(self.scale)
         if len(gate) not in (1, len(z)):
             raise ValueError(f"{self.path}: a batch of {len(z)} rows, but a strength of {len(gate)} rows")
         gate = lax.expand_dims(gate, range(1, z.ndim - 1)) if z.ndim > 1 else gate[0]
-        return op.then(z * gate.astype(z.dtype), self.b)
+        return op.up(z * gate.astype(z.dtype), self.b)
 
     def delta(self) -> Array:
         rows = self.scale.shape[-2]
@@ -62,8 +62,8 @@ class Chosen(LowRank):
             raise ValueError(f"{self.path}: a batch of {len(x)} rows, but ids of {len(self.ids)} rows")
 
         def row(x: Array, a: Array, b: Array, scale: Array) -> Array:
-            z = op.thin(x, a)
-            return op.then(z * scale.astype(z.dtype), b)
+            z = op.down(x, a)
+            return op.up(z * scale.astype(z.dtype), b)
 
         def of_rows(factor: Array) -> Array:  # the gradient of a factor is summed over its rows in float32
             return factor.astype(widened(factor.dtype))[k].astype(factor.dtype)
@@ -105,7 +105,7 @@ def bank(methods: Sequence[ParamTransform]) -> ParamTransform:
 
     def apply(params: Any, delta: Delta, *, key: Array | None = None, strength: Any = 1.0) -> Any:
         strength = _strength(strength, len(methods))
-        found: dict[int, list[tuple[int, LowRank]]] = {}
+        by_leaf: dict[int, list[tuple[int, LowRank]]] = {}
         flat, treedef = flatten(params)
         for k, method in enumerate(methods):
             adapted, taps = untapped(method.apply(params, take(delta, k), key=key))
@@ -114,12 +114,15 @@ def bank(methods: Sequence[ParamTransform]) -> ParamTransform:
                 raise ValueError(f"{method.spec['method']} changes activations: a bank is of changes of low rank")
             for at, leaf in enumerate(leaves):
                 if isinstance(leaf, Adapted):
-                    found.setdefault(at, []).append((k, _low_rank(leaf)))
+                    by_leaf.setdefault(at, []).append((k, _low_rank(leaf)))
         join = _stacked if strength.ndim == 1 else _joined
-        joined = [join(found[at], strength) if at in found else leaf for at, (_, leaf) in enumerate(flat)]
+        joined = [join(by_leaf[at], strength) if at in by_leaf else leaf for at, (_, leaf) in enumerate(flat)]
         return jax.tree.unflatten(treedef, joined)
 
-    return ParamTransform(init, apply, {"method": "bank", "of": [method.spec for method in methods]})
+    def keys(params: Params) -> set[str]:
+        return {f"@{k}/{path}" for k, method in enumerate(methods) for path in keys_of(method, params)}
+
+    return ParamTransform(init, apply, {"method": "bank", "of": [method.spec for method in methods]}, keys)
 
 
 def pack(deltas: Sequence[Delta]) -> Delta:
@@ -155,7 +158,7 @@ def _low_rank(leaf: Adapted) -> LowRank:
 
 def _joined(adapters: list[tuple[int, LowRank]], strength: Array) -> Gated:
     """The adapters of one leaf side by side; (n, K) strengths."""
-    shared, stacked = _shared(adapters), adapters[0][1].scale.ndim
+    shared, stacked = _common_fields(adapters), adapters[0][1].scale.ndim
     gates = []
     for k, w in adapters:
         gate = w.scale[..., None] * jnp.broadcast_to(strength[:, k], (*w.scale.shape, len(strength)))  # (s.., n)
@@ -170,7 +173,7 @@ def _joined(adapters: list[tuple[int, LowRank]], strength: Array) -> Gated:
 
 def _stacked(adapters: list[tuple[int, LowRank]], ids: Array) -> Chosen:
     """The adapters of one leaf one behind the other, each filled up to the largest rank; (n,) ids."""
-    shared, stacked = _shared(adapters), adapters[0][1].scale.ndim
+    shared, stacked = _common_fields(adapters), adapters[0][1].scale.ndim
     rank = max(w.a.shape[-1] for _, w in adapters)
 
     def filled(x: Array, axis: int) -> Array:
@@ -187,11 +190,11 @@ def _stacked(adapters: list[tuple[int, LowRank]], ids: Array) -> Chosen:
     )
 
 
-def _shared(adapters: list[tuple[int, LowRank]]) -> dict[str, Any]:
+def _common_fields(adapters: list[tuple[int, LowRank]]) -> dict[str, Any]:
     """The fields that one leaf's adapters have in common."""
     first = adapters[0][1]
     if len({(w.core, w.dropout) for _, w in adapters}) > 1:
-        raise ValueError(f"{first.path}: the adapters of a bank have one dropout, and see its axes alike")
+        raise ValueError(f"{first.path}: the adapters of a bank have one dropout, and name its axes alike")
     return {name: getattr(first, name) for name in ("base", "key", "core", "dropout", "path")}
 
 

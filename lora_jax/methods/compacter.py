@@ -8,25 +8,23 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lora_jax.core.transforms import Delta, ParamTransform, Traits, need_factors, per_site, register
+from lora_jax.core.transforms import Factors, ParamTransform, Traits, per_site, register
 from lora_jax.methods.adapter import Bottleneck, occurrences
-
-RULE = "@shared/compacter"
 
 
 @dataclasses.dataclass(frozen=True)
-class Kronecker:
+class KroneckerBottleneck:
     """A bottleneck whose down and up are `sum_i kron(rule_i, left_i right_i)`."""
 
     bottleneck: Bottleneck
 
     def __call__(self, factors: dict[str, Array], x: Array, seen: Mapping[str, Array]) -> Array:
-        whole = {name: factors[name] for name in ("down_bias", "up_bias")}
+        dense = {name: factors[name] for name in ("down_bias", "up_bias")}
         for name in ("down", "up"):
-            thin = jnp.einsum("nir,nro->nio", factors[f"{name}_left"], factors[f"{name}_right"])
-            w = jnp.einsum("nab,nio->aibo", factors["rule"], thin)
-            whole[name] = w.reshape(w.shape[0] * w.shape[1], -1)
-        return self.bottleneck(whole, x, seen)
+            low_rank = jnp.einsum("nir,nro->nio", factors[f"{name}_left"], factors[f"{name}_right"])
+            w = jnp.einsum("nab,nio->aibo", factors["rule"], low_rank)
+            dense[name] = w.reshape(w.shape[0] * w.shape[1], -1)
+        return self.bottleneck(dense, x, seen)
 
 
 def compacter(
@@ -69,29 +67,12 @@ def compacter(
 
     spec = {"method": "compacter", "sites": {name: [counts[name], widths[name]] for name in counts}, "rank": rank}
     spec |= {"n": n, "activation": activation, "layers": None if layers is None else list(layers)}
-    alone = per_site(spec | {"dtype": dtype.name}, counts, init, Kronecker(Bottleneck(activation, norm=False)), layers)
 
-    def init_all(key: Array, params: Any) -> Delta:
-        rule = jax.random.normal(jax.random.fold_in(key, 0), (n, n, n), dtype) / n**0.5
-        return Delta({**alone.init(key, params), RULE: {"rule": rule}})
+    def rules(key: Array) -> Factors:
+        return {"rule": jax.random.normal(jax.random.fold_in(key, 0), (n, n, n), dtype) / n**0.5}
 
-    def apply(params: Any, delta: Delta, *, key: Array | None = None, strength: Any = 1.0) -> Any:
-        if not isinstance(delta, Delta) or RULE not in delta:
-            return alone.apply(params, delta, key=key, strength=strength)  # which says what is wrong
-        own = Delta({name: factors for name, factors in delta.items() if name != RULE})
-        tapped = alone.apply(params, own, key=key, strength=strength)
-        need_factors(RULE, delta[RULE], {"rule": (n, n, n)})
-        rule = delta[RULE]["rule"]
-
-        def with_rule(tap: Any) -> Any:
-            occurring = tap.count if tap.layers is None else len(tap.layers)
-            return dataclasses.replace(
-                tap, factors={**tap.factors, "rule": jnp.broadcast_to(rule, (occurring, n, n, n))}
-            )
-
-        return dataclasses.replace(tapped, taps=tuple(map(with_rule, tapped.taps)))
-
-    return ParamTransform(init_all, apply, alone.spec)
+    fn = KroneckerBottleneck(Bottleneck(activation, norm=False))
+    return per_site(spec | {"dtype": dtype.name}, counts, init, fn, layers, common=rules)
 
 
 register("compacter", compacter, Traits(decays=("**/{down,up}_{left,right}",), fast=()))

@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.core.arrays import Adapted, Label, LowRank, Op, adapted_array, static, subscripts, widened
+from lora_jax.core.arrays import Adapted, LowRank, Op, PathLabel, adapted_array, static, subscripts, widened
 from lora_jax.core.selection import Selection
-from lora_jax.core.transforms import ParamTransform, Traits, need_factors, register
+from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_target, register
 from lora_jax.methods.lora import Options, at_rank
 
 
@@ -29,7 +29,7 @@ class Dora(Adapted):
     key: Array | None = None
     core: str = static()
     dropout: float = static(default=0.0)
-    path: str = static(default=Label())
+    path: str = static(default=PathLabel())
 
     def ready(self) -> "Scaled":
         rise = self._rise()
@@ -60,8 +60,8 @@ class Dora(Adapted):
         squares = _einsum("W->so", self.axes, w * w)
         norm, after = jnp.sqrt(squares), jnp.sqrt(jnp.maximum(squares + grown, 0))
         safe = jnp.where(after > 0, after, 1)  # a unit without weights keeps its gain of 1
-        moved = self.m.astype(wide) - lax.stop_gradient(self.fixed_norm).astype(wide) - grown / (norm + safe)
-        return jnp.where(after > 0, moved / safe, 0)
+        change = self.m.astype(wide) - lax.stop_gradient(self.fixed_norm).astype(wide) - grown / (norm + safe)
+        return jnp.where(after > 0, change / safe, 0)
 
 
 @adapted_array
@@ -103,9 +103,9 @@ class Scaled(LowRank):
 
 def _einsum(layouts: str, axes: str, *arrays: Array) -> Array:
     """`einsum` of factors named by their layouts, and of W, which has the base's own axes."""
-    whole = "".join(chr(65 + axis) for axis in range(len(axes)))
+    base = "".join(chr(65 + axis) for axis in range(len(axes)))
     inputs, output = layouts.split("->")
-    names = [whole if layout == "W" else subscripts(layout, axes) for layout in (*inputs.split(","), output)]
+    names = [base if layout == "W" else subscripts(layout, axes) for layout in (*inputs.split(","), output)]
     return jnp.einsum(f"{','.join(names[:-1])}->{names[-1]}", *arrays, precision="highest")
 
 
@@ -149,19 +149,19 @@ def dora(
         strict=strict,
     )
 
-    def init(key: Array, path: str, leaf: Any, axes: str) -> dict[str, Array]:
-        factors, wide = low.init(key, path, leaf, axes), jnp.asarray(leaf).astype(jnp.float32)
-        norm = low.chosen(jnp.sqrt(_einsum("W->so", axes, wide * wide)), axes)
-        return factors | {"m": norm, "fixed_norm": jnp.array(norm, copy=True)}
+    def shapes(target: Target) -> dict[str, tuple[int, ...]]:
+        units = (*target.stacked, *target.outputs)
+        return low.shapes(target) | {"m": units, "fixed_norm": units}
 
-    def adapt(key: Array | None, path: str, leaf: Any, axes: str, factors: dict[str, Array], strength: Any) -> Dora:
-        shapes = low.shapes(path, leaf, axes)
-        units = (*shapes["b"][: axes.count("s")], *shapes["b"][axes.count("s") + 1 :])
-        need_factors(path, factors, shapes | {"m": units, "fixed_norm": units})
-        fields = low.fields(key, path, leaf, axes, factors, 1.0)
-        return Dora(**fields, strength=jnp.broadcast_to(jnp.asarray(strength, jnp.float32), fields["scale"].shape))
+    def init(key: Array, target: Target) -> Factors:
+        wide = jnp.asarray(target.leaf).astype(jnp.float32)
+        norm = target.adapted_layers(jnp.sqrt(_einsum("W->so", target.axes, wide * wide)))
+        return low.init(key, target) | {"m": norm, "fixed_norm": jnp.array(norm, copy=True)}
 
-    return low.transform("dora", init, adapt)
+    def adapt(target: Target, factors: Factors, key: Array | None, strength: Any) -> Dora:
+        return Dora(**low.fields(target, factors, key, 1.0), strength=target.scale(strength))
+
+    return per_target({"method": "dora", **low.spec()}, low.targets, init, adapt, shapes=shapes)
 
 
 register(

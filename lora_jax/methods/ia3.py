@@ -1,6 +1,7 @@
 """IA3: learned vectors that scale what layers give or take (Liu et al. 2022, arXiv 2205.05638)."""
 
-from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -10,20 +11,17 @@ from jax.sharding import PartitionSpec
 
 from lora_jax.core.arrays import (
     Adapted,
-    Label,
     Op,
+    PathLabel,
     Tuned,
     adapted_array,
     factor_axes,
-    map_adapted,
     scaled,
     static,
     widened,
 )
 from lora_jax.core.selection import CLASS, Absent, Selection, flatten, matches
-from lora_jax.core.transforms import Delta, ParamTransform, Traits, all_layers, need_factors, per_leaf, register, sizes
-
-_SHARED = "@shared/"
+from lora_jax.core.transforms import Factors, Params, ParamTransform, Target, Traits, per_target, register, targets_of
 
 
 @adapted_array
@@ -37,7 +35,7 @@ class Rescaled(Adapted):
     inputs: Array | None = None
     outputs: Array | None = None
     core: str = static()
-    path: str = static(default=Label())
+    path: str = static(default=PathLabel())
 
     def product(self, x: Array, op: Op) -> Array:
         base = lax.stop_gradient(self.base)
@@ -106,86 +104,70 @@ def ia3(selection: Selection, *, feedforward: Iterable[str] = ()) -> ParamTransf
     def feeds(path: str) -> bool:
         return any(matches(glob, path) for glob in feedforward)
 
-    def found(params: Any) -> dict[str, tuple[str, str]]:
-        """`{path: (axes, key in the delta)}` of the selected weights and of the biases that go with them."""
-        leaves, chosen = dict(flatten(params)[0]), selection(params)
+    def targets(params: Params) -> list[Target]:
+        """The selected weights, and the biases that go with them."""
+        leaves, weights = dict(flatten(params)[0]), targets_of(selection, params)
         for glob in feedforward:
-            if not any(matches(glob, path) for path in chosen):
-                raise ValueError(f"feedforward={glob!r} matches none of the selected weights, {list(chosen)[:3]} ...")
-        pairs: dict[str, tuple[str, str]] = {}
-        for path, axes in chosen.items():
-            size = sizes(leaves[path], axes)
-            if not size["i"] or not size["o"]:
-                raise ValueError(f"{path} with axes {axes!r}: IA3 needs a weight with input and output axes")
-            module = path.rpartition("/")[0]
-            bias = f"{module}/bias".lstrip("/")
-            if bias not in leaves or feeds(path):
-                pairs[path] = axes, path
-            elif bias in pairs:
-                raise ValueError(f"{path} is not the only selected weight beside {bias}: exclude all but one")
+            if not any(matches(glob, target.path) for target in weights):
+                paths = [target.path for target in weights[:3]]
+                raise ValueError(f"feedforward={glob!r} matches none of the selected weights, {paths} ...")
+        pairs: dict[str, Target] = {}
+        for weight in weights:
+            if not weight.inputs or not weight.outputs:
+                raise ValueError(
+                    f"{weight.path} with axes {weight.axes!r}: IA3 needs a weight with input and output axes"
+                )
+            module = weight.path.rpartition("/")[0]
+            path = f"{module}/bias".lstrip("/")
+            if path not in leaves or feeds(weight.path):
+                pairs[weight.path] = weight
+            elif path in pairs:
+                raise ValueError(f"{weight.path} is not the only selected weight beside {path}: exclude all but one")
             else:
-                bias_axes = _bias_axes(selection.axes, bias, leaves[bias], axes, size)
-                pairs |= {path: (axes, _SHARED + module), bias: (bias_axes, _SHARED + module)}
-        return pairs
+                axes = _bias_axes(selection.axes, path, leaves[path], weight)
+                shared = f"@shared/{module}"
+                pairs[weight.path] = dataclasses.replace(weight, shared=shared)
+                pairs[path] = Target(path, leaves[path], axes, selection.layers, shared)
+        return list(pairs.values())
 
-    def shape(path: str, leaf: Any, axes: str) -> tuple[int, ...]:
-        if isinstance(leaf, Absent):
-            raise ValueError(f"{path} was taken out of these params (without_tuned); IA3 needs the base")
-        size = sizes(leaf, axes, selection.layers)
-        channels = tuple(n for n, letter in zip(leaf.shape, axes, strict=True) if letter in "iv")
-        return (*size["s"], *(channels if feeds(path) else size["o"]))
+    def shapes(target: Target) -> dict[str, tuple[int, ...]]:
+        if isinstance(target.leaf, Absent):
+            raise ValueError(f"{target.path} was taken out of these params (without_tuned); IA3 needs the base")
+        letters = zip(target.leaf.shape, target.axes, strict=True)
+        channels = tuple(n for n, letter in letters if letter in "iv")
+        return {"l": (*target.stacked, *(channels if feeds(target.path) else target.outputs))}
 
-    def init(key: Array, path: str, leaf: Any, axes: str) -> dict[str, Array]:
-        return {"l": jnp.ones(shape(path, leaf, axes), jnp.float32)}
+    def init(key: Array, target: Target) -> Factors:
+        return {"l": jnp.ones(shapes(target)["l"], jnp.float32)}
 
-    def adapt(key: Array | None, path: str, leaf: Any, axes: str, factors: dict[str, Array], strength: Any) -> Rescaled:
-        need_factors(path, factors, {"l": shape(path, leaf, axes)})
-        size = sizes(leaf, axes)
-        scale = all_layers(factors["l"], selection.layers, size["s"], fill=1.0)
+    def adapt(target: Target, factors: Factors, key: Array | None, strength: Any) -> Rescaled:
+        scale = target.all_layers(factors["l"], fill=1.0)
         if not (isinstance(strength, float | int) and strength == 1):
             scale = 1 + jnp.asarray(strength, scale.dtype) * (scale - 1)
-        if not feeds(path):
-            return Rescaled(base=leaf, outputs=scale, core=axes.lstrip("s"), path=Label(path))
-        letters = [letter for letter in axes if letter in "ivk"]
-        window = [len(size["s"]) + n for n, letter in enumerate(letters) if letter == "k"]
-        scale = jnp.broadcast_to(lax.expand_dims(scale, window), (*size["s"], *size["i"]))
-        return Rescaled(base=leaf, inputs=scale, core=axes.lstrip("s"), path=Label(path))
+        if not feeds(target.path):
+            return Rescaled(**target.fields, outputs=scale)
+        letters = [letter for letter in target.axes if letter in "ivk"]
+        window = [len(target.stack) + n for n, letter in enumerate(letters) if letter == "k"]
+        scale = jnp.broadcast_to(lax.expand_dims(scale, window), (*target.stack, *target.inputs))
+        return Rescaled(**target.fields, inputs=scale)
 
     spec = {"method": "ia3", **selection.spec(), "feedforward": list(feedforward)}
-    alone = per_leaf(spec, lambda params: {path: axes for path, (axes, _) in found(params).items()}, init, adapt)
-    return _with_owners(alone, lambda params: {path: name for path, (_, name) in found(params).items()})
+    return per_target(spec, targets, init, adapt, shapes=shapes)
 
 
-def _bias_axes(said: Any, bias: str, leaf: Any, axes: str, size: dict[str, tuple[int, ...]]) -> str:
+def _bias_axes(named_axes: Any, path: str, leaf: Any, weight: Target) -> str:
     """The axes of a bias: those named for it, else those of its weight that are no input; the sizes must agree."""
-    named = [a for glob, a in said.items() if matches(glob, bias)][:1] if isinstance(said, Mapping) else []
-    for found in (*named, "".join(letter for letter in axes if CLASS[letter] != "i")):
-        if len(found) == leaf.ndim and not set(found) - {"s", "o"}:
-            if sizes(leaf, found) == size | {"i": ()}:
-                return found
+    is_mapping = isinstance(named_axes, Mapping)
+    named = [axes for glob, axes in named_axes.items() if matches(glob, path)][:1] if is_mapping else []
+    for axes in (*named, "".join(letter for letter in weight.axes if CLASS[letter] != "i")):
+        if len(axes) == leaf.ndim and not set(axes) - {"s", "o"}:
+            bias = Target(path, leaf, axes)
+            if (bias.stack, bias.outputs) == (weight.stack, weight.outputs):
+                return axes
     raise ValueError(
-        f"{bias} has shape {tuple(leaf.shape)}, but its weight with axes {axes!r} has outputs {size['s'] + size['o']}: "
-        "name the axes of both with select(..., axes={glob: ...})"
+        f"{path} has shape {tuple(leaf.shape)}, but its weight with axes {weight.axes!r} has outputs "
+        f"{weight.stack + weight.outputs}: name the axes of both with select(..., axes={{glob: ...}})"
     )
-
-
-def _with_owners(alone: ParamTransform, owners: Callable[[Any], dict[str, str]]) -> ParamTransform:
-    """The same transform, with the factors that a weight and its bias share once in the delta."""
-
-    def init(key: Array, params: Any) -> Delta:
-        each = alone.init(key, params)
-        return Delta({name: each[path] for path, name in owners(params).items()})
-
-    def apply(params: Any, delta: Delta, *, key: Array | None = None, strength: Any = 1.0) -> Any:
-        if isinstance(params, Delta) or not isinstance(delta, Delta):
-            return alone.apply(params, delta, key=key, strength=strength)  # which says what is wrong
-        names = owners(map_adapted(lambda w: w.base, params))
-        if wrong := set(names.values()) ^ set(delta):
-            raise ValueError(f"the delta is not this method's: it lacks, or has besides, {sorted(wrong)[:3]}")
-        each = Delta({path: delta[name] for path, name in names.items()})
-        return alone.apply(params, each, key=key, strength=strength)
-
-    return ParamTransform(init, apply, alone.spec)
 
 
 register(

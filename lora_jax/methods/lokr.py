@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.core.arrays import Adapted, Label, Op, adapted_array, rounded_sum, sides, static, widened
+from lora_jax.core.arrays import Adapted, Op, PathLabel, adapted_array, rounded_sum, sides, static, widened
 from lora_jax.core.lifting.rules import Dot, LookUp
-from lora_jax.core.selection import Absent, Selection, look_up
-from lora_jax.core.transforms import ParamTransform, Traits, all_layers, need_factors, per_leaf, register, sizes
+from lora_jax.core.selection import Selection, look_up
+from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_target, register
 
-Chain = list[Array]  # matrices (in, out), to be multiplied
+Matrices = list[Array]  # (in, out) each, to be multiplied
 
 
 @adapted_array
@@ -30,7 +30,7 @@ class Kronecker(Adapted):
         **{"w2": "smn", "w2_a": "smr", "w2_b": "srn"},
         "scale": "s",
     }
-    whole: ClassVar = True
+    indivisible: ClassVar = True
 
     base: Array
     w1: Array | None = None
@@ -42,10 +42,10 @@ class Kronecker(Adapted):
     scale: Array
     window: int = static(default=1)
     core: str = static()
-    path: str = static(default=Label())
+    path: str = static(default=PathLabel())
 
     def product(self, x: Array, op: Op) -> Array:
-        first, second = self._chains()
+        first, second = self._matrices()
         y = op(x, lax.stop_gradient(self.base))
         if isinstance(op, LookUp):
             change = _looked_up(op, x, first, second)
@@ -58,7 +58,7 @@ class Kronecker(Adapted):
 
     def delta(self) -> Array:
         """The change in the base's axes, float32 (or wider)."""
-        first, second = ([w.astype(widened(self.dtype)) for w in ws] for ws in self._chains())
+        first, second = ([w.astype(widened(self.dtype)) for w in ws] for ws in self._matrices())
         product = functools.partial(jnp.matmul, precision="highest")
         w1, w2 = functools.reduce(product, first), functools.reduce(product, second)
         w2 = w2.reshape(*w2.shape[:-2], -1, self.window, w2.shape[-1])
@@ -78,40 +78,39 @@ class Kronecker(Adapted):
         if self.window > 1:
             return None
         names = {"w1": "w1", "w1_a": "w1_b", "w1_b": "w1_a", "w2": "w2", "w2_a": "w2_b", "w2_b": "w2_a"}
-        turned = {new: getattr(self, old) for new, old in names.items()}
-        turned = {name: None if w is None else w.swapaxes(-1, -2) for name, w in turned.items()}
-        return self.replace(core=self.core.translate(str.maketrans("ivko", "oooi")), **turned)
+        factors = {new: getattr(self, old) for new, old in names.items()}
+        exchanged = {name: None if w is None else w.swapaxes(-1, -2) for name, w in factors.items()}
+        return self.replace(core=self.core.translate(str.maketrans("ivko", "oooi")), **exchanged)
 
-    def _chains(self) -> tuple[Chain, Chain]:
-        """w1 and w2, each from input to output: one matrix, or two."""
-        chains = [
+    def _matrices(self) -> tuple[Matrices, Matrices]:
+        """w1 and w2 from input to output, each one matrix or two to be multiplied."""
+        w1, w2 = [
             [w.swapaxes(-1, -2) for end in ("_b", "_a", "") if (w := getattr(self, name + end)) is not None]
             for name in ("w1", "w2")
         ]
-        first, second = chains
-        inputs = first[0].shape[-2] * second[0].shape[-2] // self.window
-        if sides(self) != (self.window, inputs, first[-1].shape[-1] * second[-1].shape[-1]):
+        inputs = w1[0].shape[-2] * w2[0].shape[-2] // self.window
+        if sides(self) != (self.window, inputs, w1[-1].shape[-1] * w2[-1].shape[-1]):
             raise ValueError(f"{self.path}: {self.shape} is a part of a weight, of which no Kronecker product is known")
-        return first, second
+        return w1, w2
 
 
-def _multiplied(op: Dot, x: Array, first: Chain, second: Chain) -> Array:
+def _multiplied(op: Dot, x: Array, first: Matrices, second: Matrices) -> Array:
     """x times the Kronecker product of two matrices, ending in one axis for all outputs."""
     op = dataclasses.replace(op, out_sharding=None)  # which is the whole product's
     z = x.reshape(*x.shape[: x.ndim - op.count], first[0].shape[0], second[0].shape[0])
-    z = functools.reduce(op.then, second, z).swapaxes(-1, -2)
-    z = functools.reduce(op.then, first, z).swapaxes(-1, -2)
+    z = functools.reduce(op.up, second, z).swapaxes(-1, -2)
+    z = functools.reduce(op.up, first, z).swapaxes(-1, -2)
     return z.reshape(*z.shape[:-2], -1)
 
 
-def _looked_up(op: LookUp, ids: Array, first: Chain, second: Chain) -> Array:
+def _looked_up(op: LookUp, ids: Array, first: Matrices, second: Matrices) -> Array:
     """Rows of the Kronecker product of two matrices, ending in one axis for all outputs."""
     promises = {"unique_indices": False, "indices_are_sorted": False}  # which do not hold for the parts of the ids
     op = dataclasses.replace(op, how=tuple((dict(op.how) | promises).items()))
     q, n = first[0].shape[0], second[0].shape[0]
     high = op(ids // n, first[0])  # no row where the id is none
     low = op(jnp.clip(ids, 0, q * n - 1) % n, second[0])
-    high, low = functools.reduce(op.then, first[1:], high), functools.reduce(op.then, second[1:], low)
+    high, low = functools.reduce(op.up, first[1:], high), functools.reduce(op.up, second[1:], low)
     return (high[..., :, None] * low[..., None, :]).reshape(*ids.shape, -1)
 
 
@@ -130,9 +129,9 @@ def lokr(
     w1_a) is zero, the others U(-1/sqrt(n), 1/sqrt(n)), with n their second size. Several input or output axes count as
     one; the window of a convolution goes with in_2. The delta's factors are `(s.., out, in)` whatever the base's axes.
 
-    Products and look-ups are two thin ones. The change of a convolution is made dense, which is small. What cuts an
-    input or output axis or changes the order of several (the split of a fused kernel) gets the weight dense, as `lift`
-    reports; heads made of one axis, or joined, do not.
+    A product or embedding lookup becomes two small ones. The change of a convolution is made dense, which is small.
+    What cuts an input or output axis or changes the order of several (the split of a fused kernel) gets the weight
+    dense, as `lift` reports; heads made of one axis, or joined, do not.
 
     Args:
       selection: the weights; each needs named input and output axes.
@@ -150,54 +149,43 @@ def lokr(
     if decompose_factor != -1 and decompose_factor < 1:
         raise ValueError(f"decompose_factor={decompose_factor!r}: a whole number from 1, or -1 for the square root")
 
-    def shapes(path: str, leaf: Any, axes: str) -> dict[str, tuple[int, ...]]:
-        size, r = sizes(leaf, axes, selection.layers), look_up(rank, path, "rank")
-        if isinstance(leaf, Absent) or not size["i"] or not size["o"]:
-            raise ValueError(f"{path} with axes {axes!r}: LoKr needs a weight with input and output axes")
+    def shapes(target: Target) -> dict[str, tuple[int, ...]]:
+        target.need_weight("LoKr")
+        r, window = look_up(rank, target.path, "rank"), target.window
         if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-            raise ValueError(f"{path}: rank={r!r} must be a whole number from 1")
-        window = _window(leaf, axes)
-        (p, m), (q, n) = (
-            factorization(count, decompose_factor)
-            for count in (math.prod(size["o"]), math.prod(size["i"]) // math.prod(window))
-        )
-        found: dict[str, tuple[int, ...]] = {"w1": (p, q)}
-        if decompose_both and r < max(p, q) / 2:
-            found = {"w1_a": (p, r), "w1_b": (r, q)}
+            raise ValueError(f"{target.path}: rank={r!r} must be a whole number from 1")
+        p, m = factorization(math.prod(target.outputs), decompose_factor)
+        q, n = factorization(math.prod(target.inputs) // math.prod(window), decompose_factor)
+        w1 = {"w1_a": (p, r), "w1_b": (r, q)} if decompose_both and r < max(p, q) / 2 else {"w1": (p, q)}
         low = {"w2_a": (m, r), "w2_b": (r, n * math.prod(window))}
-        found |= low if r < max(m, n) / 2 else {"w2": (m, n, *window)}
-        return {name: (*size["s"], *shape) for name, shape in found.items()}
+        w2 = low if r < max(m, n) / 2 else {"w2": (m, n, *window)}
+        return {name: (*target.stacked, *shape) for name, shape in {**w1, **w2}.items()}
 
-    def init(key: Array, path: str, leaf: Any, axes: str) -> dict[str, Array]:
-        factors, stacked = {}, len(sizes(leaf, axes)["s"])
-        for name, shape in shapes(path, leaf, axes).items():
+    def init(key: Array, target: Target) -> Factors:
+        factors = {}
+        for name, shape in shapes(target).items():
             if name in ("w1", "w1_a"):
                 factors[name] = jnp.zeros(shape, jnp.float32)
                 continue
-            key, own = jax.random.split(key)
-            bound = 1 / math.sqrt(math.prod(shape[stacked + 1 :]))
-            factors[name] = jax.random.uniform(own, shape, jnp.float32, -bound, bound)
+            key, factor_key = jax.random.split(key)
+            bound = 1 / math.sqrt(math.prod(shape[len(target.stack) + 1 :]))
+            factors[name] = jax.random.uniform(factor_key, shape, jnp.float32, -bound, bound)
         return factors
 
-    def adapt(
-        key: Array | None, path: str, leaf: Any, axes: str, factors: dict[str, Array], strength: Any
-    ) -> Kronecker:
-        need_factors(path, factors, shapes(path, leaf, axes))
-        stacked, r = sizes(leaf, axes)["s"], look_up(rank, path, "rank")
-        scale = strength * (1.0 if alpha is None else look_up(alpha, path, "alpha") / r)
-        matrices = {name: w.reshape(*w.shape[: len(stacked) + 1], -1) for name, w in factors.items()}
+    def adapt(target: Target, factors: Factors, key: Array | None, strength: Any) -> Kronecker:
+        scale = 1.0 if alpha is None else look_up(alpha, target.path, "alpha") / look_up(rank, target.path, "rank")
+        matrices = {name: w.reshape(*w.shape[: len(target.stack) + 1], -1) for name, w in factors.items()}
+        every_layer: dict[str, Any] = {name: target.all_layers(w) for name, w in matrices.items()}
         return Kronecker(
-            base=leaf,
-            **{name: all_layers(w, selection.layers, stacked) for name, w in matrices.items()},
-            scale=jnp.broadcast_to(jnp.asarray(scale, jnp.float32), stacked),
-            window=math.prod(_window(leaf, axes)),
-            core=axes.lstrip("s"),
-            path=Label(path),
+            **target.fields,
+            **every_layer,
+            scale=target.scale(strength * scale),
+            window=math.prod(target.window),
         )
 
     spec = {"method": "lokr", **selection.spec(), "rank": rank, "alpha": alpha}
     spec |= {"decompose_both": decompose_both, "decompose_factor": decompose_factor}
-    return per_leaf(spec, selection.__call__, init, adapt)
+    return per_target(spec, selection, init, adapt, shapes=shapes)
 
 
 def factorization(size: int, factor: int = -1) -> tuple[int, int]:
@@ -211,10 +199,6 @@ def factorization(size: int, factor: int = -1) -> tuple[int, int]:
     most = math.isqrt(size) if factor == -1 else min(factor, math.isqrt(size))
     m = next(m for m in range(most, 0, -1) if size % m == 0)
     return m, size // m
-
-
-def _window(leaf: Any, axes: str) -> tuple[int, ...]:
-    return tuple(n for n, letter in zip(leaf.shape, axes, strict=True) if letter == "k")
 
 
 register("lokr", lokr, Traits(decays=("**/{w1,w1_a,w1_b,w2,w2_a,w2_b}",), fast=()))

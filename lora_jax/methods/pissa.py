@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.core.arrays import Adapted, Label, LowRank, adapted_array, static, widened
+from lora_jax.core.arrays import Adapted, LowRank, PathLabel, adapted_array, static, widened
 from lora_jax.core.selection import CLASS, Selection
-from lora_jax.core.transforms import ParamTransform, Traits, need_factors, per_leaf, register, sizes
+from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_target, register
 from lora_jax.methods.lora import Options, at_rank
 
 
@@ -26,7 +26,7 @@ class Pissa(Adapted):
     fixed_b: Array
     scale: Array
     core: str = static()
-    path: str = static(default=Label())
+    path: str = static(default=PathLabel())
 
     def ready(self) -> LowRank:
         # A B - A0 B0 = (A - A0) B + A0 (B - B0): exactly zero at first, and no small difference of large products
@@ -70,30 +70,34 @@ def pissa(
     """
     low = Options(selection=selection, rank=rank, alpha=alpha, scale_rule=scale_rule, dtype=dtype)
 
-    def init(key: Array, path: str, leaf: Any, axes: str) -> dict[str, Array]:
-        shapes, scale = low.shapes(path, leaf, axes), low.scale(path)
+    def shapes(target: Target) -> dict[str, tuple[int, ...]]:
+        start = low.shapes(target)
+        return start | {f"fixed_{name}": shape for name, shape in start.items()}
+
+    def init(key: Array, target: Target) -> Factors:
+        shape, scale = low.shapes(target), low.scale(target.path)
         if isinstance(scale, int | float) and scale <= 0:
-            raise ValueError(f"{path}: PiSSA divides singular values by scale = {scale}; choose an alpha above 0")
-        first = _principal(low.chosen(_matrix(leaf, axes), axes), shapes["a"][-1], scale)
-        factors = {name: x.reshape(shapes[name]).astype(dtype) for name, x in zip("ab", first, strict=True)}
+            raise ValueError(
+                f"{target.path}: PiSSA divides singular values by scale = {scale}; choose an alpha above 0"
+            )
+        start = _principal(target.adapted_layers(_matrix(target)), shape["a"][-1], scale)
+        factors = {name: x.reshape(shape[name]).astype(dtype) for name, x in zip("ab", start, strict=True)}
         return factors | {f"fixed_{name}": jnp.array(x, copy=True) for name, x in factors.items()}
 
-    def adapt(key: Array | None, path: str, leaf: Any, axes: str, factors: dict[str, Array], strength: Any) -> Pissa:
-        shapes = low.shapes(path, leaf, axes)
-        need_factors(path, factors, shapes | {f"fixed_{name}": shape for name, shape in shapes.items()})
-        fields = low.fields(key, path, leaf, axes, factors, strength)
-        return Pissa(**{name: value for name, value in fields.items() if name not in ("key", "dropout")})
+    def adapt(target: Target, factors: Factors, key: Array | None, strength: Any) -> Pissa:
+        every_layer: dict[str, Any] = {name: target.all_layers(factor) for name, factor in factors.items()}
+        return Pissa(**target.fields, **every_layer, scale=target.scale(strength * low.scale(target.path)))
 
     spec = {"method": "pissa", **selection.spec(), "rank": rank, "alpha": alpha}
-    return per_leaf(spec | {"scale_rule": scale_rule, "dtype": jnp.dtype(dtype).name}, selection.__call__, init, adapt)
+    spec |= {"scale_rule": scale_rule, "dtype": jnp.dtype(dtype).name}
+    return per_target(spec, selection, init, adapt, shapes=shapes)
 
 
-def _matrix(leaf: Any, axes: str) -> Array:
+def _matrix(target: Target) -> Array:
     """The leaf as `(s.., in, out)`."""
-    order = [j for kind in "sio" for j, letter in enumerate(axes) if CLASS[letter] == kind]
-    size = sizes(leaf, axes)
-    wide = jnp.asarray(leaf).astype(widened(leaf.dtype))
-    return wide.transpose(order).reshape(*size["s"], math.prod(size["i"]), math.prod(size["o"]))
+    order = [j for kind in "sio" for j, letter in enumerate(target.axes) if CLASS[letter] == kind]
+    wide = jnp.asarray(target.leaf).astype(widened(target.leaf.dtype))
+    return wide.transpose(order).reshape(*target.stack, math.prod(target.inputs), math.prod(target.outputs))
 
 
 def _principal(w: Array, rank: int, scale: Any) -> tuple[Array, Array]:

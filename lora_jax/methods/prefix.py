@@ -12,39 +12,39 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.core.arrays import Adapted, Label, Op, adapted_array, static
+from lora_jax.core.arrays import Adapted, Op, PathLabel, adapted_array, static
 from lora_jax.core.lifting.taps import Tap
 from lora_jax.core.selection import Absent, Selection
-from lora_jax.core.transforms import ParamTransform, Traits, need_factors, per_leaf, per_site, register
+from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_site, per_target, register
 from lora_jax.methods.adapter import occurrences
 
 
 @adapted_array
 class Extended(Adapted):
-    """An embedding `(v, o)` whose look-up knows ids from v on: `rows` `(n, o)`. As an output head it is the base."""
+    """An embedding `(v, o)` with `rows` `(n, o)` for the ids from v on. As an output head it is the base."""
 
     layout: ClassVar = {"rows": "no"}
-    whole: ClassVar = True  # ids mean what they do in the whole table alone
+    indivisible: ClassVar = True  # ids have their meaning in the full table alone
 
     base: Array
     rows: Array
     core: str = static(default="vo")
-    path: str = static(default=Label())
+    path: str = static(default=PathLabel())
 
     def product(self, x: Array, op: Op) -> Array:
         base = lax.stop_gradient(self.base)
-        if op.draws:
+        if op.drops_input:
             return op(x, base)
         v = base.shape[0]
-        known = op(jnp.minimum(x, v - 1), base)
+        in_vocabulary = op(jnp.minimum(x, v - 1), base)
         # an id beyond them gives NaN, as in the model's own look-up
-        rows = jnp.take(self.rows.astype(known.dtype), jnp.maximum(x - v, 0), axis=0, mode="fill")
-        return jnp.where((x >= v)[..., None], rows, known)
+        rows = jnp.take(self.rows.astype(in_vocabulary.dtype), jnp.maximum(x - v, 0), axis=0, mode="fill")
+        return jnp.where((x >= v)[..., None], rows, in_vocabulary)
 
     def materialize(self) -> Array:
         raise ValueError(
             f"{self.path}: the rows of a prefix are none of the vocabulary's; they go neither into a merged table nor "
-            "through an operation that cuts or changes it: look up in the whole one, by lift"
+            "through an operation that cuts or changes it: look up in the full one, by lift"
         )
 
     def transposed(self) -> "Head":
@@ -57,7 +57,7 @@ class Head(Adapted):
 
     base: Array
     core: str = static(default="oi")
-    path: str = static(default=Label())
+    path: str = static(default=PathLabel())
 
     def product(self, x: Array, op: Op) -> Array:
         return op(x, lax.stop_gradient(self.base))
@@ -81,30 +81,29 @@ def prefix_embedding(selection: Selection, *, prefix: int, infix: int = 0) -> Pa
     """
     count = _count(prefix, infix)
 
-    def shape(path: str, leaf: Any, axes: str) -> tuple[int, int]:
-        if isinstance(leaf, Absent) or axes != "vo":
-            raise ValueError(f"{path} with axes {axes!r}: a prefix extends an embedding with axes 'vo'")
-        return count, leaf.shape[1]
+    def shapes(target: Target) -> dict[str, tuple[int, ...]]:
+        if isinstance(target.leaf, Absent) or target.axes != "vo":
+            raise ValueError(f"{target.path} with axes {target.axes!r}: a prefix extends an embedding with axes 'vo'")
+        return {"rows": (count, target.leaf.shape[1])}
 
-    def init(key: Array, path: str, leaf: Any, axes: str) -> dict[str, Array]:
-        shape(path, leaf, axes)
-        drawn = jax.random.randint(key, (count,), 0, leaf.shape[0])
-        return {"rows": jnp.asarray(leaf)[drawn].astype(jnp.float32)}
+    def init(key: Array, target: Target) -> Factors:
+        shapes(target)
+        drawn = jax.random.randint(key, (count,), 0, target.leaf.shape[0])
+        return {"rows": jnp.asarray(target.leaf)[drawn].astype(jnp.float32)}
 
-    def adapt(key: Array | None, path: str, leaf: Any, axes: str, factors: dict[str, Array], strength: Any) -> Extended:
-        need_factors(path, factors, {"rows": shape(path, leaf, axes)})
-        rows = factors["rows"]
+    def adapt(target: Target, factors: Factors, key: Array | None, strength: Any) -> Extended:
+        leaf, rows = target.leaf, factors["rows"]
         if not (isinstance(strength, float | int) and strength == 1):
             s = jnp.asarray(strength, rows.dtype)
             rows = (1 - s) * leaf[-1:].astype(rows.dtype) + s * rows
-        return Extended(base=leaf, rows=rows, path=Label(path))
+        return Extended(**target.fields, rows=rows)
 
     spec = {"method": "prefix_embedding", **selection.spec(), "prefix": prefix, "infix": infix}
-    return per_leaf(spec, selection.__call__, init, adapt)
+    return per_target(spec, selection, init, adapt, shapes=shapes)
 
 
 @dataclasses.dataclass(frozen=True)
-class Placed:
+class ReplaceAtPlaceholders:
     """The trained vectors in place of the activations at the ids from `vocabulary` on."""
 
     vocabulary: int
@@ -116,7 +115,7 @@ class Placed:
 
 
 @dataclasses.dataclass(frozen=True)
-class Known:
+class ClampIds:
     """The ids from `vocabulary` on as its last one, for a look-up that knows no more."""
 
     vocabulary: int
@@ -147,12 +146,12 @@ def prefix_layer(sites: Mapping[str, Sequence[Any]], *, vocabulary: int, prefix:
 
     spec: dict[str, Any] = {"method": "prefix_layer", "sites": {name: [counts[name], widths[name]] for name in counts}}
     spec |= {"vocabulary": vocabulary, "prefix": prefix, "infix": infix}
-    alone = per_site(spec, counts, init, Placed(vocabulary))
+    alone = per_site(spec, counts, init, ReplaceAtPlaceholders(vocabulary))
 
     def apply(*args: Any, **kwargs: Any) -> Any:
         tapped = alone.apply(*args, **kwargs)
-        known = Tap(factors={}, site="tokens", fn=Known(vocabulary), count=1)
-        return dataclasses.replace(tapped, taps=(known, *tapped.taps))
+        clamp = Tap(factors={}, site="tokens", fn=ClampIds(vocabulary), count=1)
+        return dataclasses.replace(tapped, taps=(clamp, *tapped.taps))
 
     return alone._replace(apply=apply)
 

@@ -5,9 +5,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from lora_jax.core.arrays import Label, Tuned
+from lora_jax.core.arrays import Tuned
 from lora_jax.core.selection import Absent, Selection
-from lora_jax.core.transforms import ParamTransform, Traits, need_factors, per_leaf, register
+from lora_jax.core.transforms import Factors, Params, ParamTransform, Target, Traits, per_target, register
 
 
 def tune(selection: Selection) -> ParamTransform:
@@ -21,29 +21,31 @@ def tune(selection: Selection) -> ParamTransform:
     2
     """
 
-    def init(key: Array, path: str, leaf: Any, axes: str) -> dict[str, Array]:
-        if isinstance(leaf, Absent):
-            raise ValueError(f"{path} was taken out of these params (without_tuned); init needs the whole base")
-        return {"value": jnp.array(leaf, jnp.float32 if leaf.dtype.itemsize < 4 else leaf.dtype, copy=True)}
-
-    def adapt(key: Array | None, path: str, leaf: Any, axes: str, factors: dict[str, Array], strength: Any) -> Tuned:
-        need_factors(path, factors, {"value": tuple(leaf.shape)})
-        value = factors["value"]
-        if isinstance(strength, float | int) and strength == 1:
-            return Tuned(value=value.astype(leaf.dtype), path=Label(path))
-        if isinstance(leaf, Absent):
-            raise ValueError(f"{path}: strength={strength} needs the base, which was taken out (without_tuned)")
-        s = jnp.asarray(strength, value.dtype)
-        return Tuned(value=((1 - s) * leaf.astype(value.dtype) + s * value).astype(leaf.dtype), path=Label(path))
-
-    def targets(params: Any) -> dict[str, str]:
+    def targets(params: Params) -> list[Target]:
         leaves = selection.leaves(params)
         if selection.layers and (stacks := [p for p, leaf in leaves.items() if "s" in selection.axes_of(p, leaf)]):
             raise ValueError(f"{stacks[0]}: tune takes whole leaves, not layers={selection.layers} of a stack")
-        return dict.fromkeys(leaves, "")
+        return [Target(path, leaf) for path, leaf in leaves.items()]
 
-    spec = {"method": "tune", **selection.spec()}
-    return per_leaf(spec, targets, init, adapt)
+    def init(key: Array, target: Target) -> Factors:
+        leaf = target.leaf
+        if isinstance(leaf, Absent):
+            raise ValueError(f"{target.path} was taken out of these params (without_tuned); init needs the whole base")
+        return {"value": jnp.array(leaf, jnp.float32 if leaf.dtype.itemsize < 4 else leaf.dtype, copy=True)}
+
+    def adapt(target: Target, factors: Factors, key: Array | None, strength: Any) -> Tuned:
+        leaf, value = target.leaf, factors["value"]
+        if isinstance(strength, float | int) and strength == 1:
+            return Tuned(value=value.astype(leaf.dtype), path=target.label)
+        if isinstance(leaf, Absent):
+            raise ValueError(f"{target.path}: strength={strength} needs the base, which was taken out (without_tuned)")
+        s = jnp.asarray(strength, value.dtype)
+        return Tuned(value=((1 - s) * leaf.astype(value.dtype) + s * value).astype(leaf.dtype), path=target.label)
+
+    def shapes(target: Target) -> dict[str, tuple[int, ...]]:
+        return {"value": tuple(target.leaf.shape)}
+
+    return per_target({"method": "tune", **selection.spec()}, targets, init, adapt, shapes=shapes)
 
 
 register("tune", tune, Traits(decays=("**/{kernel,embedding}/value",), fast=()))

@@ -1,29 +1,27 @@
 """VeRA: one frozen random pair of matrices for all weights, and trained vectors (Kopiczko et al. 2024, 2310.11454)."""
 
+import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.core.arrays import Adapted, Label, LowRank, adapted_array, map_adapted, static
-from lora_jax.core.selection import Absent, Selection, flatten, matches
+from lora_jax.core.arrays import Adapted, LowRank, PathLabel, adapted_array, static
+from lora_jax.core.selection import Selection, matches
 from lora_jax.core.transforms import (
-    Delta,
+    Factors,
+    Params,
     ParamTransform,
+    Target,
     Traits,
-    all_layers,
-    need_factors,
-    per_leaf,
+    per_target,
     register,
-    sizes,
     stable_hash,
-    typed_key,
+    targets_of,
 )
-
-_SHARED = "@shared/vera"
 
 
 @adapted_array
@@ -39,7 +37,7 @@ class Vera(Adapted):
     b: Array
     scale: Array
     core: str = static()
-    path: str = static(default=Label())
+    path: str = static(default=PathLabel())
 
     def ready(self) -> LowRank:
         # As a product of low rank, what is right for LoRA is right here.
@@ -53,6 +51,13 @@ class Vera(Adapted):
 
     def remove(self) -> Array:
         return self.ready().remove()
+
+
+@dataclasses.dataclass(frozen=True)
+class Part(Target):
+    """A weight whose columns of B begin at `start`."""
+
+    start: int = 0
 
 
 def vera(selection: Selection, *, rank: int, d_initial: float = 0.1, fused: Iterable[str] = ()) -> ParamTransform:
@@ -78,100 +83,74 @@ def vera(selection: Selection, *, rank: int, d_initial: float = 0.1, fused: Iter
         raise ValueError(f"rank={rank!r} must be a whole number from 1")
     fused = (fused,) if isinstance(fused, str) else tuple(fused)
 
-    def places(params: Any) -> dict[str, tuple[str, int]]:
-        leaves, chosen = dict(flatten(params)[0]), selection(params)
-        return _places(fused, {path: math.prod(sizes(leaves[path], axes)["o"]) for path, axes in chosen.items()})
+    def targets(params: Params) -> list[Part]:
+        plain = targets_of(selection, params)
+        parts = _parts(fused, {target.path: math.prod(target.outputs) for target in plain})
+        return [
+            Part(target.path, target.leaf, target.axes, target.layers, shared, start)
+            for target in plain
+            for shared, start in [parts[target.path]]
+        ]
 
-    def shapes(path: str, leaf: Any, axes: str) -> dict[str, tuple[int, ...]]:
-        size = sizes(leaf, axes, selection.layers)
-        if isinstance(leaf, Absent) or not size["i"] or not size["o"]:
-            raise ValueError(f"{path} with axes {axes!r}: VeRA needs a weight with input and output axes")
-        return {"b": (*size["s"], *size["o"]), "d": (*size["s"], rank)}
+    def shapes(target: Target) -> dict[str, tuple[int, ...]]:
+        target.need_weight("VeRA")
+        return {"b": (*target.stacked, *target.outputs), "d": (*target.stacked, rank)}
 
-    def shared_shapes(params: Any) -> dict[str, tuple[int, ...]]:
-        leaves = dict(flatten(params)[0])
-        chosen, where = selection(params), places(params)
-        every = {path: sizes(leaves[path], axes) for path, axes in chosen.items()}
-        rows = max(math.prod(size["i"]) for size in every.values())
-        columns = max(where[path][1] + math.prod(size["o"]) for path, size in every.items())
-        return {"fixed_a": (rank, rows), "fixed_b": (columns, rank)}
-
-    def init_leaf(key: Array, path: str, leaf: Any, axes: str) -> dict[str, Array]:
-        shape = shapes(path, leaf, axes)
+    def init(key: Array, target: Target) -> Factors:
+        shape = shapes(target)
         return {"b": jnp.zeros(shape["b"], jnp.float32), "d": jnp.full(shape["d"], d_initial, jnp.float32)}
 
-    def adapt(key: Array | None, path: str, leaf: Any, axes: str, factors: dict[str, Array], strength: Any) -> Vera:
-        shared = {name: factors[name] for name in ("fixed_a", "fixed_b")}
-        own = {name: factor for name, factor in factors.items() if name not in shared}
-        need_factors(path, own, shapes(path, leaf, axes))
-        size = sizes(leaf, axes)
-        a = shared["fixed_a"][:, : math.prod(size["i"])].T.reshape(*size["i"], rank)
-        b = shared["fixed_b"][: math.prod(size["o"])].T.reshape(rank, *size["o"])
+    def projections(key: Array, targets: Sequence[Any]) -> Factors:
+        rows = max(math.prod(part.inputs) for part in targets)
+        columns = max(part.start + math.prod(part.outputs) for part in targets)
+        key_a, key_b = jax.random.split(jax.random.fold_in(key, stable_hash("@shared/vera")))
+        return {"fixed_a": _uniform(key_a, (rank, rows)), "fixed_b": _uniform(key_b, (columns, rank))}
+
+    def adapt(target: Any, factors: Factors, key: Array | None, strength: Any) -> Vera:
+        inputs, outputs = math.prod(target.inputs), math.prod(target.outputs)
+        a = factors["fixed_a"][:, :inputs].T.reshape(*target.inputs, rank)
+        b = factors["fixed_b"][target.start : target.start + outputs].T.reshape(rank, *target.outputs)
         return Vera(
-            base=leaf,
+            **target.fields,
             # once a layer, so that an adapted stack can be indexed and scanned like any other
-            fixed_a=jnp.broadcast_to(a, (*size["s"], *a.shape)),
-            fixed_b=jnp.broadcast_to(b, (*size["s"], *b.shape)),
-            **{name: all_layers(factor, selection.layers, size["s"]) for name, factor in own.items()},
-            scale=jnp.broadcast_to(jnp.asarray(strength, jnp.float32), size["s"]),
-            core=axes.lstrip("s"),
-            path=Label(path),
+            fixed_a=jnp.broadcast_to(a, (*target.stack, *a.shape)),
+            fixed_b=jnp.broadcast_to(b, (*target.stack, *b.shape)),
+            d=target.all_layers(factors["d"]),
+            b=target.all_layers(factors["b"]),
+            scale=target.scale(strength),
         )
 
     spec = {"method": "vera", **selection.spec(), "rank": rank, "d_initial": d_initial}
     spec |= {"fused": list(fused)} if fused else {}
-    alone = per_leaf(spec, selection.__call__, init_leaf, adapt)
-
-    def init(key: Array, params: Any) -> Delta:
-        delta = alone.init(key, params)
-        for path, (owner, _) in places(params).items():
-            if owner != path:
-                delta[owner] = {"d": delta[path].pop("d")}
-        key = jax.random.fold_in(typed_key(key), stable_hash(_SHARED))
-        delta[_SHARED] = {
-            name: jax.random.uniform(each, shape, jnp.float32, -math.sqrt(6 / shape[1]), math.sqrt(6 / shape[1]))
-            for each, (name, shape) in zip(jax.random.split(key), shared_shapes(params).items(), strict=True)
-        }
-        return delta
-
-    def apply(params: Any, delta: Delta, *, key: Array | None = None, strength: Any = 1.0) -> Any:
-        if isinstance(params, Delta) or not isinstance(delta, Delta):
-            return alone.apply(params, delta, key=key, strength=strength)  # which says what is wrong
-        base, shared = map_adapted(lambda w: w.base, params), delta.get(_SHARED, {})
-        need_factors(_SHARED, shared, shared_shapes(base))
-        where = places(base)
-        if wrong := set(delta) ^ {_SHARED, *where, *(owner for owner, _ in where.values())}:
-            raise ValueError(f"the delta is not this method's: it lacks, or has besides, {sorted(wrong)[:3]}")
-        each = Delta()
-        for path, (owner, start) in where.items():
-            if owner != path and "d" in delta[path]:
-                raise ValueError(f"{path} has a d of its own, but its d is that of {owner}")
-            each[path] = delta[owner] | delta[path] | shared | {"fixed_b": shared["fixed_b"][start:]}
-        return alone.apply(params, each, key=key, strength=strength)
-
-    return ParamTransform(init, apply, spec)
+    return per_target(spec, targets, init, adapt, shapes=shapes, common=projections)
 
 
-def _places(fused: tuple[str, ...], outputs: dict[str, int]) -> dict[str, tuple[str, int]]:
-    """`{path: (key of its d, where its columns of B begin)}` of the selected weights, with that many outputs."""
-    found = {path: (path, 0) for path in outputs}
+def _uniform(key: Array, shape: tuple[int, int]) -> Array:
+    bound = math.sqrt(6 / shape[1])
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def _parts(fused: tuple[str, ...], outputs: dict[str, int]) -> dict[str, tuple[dict[str, str], int]]:
+    """`{path: ({"d": shared key}, first column of B)}` of the selected weights, with that many outputs; of those that
+    no glob fuses `({}, 0)`."""
+    parts: dict[str, tuple[dict[str, str], int]] = {path: ({}, 0) for path in outputs}
     for glob in fused:
         before, opened, rest = glob.rpartition("{")
         inner, _, after = rest.partition("}")
-        ends: dict[str, list[int]] = {}
+        ends: dict[str, list[int]] = {}  # of the columns of a module's parts so far
         for name in inner.split(","):
             for path in (path for path in outputs if matches(before + name + after, path)):
-                owner = "@shared/" + "/".join(path.split("/")[:-2])
-                starts = ends.setdefault(owner, [0])
-                found[path] = owner, starts[-1]
+                module = "/".join(path.split("/")[:-2])
+                starts = ends.setdefault(module, [0])
+                parts[path] = {"d": f"@shared/{module}"}, starts[-1]
                 starts.append(starts[-1] + outputs[path])
         if not opened or not ends:
             raise ValueError(
                 f"fused={glob!r} names no parts in braces, or none of the selected {list(outputs)[:3]} ..."
             )
-        if wrong := [owner for owner, starts in ends.items() if len(starts) != 2 + inner.count(",")]:
-            raise ValueError(f"fused={glob!r}: not all of {inner} are selected in {wrong[0].removeprefix('@shared/')}")
-    return found
+        if wrong := [module for module, starts in ends.items() if len(starts) != 2 + inner.count(",")]:
+            raise ValueError(f"fused={glob!r}: not all of {inner} are selected in {wrong[0]}")
+    return parts
 
 
 register("vera", vera, Traits(at_rank=lambda spec, rank: spec | {"rank": rank}, decays=(), fast=()))

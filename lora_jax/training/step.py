@@ -10,7 +10,7 @@ from flax.training.dynamic_scale import DynamicScale
 from jax import Array
 from jaxtyping import Float32, Int32, UInt32
 
-from lora_jax.core.freezing import partition, rejoin
+from lora_jax.core.freezing import combine, partition
 from lora_jax.core.transforms import Delta, ParamTransform
 from lora_jax.distributed.sharding import Placement
 from lora_jax.training.objectives import Objective
@@ -99,7 +99,7 @@ def make_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
         def loss_of(trainable: Any, key: Array, micro: dict[str, Array]) -> tuple[Array, Array]:
-            adapted = method.apply(params, rejoin(trainable, fixed), key=key, **_strength(micro))
+            adapted = method.apply(params, combine(trainable, fixed), key=key, **_strength(micro))
             return objective.loss(adapted, micro, key)
 
         scaler, finite, loss, count, grads = _summed(loss_of, trainable, batch, key, state.scaler)
@@ -115,7 +115,7 @@ def make_step(
             new, optimizer, norm = jax.tree.map(lambda x, y: jnp.where(finite, x, y), (new, optimizer, norm), old)
             finite |= scaler.scale >= 1  # else it is not the scale that overflows
         metrics = _metrics(state, loss, count, batch, norm, new_rate, finite)
-        return State(state.step + 1, rejoin(new, fixed), optimizer, state.key, metrics, scaler)
+        return State(state.step + 1, combine(new, fixed), optimizer, state.key, metrics, scaler)
 
     return step
 

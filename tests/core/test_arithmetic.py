@@ -173,7 +173,7 @@ def test_targets_are_united():
     rest = given_delta(lj.chain(lj.lora(lj.select("h_0/{up,down}/kernel"), rank=1), lj.shift(lj.select("**/bias"))), 2)
     method, delta = add([up, rest], [1, -2])
     assert set(delta) == set(up[1]) | set(rest[1])
-    assert [spec["method"] for spec in method.spec["of"]] == ["lora", "shift"]
+    assert [spec["method"] for spec in method.spec["of"]] == ["lora", "bias_delta"]
     assert method.spec["of"][0]["rank"] == {"h_0/up/kernel": 3, "h_1/up/kernel": 2, "h_0/down/kernel": 1}
     is_sum((method, delta), [up, rest], [1, -2])
 
@@ -370,7 +370,7 @@ def test_what_cannot_be_added_is_said():
         with pytest.raises(ValueError, match=f"{len(pairs)} pairs and {len(weights)} weights"):
             add(pairs, weights)
     tuned, moved = given_delta(lj.tune(lj.select("**/bias")), 1), given_delta(METHODS["shift"], 2)
-    with pytest.raises(ValueError, match="h_0/down/bias: changes of Shift and Tuned do not add"):
+    with pytest.raises(ValueError, match="h_0/down/bias: changes of BiasDelta and Tuned do not add"):
         add([tuned, moved], [1, 1], params=PARAMS)
     with pytest.raises(ValueError, match="h_0/down/kernel: changes of LowRank and Tuned do not add"):
         add([one, given_delta(lj.tune(lj.select("**/kernel")), 1)], [1, 1], params=PARAMS)

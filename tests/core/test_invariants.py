@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import lora_jax as lj
-from lora_jax.methods.shift import shift
+from lora_jax.methods.bias_delta import bias_delta
 from tests.helpers.networks import Stack, stacked, started
 from tests.helpers.reference import close, digest, filled, leaves, normal, same
 
@@ -35,7 +35,7 @@ METHODS = {
     "lora, shared": lj.lora(KERNELS, rank=2, dropout=0.1, shared="**/up/kernel"),
     "dora": lj.dora(KERNELS, rank=2, alpha=3, dropout=0.1),
     "pissa": lj.pissa(KERNELS, rank=2, alpha=3),
-    "shift": shift(lj.select("**/bias"), scale={"**/up/*": 2.0, "**": -0.5}),
+    "shift": bias_delta(lj.select("**/bias"), scale={"**/up/*": 2.0, "**": -0.5}),
     "ia3": lj.ia3(KERNELS, feedforward="**/down/*"),
     "vera": lj.vera(KERNELS, rank=5),
     "lokr": lj.lokr(KERNELS, rank=1, alpha=3, decompose_both=True),

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import lora_jax as lj
-from lora_jax.methods.rows import rows
+from lora_jax.methods.token_rows import token_rows
 from tests.helpers.networks import Tied, started
 from tests.helpers.reference import close, filled, same
 
@@ -17,7 +17,7 @@ KEY = jax.random.key(0)
 IDS = jnp.asarray([[1, 4, 10], [4, 4, 0]], jnp.int32)
 MODEL = Tied()
 PARAMS = started(MODEL, IDS)
-METHOD = rows(lj.select("wte/embedding"), indices=[4, 10, 7])
+METHOD = token_rows(lj.select("wte/embedding"), indices=[4, 10, 7])
 lifted = lj.lift(lambda params: MODEL.apply({"params": params}, IDS), on_dense="error")
 
 
@@ -148,15 +148,15 @@ def test_its_spec_is_json():
 @pytest.mark.parametrize("indices", [[], [1, 1], [-1], [True], [1.0]])
 def test_rows_that_are_none_are_refused(indices):
     with pytest.raises(ValueError, match="indices"):
-        rows(lj.select("wte/embedding"), indices=indices)
+        token_rows(lj.select("wte/embedding"), indices=indices)
 
 
 def test_what_has_no_rows_is_refused():
     with pytest.raises(ValueError, match=r"wte/embedding has 11 rows, but indices=\(4, 11\)"):
-        rows(lj.select("wte/embedding"), indices=[4, 11]).init(KEY, PARAMS)
+        token_rows(lj.select("wte/embedding"), indices=[4, 11]).init(KEY, PARAMS)
     with pytest.raises(ValueError, match="mix/kernel with axes 'io'"):
-        rows(lj.select("mix/kernel"), indices=[0]).init(KEY, PARAMS)
-    with pytest.raises(ValueError, match="Rows cannot be unmerged"):
+        token_rows(lj.select("mix/kernel"), indices=[0]).init(KEY, PARAMS)
+    with pytest.raises(ValueError, match="TokenRows cannot be unmerged"):
         lj.unmerge(PARAMS, METHOD, METHOD.init(KEY, PARAMS))
     with pytest.raises(ValueError, match="the delta's factors"):
         METHOD.apply(PARAMS, lj.Delta({"wte/embedding": {"rows": jnp.ones((2, 6))}}))

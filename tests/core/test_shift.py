@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import lora_jax as lj
-from lora_jax.methods.shift import shift
+from lora_jax.methods.bias_delta import bias_delta
 from tests.helpers.networks import Stack, stacked, started
 from tests.helpers.reference import close, filled, normal, same
 
@@ -16,7 +16,7 @@ KEY = jax.random.key(0)
 X = normal(4, 8)
 MODEL = Stack(layers=2)
 PARAMS = started(MODEL, X)
-METHOD = shift(lj.select("**/bias"), scale={"**/up/*": 2.0, "**": -0.5})
+METHOD = bias_delta(lj.select("**/bias"), scale={"**/up/*": 2.0, "**": -0.5})
 
 
 def test_it_adds_scale_times_shift_to_the_bias():
@@ -46,7 +46,7 @@ def test_it_takes_gradients_through_lift_and_none_for_the_base():
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_the_scanned_layout_is_the_same_function(remat):
-    loop = shift(lj.select("**/bias"), scale=2.0)
+    loop = bias_delta(lj.select("**/bias"), scale=2.0)
     delta = filled(loop.init(KEY, PARAMS))
     other = {name: jnp.stack([delta[f"h_{n}/{name}/bias"]["shift"] for n in (0, 1)]) for name in ("up", "down")}
     other = lj.Delta({f"h/{name}/bias": {"shift": value} for name, value in other.items()})
@@ -63,7 +63,7 @@ def test_unmerging_gives_the_base_back():
 
 def test_a_low_precision_base_is_rounded_once():
     params = {"bias": normal(64).astype(jnp.bfloat16)}
-    method = shift(lj.select("bias"), scale=0.3)
+    method = bias_delta(lj.select("bias"), scale=0.3)
     delta = filled(method.init(KEY, params))
     want = (params["bias"].astype(jnp.float32) + 0.3 * delta["bias"]["shift"]).astype(jnp.bfloat16)
     same(lj.merge(method.apply(params, delta))["bias"], want)
@@ -71,9 +71,9 @@ def test_a_low_precision_base_is_rounded_once():
 
 def test_what_cannot_work_is_said():
     with pytest.raises(ValueError, match=r"layers=\(1,\)"):
-        shift(lj.select("**/bias", layers=[1])).init(KEY, PARAMS)
+        bias_delta(lj.select("**/bias", layers=[1])).init(KEY, PARAMS)
     with pytest.raises(ValueError, match="no glob of"):
-        partly = shift(lj.select("**/bias"), scale={"**/up/*": 1.0})
+        partly = bias_delta(lj.select("**/bias"), scale={"**/up/*": 1.0})
         partly.apply(PARAMS, partly.init(KEY, PARAMS))
     delta = METHOD.init(KEY, PARAMS)
     with pytest.raises(ValueError, match="h_0/up/bias: the delta's factors"):

@@ -323,5 +323,5 @@ def test_what_cannot_be_fused_is_said():
     with pytest.raises(ValueError, match=r"it lacks, or has besides, \['@shared/attn'\]"):
         method.apply(FUSED, lacking)
     own = lj.Delta(delta | {"attn/k/kernel": delta["attn/k/kernel"] | {"d": jnp.ones(2)}})
-    with pytest.raises(ValueError, match="attn/k/kernel has a d of its own, but its d is that of @shared/attn"):
+    with pytest.raises(ValueError, match="attn/k/kernel has a factor 'd' of its own, but it is that of @shared/attn"):
         method.apply(FUSED, own)

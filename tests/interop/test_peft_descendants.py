@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 import lora_jax as lj
 from lora_jax.core import selection
 from lora_jax.interop import peft
-from lora_jax.methods.shift import shift
+from lora_jax.methods.bias_delta import bias_delta
 from lora_jax.models.layouts import to_scanned
 from tests.helpers.peft_files import (
     CLS,
@@ -152,7 +152,7 @@ def test_conformance_13_a_magnitude_that_is_missing_or_too_much_is_named(tmp_pat
 
 BESIDE = {
     "LoRA": (lj.lora(lj.select("**/up/kernel"), rank=1), r"DoRA is beside LoRA here"),
-    "a shift": (shift(lj.select("**/attn/{query,value}/bias")), "DoRA is beside shifts of biases"),
+    "a shift": (bias_delta(lj.select("**/attn/{query,value}/bias")), "DoRA is beside shifts of biases"),
 }
 
 

@@ -12,8 +12,8 @@ pytest.importorskip("peft")
 
 import lora_jax as lj
 from lora_jax.interop import peft
-from lora_jax.methods.rows import rows
-from lora_jax.methods.shift import shift
+from lora_jax.methods.bias_delta import bias_delta
+from lora_jax.methods.token_rows import token_rows
 from lora_jax.models.layouts import to_scanned
 from tests.helpers.peft_files import QKV, QV, filled, out
 from tests.helpers.peft_models import adapter, base, written
@@ -144,13 +144,21 @@ CHAINS = {
         lora_and(lj.tune(lj.select("h_0/attn/{query,key,value}/*")), "h_1/attn/query/kernel"),
         {},
     ),
-    "shifts": ("bert", lora_and(shift(lj.select("**/{query,value}/bias"), scale=1.5)), {"lora_bias": True}),
-    "shifts of another scale": ("gpt2", lora_and(shift(lj.select("**/attn/query/bias"), scale=4)), {"lora_bias": True}),
-    "shifts in one layer": ("bert", lora_and(shift(lj.select("h_1/attn/query/bias"))), {"lora_bias": True}),
-    "rows": ("gpt2", lora_and(rows(lj.select("wte/embedding"), indices=[9, 4])), {"trainable_token_indices": [9, 4]}),
+    "shifts": ("bert", lora_and(bias_delta(lj.select("**/{query,value}/bias"), scale=1.5)), {"lora_bias": True}),
+    "shifts of another scale": (
+        "gpt2",
+        lora_and(bias_delta(lj.select("**/attn/query/bias"), scale=4)),
+        {"lora_bias": True},
+    ),
+    "shifts in one layer": ("bert", lora_and(bias_delta(lj.select("h_1/attn/query/bias"))), {"lora_bias": True}),
+    "rows": (
+        "gpt2",
+        lora_and(token_rows(lj.select("wte/embedding"), indices=[9, 4])),
+        {"trainable_token_indices": [9, 4]},
+    ),
     "rows of positions": (
         "gpt2",
-        lora_and(rows(lj.select("wpe/embedding"), indices=[0])),
+        lora_and(token_rows(lj.select("wpe/embedding"), indices=[0])),
         {"trainable_token_indices": {"transformer.wpe": [0]}},
     ),
 }
@@ -187,10 +195,14 @@ REFUSED = {
         lj.lora(lj.select("wte/embedding"), rank=2),
         "look-up of transformer.wte alone.*tie=False",
     ),
-    "a shift elsewhere": ("bert", lora_and(shift(lj.select("**/key/bias"))), "h_0/attn/key/bias is shifted, but not"),
+    "a shift elsewhere": (
+        "bert",
+        lora_and(bias_delta(lj.select("**/key/bias"))),
+        "h_0/attn/key/bias is shifted, but not",
+    ),
     "a shift without a bias": (
         "gpt2 untied",
-        lora_and(shift(lj.select("**/attn/{query,value}/bias")), "{**/attn/{query,value},lm_head}/kernel"),
+        lora_and(bias_delta(lj.select("**/attn/{query,value}/bias")), "{**/attn/{query,value},lm_head}/kernel"),
         "lm_head/kernel has no bias",
     ),
 }

@@ -9,8 +9,8 @@ from safetensors.numpy import load_file
 
 import lora_jax as lj
 from lora_jax.interop import peft
-from lora_jax.methods.rows import rows
-from lora_jax.methods.shift import shift
+from lora_jax.methods.bias_delta import bias_delta
+from lora_jax.methods.token_rows import token_rows
 from lora_jax.models import gpt2
 from tests.helpers.peft_files import QKV, QV, WEIGHTS, spoiled, trained, without_peft
 from tests.helpers.peft_models import adapter, base, quietly, written
@@ -130,10 +130,13 @@ NO_FORM = {
         r"of one kind, but this method is LoRA \(h_0/attn/query/kernel\) and IA3 \(h_0/mlp/up/.*save_adapter",
     ),
     "rows beside ia3": (
-        lj.chain(UP, rows(lj.select("wpe/embedding"), indices=[1])),
+        lj.chain(UP, token_rows(lj.select("wpe/embedding"), indices=[1])),
         "PEFT trains no rows of embeddings beside IA3",
     ),
-    "shifts beside ia3": (lj.chain(UP, shift(lj.select("**/down/bias"))), "PEFT trains no shifts of biases beside IA3"),
+    "shifts beside ia3": (
+        lj.chain(UP, bias_delta(lj.select("**/down/bias"))),
+        "PEFT trains no shifts of biases beside IA3",
+    ),
     "biases beside ia3": (
         lj.chain(UP, lj.tune(lj.select("**/{attn,down,ln_1,ln_2,ln_f}/**/bias"))),
         "bias is tuned, but PEFT trains whole modules|PEFT trains no biases",

@@ -39,6 +39,7 @@ def cast(w: Adapted, dtype: Any) -> Adapted:
 
 
 def transpose(w: Adapted, order: Ints) -> Adapted:
+    """`lax.transpose`: the axes in this order."""
     order = tuple(order)
     if order == tuple(range(w.ndim)):
         return w
@@ -53,16 +54,17 @@ def transpose(w: Adapted, order: Ints) -> Adapted:
         for slot, axis in enumerate(where):
             if isinstance(axis, int):
                 slots.setdefault(CLASS[w.axes[axis]], []).append(slot)
-        turn = list(range(len(where)))
+        permutation = list(range(len(where)))
         for group in slots.values():
             for slot, source in zip(group, sorted(group, key=lambda s: rank[where[s]]), strict=True):
-                turn[slot] = source
-        return array if turn == list(range(len(turn))) else lax.transpose(array, turn)
+                permutation[slot] = source
+        return array if permutation == list(range(len(permutation))) else lax.transpose(array, permutation)
 
     return _rebuild(w, axes, change)
 
 
 def squeeze(w: Adapted, dimensions: Ints) -> Adapted:
+    """`lax.squeeze`: without these axes, each of size 1."""
     axes = "".join(letter for j, letter in enumerate(w.axes) if j not in dimensions)
     return _rebuild(
         w, axes, lambda array, where: lax.squeeze(array, [where.index(d) for d in dimensions if d in where])
@@ -70,6 +72,7 @@ def squeeze(w: Adapted, dimensions: Ints) -> Adapted:
 
 
 def slice_(w: Adapted, start_indices: Ints, limit_indices: Ints, strides: Ints | None) -> Adapted:
+    """`lax.slice`: from start to limit along each axis of the base, every stride-th."""
     steps = strides or (1,) * w.ndim
 
     def change(array: Array, where: list) -> Array:
@@ -77,13 +80,15 @@ def slice_(w: Adapted, start_indices: Ints, limit_indices: Ints, strides: Ints |
             (start_indices[axis], limit_indices[axis], steps[axis]) if isinstance(axis, int) else (0, size, 1)
             for axis, size in zip(where, array.shape, strict=True)
         ]
-        whole = all(b == (0, size, 1) for b, size in zip(bounds, array.shape, strict=True))
-        return array if whole else lax.slice(array, *zip(*bounds, strict=True))
+        keeps_all = all(b == (0, size, 1) for b, size in zip(bounds, array.shape, strict=True))
+        return array if keeps_all else lax.slice(array, *zip(*bounds, strict=True))
 
     return _rebuild(w, w.axes, change)
 
 
 def dynamic_slice(w: Adapted, starts: Sequence[Any], sizes: Ints) -> Adapted:
+    """`lax.dynamic_slice`: so many entries along each axis of the base, from starts that may be traced."""
+
     def change(array: Array, where: list) -> Array:
         for slot, axis in enumerate(where):
             if isinstance(axis, int) and sizes[axis] != array.shape[slot]:
@@ -94,6 +99,7 @@ def dynamic_slice(w: Adapted, starts: Sequence[Any], sizes: Ints) -> Adapted:
 
 
 def split(w: Adapted, axis: int, sizes: Ints) -> list[Adapted]:
+    """`lax.split`: pieces of these sizes along an axis."""
     pieces, start = [], 0
     for size in map(int, sizes):
         starts, limits = [0] * w.ndim, list(w.shape)
@@ -104,6 +110,7 @@ def split(w: Adapted, axis: int, sizes: Ints) -> list[Adapted]:
 
 
 def unstack(w: Adapted, axis: int) -> list[Adapted]:
+    """The entries along an axis, each without it."""
     return [squeeze(piece, (axis,)) for piece in split(w, axis, (1,) * w.shape[axis])]
 
 
@@ -130,7 +137,7 @@ def broadcast(w: Adapted, shape: Ints, dimensions: Ints) -> Adapted:
 
 
 def reshape(w: Adapted, shape: Ints) -> Adapted | None:
-    """None where the new shape joins axes of different classes, which no factor can follow."""
+    """`lax.reshape`; None where the new shape joins axes of different classes, which no factor can follow."""
     axes = _reshaped_axes(w.axes, w.shape, shape)
     if axes is None:
         return None
@@ -138,8 +145,8 @@ def reshape(w: Adapted, shape: Ints) -> Adapted | None:
     for name, layout in w.layout.items():
         if (factor := getattr(w, name)) is not None:
             old, new = factor_axes(layout, w.axes), factor_axes(layout, axes)
-            own = dict(zip(old, factor.shape, strict=True))
-            sizes = [shape[axis] if isinstance(axis, int) else own[axis] for axis in new]
+            own_sizes = dict(zip(old, factor.shape, strict=True))
+            sizes = [shape[axis] if isinstance(axis, int) else own_sizes[axis] for axis in new]
             arrays[name] = factor.reshape(sizes)
     return w.replace(base=w.base.reshape(shape), core=axes.lstrip("s"), **arrays)
 

@@ -12,39 +12,39 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from lora_jax.core.arrays import Adapted, factor_axes, is_adapted
-from lora_jax.core.lifting.interpreter import Report, evaluate, rule
+from lora_jax.core.lifting.interpreter import TraceState, evaluate, rule
 
 
-def _apart(report: Report) -> Report:
-    """The same report for a body whose named values are not to be seen outside."""
-    return report.below(report.sites.copy())
+def _apart(state: TraceState) -> TraceState:
+    """The same state for a body whose named values are not to be seen outside."""
+    return state.below(state.sites.copy())
 
 
-def _dense(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any]:
+def _dense(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[Any]:
     """Values without adapted arrays, each reported."""
-    return [report.dense(eqn, value) if is_adapted(value) else value for value in values]
+    return [state.dense(eqn, value) if is_adapted(value) else value for value in values]
 
 
 @rule("jit", "pjit", "closed_call", "core_call")
-def _jit(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any]:
+def _jit(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[Any]:
     closed = eqn.params["jaxpr"]
-    return evaluate(closed.jaxpr, closed.consts, values, report.inside(eqn, closed.jaxpr))
+    return evaluate(closed.jaxpr, closed.consts, values, state.inside(eqn, closed.jaxpr))
 
 
 @rule("remat2", "checkpoint", "remat")
-def _checkpoint(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any]:
+def _checkpoint(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[Any]:
     p = eqn.params
 
     def body(*args: Any) -> list[Any]:
-        return evaluate(p["jaxpr"], (), args, _apart(report))
+        return evaluate(p["jaxpr"], (), args, _apart(state))
 
     outputs = jax.checkpoint(body, prevent_cse=p["prevent_cse"], policy=p["policy"])(*values)
-    report.sites.met.update(report.sites.within(eqn))
+    state.sites.met.update(state.sites.within(eqn))
     return outputs
 
 
 @rule("scan")
-def _scan(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any]:
+def _scan(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[Any]:
     p = eqn.params
     closed = p["jaxpr"]
     body = closed.jaxpr
@@ -53,22 +53,22 @@ def _scan(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any]
     stacked = sum(_rank(i) + 1 == _rank(o) for i, o in zip(body.invars, eqn.invars, strict=True))
     n = len(values) - carries - stacked
     consts, init, xs = values[:n], values[n : n + carries], values[n + carries :]
-    xs = [x if is_adapted(x) and x.axes[0] == "s" else _dense(eqn, [x], report)[0] for x in xs]
+    xs = [x if is_adapted(x) and x.axes[0] == "s" else _dense(eqn, [x], state)[0] for x in xs]
     kept = _unchanged(init, body.invars[n : n + carries], body.outvars)
-    moving = _dense(eqn, [x for k, x in enumerate(init) if k not in kept], report)
+    moving = _dense(eqn, [x for k, x in enumerate(init) if k not in kept], state)
 
     def step(carry: list[Any], inputs: tuple[list[Any], list[Any]]) -> tuple[list[Any], list[Any]]:
         x, taps = inputs
-        args = [*consts, *_rejoined(kept, carry), *x]
-        outputs = evaluate(body, closed.consts, args, report.below(report.sites.step(taps, counts, p["length"])))
+        args = [*consts, *_combined(kept, carry), *x]
+        outputs = evaluate(body, closed.consts, args, state.below(state.sites.step(taps, counts, p["length"])))
         carry = [out for k, out in enumerate(outputs[:carries]) if k not in kept]
-        return _dense(eqn, carry, report), _dense(eqn, outputs[carries:], report)
+        return _dense(eqn, carry, state), _dense(eqn, outputs[carries:], state)
 
     options = {name: p[name] for name in ("reverse", "unroll", "_split_transpose") if name in p}
-    counts = report.sites.within(eqn)
-    taps = report.sites.stacked(counts, p["length"], p["reverse"])
+    counts = state.sites.within(eqn)
+    taps = state.sites.stacked(counts, p["length"], p["reverse"])
     carry, ys = lax.scan(step, moving, (xs, taps), length=p["length"], **options)
-    return [*_rejoined(kept, carry), *ys]
+    return [*_combined(kept, carry), *ys]
 
 
 def _rank(var: Any) -> int:
@@ -76,23 +76,23 @@ def _rank(var: Any) -> int:
 
 
 @rule("while")
-def _while(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any]:
+def _while(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[Any]:
     p = eqn.params
     test, body = p["cond_jaxpr"], p["body_jaxpr"]
     m, n = p["cond_nconsts"], p["body_nconsts"]
     test_consts, consts, init = values[:m], values[m : m + n], values[m + n :]
     kept = _unchanged(init, body.jaxpr.invars[n:], body.jaxpr.outvars)
-    moving = _dense(eqn, [x for k, x in enumerate(init) if k not in kept], report)
-    report = _apart(report)
+    moving = _dense(eqn, [x for k, x in enumerate(init) if k not in kept], state)
+    state = _apart(state)
 
-    def goes_on(carry: Any) -> Any:
-        return evaluate(test.jaxpr, test.consts, [*test_consts, *_rejoined(kept, carry)], report)[0]
+    def condition(carry: Any) -> Any:
+        return evaluate(test.jaxpr, test.consts, [*test_consts, *_combined(kept, carry)], state)[0]
 
     def step(carry: Any) -> Any:
-        outputs = evaluate(body.jaxpr, body.consts, [*consts, *_rejoined(kept, carry)], report)
-        return _dense(eqn, [out for k, out in enumerate(outputs) if k not in kept], report)
+        outputs = evaluate(body.jaxpr, body.consts, [*consts, *_combined(kept, carry)], state)
+        return _dense(eqn, [out for k, out in enumerate(outputs) if k not in kept], state)
 
-    return _rejoined(kept, lax.while_loop(goes_on, step, moving))
+    return _combined(kept, lax.while_loop(condition, step, moving))
 
 
 def _unchanged(init: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> dict[int, Any]:
@@ -100,27 +100,27 @@ def _unchanged(init: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any
     return {k: x for k, x in enumerate(init) if is_adapted(x) and outputs[k] is inputs[k]}
 
 
-def _rejoined(kept: dict[int, Any], moving: Sequence[Any]) -> list[Any]:
+def _combined(kept: dict[int, Any], moving: Sequence[Any]) -> list[Any]:
     rest = iter(moving)
     return [kept[k] if k in kept else next(rest) for k in range(len(kept) + len(moving))]
 
 
 @rule("cond")
-def _cond(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any]:
-    report = _apart(report)
+def _cond(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[Any]:
+    state = _apart(state)
 
     def branch(closed: jex.ClosedJaxpr) -> Any:
-        return lambda *args: _dense(eqn, evaluate(closed.jaxpr, closed.consts, args, report), report)
+        return lambda *args: _dense(eqn, evaluate(closed.jaxpr, closed.consts, args, state), state)
 
     return lax.switch(values[0], [branch(closed) for closed in eqn.params["branches"]], *values[1:])
 
 
 @rule("shard_map")
-def _shard_map(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> Sequence[Any]:
-    p, report = eqn.params, _apart(report)
+def _shard_map(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> Sequence[Any]:
+    p, state = eqn.params, _apart(state)
 
     def body(*args: Any) -> tuple[Any, ...]:
-        return tuple(_dense(eqn, evaluate(p["jaxpr"], (), args, report), report))
+        return tuple(_dense(eqn, evaluate(p["jaxpr"], (), args, state), state))
 
     return jax.shard_map(
         body,

@@ -2,7 +2,7 @@
 
 The function is traced with the bases in the adapted leaves' places, and its jaxpr evaluated with the adapted arrays as
 values. Runs of equations that meet none go to JAX's own evaluation; an equation that meets one follows a rule of
-`products.py` or `controlflow.py`, or gets the weight dense, which is reported.
+`rules.py` or `control_flow.py`, or gets the weight dense, which is reported.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jax import Array
 from lora_jax.core.arrays import Adapted, Tuned, is_adapted
 from lora_jax.core.lifting.taps import Sites, untapped
 
-RULES: dict[str, Callable] = {}  # primitive name -> rule(equation, values, report) -> outputs, or None for "dense"
+RULES: dict[str, Callable] = {}  # primitive name -> rule(equation, values, state) -> outputs, or None for "dense"
 TAPPED = ("scan", "checkpoint", "remat", "remat2")  # primitives whose rules know taps, besides jit's
 
 
@@ -78,18 +78,18 @@ def lift(fn: Callable, on_dense: Literal["warn", "error", "allow"] = "warn") -> 
             args, kwargs = jax.tree.unflatten(treedef, [replaced.get(i, leaf) for i, leaf in enumerate(leaves)])
             return fn(*args, **kwargs)
 
-        report = Report(on_dense, seen, Sites([(tap, *tap.whole()) for tap in taps]))
+        state = TraceState(on_dense, seen, Sites([(tap, *tap.per_occurrence()) for tap in taps]))
         closed, shapes = jax.make_jaxpr(of_bases, return_shape=True)(*(w.base for w in adapted.values()))
-        outputs = evaluate(closed.jaxpr, closed.consts, list(adapted.values()), report)
+        outputs = evaluate(closed.jaxpr, closed.consts, list(adapted.values()), state)
         untouched = set(map(id, adapted.values()))
-        outputs = [report.dense(None, x) if is_adapted(x) and id(x) not in untouched else x for x in outputs]
-        report.finish()
+        outputs = [state.dense(None, x) if is_adapted(x) and id(x) not in untouched else x for x in outputs]
+        state.finish()
         return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
     return lifted
 
 
-def evaluate(jaxpr: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Any], report: "Report") -> list[Any]:
+def evaluate(jaxpr: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Any], state: "TraceState") -> list[Any]:
     """The outputs of a jaxpr for plain and adapted inputs."""
     env: dict[jex.Var, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
     last_use = {
@@ -115,21 +115,21 @@ def evaluate(jaxpr: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Any], repor
             run.clear()
 
     for now, eqn in enumerate(jaxpr.eqns):
-        met = [v for v in eqn.invars if not isinstance(v, jex.Literal) and is_adapted(env.get(v))]
-        if report.sites and eqn.primitive.name == "name" and not met:
+        adapted = [v for v in eqn.invars if not isinstance(v, jex.Literal) and is_adapted(env.get(v))]
+        if state.sites and eqn.primitive.name == "name" and not adapted:
             flush(now)
             named = eqn.primitive.bind(read(eqn.invars[0]), **eqn.params)
-            env[eqn.outvars[0]] = report.sites.at(eqn.params["name"], named)
+            env[eqn.outvars[0]] = state.sites.at(eqn.params["name"], named)
             continue
-        inside = report.sites and _has_sites(eqn, report.sites)
-        if met or inside:
+        inside = state.sites and _has_sites(eqn, state.sites)
+        if adapted or inside:
             flush(now)
-            found = RULES.get(eqn.primitive.name, _no_rule)(eqn, [read(v) for v in eqn.invars], report)
-            if found is not None:
-                env.update(zip(eqn.outvars, found, strict=True))
+            outputs = RULES.get(eqn.primitive.name, _no_rule)(eqn, [read(v) for v in eqn.invars], state)
+            if outputs is not None:
+                env.update(zip(eqn.outvars, outputs, strict=True))
                 continue
-            for var in dict.fromkeys(met):
-                made_dense[var] = report.dense(eqn, env[var], made_dense.get(var))
+            for var in dict.fromkeys(adapted):
+                made_dense[var] = state.dense(eqn, env[var], made_dense.get(var))
         run.append(eqn)
     flush(len(jaxpr.eqns))
     return [read(var) for var in jaxpr.outvars]
@@ -142,10 +142,10 @@ def _no_rule(*_: Any) -> None:
 def _has_sites(eqn: jex.JaxprEqn, sites: Sites) -> bool:
     """Whether an equation's jaxprs are to be evaluated for the activations named in them."""
     inlined = RULES.get(eqn.primitive.name) is RULES["jit"]
-    found = sites.within(eqn, seen=inlined)
-    if found and not inlined and eqn.primitive.name not in TAPPED:
-        raise ValueError(f"the site {min(found)!r} is inside a {eqn.primitive.name!r}, where no tap can be")
-    return bool(found)
+    names = sites.within(eqn, seen=inlined)
+    if names and not inlined and eqn.primitive.name not in TAPPED:
+        raise ValueError(f"the site {min(names)!r} is inside a {eqn.primitive.name!r}, where no tap can be")
+    return bool(names)
 
 
 def _plainly(jaxpr: jex.Jaxpr, eqns: list[jex.JaxprEqn], outs: list, read: Callable) -> list[Any]:
@@ -164,51 +164,52 @@ def _plainly(jaxpr: jex.Jaxpr, eqns: list[jex.JaxprEqn], outs: list, read: Calla
 
 
 @dataclasses.dataclass
-class Report:
-    """What happens to adapted weights in one call of a lifted function, said once a place."""
+class TraceState:
+    """One call of a lifted function: its sites, and what it reports of adapted weights, once a line of user code."""
 
     on_dense: str
     seen: set[str]
     sites: Sites
-    straight: set[str] = dataclasses.field(default_factory=set)
-    turned: dict[str, str] = dataclasses.field(default_factory=dict)
+    by_inputs: set[str] = dataclasses.field(default_factory=set)
+    by_outputs: dict[str, str] = dataclasses.field(default_factory=dict)
     place: str | None = None  # of the user's call of the library function that is evaluated
 
-    def inside(self, eqn: jex.JaxprEqn, jaxpr: jex.Jaxpr) -> "Report":
-        """The same report for the body of a jitted function: a library's is cached, its lines are another call's."""
+    def inside(self, eqn: jex.JaxprEqn, jaxpr: jex.Jaxpr) -> "TraceState":
+        """The same state for the body of a jitted function: a library's is cached, its lines are another call's."""
         if self.place or not jaxpr.debug_info.func_src_info.split(" at ")[-1].startswith(_library_roots()):
             return self
         return dataclasses.replace(self, place=_user_line(eqn))
 
-    def below(self, sites: Sites) -> "Report":
-        """The same report for a body with sites of its own."""
+    def below(self, sites: Sites) -> "TraceState":
+        """The same state for a body with sites of its own."""
         return dataclasses.replace(self, sites=sites)
 
-    def dense(self, eqn: jex.JaxprEqn | None, w: Adapted, known: Array | None = None) -> Array:
+    def dense(self, eqn: jex.JaxprEqn | None, w: Adapted, made: Array | None = None) -> Array:
         """The dense array; reported where it is more than a vector."""
         if w.ndim > 1:
             place = (self.place or _user_line(eqn)) if eqn else "the function's return"
             by = f" by '{eqn.primitive.name}'" if eqn else ""
-            self._say(place, f"adapted array at {w.path} is made dense{by} at {place}")
-        return w.materialize() if known is None else known
+            self._report(place, f"adapted array at {w.path} is made dense{by} at {place}")
+        return w.materialize() if made is None else made
 
-    def contracts(self, eqn: jex.JaxprEqn, w: Adapted, turned: bool) -> None:
-        """A product contracts the weight's input axes or, `turned`, its output axes."""
-        if not turned:
-            self.straight.add(str(w.path))
+    def contracts(self, eqn: jex.JaxprEqn, w: Adapted, transposed: bool) -> None:
+        """A product contracts the weight's input axes or, `transposed`, its output axes."""
+        if not transposed:
+            self.by_inputs.add(str(w.path))
         elif len(w.core) == 2 and "v" not in w.core:
-            self.turned.setdefault(str(w.path), self.place or _user_line(eqn))
+            self.by_outputs.setdefault(str(w.path), self.place or _user_line(eqn))
 
     def finish(self) -> None:
+        """At the end of the function: an error for a site that did not occur, a report of axes that look exchanged."""
         self.sites.finish()
-        for path in self.turned.keys() - self.straight:
-            self._say(
-                self.turned[path],
-                f"adapted array at {path} is contracted only over its output axis at {self.turned[path]}: "
+        for path in self.by_outputs.keys() - self.by_inputs:
+            self._report(
+                self.by_outputs[path],
+                f"adapted array at {path} is contracted only over its output axis at {self.by_outputs[path]}: "
                 "probably its axes are named the other way round ('oi' for 'io')",
             )
 
-    def _say(self, place: str, message: str) -> None:
+    def _report(self, place: str, message: str) -> None:
         if self.on_dense == "allow" or place in self.seen:
             return
         self.seen.add(place)

@@ -1,4 +1,4 @@
-"""What an adapted array does in a matrix product, a look-up and a convolution, and in operations on its axes.
+"""What an adapted array does in a matrix product, an embedding lookup and a convolution, and in operations on its axes.
 
 A rule brings the weight to the order `(stacked.., i.., o..)`, x to `(batch.., free.., i..)`, removes stacked axes with
 `jax.vmap`, calls the weight's `product`, and brings the result to the order that the equation gives.
@@ -15,8 +15,8 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.core.arrays import Adapted, is_adapted, scaled, sides
-from lora_jax.core.lifting import axis_ops as structure
-from lora_jax.core.lifting.interpreter import Report, rule
+from lora_jax.core.lifting import axis_ops
+from lora_jax.core.lifting.interpreter import TraceState, rule
 from lora_jax.core.selection import CLASS
 
 
@@ -30,21 +30,21 @@ class Dot:
     precision: Any
     preferred: Any
     out_sharding: NamedSharding | None  # of (x's free axes.., o..)
-    draws: bool = True
+    drops_input: bool = True
 
     def __call__(self, x: Array, w: Array) -> Array:
         return self._dot(x, w, self.count, self.out_sharding)
 
-    def thin(self, x: Array, a: Array) -> Array:
-        return self._rows(x, a.astype(self.dtype), self.count, self._whole_last(x.ndim - self.count))
+    def down(self, x: Array, a: Array) -> Array:
+        return self._collapsed(x, a.astype(self.dtype), self.count, self._replicated_last(x.ndim - self.count))
 
-    def then(self, z: Array, b: Array) -> Array:
-        return self._rows(z.astype(self.dtype), b.astype(self.dtype), 1, self.out_sharding)
+    def up(self, z: Array, b: Array) -> Array:
+        return self._collapsed(z.astype(self.dtype), b.astype(self.dtype), 1, self.out_sharding)
 
     def scale_input(self, x: Array, w: Array, scale: Array) -> Array:
         return self(scaled(x, scale), w)
 
-    def _rows(self, x: Array, w: Array, count: int, sharding: NamedSharding | None) -> Array:
+    def _collapsed(self, x: Array, w: Array, count: int, sharding: NamedSharding | None) -> Array:
         """`_dot` over x's free axes as one. The gradient of a factor contracts them: of two, XLA first transposes the
         whole activation (on a CPU, 27 ms of 8 x 128 x 3072 floats; the product of one axis takes 0.6). Axes on an
         explicit mesh stay as they are."""
@@ -65,7 +65,7 @@ class Dot:
         sharding = _reordered(sharding, order)
         return _transpose(lax.dot_general(w, x, (contract[::-1], ((), ())), out_sharding=sharding, **how), order)
 
-    def _whole_last(self, free: int) -> NamedSharding | None:
+    def _replicated_last(self, free: int) -> NamedSharding | None:
         if self.out_sharding is None:
             return None
         spec = (*self.out_sharding.spec, *[None] * free)[:free]
@@ -77,7 +77,7 @@ class LookUp:
     """Rows of w by integer ids."""
 
     how: tuple[tuple[str, Any], ...]  # gather's mode, fill_value and promises
-    draws: bool = False
+    drops_input: bool = False
 
     def __call__(self, ids: Array, w: Array) -> Array:
         numbers = lax.GatherDimensionNumbers(
@@ -87,9 +87,9 @@ class LookUp:
         )
         return lax.gather(w, ids[..., None], numbers, (1, *w.shape[1:]), **dict(self.how))
 
-    thin = __call__
+    down = __call__
 
-    def then(self, z: Array, b: Array) -> Array:
+    def up(self, z: Array, b: Array) -> Array:
         return jnp.tensordot(z, b.astype(z.dtype), 1)
 
     def scale_input(self, x: Array, w: Array, scale: Array) -> Array:
@@ -102,7 +102,7 @@ class Convolution:
 
     groups: int
     how: tuple[tuple[str, Any], ...]
-    draws: bool = True
+    drops_input: bool = True
 
     def __call__(self, x: Array, w: Array) -> Array:
         n = w.ndim - 2
@@ -112,11 +112,11 @@ class Convolution:
             x, w, dimension_numbers=numbers, feature_group_count=self.groups, **dict(self.how)
         )
 
-    def thin(self, x: Array, a: Array) -> Array:
+    def down(self, x: Array, a: Array) -> Array:
         z = self(x, jnp.tile(a.astype(x.dtype), self.groups))
         return z.reshape(*z.shape[:-1], self.groups, a.shape[-1])
 
-    def then(self, z: Array, b: Array) -> Array:
+    def up(self, z: Array, b: Array) -> Array:
         by_group = b.astype(z.dtype).reshape(b.shape[0], self.groups, -1)
         y = jnp.einsum("...gr,rgo->...go", z, by_group, precision=dict(self.how)["precision"])
         return y.reshape(*y.shape[:-2], b.shape[-1])
@@ -126,7 +126,7 @@ class Convolution:
 
 
 @rule("dot_general")
-def _dot(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any] | None:
+def _dot(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[Any] | None:
     left = is_adapted(values[0])
     if left and is_adapted(values[1]):
         return None
@@ -136,8 +136,8 @@ def _dot(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any] 
     towards = _towards(w, wc)
     if towards is None or any(w.axes[axis] != "s" for axis in wb):
         return None
-    report.contracts(eqn, w, turned=towards is not w)
-    if w.whole:
+    state.contracts(eqn, w, transposed=towards is not w)
+    if w.indivisible:
         wc, xc = zip(*sorted(zip(wc, xc, strict=True)), strict=True)
     stacked, outputs = _axes_of(w, "s", without=wb), _free_axes(towards, wc)
     x_free = [axis for axis in range(x.ndim) if axis not in (*xb, *xc)]
@@ -160,13 +160,13 @@ def _dot(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any] 
     )
     y = _over_stacked(op, len(wb), len(stacked))(
         _transpose(x, (*xb, *x_free, *xc)),
-        structure.transpose(towards, (*wb, *stacked, *wc, *outputs)),
+        axis_ops.transpose(towards, (*wb, *stacked, *wc, *outputs)),
     )
     return [_transpose(y, order)]
 
 
 @rule("gather")
-def _gather(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any] | None:
+def _gather(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[Any] | None:
     w, indices = values
     p = eqn.params
     numbers, sizes = p["dimension_numbers"], p["slice_sizes"]
@@ -196,7 +196,7 @@ def _gather(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[An
     if towards is None:
         return None
     stacked, outputs = _axes_of(w, "s"), _free_axes(towards, (picked,))
-    y = _over_stacked(op, 0, len(stacked))(ids, structure.transpose(towards, (*stacked, picked, *outputs)))
+    y = _over_stacked(op, 0, len(stacked))(ids, axis_ops.transpose(towards, (*stacked, picked, *outputs)))
     have = [*(("w", axis) for axis in stacked), *(("n", n) for n in range(ids.ndim))]
     have += [("w", axis) for axis in outputs]
     if picked in kept:
@@ -205,7 +205,7 @@ def _gather(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[An
 
 
 @rule("conv_general_dilated")
-def _convolution(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any] | None:
+def _convolution(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[Any] | None:
     x, w = values
     p = eqn.params
     numbers = p["dimension_numbers"]
@@ -213,12 +213,12 @@ def _convolution(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> li
     classes = [CLASS[letter] for letter in w.axes] if is_adapted(w) else []
     if is_adapted(x) or p["batch_group_count"] != 1 or classes != ["o" if j == out else "i" for j in range(w.ndim)]:
         return None
-    if w.whole and not _keeps_order(w, (*window, in_, out)):
+    if w.indivisible and not _keeps_order(w, (*window, in_, out)):
         return None
     how = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision", "preferred_element_type")
     op = Convolution(p["feature_group_count"], tuple((name, p[name]) for name in how))
     batch, feature, *spatial = numbers.lhs_spec
-    y = structure.transpose(w, (*window, in_, out)).product(_transpose(x, (batch, *spatial, feature)), op)
+    y = axis_ops.transpose(w, (*window, in_, out)).product(_transpose(x, (batch, *spatial, feature)), op)
     batch, feature, *spatial = numbers.out_spec
     have = [batch, *spatial, feature]
     return [_transpose(y, [have.index(axis) for axis in range(y.ndim)])]
@@ -263,12 +263,12 @@ def _stacked_rows(w: Adapted, ids: Array, op: LookUp, picked: int, want: list) -
         is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
         return array[jnp.clip(ids, 0, array.shape[0] - 1)] if is_key else op(ids, array)
 
-    w = structure.each(structure.transpose(w, (picked, *rest)), rows)
+    w = axis_ops.each(axis_ops.transpose(w, (picked, *rest)), rows)
     have = [*(("n", n) for n in range(ids.ndim)), *(("w", axis) for axis in rest)]
     if ("w", picked) in want:
-        w = structure.broadcast(w, (1, *w.shape), range(1, w.ndim + 1))
+        w = axis_ops.broadcast(w, (1, *w.shape), range(1, w.ndim + 1))
         have = [("w", picked), *have]
-    return structure.transpose(w, [have.index(axis) for axis in want])
+    return axis_ops.transpose(w, [have.index(axis) for axis in want])
 
 
 def _transpose(x: Array, order: Sequence[int]) -> Array:
@@ -287,42 +287,42 @@ def _reordered(sharding: NamedSharding | None, order: Sequence[int]) -> NamedSha
 
 
 @rule("convert_element_type")
-def _convert(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any] | None:
+def _convert(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[Any] | None:
     dtype = eqn.params["new_dtype"]
-    return [structure.cast(values[0], dtype)] if jnp.issubdtype(dtype, jnp.floating) else None
+    return [axis_ops.cast(values[0], dtype)] if jnp.issubdtype(dtype, jnp.floating) else None
 
 
 @rule("stop_gradient", "pvary", "copy", "name")
-def _each(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any]:
-    return [structure.each(values[0], lambda leaf: eqn.primitive.bind(leaf, **eqn.params))]
+def _each(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[Any]:
+    return [axis_ops.each(values[0], lambda leaf: eqn.primitive.bind(leaf, **eqn.params))]
 
 
 @rule("sharding_constraint")
-def _constraint(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any]:
+def _constraint(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[Any]:
     return [values[0].replace(base=eqn.primitive.bind(values[0].base, **eqn.params))]
 
 
 def _structural(name: str, change: Callable[..., Any]) -> None:
     @rule(name)
-    def apply(eqn: jex.JaxprEqn, values: Sequence[Any], report: Report) -> list[Any] | None:
+    def apply(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[Any] | None:
         if not is_adapted(values[0]) or any(map(is_adapted, values[1:])):
             return None
         w = values[0]
-        if w.whole and name == "transpose" and not _keeps_order(w, eqn.params["permutation"]):
+        if w.indivisible and name == "transpose" and not _keeps_order(w, eqn.params["permutation"]):
             return None
-        found = change(*values, **eqn.params)
-        found = found if found is None or isinstance(found, list) else [found]
-        return None if found and w.whole and any(sides(piece) != sides(w) for piece in found) else found
+        outputs = change(*values, **eqn.params)
+        outputs = outputs if outputs is None or isinstance(outputs, list) else [outputs]
+        return None if outputs and w.indivisible and any(sides(piece) != sides(w) for piece in outputs) else outputs
 
 
-_structural("transpose", lambda w, permutation: structure.transpose(w, permutation))
-_structural("squeeze", structure.squeeze)
-_structural("reshape", lambda w, new_sizes, **_: structure.reshape(w, new_sizes))
-_structural("slice", structure.slice_)
-_structural("dynamic_slice", lambda w, *starts, slice_sizes: structure.dynamic_slice(w, starts, slice_sizes))
-_structural("split", structure.split)
-_structural("unstack", lambda w, axis, **_: structure.unstack(w, axis))
+_structural("transpose", lambda w, permutation: axis_ops.transpose(w, permutation))
+_structural("squeeze", axis_ops.squeeze)
+_structural("reshape", lambda w, new_sizes, **_: axis_ops.reshape(w, new_sizes))
+_structural("slice", axis_ops.slice_)
+_structural("dynamic_slice", lambda w, *starts, slice_sizes: axis_ops.dynamic_slice(w, starts, slice_sizes))
+_structural("split", axis_ops.split)
+_structural("unstack", lambda w, axis, **_: axis_ops.unstack(w, axis))
 _structural(
     "broadcast_in_dim",
-    lambda w, *_, shape, broadcast_dimensions, **__: structure.broadcast(w, shape, broadcast_dimensions),
+    lambda w, *_, shape, broadcast_dimensions, **__: axis_ops.broadcast(w, shape, broadcast_dimensions),
 )

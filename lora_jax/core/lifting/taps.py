@@ -40,7 +40,7 @@ class Tap:
     layers: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
     name: str = dataclasses.field(default="", metadata={"static": True})
 
-    def whole(self) -> tuple[Any, list[bool]]:
+    def per_occurrence(self) -> tuple[Any, list[bool]]:
         """The factors of all occurrences, and which of them are tapped."""
         if self.layers is None:
             return self.factors, [True] * self.count
@@ -85,7 +85,7 @@ def untapped(tree: Any) -> tuple[Any, tuple[Tap, ...]]:
 
 @dataclasses.dataclass
 class Sites:
-    """Where a lifted call stands among the named activations: in the whole function, or in the body of a scan.
+    """The named activations that a lifted call has met so far, in the function or in the body of a scan.
 
     Attributes:
       taps: (tap, factors of the occurrences here, which of these are tapped: bools or a traced vector).
@@ -132,29 +132,30 @@ class Sites:
 
         def steps(leaf: Array, name: str) -> Array:
             n = counts.get(name, 0)
-            own = leaf[self.met[name] : self.met[name] + n]
-            if len(own) < n:
+            here = leaf[self.met[name] : self.met[name] + n]
+            if len(here) < n:
                 raise ValueError(f"the site {name!r} occurs more often than the {len(leaf)} times that its tap is for")
-            by_step = own.reshape(length, n // length, *leaf.shape[1:])
+            by_step = here.reshape(length, n // length, *leaf.shape[1:])
             return by_step[::-1] if reverse else by_step  # the last step comes first
 
-        found = []
+        by_tap: list[tuple[Any, Array | None]] = []
         for tap, factors, tapped in self.taps:
-            own = jax.tree.map(lambda x, name=tap.site: steps(x, name), factors)
+            factors = jax.tree.map(lambda x, name=tap.site: steps(x, name), factors)
             which = steps(jnp.array(tapped), tap.site)  # also checks how many there are
-            found.append((own, None if tap.layers is None else which))
+            by_tap.append((factors, None if tap.layers is None else which))
         self.met.update(counts)
-        return found
+        return by_tap
 
-    def step(self, own: Iterable[tuple[Any, Array | None]], counts: Mapping[str, int], length: int) -> "Sites":
+    def step(self, by_tap: Iterable[tuple[Any, Array | None]], counts: Mapping[str, int], length: int) -> "Sites":
         """The sites of a scan's body, with its part of `stacked`."""
         taps = []
-        for (tap, *_), (factors, tapped) in zip(self.taps, own, strict=True):
+        for (tap, *_), (factors, tapped) in zip(self.taps, by_tap, strict=True):
             every = [True] * (counts.get(tap.site, 0) // length)
             taps.append((tap, factors, every if tapped is None else tapped))
         return Sites(taps, seen=dict(self.seen))
 
     def finish(self) -> None:
+        """An error for a site that occurred more or less often than its tap is for."""
         for tap, *_ in self.taps:
             if self.met[tap.site] != tap.count:
                 had = f"its tap is for {tap.count} of them"
@@ -200,29 +201,29 @@ def sites(fn: Callable, *args: Any, **kwargs: Any) -> dict[str, Site]:
 
 
 def _in_jaxpr(jaxpr: jex.Jaxpr) -> dict[str, Site]:
-    def own(eqn: jex.JaxprEqn) -> dict[str, Site]:
+    def sites_of(eqn: jex.JaxprEqn) -> dict[str, Site]:
         if eqn.primitive.name != "name":
             return _in_params(eqn)
         named: Any = eqn.outvars[0].aval
         return {eqn.params["name"]: (1, named.shape, named.dtype.name)}
 
-    return _added(map(own, jaxpr.eqns))
+    return _added(map(sites_of, jaxpr.eqns))
 
 
 def _in_params(eqn: jex.JaxprEqn) -> dict[str, Site]:
     """The sites in an equation's jaxprs, those of a scan for each of its steps."""
     inner = [leaf for leaf in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr) if _is_jaxpr(leaf)]
-    once = _added(_in_jaxpr(getattr(each, "jaxpr", each)) for each in inner)
+    once = _added(_in_jaxpr(getattr(jaxpr, "jaxpr", jaxpr)) for jaxpr in inner)
     times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
     return {name: (count * times, shape, dtype) for name, (count, shape, dtype) in once.items()}
 
 
 def _added(parts: Iterable[dict[str, Site]]) -> dict[str, Site]:
-    whole: dict[str, Site] = {}
+    total: dict[str, Site] = {}
     for part in parts:
         for name, (count, shape, dtype) in part.items():
-            whole[name] = (count + whole.get(name, (0,))[0], shape, dtype)
-    return whole
+            total[name] = (count + total.get(name, (0,))[0], shape, dtype)
+    return total
 
 
 def _is_jaxpr(node: Any) -> bool:

@@ -1,5 +1,6 @@
 """Adapting a model as a transform of its parameter tree: `init` makes a small Delta, `apply` puts it on the base."""
 
+from lora_jax.core.transforms.builders import Target, per_leaf, per_site, per_target, targets_of
 from lora_jax.core.transforms.merging import merge, unmerge, without_tuned
 from lora_jax.core.transforms.registry import (
     Traits,
@@ -12,37 +13,46 @@ from lora_jax.core.transforms.registry import (
 )
 from lora_jax.core.transforms.report import Report, check
 from lora_jax.core.transforms.transform import (
+    Apply,
+    Axes,
     Delta,
+    Factors,
+    Init,
+    Params,
     ParamTransform,
-    all_layers,
+    Spec,
     chain,
-    need_factors,
-    per_leaf,
-    per_site,
-    sizes,
+    keys_of,
     stable_hash,
     typed_key,
 )
 
 __all__ = [
+    "Apply",
+    "Axes",
     "Delta",
+    "Factors",
+    "Init",
     "ParamTransform",
+    "Params",
     "Report",
+    "Spec",
+    "Target",
     "Traits",
-    "all_layers",
     "chain",
     "check",
     "from_spec",
     "inserted_tokens",
+    "keys_of",
     "merge",
     "method_shardings",
-    "need_factors",
     "owners",
     "per_leaf",
     "per_site",
+    "per_target",
     "register",
-    "sizes",
     "stable_hash",
+    "targets_of",
     "traits_of",
     "typed_key",
     "unmerge",

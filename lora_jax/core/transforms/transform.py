@@ -1,17 +1,22 @@
 """Adapting a model as a transform of its parameter tree: `init` makes a small Delta, `apply` puts it on the base."""
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lora_jax.core.arrays import Adapted, is_adapted, map_adapted
+from lora_jax.core.arrays import Adapted, is_adapted
 from lora_jax.core.lifting.taps import Tap, Tapped, untapped
-from lora_jax.core.selection import CLASS, Absent, flatten
+from lora_jax.core.selection import Absent, flatten
+
+Params = Any  # a pytree of arrays, plain or adapted
+Axes = str  # one letter an axis, see `lora_jax.select`
+Factors = dict[str, Array]  # of one key of a delta
+Spec = dict[str, Any]  # a transform as JSON
 
 
 class Delta(dict):
@@ -41,6 +46,20 @@ jax.tree_util.register_pytree_with_keys(
 )
 
 
+class Init(Protocol):
+    """`init` of a transform: random numbers and the base's params to what trains at first."""
+
+    def __call__(self, key: Array, params: Params) -> Delta: ...
+
+
+class Apply(Protocol):
+    """`apply` of a transform: the base's params and what trains to adapted params."""
+
+    def __call__(
+        self, params: Params, delta: Delta, *, key: Array | None = None, strength: Any = 1.0
+    ) -> Params | Tapped: ...
+
+
 class ParamTransform(NamedTuple):
     """A method of adaptation. Pure: works under jit, vmap, eval_shape and on sharded arrays.
 
@@ -48,36 +67,18 @@ class ParamTransform(NamedTuple):
     apply: `(params, delta, *, key=None, strength=1.0) -> adapted params`; without a key there is no dropout; strength 0
       is the base, 1 the trained adapter, and may be traced.
     spec: JSON; `from_spec(spec)` gives an equal transform.
+    keys: `params -> the keys of the delta`, without computing it. Where None, `keys_of` traces `init` instead.
     """
 
-    init: Callable[[Array, Any], Delta]
-    apply: Callable[..., Any]
-    spec: dict[str, Any]
+    init: Init
+    apply: Apply
+    spec: Spec
+    keys: Callable[[Params], Collection[str]] | None = None
 
 
-def need_factors(path: str, factors: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
-    """A ValueError unless the factors of a path have these names and shapes."""
-    have = {name: tuple(factor.shape) for name, factor in factors.items()}
-    if have != shapes:
-        raise ValueError(f"{path}: the delta's factors are {have}, but the base and the method need {shapes}")
-
-
-def sizes(leaf: Any, axes: str, layers: tuple[int, ...] | None = None) -> dict[str, tuple[int, ...]]:
-    """The sizes of a leaf's stacked, input and output axes: `{"s": .., "i": .., "o": ..}`; of a stack, `layers` only.
-
-    >>> import numpy as np
-    >>> sizes(np.zeros((12, 4, 3)), "sio", layers=(10, 11))
-    {'s': (2,), 'i': (4,), 'o': (3,)}
-    """
-    found = {c: tuple(n for n, x in zip(leaf.shape, axes, strict=True) if CLASS[x] == c) for c in "sio"}
-    return found | {"s": (len(layers), *found["s"][1:])} if layers and found["s"] else found
-
-
-def all_layers(factor: Array, layers: tuple[int, ...] | None, stacked: tuple[int, ...], fill: float = 0.0) -> Array:
-    """A factor of some layers of a stack, with `fill` for the others, which it leaves as they are."""
-    if not (layers and stacked):
-        return factor
-    return jnp.full((stacked[0], *factor.shape[1:]), fill, factor.dtype).at[jnp.array(layers)].set(factor)
+def keys_of(method: ParamTransform, params: Params) -> set[str]:
+    """The keys of a method's delta on these params, of which shapes suffice."""
+    return set(method.keys(params) if method.keys else shapes_of(method, params)[0])
 
 
 def stable_hash(name: str) -> int:
@@ -91,125 +92,21 @@ def typed_key(key: Array) -> Array:
     return key if is_typed else jax.random.wrap_key_data(key)
 
 
-def per_leaf(
-    spec: dict[str, Any],
-    targets: Callable[[Any], dict[str, str]],
-    init: Callable[..., dict[str, Array]],
-    adapt: Callable[..., Adapted],
-    draws_as: Callable[[str], str] = str,
-) -> ParamTransform:
-    """A transform that meets every selected leaf alone.
-
-    Args:
-      spec: the transform as JSON.
-      targets: params -> `{path: axes}`.
-      init: `(key, path, leaf, axes) -> {factor: array}`.
-      adapt: `(key or None, path, leaf, axes, factors, strength) -> Adapted`.
-      draws_as: path -> the name that its keys are folded with; paths of one name draw alike.
-    """
-
-    def init_all(key: Array, params: Any) -> Delta:
-        need_params(params, "init")
-        key, leaves = typed_key(key), dict(flatten(params)[0])
-        return Delta(
-            {
-                path: init(jax.random.fold_in(key, stable_hash(draws_as(path))), path, leaves[path], axes)
-                for path, axes in targets(params).items()
-            }
-        )
-
-    def apply(params: Any, delta: Delta, *, key: Array | None = None, strength: Any = 1.0) -> Any:
-        need_params(params, "apply")
-        _need_delta(delta)
-        chosen = targets(map_adapted(lambda w: w.base, params))
-        if set(chosen) != set(delta):
-            missing, extra = sorted(set(chosen) - set(delta)), sorted(set(delta) - set(chosen))
-            raise ValueError(f"the delta is not this method's: it lacks {missing[:3]}, has besides {extra[:3]}")
-
-        def adapted(path: str, leaf: Any) -> Any:
-            if path not in chosen:
-                return leaf
-            if is_adapted(leaf):
-                raise ValueError(f"{path} is adapted already ({leaf}); two transforms on one leaf")
-            own = None if key is None else jax.random.fold_in(typed_key(key), stable_hash(draws_as(path)))
-            return adapt(own, path, leaf, chosen[path], delta[path], strength)
-
-        flat, treedef = flatten(params, is_adapted)
-        return jax.tree.unflatten(treedef, [adapted(path, leaf) for path, leaf in flat])
-
-    return ParamTransform(init_all, apply, spec)
-
-
-def per_site(
-    spec: dict[str, Any],
-    sites: Mapping[str, int],
-    init: Callable[[Array, str, int], dict[str, Array]],
-    fn: Callable,
-    layers: Sequence[int] | None = None,
-) -> ParamTransform:
-    """A transform that changes the named activations, whatever the params (Houlsby's adapters, prefixes).
-
-    Args:
-      spec: the transform as JSON; its method's name and a site make the key `@site/method` of the delta.
-      sites: how often each occurs.
-      init: `(key, site, n) -> {factor: array}`, stacked over n occurrences.
-      fn: of `Tap`, for every site.
-      layers: the occurrences that are changed; None: all.
-    """
-    chosen = None if layers is None else tuple(layers)
-    if chosen is not None:
-        for site, count in sites.items():
-            if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= n < count for n in chosen):
-                raise ValueError(f"layers={list(chosen)}: name some of the {count} of the site {site!r}, each once")
-    names = {f"@{site}/{spec['method']}": site for site in sites}
-
-    def init_all(key: Array, params: Any) -> Delta:
-        need_params(params, "init")
-        counts = {site: count if chosen is None else len(chosen) for site, count in sites.items()}
-        keys = {name: jax.random.fold_in(typed_key(key), stable_hash(name)) for name in names}
-        return Delta({name: init(keys[name], site, counts[site]) for name, site in names.items()})
-
-    def apply(params: Any, delta: Delta, *, key: Array | None = None, strength: Any = 1.0) -> Any:
-        need_params(params, "apply")
-        _need_delta(delta)
-        shapes = jax.eval_shape(init_all, jax.random.key(0), {})
-        if wrong := set(shapes) ^ set(delta):
-            raise ValueError(f"the delta is not this method's: it lacks, or has besides, {sorted(wrong)[:3]}")
-        for name, factors in shapes.items():
-            need_factors(name, delta[name], jax.tree.map(lambda x: x.shape, factors))
-        whole = isinstance(strength, float | int) and strength == 1
-        return Tapped(
-            params,
-            tuple(
-                Tap(
-                    factors=delta[name],
-                    strength=None if whole else jnp.asarray(strength, jnp.float32),
-                    site=site,
-                    fn=fn,
-                    count=sites[site],
-                    layers=chosen,
-                    name=name,
-                )
-                for name, site in names.items()
-            ),
-        )
-
-    return ParamTransform(init_all, apply, spec)
-
-
-def need_params(params: Any, what: str) -> None:
+def need_params(params: Params, what: str) -> None:
+    """A TypeError for what is no params of a base."""
     if isinstance(params, Delta):
         raise TypeError(f"{what} takes the base's params here, got a Delta")
     if isinstance(params, Tapped):
         raise TypeError(f"{what} takes params here, got tapped ones: put transforms together with chain")
 
 
-def _need_delta(delta: Any) -> None:
+def need_delta(delta: Any) -> None:
+    """A TypeError for what is no Delta."""
     if not isinstance(delta, Delta):
         raise TypeError(f"apply takes a Delta (from init) as second argument, got {type(delta).__name__}")
 
 
-def shapes_of(method: ParamTransform, params: Any) -> tuple[Delta, dict[str, Adapted]]:
+def shapes_of(method: ParamTransform, params: Params) -> tuple[Delta, dict[str, Adapted]]:
     """Delta and adapted leaves as shapes, without touching a weight."""
     flat, treedef = jax.tree.flatten(params, is_leaf=lambda leaf: isinstance(leaf, Absent))
     arrays = {
@@ -238,26 +135,28 @@ def chain(*methods: ParamTransform) -> ParamTransform:
     7
     """
 
-    def init(key: Array, params: Any) -> Delta:
+    def init(key: Array, params: Params) -> Delta:
         united = Delta()
         for method in methods:
             part = method.init(key, params)
             if both := sorted(set(part) & set(united)):
                 raise ValueError(f"{both[0]} is the target of two transforms of the chain")
-            united |= part
-        return Delta(united)
+            united.update(part)
+        return united
 
-    def apply(params: Any, delta: Delta, *, key: Array | None = None, strength: Any = 1.0) -> Any:
-        _need_delta(delta)
+    def apply(params: Params, delta: Delta, *, key: Array | None = None, strength: Any = 1.0) -> Params | Tapped:
+        need_delta(delta)
         base, rest = params, Delta(delta)
         taps: list[Tap] = []
         for method in methods:
-            wanted = shapes_of(method, base)[0]
-            part = Delta({path: rest.pop(path) for path in wanted if path in rest})
-            params, own = untapped(method.apply(params, part, key=key, strength=strength))
-            taps += own
+            part = Delta({path: rest.pop(path) for path in keys_of(method, base) if path in rest})
+            params, own_taps = untapped(method.apply(params, part, key=key, strength=strength))
+            taps += own_taps
         if rest:
             raise ValueError(f"the delta is not this method's: it has besides {sorted(rest)[:3]}")
         return Tapped(params, tuple(taps)) if taps else params
 
-    return ParamTransform(init, apply, {"method": "chain", "of": [method.spec for method in methods]})
+    def keys(params: Params) -> set[str]:
+        return set().union(*(keys_of(method, params) for method in methods))
+
+    return ParamTransform(init, apply, {"method": "chain", "of": [method.spec for method in methods]}, keys)

@@ -38,7 +38,7 @@ from lora_jax.interop.peft.tensors import (
     to_delta,
 )
 from lora_jax.interop.tensor_files import FLOATS, read_file
-from lora_jax.methods.rows import rows
+from lora_jax.methods.token_rows import token_rows
 from lora_jax.methods.tune import tune
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -158,7 +158,7 @@ def _method(resolved: Resolved, tensors: list[Tensor], transforms: list[ParamTra
     if tuned := [tensor.path for tensor in tensors if tensor.factor == "value" and not tensor.copy]:
         methods.append(tune(selected(tuned, model)))
     for name, indices in resolved.tokens.items():
-        methods.append(rows(select(model.modules[name].path("weight")), indices=indices))
+        methods.append(token_rows(select(model.modules[name].path("weight")), indices=indices))
     return methods[0] if len(methods) == 1 else chain(*methods)
 
 

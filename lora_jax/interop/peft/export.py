@@ -11,9 +11,9 @@ from lora_jax.interop.peft.config import new_config
 from lora_jax.interop.peft.kind import Adaptation, Kind, shortest, targets
 from lora_jax.interop.peft.kinds import KINDS
 from lora_jax.interop.peft.modules import Model, model_of
+from lora_jax.methods.bias_delta import BiasDelta
 from lora_jax.methods.prefix import Extended
-from lora_jax.methods.rows import Rows
-from lora_jax.methods.shift import Shift
+from lora_jax.methods.token_rows import TokenRows
 
 HEADS = ("classifier", "score")
 _NATIVE = "lora_jax.checkpoints.save_adapter(path, method, delta, base_id) saves it"
@@ -66,9 +66,9 @@ def _by_class(adaptation: Adaptation, adapted: Any) -> Adaptation:
         if path not in module_of:
             raise ValueError(f"{path} is adapted, but is no parameter of the Hugging Face model")
         module = module_of[path]
-        if isinstance(leaf, Shift):
+        if isinstance(leaf, BiasDelta):
             adaptation.shift.setdefault(module, {})[path] = leaf
-        elif isinstance(leaf, Rows):
+        elif isinstance(leaf, TokenRows):
             adaptation.rows[module] = leaf
         elif isinstance(leaf, Tuned):
             adaptation.tuned[path] = leaf

@@ -13,8 +13,8 @@ from lora_jax.core.transforms import Delta, ParamTransform
 from lora_jax.interop.peft.config import Schema
 from lora_jax.interop.peft.modules import Model, Resolved, Rules
 from lora_jax.interop.peft.tensors import Tensor
-from lora_jax.methods.rows import Rows
-from lora_jax.methods.shift import Shift
+from lora_jax.methods.bias_delta import BiasDelta
+from lora_jax.methods.token_rows import TokenRows
 
 # so that a method of a looped model also selects params in the scanned layout
 _SCANNED = {"h/**/kernel": "sio", "h/**/{bias,scale}": "so"}
@@ -36,8 +36,8 @@ class Adaptation(NamedTuple):
     delta: Delta
     model: Model
     adapted: dict[str, dict[str, Any]]
-    shift: dict[str, dict[str, Shift]]
-    rows: dict[str, Rows]
+    shift: dict[str, dict[str, BiasDelta]]
+    rows: dict[str, TokenRows]
     tuned: dict[str, Tuned]
 
 

@@ -53,10 +53,10 @@ from lora_jax.interop.peft.kind import (
 )
 from lora_jax.interop.peft.modules import Model, Module, Resolved, Rules, rank_and_alpha
 from lora_jax.interop.peft.tensors import Tensor
+from lora_jax.methods.bias_delta import BiasDelta, bias_delta
 from lora_jax.methods.dora import Dora, dora
 from lora_jax.methods.lora import lora
 from lora_jax.methods.pissa import Pissa, pissa
-from lora_jax.methods.shift import Shift, shift
 
 Options = Mapping[str, tuple[int, float]]  # (rank, alpha) of each adapted module
 
@@ -182,7 +182,7 @@ def _method(resolved: Resolved) -> tuple[list[ParamTransform], Delta]:
         scales = {}
         for name, (rank, alpha) in adapted.items():
             scales[model.modules[name].path("bias")] = alpha / (rank**0.5 if fields["use_rslora"] else rank)
-        transforms.append(shift(selected(scales, model), scale=by_glob(scales, model)))
+        transforms.append(bias_delta(selected(scales, model), scale=by_glob(scales, model)))
     return transforms, from_base
 
 
@@ -289,7 +289,7 @@ def _export_factors(module: Module, leaves: Mapping[str, Any], delta: Delta, exp
 
 
 def _export_shift(
-    module: Module, biases: Mapping[str, Shift], scale: np.float32, model: Model, exported: Delta
+    module: Module, biases: Mapping[str, BiasDelta], scale: np.float32, model: Model, exported: Delta
 ) -> None:
     """Puts the shift of a module's bias into `exported`, in units of its scale; zeros where it has none."""
     if not module.bias:

@@ -7,20 +7,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.core.arrays import Adapted, Label, LowRank, adapted_array, static
+from lora_jax.core.arrays import Adapted, LowRank, PathLabel, adapted_array, static
 from lora_jax.core.selection import Absent, Selection
-from lora_jax.core.transforms import ParamTransform, Traits, need_factors, per_leaf, register
+from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_target, register
 
 
 @adapted_array
-class Rows(Adapted):
+class TokenRows(Adapted):
     """An embedding `(v, o)` with `rows` `(n, o)`, float32, in the place of the base's rows `indices`."""
 
     base: Array
     rows: Array
     indices: tuple[int, ...] = static()
     core: str = static(default="vo")
-    path: str = static(default=Label())
+    path: str = static(default=PathLabel())
 
     def materialize(self) -> Array:
         return self.base.at[jnp.array(self.indices)].set(self.rows.astype(self.dtype))
@@ -38,7 +38,7 @@ def _wide(x: Array, base: Any) -> Array:
     return x.astype(jnp.float64 if base.dtype == jnp.float64 else jnp.float32)
 
 
-def rows(selection: Selection, *, indices: Sequence[int]) -> ParamTransform:
+def token_rows(selection: Selection, *, indices: Sequence[int]) -> ParamTransform:
     """The rows `indices` of the selected embeddings train, and replace the base's; the others stay.
 
     They train in float32 whatever the base's dtype. A head that is the embedding (tied) follows. `merge` puts the rows
@@ -48,9 +48,12 @@ def rows(selection: Selection, *, indices: Sequence[int]) -> ParamTransform:
       selection: embeddings, with axes "vo".
       indices: which rows, each once.
 
+    Raises:
+      ValueError: no index, one that is no whole number from 0, that is there twice or beyond the rows; other axes.
+
     >>> import jax.numpy as jnp, lora_jax as lj
-    >>> from lora_jax.methods.rows import rows
-    >>> lj.check(rows(lj.select("embedding"), indices=[5, 7]), {"embedding": jnp.ones((10, 4))}).trained
+    >>> method = lj.token_rows(lj.select("embedding"), indices=[5, 7])
+    >>> lj.check(method, {"embedding": jnp.ones((10, 4))}).trained
     8
     """
     chosen = tuple(indices)
@@ -59,27 +62,29 @@ def rows(selection: Selection, *, indices: Sequence[int]) -> ParamTransform:
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"indices={chosen}: a row is there twice")
 
-    def shape(path: str, leaf: Any, axes: str) -> tuple[int, int]:
-        if isinstance(leaf, Absent) or axes != "vo":
-            raise ValueError(f"{path} with axes {axes!r}: rows are those of an embedding with axes 'vo'")
+    def shapes(target: Target) -> dict[str, tuple[int, ...]]:
+        leaf = target.leaf
+        if isinstance(leaf, Absent) or target.axes != "vo":
+            raise ValueError(f"{target.path} with axes {target.axes!r}: rows are those of an embedding with axes 'vo'")
         if max(chosen) >= leaf.shape[0]:
-            raise ValueError(f"{path} has {leaf.shape[0]} rows, but indices={chosen}")
-        return len(chosen), leaf.shape[1]
+            raise ValueError(f"{target.path} has {leaf.shape[0]} rows, but indices={chosen}")
+        return {"rows": (len(chosen), leaf.shape[1])}
 
-    def init(key: Array, path: str, leaf: Any, axes: str) -> dict[str, Array]:
-        shape(path, leaf, axes)
-        return {"rows": _wide(jnp.asarray(leaf)[jnp.array(chosen)], leaf)}
+    def init(key: Array, target: Target) -> Factors:
+        shapes(target)
+        return {"rows": _wide(jnp.asarray(target.leaf)[jnp.array(chosen)], target.leaf)}
 
-    def adapt(key: Array | None, path: str, leaf: Any, axes: str, factors: dict[str, Array], strength: Any) -> Rows:
-        need_factors(path, factors, {"rows": shape(path, leaf, axes)})
-        new = factors["rows"]
+    def adapt(target: Target, factors: Factors, key: Array | None, strength: Any) -> TokenRows:
+        leaf, new = target.leaf, factors["rows"]
         if not (isinstance(strength, float | int) and strength == 1):
             old, new = _wide(leaf[jnp.array(chosen)], leaf), _wide(new, leaf)
             s = jnp.asarray(strength, new.dtype)
             new = (1 - s) * old + s * new
-        return Rows(base=leaf, rows=new, indices=chosen, path=Label(path))
+        return TokenRows(**target.fields, rows=new, indices=chosen)
 
-    return per_leaf({"method": "rows", **selection.spec(), "indices": list(chosen)}, selection.__call__, init, adapt)
+    spec = {"method": "token_rows", **selection.spec(), "indices": list(chosen)}
+    return per_target(spec, selection, init, adapt, shapes=shapes)
 
 
-register("rows", rows, Traits(decays=("**/rows",), fast=()))
+rows = token_rows  # its name before
+register("token_rows", token_rows, Traits(decays=("**/rows",), fast=(), aliases=("rows",)))

@@ -1,0 +1,315 @@
+"""Transforms out of two functions: how the factors of one leaf, or one site, begin, and what they make of it."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lora_jax.core.arrays import Adapted, PathLabel, is_adapted, map_adapted
+from lora_jax.core.lifting.taps import Tap, Tapped
+from lora_jax.core.selection import CLASS, Absent, Selection, flatten
+from lora_jax.core.transforms.transform import (
+    Axes,
+    Delta,
+    Factors,
+    Params,
+    ParamTransform,
+    Spec,
+    need_delta,
+    need_params,
+    stable_hash,
+    typed_key,
+)
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A leaf that a method adapts.
+
+    Attributes:
+      path: of the leaf in the params.
+      leaf: an array, a ShapeDtypeStruct, or Absent.
+      axes: one letter an axis, or "" where the method does not ask for them.
+      layers: of a stacked leaf, the entries that are adapted; None: all.
+      shared: the key of the delta that has a factor instead of the path, `{factor: "@shared/..."}`; or one key for all
+        factors. Targets with the same key have the same factor, and draw the same random numbers.
+
+    >>> import numpy as np
+    >>> target = Target("h/kernel", np.zeros((12, 4, 3)), "sio", layers=(10, 11))
+    >>> target.stacked, target.inputs, target.outputs
+    ((2,), (4,), (3,))
+    """
+
+    path: str
+    leaf: Any
+    axes: Axes = ""
+    layers: tuple[int, ...] | None = None
+    shared: str | Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The sizes of all stacked axes of the leaf."""
+        return self._sizes("s")
+
+    @property
+    def stacked(self) -> tuple[int, ...]:
+        """The sizes of a factor's stacked axes: of the adapted layers alone."""
+        return (len(self.layers), *self.stack[1:]) if self.layers and self.stack else self.stack
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """The sizes of the input axes, a vocabulary and a convolution's window among them."""
+        return self._sizes("i")
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """The sizes of the output axes."""
+        return self._sizes("o")
+
+    @property
+    def window(self) -> tuple[int, ...]:
+        """The sizes of a convolution's window."""
+        return tuple(n for n, letter in zip(self.leaf.shape, self.axes, strict=True) if letter == "k")
+
+    @property
+    def label(self) -> PathLabel:
+        """The path, as an adapted array takes it."""
+        return PathLabel(self.path)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of an adapted array that are the target's: base, core, path."""
+        return {"base": self.leaf, "core": self.axes.lstrip("s"), "path": self.label}
+
+    def scale(self, number: Any) -> Array:
+        """A number for every entry of the stack, float32."""
+        return jnp.broadcast_to(jnp.asarray(number, jnp.float32), self.stack)
+
+    def all_layers(self, factor: Array, fill: float = 0.0) -> Array:
+        """A factor of the adapted layers as one of all layers of the stack, with `fill` for the others."""
+        if not (self.layers and self.stack):
+            return factor
+        full = jnp.full((self.stack[0], *factor.shape[1:]), fill, factor.dtype)
+        return full.at[jnp.array(self.layers)].set(factor)
+
+    def adapted_layers(self, array: Array) -> Array:
+        """The inverse: the adapted layers of an array whose first axes are the stacked ones."""
+        return array[jnp.array(self.layers)] if self.layers and self.stack else array
+
+    def need_weight(self, method: str) -> None:
+        """A ValueError unless the leaf is there and has input and output axes."""
+        if isinstance(self.leaf, Absent) or not self.inputs or not self.outputs:
+            raise ValueError(f"{self.path} with axes {self.axes!r}: {method} needs a weight with input and output axes")
+
+    def key_of(self, factor: str) -> str:
+        """The key of the delta that has this factor."""
+        return self.shared if isinstance(self.shared, str) else self.shared.get(factor, self.path)
+
+    def keys(self) -> set[str]:
+        """The keys of the delta that have factors of this target."""
+        return {self.shared} if isinstance(self.shared, str) else {self.path, *self.shared.values()}
+
+    def fold(self, key: Array) -> Array:
+        """The random key of this target: folded with the path or, so that those that share draw alike, with what they
+        share."""
+        name = self.shared if isinstance(self.shared, str) else next(iter(self.shared.values()), self.path)
+        return jax.random.fold_in(typed_key(key), stable_hash(name))
+
+    def factors_in(self, delta: Delta) -> Factors:
+        """The target's factors, its own and those that it shares."""
+        if isinstance(self.shared, str):
+            return delta[self.shared]
+        for name, key in self.shared.items():
+            if name in delta[self.path]:
+                raise ValueError(f"{self.path} has a factor {name!r} of its own, but it is that of {key}")
+        return {name: factor for key in self.keys() for name, factor in delta[key].items()}
+
+    def _sizes(self, kind: str) -> tuple[int, ...]:
+        return tuple(n for n, letter in zip(self.leaf.shape, self.axes, strict=True) if CLASS[letter] == kind)
+
+
+def targets_of(selection: Selection, params: Params) -> list[Target]:
+    """The selected leaves, with their axes."""
+    leaves = selection.leaves(params)
+    return [Target(path, leaf, selection.axes_of(path, leaf), selection.layers) for path, leaf in leaves.items()]
+
+
+def per_target(
+    spec: Spec,
+    targets: Selection | Callable[[Params], Iterable[Target]],
+    init: Callable[[Array, Target], Factors],
+    adapt: Callable[[Target, Factors, Array | None, Any], Adapted],
+    *,
+    shapes: Callable[[Target], Shapes] | None = None,
+    common: Callable[[Array, Sequence[Target]], Factors] | None = None,
+) -> ParamTransform:
+    """A transform that meets every selected leaf alone.
+
+    Args:
+      spec: the transform as JSON; `spec["method"]` is its name.
+      targets: a selection, or `params -> targets`.
+      init: `(key, target) -> {factor: array}`.
+      adapt: `(target, factors, key or None, strength) -> adapted array` in the leaf's place.
+      shapes: `target -> {factor: shape}`; a delta with others is a ValueError.
+      common: `(key, targets) -> {factor: array}` that all targets share, under `@shared/<method>` in the delta; the key
+        is the one that `init` of the transform gets. `adapt` finds them among the factors.
+    """
+    common_key = f"@shared/{spec['method']}"
+
+    def targets_in(params: Params) -> list[Target]:
+        return targets_of(targets, params) if isinstance(targets, Selection) else list(targets(params))
+
+    def keys(params: Params) -> set[str]:
+        return _keys(targets_in(map_adapted(lambda w: w.base, params)))
+
+    def _keys(chosen: Iterable[Target]) -> set[str]:
+        return {key for target in chosen for key in target.keys()} | ({common_key} if common else set())
+
+    def init_all(key: Array, params: Params) -> Delta:
+        need_params(params, "init")
+        chosen, delta = targets_in(params), Delta()
+        for target in chosen:
+            delta.update({key: {} for key in sorted(target.keys() - delta.keys())})
+            for name, factor in init(target.fold(key), target).items():
+                kept = delta[target.key_of(name)].setdefault(name, factor)
+                if kept.shape != factor.shape:
+                    raise ValueError(
+                        f"{target.path}: its {name!r} is {factor.shape}, but {kept.shape} in {target.key_of(name)}"
+                    )
+        if common:
+            delta[common_key] = common(typed_key(key), chosen)
+        return delta
+
+    def apply(params: Params, delta: Delta, *, key: Array | None = None, strength: Any = 1.0) -> Params:
+        need_params(params, "apply")
+        need_delta(delta)
+        chosen = targets_in(map_adapted(lambda w: w.base, params))
+        need_keys(delta, _keys(chosen))
+        common_factors: Factors = {}
+        if common:
+            common_factors = delta[common_key]
+            expected = jax.eval_shape(lambda key: common(key, chosen), jax.random.key(0))
+            need_factors(common_key, common_factors, {name: factor.shape for name, factor in expected.items()})
+        by_path = {target.path: target for target in chosen}
+
+        def adapted(path: str, leaf: Any) -> Any:
+            if path not in by_path:
+                return leaf
+            if is_adapted(leaf):
+                raise ValueError(f"{path} is adapted already ({leaf}); two transforms on one leaf")
+            target = by_path[path]
+            factors = target.factors_in(delta)
+            if shapes:
+                need_factors(path, factors, shapes(target))
+            return adapt(target, {**factors, **common_factors}, None if key is None else target.fold(key), strength)
+
+        flat, treedef = flatten(params, is_adapted)
+        return jax.tree.unflatten(treedef, [adapted(path, leaf) for path, leaf in flat])
+
+    return ParamTransform(init_all, apply, spec, keys)
+
+
+def per_leaf(
+    spec: Spec, targets: Callable[[Params], Mapping[str, Axes]], init: Callable[..., Factors], adapt: Callable
+) -> ParamTransform:
+    """`per_target` in its former shape: `targets(params) -> {path: axes}`, `init(key, path, leaf, axes)`, and
+    `adapt(key or None, path, leaf, axes, factors, strength)`."""
+
+    def targets_in(params: Params) -> list[Target]:
+        leaves = dict(flatten(params)[0])
+        return [Target(path, leaves[path], axes) for path, axes in targets(params).items()]
+
+    return per_target(
+        spec,
+        targets_in,
+        lambda key, target: init(key, target.path, target.leaf, target.axes),
+        lambda target, factors, key, strength: adapt(key, target.path, target.leaf, target.axes, factors, strength),
+    )
+
+
+def per_site(
+    spec: Spec,
+    sites: Mapping[str, int],
+    init: Callable[[Array, str, int], Factors],
+    fn: Callable,
+    layers: Sequence[int] | None = None,
+    common: Callable[[Array], Factors] | None = None,
+) -> ParamTransform:
+    """A transform that changes the named activations, whatever the params (Houlsby's adapters, prefixes).
+
+    Args:
+      spec: the transform as JSON; its method's name and a site make the key `@site/method` of the delta.
+      sites: how often each occurs.
+      init: `(key, site, n) -> {factor: array}`, stacked over n occurrences.
+      fn: of `Tap`, for every site.
+      layers: the occurrences that are changed; None: all.
+      common: `key -> {factor: array}` that all occurrences share, under `@shared/<method>` in the delta; the key is the
+        one that `init` of the transform gets. `fn` finds them among the factors.
+    """
+    chosen = None if layers is None else tuple(layers)
+    if chosen is not None:
+        for site, count in sites.items():
+            if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= n < count for n in chosen):
+                raise ValueError(f"layers={list(chosen)}: name some of the {count} of the site {site!r}, each once")
+    names = {f"@{site}/{spec['method']}": site for site in sites}
+    counts = {site: count if chosen is None else len(chosen) for site, count in sites.items()}
+    common_key = f"@shared/{spec['method']}"
+
+    def init_all(key: Array, params: Params) -> Delta:
+        need_params(params, "init")
+        key = typed_key(key)
+        keys = {name: jax.random.fold_in(key, stable_hash(name)) for name in names}
+        delta = Delta({name: init(keys[name], site, counts[site]) for name, site in names.items()})
+        return Delta({**delta, common_key: common(key)}) if common else delta
+
+    def apply(params: Params, delta: Delta, *, key: Array | None = None, strength: Any = 1.0) -> Tapped:
+        need_params(params, "apply")
+        need_delta(delta)
+        shapes = jax.eval_shape(init_all, jax.random.key(0), {})
+        need_keys(delta, set(shapes))
+        for name, factors in shapes.items():
+            need_factors(name, delta[name], jax.tree.map(lambda x: x.shape, factors))
+        is_full = isinstance(strength, float | int) and strength == 1
+
+        def factors_of(name: str, site: str) -> Factors:
+            stacked = {
+                factor: jnp.broadcast_to(x, (counts[site], *x.shape))
+                for factor, x in (delta[common_key].items() if common else ())
+            }
+            return {**delta[name], **stacked}
+
+        return Tapped(
+            params,
+            tuple(
+                Tap(
+                    factors=factors_of(name, site),
+                    strength=None if is_full else jnp.asarray(strength, jnp.float32),
+                    site=site,
+                    fn=fn,
+                    count=sites[site],
+                    layers=chosen,
+                    name=name,
+                )
+                for name, site in names.items()
+            ),
+        )
+
+    return ParamTransform(init_all, apply, spec, lambda params: {*names, *([common_key] if common else [])})
+
+
+def need_factors(path: str, factors: Mapping[str, Any], shapes: Shapes) -> None:
+    """A ValueError unless the factors of a path have these names and shapes."""
+    have = {name: tuple(factor.shape) for name, factor in factors.items()}
+    if have != shapes:
+        raise ValueError(f"{path}: the delta's factors are {have}, but the base and the method need {shapes}")
+
+
+def need_keys(delta: Delta, keys: set[str]) -> None:
+    """A ValueError unless the delta has these keys and no others."""
+    if wrong := keys ^ set(delta):
+        raise ValueError(f"the delta is not this method's: it lacks, or has besides, {sorted(wrong)[:3]}")
