@@ -232,8 +232,11 @@ def test_what_cannot_be_is_said():
         two.init(KEY, LAYERS)
     delta = METHOD.init(KEY, LAYERS)
     without = lj.Delta({path: factors for path, factors in delta.items() if path != SHARED})
-    with pytest.raises(ValueError, match=r"@shared/vera: the delta's factors are {}, but .* need {'fixed_a': \(6, 5\)"):
+    with pytest.raises(ValueError, match=r"it lacks, or has besides, \['@shared/vera'\]"):
         METHOD.apply(LAYERS, without)
+    narrow = lj.Delta(delta | {SHARED: {name: x[:, :-1] for name, x in delta[SHARED].items()}})
+    with pytest.raises(ValueError, match=r"@shared/vera: the delta's factors are .* need {'fixed_a': \(6, 5\)"):
+        METHOD.apply(LAYERS, narrow)
     swapped = lj.Delta(delta | {"small/kernel": delta["large/kernel"]})
     with pytest.raises(ValueError, match=r"small/kernel: the delta's factors are {'b': \(4,\)"):
         METHOD.apply(LAYERS, swapped)
