@@ -160,7 +160,8 @@ def code_lines(file: Path) -> int:
 
 
 def test_the_core_is_small():
-    files = [PACKAGE / "__init__.py", *(PACKAGE / "core").rglob("*.py")]
+    """Without the methods, and without the lists of names in __init__.py."""
+    files = [file for file in (PACKAGE / "core").rglob("*.py") if file.name != "__init__.py"]
     assert sum(map(code_lines, files)) < 1600
 
 
