@@ -39,13 +39,13 @@ HEAVY = {"flax", "orbax", "safetensors", "huggingface_hub", "tokenizers", "datas
 # What each other layer may import: of the package and from outside.
 CORE = {"core", "methods"}
 LAYERS = {
-    "models": ({"core.dropout", "core.extras"}, {"jax", "flax", "numpy"}),
+    "models": ({"core.dropout", "core.extras"}, {"jax", "flax", "jaxtyping", "numpy"}),
     "data": ({"core.extras"}, {"numpy", "datasets", "jaxtyping", "tokenizers", "huggingface_hub"}),
     "metrics": ({"core.extras"}, {"numpy", "sacrebleu", "scipy", "sklearn"}),
     "distributed": (CORE | {"models"}, CORE_OUTSIDE),
     "checkpoints": (CORE | {"models", "distributed"}, CORE_OUTSIDE | HEAVY),
     "interop": (CORE | {"models", "distributed", "checkpoints"}, CORE_OUTSIDE | HEAVY | {"torch"}),
-    "generation": (CORE | {"models"}, CORE_OUTSIDE | {"flax", "tokenizers", "tqdm"}),
+    "generation": (CORE | {"models"}, CORE_OUTSIDE | {"flax", "jaxtyping", "tokenizers", "tqdm"}),
     "training": (
         CORE | {"models", "data", "metrics", "distributed", "checkpoints", "interop", "generation"},
         CORE_OUTSIDE | HEAVY | {"tqdm", "tensorboardX", "matplotlib", "ml_collections", "jaxtyping"},

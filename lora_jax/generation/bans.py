@@ -2,14 +2,17 @@
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Int
 
 
-def ban_repeats(logits: Array, tokens: Array, end: Array, size: int) -> Array:
-    """The logits with -inf at every token that would complete an n-gram which is there already.
+def ban_repeats(
+    logits: Float[Array, "rows vocabulary"], tokens: Int[Array, "rows length"], end: Int[Array, ""], size: int
+) -> Float[Array, "rows vocabulary"]:
+    """The logits with -inf at every token that would complete an n-gram that the row already has.
 
     Args:
       logits: (rows, vocabulary) of the next token.
-      tokens: (rows, length) int32, of which the first `end` are there.
+      tokens: (rows, length) int32, of which the first `end` are written.
       end: () int32.
       size: n; 0 bans nothing.
     """

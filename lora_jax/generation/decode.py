@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jaxtyping import Int
 
 from lora_jax.generation import beams, single
 from lora_jax.models.family import dimensions_of
@@ -31,21 +32,21 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     key: Array | None = None,
-) -> Array:
+) -> Int[Array, "batch new"]:
     """New tokens behind each prompt: the most likely next one each time, by beam search, or drawn at random.
 
     Args:
-      model: a GPT-2 (`models.gpt2`).
+      model: of a family that generates text (GPT-2).
       params: its parameters: plain, adapted (`method.apply(params, delta)`) or merged.
       tokens: (batch, length) int32, the prompts, padded on the left.
-      mask: (batch, length) bool or int, 1 at real tokens.
+      mask: (batch, length) bool or int, 1 at non-padding tokens.
       max_new_tokens: the most tokens to add, at least 1.
       eos: an end token, or several. The one met is part of the result.
-      pad: stands after it.
+      pad: follows it.
       num_beams: beams of a beam search; 1 is greedy.
       length_penalty: a finished beam scores log p / length^length_penalty, its length being that of
         the new tokens with the end token.
-      no_repeat_ngram_size: no n-gram of this size comes twice; 0 allows all. As in transformers the
+      no_repeat_ngram_size: no n-gram of this size occurs twice; 0 allows all. As in transformers the
         prompt counts, padding included; by the authors' rule the new tokens alone count.
       early_stopping: of the rule "hf" alone. True: a prompt is done as soon as it has `num_beams` finished
         beams; False: when its best running beam, were it to end now, scores below the worst of
@@ -76,7 +77,7 @@ def generate(
     _check_beams(model.config.vocab_size, num_beams, len(ends), length_penalty, early_stopping, beam_rule)
     common = (model, params, tokens, mask, ends, np.int32(pad))
     if num_beams > 1:
-        new, broken = beams.search(
+        new, has_nan = beams.search(
             *common,
             np.float32(length_penalty),
             max_new_tokens=max_new_tokens,
@@ -87,12 +88,12 @@ def generate(
         )
     else:
         heat = None if key is None else np.float32(1.0 if temperature is None else temperature)
-        share = None if top_p in (None, 1) else np.float32(top_p)
-        new, broken = single.extend(
-            *common, key, heat, share, max_new_tokens=max_new_tokens, no_repeat=no_repeat_ngram_size, top_k=top_k
+        nucleus = None if top_p in (None, 1) else np.float32(top_p)
+        new, has_nan = single.extend(
+            *common, key, heat, nucleus, max_new_tokens=max_new_tokens, no_repeat=no_repeat_ngram_size, top_k=top_k
         )
-    if not isinstance(broken, jax.core.Tracer) and np.asarray(broken).any():
-        rows = np.flatnonzero(broken).tolist()
+    if not isinstance(has_nan, jax.core.Tracer) and np.asarray(has_nan).any():
+        rows = np.flatnonzero(has_nan).tolist()
         raise ValueError(f"the model's logits are NaN for prompts {rows} (counted from 0): look at the parameters")
     return new
 
@@ -117,8 +118,8 @@ def _check_prompts(model: Any, tokens: Any, mask: Any, max_new_tokens: int, ends
         raise ValueError(f"eos={ends}, pad={pad}: {outside[0]} is not in the vocabulary of {config.vocab_size}")
     if isinstance(mask, jax.core.Tracer):
         return
-    real = np.asarray(mask, bool)
-    if not real[:, -1].all() or (real[:, :-1] & ~real[:, 1:]).any():
+    keep = np.asarray(mask, bool)
+    if not keep[:, -1].all() or (keep[:, :-1] & ~keep[:, 1:]).any():
         raise ValueError("mask: prompts must be padded on the left and hold a token at least")
 
 

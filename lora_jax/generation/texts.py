@@ -29,10 +29,10 @@ def complete(
     """
     texts = [""] * len(prompts)
     with tqdm(total=len(prompts), unit="text", desc="generate", disable=not progress) as bar:
-        for found in completions(model, params, tokenizer, prompts, **options):
-            for row, text in found.items():
+        for batch in completions(model, params, tokenizer, prompts, **options):
+            for row, text in batch.items():
                 texts[row] = text
-            bar.update(len(found))
+            bar.update(len(batch))
     return texts
 
 
@@ -51,8 +51,7 @@ def completions(
     """The texts that follow the prompts, a batch at a time: `{number of the prompt: text}`.
 
     Prompts of about equal length go together, in batches of one fixed shape per length. What is in
-    a batch depends on the prompts alone, so a run that goes on where another was stopped gives the
-    same texts.
+    a batch depends on the prompts alone, so a run that resumes another one gives the same texts.
 
     Args:
       model, params: as for `generate`.
@@ -61,7 +60,7 @@ def completions(
       max_new_tokens: the most tokens of a text.
       eos: the end token, or several (`end_tokens`).
       batch_size: prompts in a batch.
-      done: prompts that need no text any more: a batch of such alone is left out.
+      done: numbers of prompts that have a text already: a batch of these alone is left out.
       options: of `generate`: beams, penalties, sampling (`key` is folded with each batch's first prompt).
 
     Raises:
@@ -78,8 +77,8 @@ def completions(
     for rows, tokens, mask in batches_of(prompts, batch_size, room):
         if all(row in done for row in rows):
             continue
-        own = None if key is None else jax.random.fold_in(key, rows[0])
-        limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos": eos, "key": own}
+        batch_key = None if key is None else jax.random.fold_in(key, rows[0])
+        limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos": eos, "key": batch_key}
         new = np.asarray(generate(model, params, tokens, mask, **limits, **options))
         yield {row: clean(ids, tokenizer, eos) for row, ids in zip(rows, new, strict=False)}
 

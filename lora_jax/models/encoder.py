@@ -15,15 +15,18 @@ from jax.sharding import Mesh, PartitionSpec, Sharding
 from lora_jax.core.dropout import drop
 from lora_jax.core.extras import extra
 from lora_jax.models import activations, masks, partitioning, shapes
-from lora_jax.models.attention import attend, joined_heads, placed, split_heads
+from lora_jax.models.attention import Mask, attend, joined_heads, placed, split_heads
 from lora_jax.models.family import Dimensions, Family, Sites, register_family
 from lora_jax.models.layouts import to_loop, to_scanned
 from lora_jax.models.norm import Norm, wide
 
 with extra("train"):
     from flax import linen as nn
+    from jaxtyping import Float
 
 __all__ = ["AXES", "SIZES", "Encoder", "EncoderConfig", "sites", "to_loop", "to_scanned"]
+
+Hidden = Float[Array, "batch length width"]
 
 # The axes of every parameter, in the loop layout (h_0, h_1, ...) and in the scanned one (h).
 AXES = {
@@ -45,13 +48,14 @@ class EncoderConfig:
     """The shape of an encoder, and how to compute it: in `dtype`, from parameters that start in `param_dtype`.
 
     Attributes:
-      family: "roberta" counts positions from `pad_id + 1` over the real tokens, and its head is a layer, tanh and a
-        layer on the first token; "bert" counts from 0 over all tokens, and its head is a layer on the pooler's output.
+      family: "roberta" counts positions from `pad_id + 1` over the non-padding tokens, and its head is a layer, tanh
+        and a layer on the first token; "bert" counts from 0 over all tokens, and its head is a layer on the pooler's
+        output.
       max_positions: rows of the position table; RoBERTa's first `pad_id + 1` are not used.
       head: None, "classification" or "regression" (one number).
       pooler: a layer and tanh on the first token; BERT's head needs it.
       dropout, attention_dropout: rates in training, of embeddings, sublayers and head, and of attention's weights.
-      residual: where activations (batch, length, hidden) live between layers, as GPT-2's.
+      residual: the sharding of activations (batch, length, hidden) between layers, as GPT-2's.
     """
 
     family: str = "roberta"
@@ -91,12 +95,12 @@ class EncoderConfig:
 
     @property
     def first_position(self) -> int:
-        """The position of a text's first token."""
+        """The position of a sequence's first token."""
         return self.pad_id + 1 if self.family == "roberta" else 0
 
     @property
     def max_length(self) -> int:
-        """The most tokens of a text."""
+        """Tokens of the longest sequence."""
         return self.max_positions - self.first_position
 
 
@@ -113,14 +117,14 @@ class Attention(nn.Module):
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array | None) -> Array:
+    def __call__(self, x: Hidden, mask: Mask | None) -> Hidden:
         config = self.config
         query, key, value = (
             placed(split_heads(_dense(config, config.hidden, name)(x), config.heads), config.residual)
             for name in ("query", "key", "value")
         )
-        dropped = functools.partial(_dropped, self, rate=config.attention_dropout)
-        out = joined_heads(attend(query, key, value, mask, dropped))
+        drop_weights = functools.partial(_dropped, self, rate=config.attention_dropout)
+        out = joined_heads(attend(query, key, value, mask, drop_weights))
         return _dense(config, config.hidden, "out")(out)
 
 
@@ -128,7 +132,7 @@ class MLP(nn.Module):
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Hidden) -> Hidden:
         x = _dense(self.config, self.config.inner, "up")(x)
         x = activations.ACTIVATIONS[self.config.activation](x)
         return _dense(self.config, self.config.hidden, "down")(x)
@@ -138,7 +142,7 @@ class Block(nn.Module):
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, x: Array, mask: Array | None) -> tuple[Array, None]:
+    def __call__(self, x: Hidden, mask: Mask | None) -> tuple[Hidden, None]:
         config = self.config
         attended = _dropped(self, Attention(config, name="attn")(x, mask), config.dropout)
         x = _norm(config, "ln_1")(x + checkpoint_name(attended, "attention_out"))
@@ -153,14 +157,16 @@ class Encoder(nn.Module):
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, tokens: Array, mask: Array | None = None, token_types: Array | None = None) -> Array:
+    def __call__(
+        self, tokens: shapes.Tokens, mask: shapes.Mask | None = None, token_types: shapes.Tokens | None = None
+    ) -> Hidden | Float[Array, "batch labels"]:
         """Logits (batch, labels), float32; without a head the hidden states (batch, length, hidden).
 
         Args:
           tokens: ids (batch, length) int32. Ids outside the vocabulary give NaN.
-          mask: (batch, length) bool or int, 1 at real tokens; the padding stands on the right. What comes out at
-            padding means nothing.
-          token_types: (batch, length) int32, which of two texts a token is of; zeros by default.
+          mask: (batch, length) bool or int, 1 at non-padding tokens; padding is on the right. Hidden states at padding
+            mean nothing.
+          token_types: (batch, length) int32, the sentence of a pair that a token belongs to; zeros by default.
 
         Raises:
           ValueError: more tokens than positions.
@@ -168,11 +174,11 @@ class Encoder(nn.Module):
         config = self.config
         if tokens.shape[1] > config.max_length:
             raise ValueError(f"{tokens.shape[1]} tokens, but the model has {config.max_length} positions for them")
-        real = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
-        x = self._embed(tokens, real, token_types)
-        x = self._blocks(x, None if mask is None else masks.attention_mask(real, None))
+        keep = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
+        x = self._embed(tokens, keep, token_types)
+        x = self._blocks(x, None if mask is None else masks.attention_mask(keep, None))
         first = x[:, 0]
-        # Without a head the pooler only has its place among the parameters.
+        # Without a head the pooler is only there to have its parameters.
         pooled = nn.tanh(_dense(config, config.hidden, "pooler")(first)) if config.pooler else first
         if config.head is None:
             return x
@@ -182,10 +188,10 @@ class Encoder(nn.Module):
             logits = Head(config, name="classifier")(first)
         return logits.astype(jnp.float32)
 
-    def _embed(self, tokens: Array, real: Array, token_types: Array | None) -> Array:
+    def _embed(self, tokens: shapes.Tokens, mask: masks.PaddingMask, token_types: shapes.Tokens | None) -> Hidden:
         config = self.config
         if config.family == "roberta":
-            positions = jnp.where(real, masks.count_before(real) + config.first_position, config.pad_id)
+            positions = jnp.where(mask, masks.count_before(mask) + config.first_position, config.pad_id)
         else:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         tokens = checkpoint_name(tokens, "tokens")
@@ -193,7 +199,7 @@ class Encoder(nn.Module):
         x = Embeddings(config, name="embeddings")(tokens, positions, token_types)
         return checkpoint_name(placed(x, self.config.residual), "embeddings")
 
-    def _blocks(self, x: Array, mask: Array | None) -> Array:
+    def _blocks(self, x: Hidden, mask: Mask | None) -> Hidden:
         config = self.config
         # Inside a scan nothing needs to keep the compiler from undoing the recomputation.
         block = nn.remat(Block, prevent_cse=not config.scan_layers) if config.remat else Block
@@ -215,7 +221,7 @@ class Embeddings(nn.Module):
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, tokens: Array, positions: Array, token_types: Array | None) -> Array:
+    def __call__(self, tokens: shapes.Tokens, positions: shapes.Tokens, token_types: shapes.Tokens | None) -> Hidden:
         config = self.config
         tables = {"word": config.vocab_size, "position": config.max_positions, "token_type": config.token_types}
         embedding = functools.partial(
@@ -236,7 +242,7 @@ class Head(nn.Module):
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "batch width"]) -> Float[Array, "batch labels"]:
         x = nn.tanh(_dense(self.config, self.config.hidden, "dense")(_dropped(self, x, self.config.dropout)))
         return _dense(self.config, self.config.labels, "out")(_dropped(self, x, self.config.dropout))
 
@@ -251,7 +257,7 @@ def _norm(config: EncoderConfig, name: str) -> Norm:
 
 
 def _dropped(module: nn.Module, x: Array, rate: float) -> Array:
-    """Dropout, where the module has an rng for it."""
+    """x after dropout, if the module has an rng for it."""
     return drop(module.make_rng("dropout"), x, rate) if rate and module.has_rng("dropout") else x
 
 

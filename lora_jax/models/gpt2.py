@@ -10,21 +10,25 @@ import math
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec, Sharding
 
 from lora_jax.core.extras import extra
 from lora_jax.models import activations, masks, partitioning, shapes
-from lora_jax.models.attention import attend, joined_heads, placed, split_heads
+from lora_jax.models.attention import Mask, attend, joined_heads, placed, split_heads
 from lora_jax.models.family import Dimensions, Family, Sites, register_family
 from lora_jax.models.layouts import to_loop, to_scanned
 from lora_jax.models.norm import Norm, wide
 
 with extra("train"):
     from flax import linen as nn
+    from jaxtyping import Float, Int, Shaped
 
 __all__ = ["AXES", "GPT2", "SIZES", "GPT2Config", "init_cache", "sites", "to_loop", "to_scanned"]
+
+Hidden = Float[Array, "batch length width"]
 
 # The axes of every parameter, in the loop layout (h_0, h_1, ...) and in the scanned one (h).
 AXES = {
@@ -43,9 +47,10 @@ class GPT2Config:
     """The shape of a GPT-2, and how to compute it: in `dtype`, from parameters that start in `param_dtype`.
 
     Attributes:
-      query_block: attention takes so many queries at a time, so that a long text's scores are never whole; 0: all.
-      residual: where activations (batch, length, n_embd) live between layers, and queries, keys and values (batch,
-        heads, ...) inside; None: the compiler says (`lora_jax.sharding.on_mesh`).
+      query_block: queries that attention takes at a time, so that the scores of a long sequence are never all there;
+        0: all.
+      residual: the sharding of activations (batch, length, n_embd) between layers, and of queries, keys and values
+        (batch, heads, ...) inside; None: the compiler's choice (`lora_jax.sharding.on_mesh` sets it).
     """
 
     vocab_size: int = 50257
@@ -91,7 +96,7 @@ class Attention(nn.Module):
     config: GPT2Config
 
     @nn.compact
-    def __call__(self, x: Array, cache: dict | None, mask: Array | None, index: Any) -> tuple[Array, dict | None]:
+    def __call__(self, x: Hidden, cache: dict | None, mask: Mask | None, index: Any) -> tuple[Hidden, dict | None]:
         config = self.config
         query, key, value = (
             placed(split_heads(_dense(config, config.n_embd, name)(x), config.n_head), config.residual)
@@ -109,7 +114,7 @@ class MLP(nn.Module):
     config: GPT2Config
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Hidden) -> Hidden:
         x = _dense(self.config, self.config.inner, "up")(x)
         x = activations.ACTIVATIONS[self.config.activation](x)
         return _dense(self.config, self.config.n_embd, "down", deep=True)(x)
@@ -119,7 +124,7 @@ class Block(nn.Module):
     config: GPT2Config
 
     @nn.compact
-    def __call__(self, x: Array, cache: dict | None, mask: Array | None, index: Any) -> tuple[Array, dict | None]:
+    def __call__(self, x: Hidden, cache: dict | None, mask: Mask | None, index: Any) -> tuple[Hidden, dict | None]:
         attention, mlp = Attention(self.config, name="attn"), MLP(self.config, name="mlp")
         ln_1, ln_2 = (_norm(self.config, name) for name in ("ln_1", "ln_2"))
         attended, cache = attention(ln_1(x), cache, mask, index)
@@ -165,19 +170,21 @@ class GPT2(nn.Module):
                 dot_general=_exact_product,
             )
 
-    def __call__(self, tokens: Array, mask: Array | None = None, *, cache: dict | None = None, **more: Any) -> Any:
+    def __call__(
+        self, tokens: shapes.Tokens, mask: Any = None, *, cache: dict | None = None, **options: Any
+    ) -> Float[Array, "batch positions vocabulary"] | tuple[Float[Array, "batch positions vocabulary"], dict]:
         """Logits of the next token, float32 (batch, length, vocabulary); with a cache `(logits, cache)`.
 
         Arguments as `hidden`'s. Logits at padding mean nothing, but are finite.
         """
         if cache is None:
-            return self.head(self.hidden(tokens, mask, **more))
-        x, cache = self.hidden(tokens, mask, cache=cache, **more)
+            return self.head(self.hidden(tokens, mask, **options))
+        x, cache = self.hidden(tokens, mask, cache=cache, **options)
         return self.head(x), cache
 
-    def head(self, x: Array) -> Array:
+    def head(self, x: Float[Array, "*positions width"]) -> Float[Array, "*positions vocabulary"]:
         """Logits, float32 (..., vocabulary), of hidden states."""
-        # Logits are summed and kept in float32: theirs are large numbers with small differences.
+        # Logits are summed and kept in float32: they are large numbers with small differences.
         if self.config.tie:
             last = ((x.ndim - 1,), (1,))
             return _exact_product(x, self.wte.embedding.astype(x.dtype), (last, ((), ())))
@@ -185,65 +192,66 @@ class GPT2(nn.Module):
 
     def hidden(
         self,
-        tokens: Array,
-        mask: Array | None = None,
+        tokens: shapes.Tokens,
+        mask: shapes.Mask | Shaped[Array | np.ndarray, "batch length slots"] | None = None,
         *,
-        positions: Array | None = None,
-        segments: Array | None = None,
+        positions: shapes.Tokens | None = None,
+        segments: shapes.Tokens | None = None,
         cache: dict | None = None,
-        labelled: Array | None = None,
+        labelled: Int[Array | np.ndarray, "batch labelled"] | None = None,
     ) -> Any:
-        """What the head reads: (batch, length, n_embd), in the compute dtype.
+        """Hidden states after the last layer, the head's input: (batch, length, n_embd), in the compute dtype.
 
         Args:
           tokens: ids (batch, length) int32. Ids outside the vocabulary give NaN.
-          mask: (batch, length) bool or int, 1 at real tokens; padding may stand left or right.
-            With a cache also (batch, length, cache length): the slots that each token sees, its own
-            among them, for tokens that do not follow one another (the beams of a search);
+          mask: (batch, length) bool or int, 1 at non-padding tokens; padding may be left or right.
+            With a cache also (batch, length, cache length): the slots that each token attends to,
+            its own among them, for tokens that do not follow one another (the beams of a search);
             `positions` are then needed, and the cache's index may be (batch, length), the slot
             that each token is written into.
-          positions: (batch, length) int32. By default the number of real tokens before each one
-            (in its segment), 0 at padding.
-          segments: (batch, length) int32. Packing: a run of equal numbers is one text, which sees
-            only itself; every text has a number of its own.
-          cache: from `init_cache`. The tokens are written behind those in it, and see them.
-          labelled: (batch, n) int32, places along the length. Only theirs are computed:
+          positions: (batch, length) int32. By default the number of non-padding tokens before each
+            one (in its segment), 0 at padding.
+          segments: (batch, length) int32. Packing: a run of equal numbers is one sequence, whose
+            tokens attend to it alone; every sequence of a row has a number of its own.
+          cache: from `init_cache`. The tokens are written behind those in it, and attend to them.
+          labelled: (batch, n) int32, positions along the length. Only their states are computed:
             (batch, n, n_embd).
 
         Returns:
-          The hidden states; with a cache `(states, cache)`. The caller sees to it that all tokens fit in.
+          The hidden states; with a cache `(states, cache)`. The caller makes sure that all tokens fit in.
 
         Raises:
           ValueError: more tokens than positions or than the cache is long; segments with a cache;
             a mask of slots without a cache or positions.
         """
         self._check(tokens, mask, positions, segments, cache)
-        real = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
+        tokens, positions, segments = (
+            None if ids is None else jnp.asarray(ids) for ids in (tokens, positions, segments)
+        )
+        keep = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
         length = tokens.shape[1]
         if cache is None:
-            attention = masks.attention_mask(None if mask is None else real, segments, causal=length)
-            counted = masks.count_before(real, segments)
-        elif real.ndim == 3:
-            seen, attention = cache["mask"], real[:, None]
+            attention = masks.attention_mask(None if mask is None else keep, segments, causal=length)
+            default = masks.count_before(keep, segments)
+        elif keep.ndim == 3:
+            cached, attention = cache["mask"], keep[:, None]
         else:
-            seen = masks.write(cache["mask"], real, cache["index"])
-            attention = masks.cached_attention_mask(seen, cache["index"], length)
-            counted = lax.dynamic_slice_in_dim(masks.count_before(seen), cache["index"], length, axis=1)
-        x = self._embed(tokens, counted if positions is None else positions)
+            cached = masks.write(cache["mask"], keep, cache["index"])
+            attention = masks.cached_attention_mask(cached, cache["index"], length)
+            default = lax.dynamic_slice_in_dim(masks.count_before(cached), cache["index"], length, axis=1)
+        x = self._embed(tokens, default if positions is None else positions)
         x, layers = self._blocks(x, cache, attention)
         if labelled is not None:
             x = jnp.take_along_axis(x, labelled[:, :, None], axis=1)
         x = self.ln_f(x)
         if cache is None:
             return x
-        return x, {"index": cache["index"] + length, "mask": seen, "layers": layers}
+        return x, {"index": cache["index"] + length, "mask": cached, "layers": layers}
 
-    def _check(
-        self, tokens: Array, mask: Array | None, positions: Array | None, segments: Array | None, cache: dict | None
-    ) -> None:
+    def _check(self, tokens: shapes.Tokens, mask: Any, positions: Any, segments: Any, cache: dict | None) -> None:
         length = tokens.shape[1]
         if mask is not None and jnp.ndim(mask) == 3 and (cache is None or positions is None):
-            raise ValueError("a mask (batch, length, cache length) wants a cache, and positions")
+            raise ValueError("a mask (batch, length, cache length) needs a cache, and positions")
         if cache is None:
             most = self.config.n_positions
             if length > most and positions is None and segments is None:
@@ -255,14 +263,13 @@ class GPT2(nn.Module):
             if segments is not None:
                 raise ValueError("segments (packing) and a cache do not go together")
 
-    def _embed(self, tokens: Array, positions: Array) -> Array:
-        """The embeddings (batch, length, n_embd)."""
+    def _embed(self, tokens: shapes.Tokens, positions: shapes.Tokens) -> Hidden:
         tokens = checkpoint_name(tokens, "tokens")
         positions = checkpoint_name(positions, "positions")
         x = (wide(self.wte(tokens)) + wide(self.wpe(positions))).astype(self.config.dtype)
         return checkpoint_name(placed(x, self.config.residual), "embeddings")
 
-    def _blocks(self, x: Array, cache: dict | None, mask: Array | None) -> tuple[Array, Any]:
+    def _blocks(self, x: Hidden, cache: dict | None, mask: Mask | None) -> tuple[Hidden, Any]:
         """The layers, and their part of the cache."""
         layers, index = (None, None) if cache is None else (cache["layers"], cache["index"])
         if self.config.scan_layers:

@@ -36,8 +36,8 @@ def in_stack(path: str) -> tuple[str, int | None]:
     >>> in_stack("h_3/attn/query/kernel")
     ('h/attn/query/kernel', 3)
     """
-    found = _LAYER.fullmatch(path)
-    return (f"{found[1] or ''}h{found[3] or ''}", int(found[2])) if found else (path, None)
+    match = _LAYER.fullmatch(path)
+    return (f"{match[1] or ''}h{match[3] or ''}", int(match[2])) if match else (path, None)
 
 
 def to_loop(tree: Any) -> Any:

@@ -1,38 +1,55 @@
-"""Who sees whom, and where each token stands: padding, packing and the slots of a KV cache."""
+"""Attention masks and positions: padding, packing and the slots of a KV cache."""
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from lora_jax.core.extras import extra
 
-def count_before(real: Array, segments: Array | None = None) -> Array:
-    """How many real tokens stand before each one in its segment, 0 at padding; int32."""
-    ones = real.astype(jnp.int32)
+with extra("train"):
+    from jaxtyping import Bool, Int, Shaped
+
+PaddingMask = Bool[Array, "batch length"]  # True at the tokens that are no padding
+Segments = Int[Array, "batch length"]
+
+
+def count_before(mask: PaddingMask, segments: Segments | None = None) -> Int[Array, "batch length"]:
+    """The number of non-padding tokens before each one in its segment, 0 at padding; int32."""
+    ones = mask.astype(jnp.int32)
     before = jnp.cumsum(ones, axis=1) - ones
     if segments is not None:
         starts = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
         before = before - lax.cummax(jnp.where(starts, before, 0), axis=1)
-    return jnp.where(real, before, 0)
+    return jnp.where(mask, before, 0)
 
 
-def attention_mask(real: Array | None, segments: Array | None, causal: int = 0) -> Array | None:
-    """Who sees whom, (batch or 1, 1, length or 1, length); None: all. `causal`: the length of texts of which each token
-    sees itself and those before it."""
-    mask = None if real is None else real[:, None, None, :]
-    if segments is not None:
-        same = segments[:, None, :, None] == segments[:, None, None, :]
-        mask = same if mask is None else mask & same
-    if causal:
-        before = jnp.tril(jnp.ones((causal, causal), bool))[None, None]
-        mask = before if mask is None else mask & before
-    return mask
-
-
-def write(slots: Array, new: Array, index: Array, axis: int = 1) -> Array:
-    """The slots (batch, length, ...), or with their length on another axis, with `new` in them.
+def attention_mask(
+    mask: PaddingMask | None, segments: Segments | None, causal: int = 0
+) -> Bool[Array, "#batch 1 #length length"] | None:
+    """The positions that each query attends to, (batch or 1, 1, length or 1, length); None: all.
 
     Args:
-      index: () int32, `new` stands from there on; or (batch, new length) int32, the slot of each.
+      mask: True at non-padding tokens; None: there is no padding.
+      segments: tokens attend within their own.
+      causal: the length of sequences whose tokens attend to themselves and to those before; 0: to all.
+    """
+    allowed = None if mask is None else mask[:, None, None, :]
+    if segments is not None:
+        same = segments[:, None, :, None] == segments[:, None, None, :]
+        allowed = same if allowed is None else allowed & same
+    if causal:
+        before = jnp.tril(jnp.ones((causal, causal), bool))[None, None]
+        allowed = before if allowed is None else allowed & before
+    return allowed
+
+
+def write(
+    slots: Shaped[Array, " batch *slots"], new: Shaped[Array, " batch *new"], index: Int[Array, "..."], axis: int = 1
+) -> Shaped[Array, " batch *slots"]:
+    """The slots (batch, slots, ...), or with the slots on another axis, with `new` written into them.
+
+    Args:
+      index: () int32, the first slot of consecutive ones; or (batch, new length) int32, the slot of each.
     """
     new = new.astype(slots.dtype)
     if index.ndim == 0:
@@ -41,9 +58,11 @@ def write(slots: Array, new: Array, index: Array, axis: int = 1) -> Array:
     return jax.vmap(lambda row, new, at: row.at[(*before, at)].set(new, unique_indices=True))(slots, new, index)
 
 
-def cached_attention_mask(seen: Array, index: Array, length: int) -> Array:
-    """Which slots each of `length` tokens from `index` on sees: real ones up to itself."""
+def cached_attention_mask(
+    mask: Bool[Array, "batch slots"], index: Int[Array, ""], length: int
+) -> Bool[Array, "batch 1 length slots"]:
+    """The slots that each of `length` tokens, written from slot `index` on, attends to: up to its own, no padding."""
     rows = index + jnp.arange(length, dtype=jnp.int32)
-    slots = jnp.arange(seen.shape[1], dtype=jnp.int32)
+    slots = jnp.arange(mask.shape[1], dtype=jnp.int32)
     causal = slots[None, None, None, :] <= rows[None, None, :, None]
-    return seen[:, None, None, :] & causal
+    return mask[:, None, None, :] & causal

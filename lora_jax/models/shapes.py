@@ -1,19 +1,25 @@
-"""The shapes of a model's parameters and of its named activations, without making them."""
+"""The shapes of a model's inputs, parameters and named activations."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import Array
 
 from lora_jax.core.extras import extra
 
 with extra("train"):
     from flax import linen as nn
     from flax.traverse_util import flatten_dict
+    from jaxtyping import Int, Shaped
+
+Tokens = Int[Array | np.ndarray, "batch length"]  # and whatever else has an integer for each of them
+Mask = Shaped[Array | np.ndarray, "batch length"]  # bool or int, 1 at the tokens that are no padding
 
 
 def of_params(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """`{path: shape}` of the parameters of a model of tokens."""
+    """`{path: shape}` of the parameters of a language model or encoder."""
     params: Any = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
     return {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
 

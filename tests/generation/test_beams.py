@@ -118,9 +118,9 @@ def test_a_cache_that_grows(pair: tuple[Any, Any, Any], seed: int, eos: list[int
     """It begins with room for one step, and is full again and again."""
     grown = []
 
-    def note(state: tuple, length: int, scanned: bool) -> tuple:
+    def note(state: tuple, length: int) -> tuple:
         grown.append(length)
-        return grow(state, length, scanned)
+        return grow(state, length)
 
     grow = beams._grown
     with pytest.MonkeyPatch.context() as patch:

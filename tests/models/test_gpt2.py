@@ -306,10 +306,10 @@ def test_axes_name_every_leaf(scan_layers, tie):
             "5 tokens do not fit into a cache of length 4",
         ),
         (
-            lambda: run(TINY, some_tokens(1, 3), segments=np.zeros((1, 3)), cache=gpt2.init_cache(TINY, 1, 4)),
+            lambda: run(TINY, some_tokens(1, 3), segments=np.zeros((1, 3), int), cache=gpt2.init_cache(TINY, 1, 4)),
             "do not go together",
         ),
-        (lambda: run(TINY, some_tokens(1, 3), np.ones((1, 3, 4), bool)), "wants a cache, and positions"),
+        (lambda: run(TINY, some_tokens(1, 3), np.ones((1, 3, 4), bool)), "needs a cache, and positions"),
     ],
 )
 def test_bad_input(call, says):
