@@ -1,7 +1,7 @@
 """From prompts of any length to cleaned texts."""
 
 from collections.abc import Container, Iterator, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ def complete(
     model: Any,
     params: Any,
     tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[SupportsIndex]],
     *,
     progress: bool = True,
     **options: Any,
@@ -40,7 +40,7 @@ def completions(
     model: Any,
     params: Any,
     tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[SupportsIndex]],
     *,
     max_new_tokens: int,
     eos: int | Sequence[int],
@@ -84,7 +84,7 @@ def completions(
 
 
 def batches_of(
-    prompts: Sequence[Sequence[int]], batch_size: int, room: int
+    prompts: Sequence[Sequence[SupportsIndex]], batch_size: int, room: int
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     """The prompts by length in batches of few shapes: their numbers, and tokens and mask (batch, length).
 
@@ -116,7 +116,7 @@ def end_tokens(tokenizer: Tokenizer, eos: int) -> list[int]:
     return [eos, *blank] if len(blank) == 1 else [eos]
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+def _left_padded(prompts: Sequence[Sequence[SupportsIndex]], width: int) -> tuple[np.ndarray, np.ndarray]:
     tokens = np.zeros((len(prompts), width), np.int32)
     mask = np.zeros((len(prompts), width), bool)
     for row, prompt in enumerate(prompts):

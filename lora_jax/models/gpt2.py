@@ -225,9 +225,8 @@ class GPT2(nn.Module):
             a mask of slots without a cache or positions.
         """
         self._check(tokens, mask, positions, segments, cache)
-        tokens, positions, segments = (
-            None if ids is None else jnp.asarray(ids) for ids in (tokens, positions, segments)
-        )
+        tokens = jnp.asarray(tokens)
+        positions, segments = (None if ids is None else jnp.asarray(ids) for ids in (positions, segments))
         keep = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
         length = tokens.shape[1]
         if cache is None:

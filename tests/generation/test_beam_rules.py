@@ -11,7 +11,7 @@ import pytest
 
 from lora_jax.generation import generate
 from lora_jax.generation.bans import ban_repeats
-from lora_jax.generation.beam_rules import Authors, Found
+from lora_jax.generation.beam_rules import Authors, Finished
 from lora_jax.generation.beams import Beams
 from lora_jax.models import gpt2
 
@@ -63,9 +63,9 @@ def test_the_authors_search_ends_only_when_no_beam_can_win(penalty: float) -> No
     rule = Authors(jnp.array([END]), jnp.float32(penalty), 9)
     for running, ended, count in itertools.product((-0.1, -1.0, -4.0), (-0.05, -0.3, -2.0), (1, 4, 8)):
         beams = Beams(jnp.zeros((1, 1, 9), jnp.int32), jnp.ones((1, 1, 3), bool), jnp.array([[running]]))
-        found = Found(beams.tokens, jnp.array([[ended]]), jnp.ones((1, 1), bool), jnp.ones(1, bool))
+        finished = Finished(beams.tokens, jnp.array([[ended]]), jnp.ones((1, 1), bool), jnp.ones(1, bool))
         best = max(running / length**penalty for length in range(count + 1, 10))
-        assert bool(rule.open(jnp.int32(count), beams, found)[0]) == (best > ended)
+        assert bool(rule.unfinished(jnp.int32(count), beams, finished)[0]) == (best > ended)
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3])
