@@ -16,6 +16,7 @@ import jaxlib
 import optax
 import pytest
 from hypothesis import settings
+from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,6 +28,9 @@ os.environ.setdefault(
 
 # Where libtpu is installed, the processes that a test starts would look for a TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# The shapes in these modules' annotations are checked when they are called, in the tests alone.
+install_import_hook(["lora_jax.training.loss", "lora_jax.training.step"], "beartype.beartype")
 
 # Before the first use of a device: the sharding tests need eight.
 jax.config.update("jax_platforms", "cpu")

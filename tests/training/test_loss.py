@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 
 from lora_jax.training import cross_entropy
 
@@ -57,3 +58,9 @@ def test_bfloat16_logits_are_summed_in_float32() -> None:
         found, _ = cross_entropy(logits, labels, weights, 0.1)
     wide, _ = cross_entropy(logits.astype(jnp.float32), labels, weights, 0.1)
     assert found.dtype == jnp.float32 and found == wide
+
+
+def test_shapes_are_checked_here() -> None:
+    """By the annotations (tests/conftest.py): labels of one position fewer than the logits."""
+    with pytest.raises(TypeCheckError, match="labels"):
+        cross_entropy(jnp.zeros((2, 5)), jnp.zeros(1, jnp.int32), jnp.ones(2))
