@@ -19,8 +19,7 @@ flags.DEFINE_string("workdir", None, "Folder of the run: made, or resumed if it 
 flags.DEFINE_string("out", None, "What to write: see above.")
 flags.DEFINE_string("data", None, "The data, where they are not where the run's config says.")
 flags.DEFINE_string("split", None, "Of the data: by default test of a task of generation, valid of one of GLUE.")
-# Several processes as one run: docs/distributed.md.
-flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, of a run of several processes.")
+flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, of a run of several processes (docs/distributed.md).")
 flags.DEFINE_integer("processes", None, "How many processes the run has.", lower_bound=1)
 flags.DEFINE_integer("process", None, "Which of them this one is, from 0.", lower_bound=0)
 flags.DEFINE_enum("distributed", None, ["auto"], "auto: the three above are found (Slurm, Open MPI, TPU pods).")

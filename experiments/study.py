@@ -38,8 +38,6 @@ for _name in ("workdir", "data", "out"):
     flags.declare_key_flag(_name)
 flags.mark_flags_as_required(["workdir", "base", "data"])
 
-QUALITY = {"e2e": ("bleu", "BLEU"), "mrpc": ("accuracy", "accuracy")}
-
 
 def main() -> None:
     values = flags.FLAGS
@@ -55,7 +53,7 @@ def main() -> None:
         rows[name] = row_of(name, workdir)
         ordered = [rows[label] for label in names if label in rows]
         tables.write_rows(out, ordered)
-    titles = dict([QUALITY[values.task]]) | {"validation_loss": "validation loss, nats per label"}
+    titles = dict([study.QUALITY[values.task]]) | {"validation_loss": "validation loss, nats per label"}
     budget.plot(ordered, titles, out.with_suffix(".png"))
     print(f"written: {out}")
 
@@ -78,7 +76,10 @@ def row_of(name: str, workdir: Path) -> dict[str, Any]:
         "size": size,
         "trained": summaries[0]["method_trained"],
         "rate": config.optimizer.learning_rate,
-        **{key: cli.spread([each[key] for each in summaries]) for key in ("validation_loss", QUALITY[values.task][0])},
+        **{
+            key: cli.spread([each[key] for each in summaries])
+            for key in ("validation_loss", study.QUALITY[values.task][0])
+        },
         "seed": list(seeds),
         "device": f"{summaries[0]['device']}, {os.cpu_count()} CPU cores",
         "jax": jax.__version__,
