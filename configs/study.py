@@ -13,7 +13,8 @@ from configs import e2e, glue
 PAIRS = {"train": 8_000, "valid": 250, "test": None}  # of E2E, the first ones
 CONTEXTS = 200  # of E2E's test set, which are described
 SEEDS = dict.fromkeys(("lora", "full", "bitfit", "adapter_h"), (0, 1, 2))
-QUALITY = {"e2e": ("bleu", "BLEU"), "mrpc": ("accuracy", "accuracy")}  # the key of a summary, and its title
+_LOSS = {"validation_loss": "validation loss, nats per label"}
+FIGURES = {"e2e": {"bleu": "BLEU", **_LOSS}, "mrpc": {"accuracy": "accuracy", **_LOSS}}  # of a summary, with titles
 BATCH = {"e2e": 4, "mrpc": 8}
 # The rates that are tried: of low-rank and other matrices that start at zero; of those that do not, or whose B has 16
 # times the rate; of vectors; of the base's own weights. MRPC's are lower: at higher ones a method is no better than the

@@ -53,8 +53,7 @@ def main() -> None:
         rows[name] = row_of(name, workdir)
         ordered = [rows[label] for label in names if label in rows]
         tables.write_rows(out, ordered)
-    titles = dict([study.QUALITY[values.task]]) | {"validation_loss": "validation loss, nats per label"}
-    budget.plot(ordered, titles, out.with_suffix(".png"))
+    budget.plot(ordered, study.FIGURES[values.task], out.with_suffix(".png"))
     print(f"written: {out}")
 
 
@@ -76,10 +75,7 @@ def row_of(name: str, workdir: Path) -> dict[str, Any]:
         "size": size,
         "trained": summaries[0]["method_trained"],
         "rate": config.optimizer.learning_rate,
-        **{
-            key: cli.spread([each[key] for each in summaries])
-            for key in ("validation_loss", study.QUALITY[values.task][0])
-        },
+        **{name: cli.spread([each[name] for each in summaries]) for name in study.FIGURES[values.task]},
         "seed": list(seeds),
         "device": f"{summaries[0]['device']}, {os.cpu_count()} CPU cores",
         "jax": jax.__version__,
