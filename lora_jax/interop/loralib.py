@@ -17,7 +17,8 @@ import numpy as np
 
 from lora_jax.core.selection import select
 from lora_jax.core.transforms import Delta, ParamTransform, chain
-from lora_jax.interop.peft.modules import Model, Module, model_of, prefix_in
+from lora_jax.interop.hf.architectures import Module
+from lora_jax.interop.peft.modules import Model, model_of, prefix_in
 from lora_jax.interop.tensor_files import read_file
 from lora_jax.methods.lora import lora
 from lora_jax.methods.tune import tune

@@ -319,7 +319,7 @@ def test_a_failed_save_leaves_the_old_shards(folder, tmp_path, monkeypatch):
         written.append(path)
         write(tensors, path, metadata)
 
-    monkeypatch.setattr(hf, "save_file", break_off)
+    monkeypatch.setattr("lora_jax.interop.hf.models.save_file", break_off)
     with pytest.raises(OSError, match="disk full"):
         hf.save(tmp_path, model, jax.tree.map(lambda leaf: 2 * leaf, params), shard_size=20_000)
     equal(hf.load(tmp_path)[1], params)

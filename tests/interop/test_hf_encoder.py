@@ -190,7 +190,7 @@ REFUSED = [
     ({"num_hidden_layers": 1}, "encoder.layer.1.attention.self.query.weight is not part of the model"),
     ({"num_hidden_layers": 3}, "encoder.layer.2.attention.self.query.weight is missing"),
     ({"intermediate_size": 21}, r"intermediate.dense.weight has shape \(20, 12\), not \(21, 12\)"),
-    ({"model_type": "electra"}, "model_type 'electra' is none of gpt2, roberta, bert"),
+    ({"model_type": "electra"}, "model_type 'electra' is none of bert, gpt2, roberta"),
 ]
 
 

@@ -1,25 +1,29 @@
 """RoBERTa's and BERT's names and config fields in Hugging Face folders."""
 
 import dataclasses
-import functools
 import logging
 import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict
 from jax import Array
 
 from lora_jax.interop import lazy
 from lora_jax.interop.folders import Recipe, check_fields, check_shapes
+from lora_jax.interop.hf.architectures import (
+    Architecture,
+    Head,
+    containers,
+    modules_of,
+    register_architecture,
+    stored,
+)
+from lora_jax.interop.hf.formats import Format, register_format
 from lora_jax.interop.lazy import Lazy
 from lora_jax.models import shapes
 from lora_jax.models.encoder import FAMILIES, HEADS, Encoder, EncoderConfig
-
-MODEL = Encoder
-IGNORED = re.compile(r"(\w+\.)?embeddings\.(position_ids|token_type_ids)")  # counters, in older files
 
 # config.json's fields by ours, each with what transformers' RobertaConfig and BertConfig say where it is missing.
 _FIELDS: dict[str, tuple[str, Any, Any]] = {
@@ -43,16 +47,30 @@ _FIXED: dict[str, Any] = {
     "quantization_config": None,
 }
 
-_TABLES = ("word", "position", "token_type")
 _LAYER = {
-    "attention.self.query": "attn/query",
-    "attention.self.key": "attn/key",
-    "attention.self.value": "attn/value",
-    "attention.output.dense": "attn/out",
-    "intermediate.dense": "mlp/up",
-    "output.dense": "mlp/down",
+    **containers("attention attention.self attention.self.dropout attention.output attention.output.dropout"),
+    **containers("intermediate intermediate.intermediate_act_fn output output.dropout"),
+    "attention.self.query": ("Linear", "attn/query"),
+    "attention.self.key": ("Linear", "attn/key"),
+    "attention.self.value": ("Linear", "attn/value"),
+    "attention.output.dense": ("Linear", "attn/out"),
+    "attention.output.LayerNorm": ("LayerNorm", "ln_1"),
+    "intermediate.dense": ("Linear", "mlp/up"),
+    "output.dense": ("Linear", "mlp/down"),
+    "output.LayerNorm": ("LayerNorm", "ln_2"),
 }
-_NORMS = {"attention.output.LayerNorm": "ln_1", "output.LayerNorm": "ln_2"}
+_ROBERTA_HEAD = {
+    **containers("classifier classifier.dropout"),
+    "classifier.dense": ("Linear", "classifier/dense"),
+    "classifier.out_proj": ("Linear", "classifier/out"),
+}
+_BERT_HEAD = {**containers("dropout"), "classifier": ("Linear", "classifier")}
+_POOLER = {**containers("pooler pooler.activation"), "pooler.dense": ("Linear", "pooler")}
+_NO_CLASSIFIER = 'The params have no such head: hf.load(folder, head="classification", labels=...) makes one'
+_CLASSIFIERS = {
+    "roberta": Head("roberta.", _ROBERTA_HEAD, "classifier/out/kernel", _NO_CLASSIFIER),
+    "bert": Head("bert.", _BERT_HEAD, "classifier/kernel", _NO_CLASSIFIER),
+}
 _OLDER = {"gamma": "weight", "beta": "bias"}
 # What a file of the pretrained model has for other tasks, and RoBERTa's pooler, which its classifier does without.
 _UNUSED = re.compile(r"(lm_head|cls|pooler)\.")
@@ -74,23 +92,26 @@ def from_hf(
     config = config_of(fields, source)
     tensors = _bare_names(tensors, config.family, source)
     config = _with_head(config, tensors, fields, head, labels, source)
-    names = _names(config)
+    leaves = shapes.of_params(Encoder(config))
+    names = stored(modules_of(ARCHITECTURE, leaves, head=_head(config)))
     if unused := sorted(name for name in tensors.keys() - names.keys() if _UNUSED.match(name)):
         logging.info("%s: not used here: %s", source, ", ".join(unused))
         tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
     new = {name for name in names.keys() - tensors.keys() if head and name.startswith(("classifier", "pooler"))}
     if any(name.startswith("classifier") for name in tensors):  # half a head is a damaged one
         new = {name for name in new if name.startswith("pooler")}
-    expected = shapes.of_params(Encoder(config))
     check_shapes(
         {name: tensor.shape for name, tensor in tensors.items()},
-        {name: _turned(path, expected[path]) for name, path in names.items() if name not in new},
+        {name: layout.shape(leaves) for name, layout in names.items() if name not in new},
         source,
     )
-    flat = {names[name]: _turned(names[name], _kept(name, tensor)) for name, tensor in tensors.items()}
+    flat: dict[str, Lazy] = {}
+    for name, tensor in tensors.items():
+        flat |= names[name].parameters(_kept(name, tensor))
     if new:
         logging.warning("%s has no %s: made new, random ones", source, ", ".join(sorted(new)))
-        flat |= _new(config, {names[name] for name in new}, jax.random.key(0) if key is None else key)
+        paths = {path for name in new for path in names[name].paths}
+        flat |= _new(config, paths, jax.random.key(0) if key is None else key)
     return Encoder(config), flat
 
 
@@ -98,10 +119,10 @@ def to_hf(model: Encoder) -> tuple[dict, dict[str, Recipe]]:
     """The fields of config.json, and how the tensors of transformers' model (with that head, or the bare one) are made
     of our parameters."""
     config = model.config
-    tensors = {
-        _full_name(name, config): Recipe((path,), functools.partial(_written, path))
-        for name, path in _names(config).items()
-    }
+    leaves = shapes.of_params(Encoder(dataclasses.replace(config, scan_layers=False)))
+    head = _head(config)
+    modules = modules_of(ARCHITECTURE, leaves, head.prefix if head else "", head)
+    tensors = {name: layout.recipe for name, layout in stored(modules).items()}
     classes = {"roberta": "Roberta", "bert": "Bert"}
     fields = {
         "architectures": [classes[config.family] + ("ForSequenceClassification" if config.head else "Model")],
@@ -117,10 +138,9 @@ def to_hf(model: Encoder) -> tuple[dict, dict[str, Recipe]]:
     return fields, tensors
 
 
-def untrained(model: Encoder, names: set[str]) -> tuple[str, ...]:
-    """Globs of what every method has to train besides the head: BERT classifies by a pooler, which some files lack."""
-    lacks = not any(name.endswith("pooler.dense.weight") for name in names)
-    return ("pooler/**",) if model.config.family == "bert" and model.config.head and lacks else ()
+def _head_needs(config: EncoderConfig) -> dict[str, str]:
+    """BERT classifies by its pooler, which a file of a masked language model lacks."""
+    return {"pooler.dense.weight": "pooler/**"} if config.family == "bert" and config.head else {}
 
 
 def config_of(fields: dict, source: str) -> EncoderConfig:
@@ -180,39 +200,6 @@ def _with_head(
     return dataclasses.replace(config, head=head, labels=labels, pooler=config.family == "bert")
 
 
-def _names(config: EncoderConfig) -> dict[str, str]:
-    """Their names, without prefix, each with ours."""
-    modules = {} if not config.pooler else {"pooler.dense": "pooler"}
-    if config.head:
-        bert = {"classifier": "classifier"}
-        roberta = {"classifier.dense": "classifier/dense", "classifier.out_proj": "classifier/out"}
-        modules |= bert if config.family == "bert" else roberta
-    norms = {"embeddings.LayerNorm": "embeddings/norm"}
-    for i in range(config.layers):
-        modules |= {f"encoder.layer.{i}.{theirs}": f"h_{i}/{ours}" for theirs, ours in _LAYER.items()}
-        norms |= {f"encoder.layer.{i}.{theirs}": f"h_{i}/{ours}" for theirs, ours in _NORMS.items()}
-    names = {f"embeddings.{kind}_embeddings.weight": f"embeddings/{kind}/embedding" for kind in _TABLES}
-    for theirs, ours in (modules | norms).items():
-        names[f"{theirs}.weight"] = f"{ours}/{'scale' if theirs in norms else 'kernel'}"
-        names[f"{theirs}.bias"] = f"{ours}/bias"
-    return names
-
-
-def _full_name(name: str, config: EncoderConfig) -> str:
-    return name if config.head is None or name.startswith("classifier") else f"{config.family}.{name}"
-
-
-def _turned(path: str, x: Any) -> Any:
-    """A kernel's array or shape in the other order: (in, out) here, (out, in) there."""
-    if not path.endswith("kernel"):
-        return x
-    return x[::-1] if isinstance(x, tuple) else x.T
-
-
-def _written(path: str, leaf: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(_turned(path, leaf))
-
-
 def _kept(name: str, tensor: Lazy) -> Lazy:
     """A head is there to be trained: it stays in float32 in a model of another type."""
     return dataclasses.replace(tensor, kept=True) if name.startswith("classifier") else tensor
@@ -223,3 +210,31 @@ def _new(config: EncoderConfig, paths: set[str], key: Array) -> dict[str, Lazy]:
     params = Encoder(dataclasses.replace(config, layers=1, vocab_size=1)).init(key, jnp.zeros((1, 1), jnp.int32))
     flat = flatten_dict(params["params"], sep="/")
     return {path: lazy.of(leaf, f"the new {path}") for path, leaf in flat.items() if path in paths}
+
+
+def _head(config: EncoderConfig) -> Head | None:
+    return _CLASSIFIERS[config.family] if config.head else None
+
+
+ARCHITECTURE = Architecture(
+    name="encoder",
+    weight="embeddings/word/embedding",
+    embedding="embeddings.word_embeddings",
+    backbone={
+        **containers("embeddings embeddings.dropout encoder"),
+        "embeddings.word_embeddings": ("Embedding", "embeddings/word"),
+        "embeddings.position_embeddings": ("Embedding", "embeddings/position"),
+        "embeddings.token_type_embeddings": ("Embedding", "embeddings/token_type"),
+        "embeddings.LayerNorm": ("LayerNorm", "embeddings/norm"),
+    },
+    layers=("encoder.layer", _LAYER),
+    classifiers=tuple(_CLASSIFIERS.values()),
+    optional={"pooler/kernel": _POOLER},
+    lora_targets=("query", "value"),
+    ia3_targets=("key", "value", "output.dense"),
+    ia3_feedforward=("output.dense",),
+)
+_COUNTERS = re.compile(r"(\w+\.)?embeddings\.(position_ids|token_type_ids)")  # in older files
+register_architecture(ARCHITECTURE)
+for _family in FAMILIES:
+    register_format(_family, Format(config_of, from_hf, to_hf, ignored=_COUNTERS, head_needs=_head_needs))

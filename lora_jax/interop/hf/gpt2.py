@@ -7,17 +7,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from lora_jax.interop import lazy
 from lora_jax.interop.folders import Recipe, check_fields, check_shapes
+from lora_jax.interop.hf.architectures import (
+    Architecture,
+    Head,
+    Stored,
+    containers,
+    modules_of,
+    register_architecture,
+    stored,
+)
+from lora_jax.interop.hf.formats import Format, register_format
 from lora_jax.interop.lazy import Lazy
 from lora_jax.models import shapes
 from lora_jax.models.gpt2 import GPT2, GPT2Config
-
-MODEL = GPT2
-IGNORED = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias")  # causal masks, in older files
 
 _OUR_NAMES = {"activation_function": "activation", "tie_word_embeddings": "tie"}
 _ALIASES = {
@@ -41,23 +47,14 @@ _FIXED: dict[str, Any] = {
     "quantization_config": None,
 }
 
-_TOP = {
-    "wte.weight": "wte/embedding",
-    "wpe.weight": "wpe/embedding",
-    "ln_f.weight": "ln_f/scale",
-    "ln_f.bias": "ln_f/bias",
-}
-_LAYER = {  # but for attn.c_attn, which holds query, key and value side by side
-    "ln_1.weight": "ln_1/scale",
-    "ln_1.bias": "ln_1/bias",
-    "attn.c_proj.weight": "attn/out/kernel",
-    "attn.c_proj.bias": "attn/out/bias",
-    "ln_2.weight": "ln_2/scale",
-    "ln_2.bias": "ln_2/bias",
-    "mlp.c_fc.weight": "mlp/up/kernel",
-    "mlp.c_fc.bias": "mlp/up/bias",
-    "mlp.c_proj.weight": "mlp/down/kernel",
-    "mlp.c_proj.bias": "mlp/down/bias",
+_LAYER = {
+    **containers("attn attn.attn_dropout attn.resid_dropout mlp mlp.act mlp.dropout"),
+    "ln_1": ("LayerNorm", "ln_1"),
+    "attn.c_attn": ("Conv1D", "attn/{query,key,value}"),
+    "attn.c_proj": ("Conv1D", "attn/out"),
+    "ln_2": ("LayerNorm", "ln_2"),
+    "mlp.c_fc": ("Conv1D", "mlp/up"),
+    "mlp.c_proj": ("Conv1D", "mlp/down"),
 }
 _HEAD = "lm_head.weight"
 
@@ -78,17 +75,16 @@ def from_hf(
     config = config_of(fields, source)
     tied = config.tie if tie is None else tie
     tensors = _bare_names(tensors, source)
-    _check(tensors, config, source)
-
+    names = _check(tensors, config, source)
     flat: dict[str, Lazy] = {}
-    for name, ours in _names(config).items():
-        flat |= {path: tensors[name].part(k, len(ours)) for k, path in enumerate(ours)}
-    stored, wte = tensors.get(_HEAD), tensors["wte.weight"]
+    for name, layout in names.items():
+        flat |= layout.parameters(tensors[name])
+    stored_head, wte = tensors.get(_HEAD), tensors["wte.weight"]
     if not tied:
-        if stored is None and config.tie:
-            stored = wte  # an untied copy
-        flat["lm_head/kernel"] = _new_head(config, source, head, key) if stored is None else stored.T
-    elif stored is not None and not lazy.same(stored, wte):
+        if stored_head is None and config.tie:
+            stored_head = wte  # an untied copy
+        flat["lm_head/kernel"] = _new_head(config, source, head, key) if stored_head is None else stored_head.T
+    elif stored_head is not None and not lazy.same(stored_head, wte):
         raise ValueError(
             f"{source}: {_HEAD} differs from wte.weight, so that the head cannot be tied; tie=False keeps both"
         )
@@ -98,9 +94,11 @@ def from_hf(
 def to_hf(model: GPT2) -> tuple[dict, dict[str, Recipe]]:
     """The fields of config.json, and how the tensors that GPT2LMHeadModel names are made of our parameters."""
     config = model.config
-    tensors = {f"transformer.{name}": Recipe(ours, _side_by_side) for name, ours in _names(config).items()}
-    if not config.tie:
-        tensors[_HEAD] = Recipe(("lm_head/kernel",), lambda kernel: np.ascontiguousarray(kernel.T))
+    leaves = shapes.of_params(GPT2(dataclasses.replace(config, scan_layers=False)))
+    tensors = {
+        name: layout.recipe
+        for name, layout in stored(modules_of(ARCHITECTURE, leaves, "transformer.", ARCHITECTURE.lm_head)).items()
+    }
     fields = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -109,11 +107,6 @@ def to_hf(model: GPT2) -> tuple[dict, dict[str, Recipe]]:
         **{name: getattr(config, _OUR_NAMES.get(name, name)) for name in _FIELDS},
     }
     return fields, tensors
-
-
-def untrained(model: GPT2, names: set[str]) -> tuple[str, ...]:
-    """Globs of what every method has to train besides the head: nothing."""
-    return ()
 
 
 def config_of(fields: dict, source: str) -> GPT2Config:
@@ -129,10 +122,6 @@ def config_of(fields: dict, source: str) -> GPT2Config:
         raise ValueError(f"{source}: config.json: {error}") from error
 
 
-def _side_by_side(*parts: np.ndarray) -> np.ndarray:
-    return np.concatenate(parts, axis=-1) if len(parts) > 1 else np.ascontiguousarray(parts[0])
-
-
 def _bare_names(tensors: dict[str, Lazy], source: str) -> dict[str, Lazy]:
     """Without the prefix of GPT2LMHeadModel."""
     bare: dict[str, Lazy] = {}
@@ -144,31 +133,19 @@ def _bare_names(tensors: dict[str, Lazy], source: str) -> dict[str, Lazy]:
     return bare
 
 
-def _check(tensors: dict[str, Lazy], config: GPT2Config, source: str) -> None:
-    """A ValueError unless these are the tensors of such a model; its head may be there or not."""
+def _check(tensors: dict[str, Lazy], config: GPT2Config, source: str) -> dict[str, Stored]:
+    """The tensors of such a model, without the head, by their bare names; a ValueError unless these are they."""
     rows = tensors["wte.weight"].shape[:1] if "wte.weight" in tensors else ()
     if rows and rows[0] != config.vocab_size:
         raise ValueError(
             f"{source}: config.json says vocab_size {config.vocab_size}, but wte.weight has {rows[0]} rows"
         )
-    ours = shapes.of_params(GPT2(dataclasses.replace(config, tie=True)))
-    expected = {
-        name: (*ours[paths[0]][:-1], sum(ours[path][-1] for path in paths)) for name, paths in _names(config).items()
-    }
+    leaves = shapes.of_params(GPT2(dataclasses.replace(config, tie=True)))
+    names = stored(modules_of(ARCHITECTURE, leaves))
+    expected = {name: layout.shape(leaves) for name, layout in names.items()}
     if _HEAD in tensors:
-        expected[_HEAD] = ours["wte/embedding"]
+        expected[_HEAD] = leaves["wte/embedding"]
     check_shapes({name: tensor.shape for name, tensor in tensors.items()}, expected, source)
-
-
-def _names(config: GPT2Config) -> dict[str, tuple[str, ...]]:
-    """Their names, each with ours: what stands side by side in theirs. Without the head."""
-    names: dict[str, tuple[str, ...]] = {name: (path,) for name, path in _TOP.items()}
-    for i in range(config.n_layer):
-        names |= {f"h.{i}.{name}": (f"h_{i}/{path}",) for name, path in _LAYER.items()}
-        for name, ours in (("weight", "kernel"), ("bias", "bias")):
-            names[f"h.{i}.attn.c_attn.{name}"] = tuple(
-                f"h_{i}/attn/{part}/{ours}" for part in ("query", "key", "value")
-            )
     return names
 
 
@@ -180,3 +157,26 @@ def _new_head(config: GPT2Config, source: str, head: str | None, key: Array | No
         )
     logging.warning("%s has no %s: a new, random head was made", source, _HEAD)
     return lazy.of(0.02 * jax.random.normal(key, (config.n_embd, config.vocab_size), jnp.float32), "a new head")
+
+
+_NO_SCORE = 'A GPT-2 has no head "score" here: give params | {"score": {"kernel": zeros (width, labels)}}'
+ARCHITECTURE = Architecture(
+    name="gpt2",
+    weight="wte/embedding",
+    embedding="wte",
+    backbone={
+        **containers("drop"),
+        "wte": ("Embedding", "wte"),
+        "wpe": ("Embedding", "wpe"),
+        "ln_f": ("LayerNorm", "ln_f"),
+    },
+    layers=("h", _LAYER),
+    lm_head=Head("transformer.", {"lm_head": ("Linear", "lm_head")}, "lm_head/kernel"),
+    classifiers=(Head("transformer.", {"score": ("Linear", "score")}, "score/kernel", _NO_SCORE),),
+    lora_targets=("c_attn",),
+    ia3_targets=("c_attn", "mlp.c_proj"),
+    ia3_feedforward=("mlp.c_proj",),
+)
+_MASKS = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias")  # causal masks, in older files
+register_architecture(ARCHITECTURE)
+register_format("gpt2", Format(config_of, from_hf, to_hf, ignored=_MASKS))

@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -28,16 +27,14 @@ from lora_jax.core.arrays import is_adapted
 from lora_jax.core.extras import extra
 from lora_jax.distributed import processes
 from lora_jax.interop.folders import INDEX, WEIGHTS, Recipe, check_shapes, inside, open_tensors, read_json
-from lora_jax.interop.hf import encoder as hf_encoder
-from lora_jax.interop.hf import gpt2 as hf_gpt2
+from lora_jax.interop.hf import encoder, gpt2  # noqa: F401  (they register their formats)
+from lora_jax.interop.hf.formats import Format, format_of
 from lora_jax.interop.lazy import placed, stacked
 from lora_jax.interop.tensor_files import FLOATS
 from lora_jax.models import shapes
 from lora_jax.models.family import family_of
 from lora_jax.models.layouts import in_stack, to_scanned
 
-# By config.json's `model_type`. A family is a module with MODEL, IGNORED, `config_of`, `from_hf` and `to_hf`.
-FAMILIES: dict[str, ModuleType] = {"gpt2": hf_gpt2, "roberta": hf_encoder, "bert": hf_encoder}
 SHARD = 5_000_000_000  # bytes of one file of weights, above which there are several
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -93,9 +90,9 @@ def unread(
     """As `load`, in float32 and the loop layout, but the leaves are `lazy.Lazy`: the files are open to look at, names,
     types and shapes are checked, and no weight is read."""
     folder = _folder(folder_or_hub_id)
-    family, fields = _described(folder)
-    tensors = open_tensors(folder, family.IGNORED)
-    model, flat = family.from_hf(fields, tensors, str(folder), head=head, labels=labels, tie=tie, key=key)
+    format, fields = _described(folder)
+    tensors = open_tensors(folder, format.ignored)
+    model, flat = format.from_hf(fields, tensors, str(folder), head=head, labels=labels, tie=tie, key=key)
     return model, unflatten_dict(flat, sep="/"), _tokenizer(folder, model.config.vocab_size)
 
 
@@ -137,8 +134,9 @@ def without_weights(folder: str | os.PathLike) -> nn.Module:
     Raises:
       FileNotFoundError, ValueError: of config.json, as `load`.
     """
-    family, fields = _described(Path(folder))
-    return family.MODEL(family.config_of(fields, str(folder)))
+    format, fields = _described(Path(folder))
+    config = format.config_of(fields, str(folder))
+    return family_of(config).model(config)
 
 
 def tensor_names(folder_or_hub_id: str | os.PathLike) -> set[str]:
@@ -152,8 +150,9 @@ def tensor_names(folder_or_hub_id: str | os.PathLike) -> set[str]:
 
 def untrained(model: nn.Module, source: str | os.PathLike) -> tuple[str, ...]:
     """Globs of the parameters besides the head that the files lack and `load` makes anew, for every method to train."""
-    family = FAMILIES[family_of(model).name]
-    return family.untrained(model, tensor_names(source))
+    needed = format_of(family_of(model).name, str(source)).head_needs(model.config)
+    names = tensor_names(source) if needed else ()
+    return tuple(glob for end, glob in needed.items() if not any(name.endswith(end) for name in names))
 
 
 def save(
@@ -186,7 +185,7 @@ def save(
         adapted cannot be merged.
       TypeError: adapted parameters without `merge`, or a model of no known family.
     """
-    fields, recipes = FAMILIES[family_of(model).name].to_hf(model)
+    fields, recipes = format_of(family_of(model).name, str(folder)).to_hf(model)
     whole = flatten_dict(jax.eval_shape(transforms.merge, params) if merge else params, sep="/")
     scanned = any(path.startswith("h/") for path in whole)
     laid_out = type(model)(dataclasses.replace(model.config, scan_layers=scanned))  # type: ignore[attr-defined]
@@ -288,13 +287,10 @@ def _packed(tensors: Iterable[tuple[str, np.ndarray]], most: int) -> Iterator[di
     yield held
 
 
-def _described(folder: Path) -> tuple[ModuleType, dict[str, Any]]:
-    """The family that config.json names, and its fields."""
+def _described(folder: Path) -> tuple[Format, dict[str, Any]]:
+    """The format that config.json names, and its fields."""
     fields = read_json(folder / "config.json")
-    kind = fields.get("model_type")
-    if kind not in FAMILIES:
-        raise ValueError(f"{folder}: model_type {kind!r} is none of {', '.join(FAMILIES)}")
-    return FAMILIES[kind], fields
+    return format_of(fields.get("model_type"), str(folder)), fields
 
 
 def _folder(source: str | os.PathLike) -> Path:

@@ -5,8 +5,8 @@ with the parts of `peft.config`, `peft.modules`, `peft.tensors` and `peft.kind`;
 model family is registered with `register_architecture`.
 """
 
+from lora_jax.interop.hf.architectures import Architecture, Head, register_architecture
 from lora_jax.interop.peft.adapters import load, save
-from lora_jax.interop.peft.architectures import Architecture, Head, register_architecture
 from lora_jax.interop.peft.kind import Kind
 from lora_jax.interop.peft.kinds import register_kind
 

@@ -10,42 +10,8 @@ from typing import Any, NamedTuple
 
 from lora_jax.core.arrays import is_adapted
 from lora_jax.core.selection import flatten
-from lora_jax.interop.peft.architectures import ARCHITECTURES, Architecture, Head, Modules
+from lora_jax.interop.hf.architectures import ARCHITECTURES, Architecture, Module, depth, modules_of
 from lora_jax.interop.peft.config import ALL_LINEAR, TASK_HEADS, regex_of
-
-_WEIGHT = {"Linear": "kernel", "Conv1D": "kernel", "Embedding": "embedding", "LayerNorm": "scale"}
-_BIASED = ("Linear", "Conv1D", "LayerNorm")
-
-
-class Module(NamedTuple):
-    """A module of the Hugging Face model.
-
-    Attributes:
-      name: the full name, with the prefix of a model with a head.
-      torch_class: "Linear", "Conv1D", "Embedding" or "LayerNorm"; "" for a module without weights of its own.
-      subtree: where its weights are in our parameters; the parts of a fused layer are in braces.
-      bias: whether it has one.
-    """
-
-    name: str
-    torch_class: str
-    subtree: str
-    bias: bool
-
-    def path(self, which: str) -> str:
-        """The path of its "weight" or "bias" in our parameters, with braces where the layer is fused."""
-        return f"{self.subtree}/{'bias' if which == 'bias' else _WEIGHT[self.torch_class]}"
-
-    def paths(self, which: str) -> list[str]:
-        """The paths of the parts of its "weight" or "bias", in order along the last axis."""
-        return expand_braces(self.path(which))
-
-
-def expand_braces(path: str) -> list[str]:
-    """`h_0/attn/{query,key,value}/bias` as three paths, in that order."""
-    start, _, rest = path.partition("{")
-    inner, _, end = rest.partition("}")
-    return [start + part + end for part in inner.split(",")]
 
 
 class Model(NamedTuple):
@@ -76,7 +42,7 @@ class Model(NamedTuple):
     @property
     def depth(self) -> int:
         """The number of layers."""
-        return _depth(self.leaves)
+        return depth(self.leaves)
 
     def below(self, name: str) -> list[Module]:
         """The modules with weights that have this name or are inside the module of this name."""
@@ -127,43 +93,14 @@ def model_of(params: Any, prefix: str | None, classifies: bool, source: str) -> 
     prefix = prefixes[0] if prefix is None else prefix
     if prefix not in ("", *prefixes):
         raise ValueError(f"{source}: its tensors' names begin with {prefix!r}, these params' with {prefixes[-1]!r}")
-    model = _build(architecture, leaves, prefix, head if prefix else None)
-    for module in model.modules.values():
+    head = head if prefix else None
+    modules = modules_of(architecture, leaves, prefix, head)
+    for module in modules.values():
         if module.subtree and (missing := [path for path in module.paths("weight") if path not in leaves]):
             raise ValueError(f"params lack {missing[0]}")
-    return model
-
-
-def _build(architecture: Architecture, leaves: dict[str, Any], prefix: str, head: Head | None) -> Model:
-    lm_head = architecture.lm_head
     tied = lm_head is not None and lm_head.weight not in leaves
     (output,) = lm_head.modules if lm_head is not None and head is lm_head else ("",)
-    backbone = dict(architecture.backbone)
-    for weight, modules in architecture.optional.items():
-        backbone |= modules if weight in leaves else {}
-    named: dict[str, tuple[str, str]] = {prefix.removesuffix("."): ("", "")} if prefix else {}
-    named |= {prefix + name: module for name, module in backbone.items()}
-    named |= _layers(leaves, prefix + architecture.layers[0], architecture.layers[1])
-    named |= head.modules if head else {}
-    if output and tied:
-        named[output] = (named[output][0], "")
-    made = {name: Module(name, torch_class, subtree, False) for name, (torch_class, subtree) in named.items()}
-    made = {n: m._replace(bias=m.torch_class in _BIASED and m.paths("bias")[0] in leaves) for n, m in made.items()}
-    return Model(architecture, prefix, made, prefix + architecture.embedding, output, tied, leaves)
-
-
-def _layers(leaves: Iterable[str], name: str, layer: Modules) -> dict[str, tuple[str, str]]:
-    """The list of layers and all modules in it."""
-    modules = {name: ("", "")}
-    for n in range(_depth(leaves)):
-        modules[f"{name}.{n}"] = ("", "")
-        for inner, (torch_class, subtree) in layer.items():
-            modules[f"{name}.{n}.{inner}"] = (torch_class, subtree and f"h_{n}/{subtree}")
-    return modules
-
-
-def _depth(leaves: Iterable[str]) -> int:
-    return 1 + max((int(match[1]) for path in leaves if (match := re.match(r"h_(\d+)/", path))), default=-1)
+    return Model(architecture, prefix, modules, prefix + architecture.embedding, output, tied, leaves)
 
 
 class Rules(NamedTuple):

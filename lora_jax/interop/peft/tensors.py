@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.transforms import Delta
-from lora_jax.interop.peft.modules import Model, Module, Resolved, expand_braces
+from lora_jax.interop.hf.architectures import Module, expand_braces
+from lora_jax.interop.peft.modules import Model, Resolved
 
 PREFIX = "base_model.model."
 

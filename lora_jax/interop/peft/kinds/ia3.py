@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.transforms import Delta, ParamTransform
+from lora_jax.interop.hf.architectures import Module
 from lora_jax.interop.peft.config import BOOL, COMMON, EXCLUDE, FAN_IN_FAN_OUT, NAMES, Field, Schema
 from lora_jax.interop.peft.kind import Adaptation, Kind, globs_of, selected, targets
-from lora_jax.interop.peft.modules import Model, Module, Resolved, Rules
+from lora_jax.interop.peft.modules import Model, Resolved, Rules
 from lora_jax.interop.peft.tensors import Tensor
 from lora_jax.methods.ia3 import Rescaled, ia3
 

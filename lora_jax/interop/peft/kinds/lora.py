@@ -21,6 +21,7 @@ import numpy as np
 from lora_jax.core.arrays import Adapted, LowRank
 from lora_jax.core.selection import select
 from lora_jax.core.transforms import Delta, ParamTransform
+from lora_jax.interop.hf.architectures import Module
 from lora_jax.interop.peft.config import (
     BOOL,
     COMMON,
@@ -51,7 +52,7 @@ from lora_jax.interop.peft.kind import (
     selected,
     with_patterns,
 )
-from lora_jax.interop.peft.modules import Model, Module, Resolved, Rules, rank_and_alpha
+from lora_jax.interop.peft.modules import Model, Resolved, Rules, rank_and_alpha
 from lora_jax.interop.peft.tensors import Tensor
 from lora_jax.methods.bias_delta import BiasDelta, bias_delta
 from lora_jax.methods.dora import Dora, dora

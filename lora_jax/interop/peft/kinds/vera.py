@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.transforms import Delta, ParamTransform
+from lora_jax.interop.hf.architectures import Module
 from lora_jax.interop.peft.config import BOOL, COMMON, FAN_IN_FAN_OUT, LAYERS, NUMBER, RANK, RATE, Field, Schema, is_int
 from lora_jax.interop.peft.kind import Adaptation, Kind, globs_of, parts, selected
-from lora_jax.interop.peft.modules import Module, Resolved, Rules
+from lora_jax.interop.peft.modules import Resolved, Rules
 from lora_jax.interop.peft.tensors import Tensor
 from lora_jax.methods.vera import Vera, vera
 
