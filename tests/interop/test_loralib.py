@@ -341,7 +341,7 @@ def test_wrong_arguments(good, base, tmp_path):
             loralib.load(file, params, alpha=1, enabled=enabled)
     with pytest.raises(ValueError, match=r"scanned layout"):
         loralib.load(file, gpt2.to_scanned(params), alpha=1)
-    with pytest.raises(ValueError, match=r"none of the families gpt2, encoder"):
+    with pytest.raises(ValueError, match=r"none of the families encoder, gpt2"):
         loralib.load(file, {"kernel": np.ones((2, 2), np.float32)}, alpha=1)
     with pytest.raises(FileNotFoundError, match=r"nowhere.safetensors is missing"):
         loralib.load(tmp_path / "nowhere.safetensors", params, alpha=1)
