@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import lora_jax as lj
+from lora_jax.core import transforms
 from lora_jax.methods.bias_delta import bias_delta
 from tests.helpers.networks import Stack, stacked, started
 from tests.helpers.reference import close, digest, filled, leaves, normal, same
@@ -236,3 +237,22 @@ def test_the_base_product_keeps_its_bits_whatever_the_delta():
     low = np.asarray(X, np.float64) @ np.asarray(delta["w"]["a"], np.float64) @ np.asarray(delta["w"]["b"], np.float64)
     plain = np.asarray(X @ params["w"], np.float64)
     assert np.all(np.abs(y - (plain + low)) <= np.spacing(np.abs(y).astype(np.float32)))
+
+
+@over_methods
+def test_the_keys_of_a_delta_are_known_without_it(method):
+    """Also by a transform that does not tell them, whose init is traced instead."""
+    keys = set(jax.eval_shape(method.init, KEY, PARAMS))
+    shapes = jax.eval_shape(lambda: PARAMS)
+    assert set(method.keys(shapes)) == keys
+    assert transforms.keys_of(method._replace(keys=None), PARAMS) == keys
+
+
+def test_a_chain_applies_without_tracing_its_members_init():
+    def init(key, params):
+        raise AssertionError("traced")
+
+    members = [METHODS["vera"]._replace(init=init), METHODS["shift"]._replace(init=init)]
+    delta = lj.Delta(random_delta(METHODS["vera"]) | random_delta(METHODS["shift"]))
+    got = jax.jit(lambda p, d: lj.merge(lj.chain(*members).apply(p, d)))(PARAMS, delta)
+    same(got, merged(lj.chain(METHODS["vera"], METHODS["shift"]), delta))

@@ -9,6 +9,8 @@ import optax
 import pytest
 
 import lora_jax as lj
+from lora_jax.core.arrays import Label
+from lora_jax.core.transforms import per_leaf
 from tests.helpers.reference import close, filled, normal, same
 
 KEY = jax.random.key(0)
@@ -199,3 +201,32 @@ def test_apply_leaves_its_arguments_and_other_leaves_alone():
     same(jax.tree.map(lambda leaf: np.array(leaf), (PARAMS, delta)), before)
     assert adapted["wte"]["embedding"] is PARAMS["wte"]["embedding"]
     assert adapted["h_0"]["attn"]["query"]["kernel"].base is PARAMS["h_0"]["attn"]["query"]["kernel"]  # no copy
+
+
+def test_specs_with_former_names_of_methods():
+    for former, method in (
+        ({"method": "rows", "select": ["wte/*"], "indices": [3, 1]}, lj.rows(lj.select("wte/*"), indices=[3, 1])),
+        ({"method": "shift", "select": ["**/bias"], "scale": 2.0}, lj.shift(lj.select("**/bias"), scale=2.0)),
+    ):
+        assert lj.from_spec(former).spec == method.spec
+        assert [traits.fast for _, traits in lj.traits_of(former)] == [()]
+        delta = filled(method.init(KEY, PARAMS))
+        same(lj.merge(lj.from_spec(former).apply(PARAMS, delta)), lj.merge(method.apply(PARAMS, delta)))
+
+
+def test_a_method_in_the_former_shape_of_the_builder():
+    """What the README showed before: init(key, path, leaf, axes), adapt(key, path, leaf, axes, factors, strength)."""
+
+    def init(key, path, leaf, axes):
+        return {"gain": jax.random.normal(key, leaf.shape[1:])}
+
+    def adapt(key, path, leaf, axes, factors, strength):
+        assert path == "h_0/attn/query/kernel" and axes == "io" and key is None
+        value = leaf * (1 + strength * factors["gain"][None])
+        return lj.Tuned(value=value, path=Label(path))
+
+    method = per_leaf({"method": "gain"}, lj.select("**/kernel"), init, adapt)
+    delta = method.init(KEY, PARAMS)
+    kernel = PARAMS["h_0"]["attn"]["query"]["kernel"]
+    want = kernel * (1 + 0.5 * delta["h_0/attn/query/kernel"]["gain"][None])
+    close(lj.merge(method.apply(PARAMS, delta, strength=0.5))["h_0"]["attn"]["query"]["kernel"], want)
