@@ -393,7 +393,7 @@ def test_what_cannot_be_added_is_said():
             truncate(*one, rank)
     with pytest.raises(ValueError, match=r"no glob of .* matches 'h_0/down/kernel'"):
         truncate(*one, {"**/up/*": 1})
-    with pytest.raises(ValueError, match="nothing in this delta of 'shift' has low rank"):
+    with pytest.raises(ValueError, match="nothing in this delta of 'bias_delta' has low rank"):
         truncate(*moved, 1)
     lacking = lj.Delta({path: factors for path, factors in one[1].items() if "h_0" in path})
     with pytest.raises(ValueError, match="lacks"):
