@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import json
 import re
 import resource
 import subprocess
@@ -143,6 +144,24 @@ def test_files_are_small():
     for file in texts(".py"):
         length = len(file.read_text().splitlines())
         assert length <= 400, f"{file} has {length} lines"
+
+
+def test_the_mutants_stand_in_their_files():
+    """Each wrong line of tests/mutants.json has its place in today's code, and its tests are there."""
+    mutants = json.loads((ROOT / "tests/mutants.json").read_text())
+    assert len(mutants) >= 120
+    assert {mutant["area"] for mutant in mutants} >= {
+        *("core", "methods", "training", "checkpoints", "distributed", "interop", "generation")
+    }
+    lines = [(mutant["file"], mutant["old"], mutant["new"]) for mutant in mutants]
+    assert len(set(lines)) == len(lines)
+    for file, old, new in lines:
+        assert (ROOT / file).read_text().count(old) == 1, f"{file}: {old!r}"
+        assert new != old, f"{file}: {old!r}"
+    for name in (name for mutant in mutants for name in mutant["tests"]):
+        file, _, test = name.partition("::")
+        function = re.compile(rf"^def {re.escape(test.partition('[')[0])}\(", re.MULTILINE)
+        assert function.search((ROOT / file).read_text()), name
 
 
 def code_lines(file: Path) -> int:
