@@ -271,7 +271,7 @@ def test_what_cannot_be_is_said():
     with pytest.raises(ValueError, match="wte/embedding: Extended cannot be unmerged; keep the base"):
         lj.unmerge(params, EMBED, delta)
     for cut in (lambda p: p["wte"]["embedding"][:5][IDS], lambda p: p["wte"]["embedding"] * 2.0):
-        with pytest.raises(ValueError, match="cuts or changes it: look up in the whole one"):
+        with pytest.raises(ValueError, match="cuts or changes it: look up in the full one"):
             lj.lift(cut, on_dense="allow")(EMBED.apply(params, delta))
     layers = LAYER.init(KEY, params)
     with pytest.raises(ValueError, match=r"what changes activations \(block_out, tokens\) has no weight to go into"):

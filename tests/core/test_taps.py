@@ -339,6 +339,6 @@ def test_counted_without_arrays():
 
 def test_factors_of_some_layers_are_in_the_order_of_the_layers():
     tap = shift(4, layers=(3, 0)).apply(PARAMS, lj.Delta({"@mlp_out/shift": {"by": jnp.array([[3.0] * 4, [0.5] * 4])}}))
-    factors, tapped = tap.taps[0].whole()
+    factors, tapped = tap.taps[0].per_occurrence()
     assert tapped == [True, False, False, True]
     assert (factors["by"][0, 0], factors["by"][3, 0]) == (0.5, 3.0)

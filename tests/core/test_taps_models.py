@@ -15,8 +15,8 @@ from jax.ad_checkpoint import checkpoint_name as named
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
+from lora_jax import sharding
 from lora_jax.core.transforms import per_site
-from lora_jax.distributed import sharding
 from lora_jax.models import encoder, gpt2
 from tests.helpers.reference import close, filled, normal
 from tests.helpers.sites import (

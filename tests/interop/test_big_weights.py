@@ -311,7 +311,7 @@ def test_weights_replace_each_other_in_every_form(folder, tmp_path):
 def test_a_failed_save_leaves_the_old_shards(folder, tmp_path, monkeypatch):
     model, params, _ = hf.load(folder / "gpt2")
     hf.save(tmp_path, model, params, shard_size=20_000)
-    before, written, write = files_of(tmp_path), [], hf.save_file
+    before, written, write = files_of(tmp_path), [], save_file
 
     def break_off(tensors, path, metadata):
         if len(written) == 2:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 
 from configs import glue
 from lora_jax import checkpoints, training
+from lora_jax.data.batches import Stacked
 from lora_jax.runs import sweeps
 from lora_jax.training import sweep
 from tests.helpers.cli import make_inputs, run, run_entry
@@ -100,15 +100,15 @@ def test_ranks_rules_rates_and_seeds(tmp_path: Path) -> None:
         compare(without_times(folder), without_times(tmp_path / "alone" / member.name))
 
 
-def test_batches_of_other_seeds_are_stacked_and_padded(tmp_path: Path) -> None:
+def test_batches_of_other_seeds_are_stacked_and_padded() -> None:
     """Each member has the tokens and labels of its own schedule, in its order."""
     found = members([{"seed": 3}, {"seed": 4}])
-    plan = SimpleNamespace(members=found, start=3, total=10)  # from the middle of the first of two epochs
-    stacked = list(sweep._batches(plan, SimpleNamespace(note=lambda batch: None)))
-    assert len(stacked) == 7 and len(found[0].batches) == 5
+    schedules = Stacked(tuple(member.batches for member in found))
+    stacked = [batch for epoch in (0, 1) for batch in schedules(epoch)]
+    assert len(schedules) == 5 and len(stacked) == 10
     lengths = set()
     for number, member in enumerate(found):
-        own = [batch for epoch in (0, 1) for batch in member.batches(epoch)][3:]
+        own = [batch for epoch in (0, 1) for batch in member.batches(epoch)]
         for ours, theirs in zip(stacked, own, strict=True):
             length, count = theirs["tokens"].shape[1], theirs["labels"].shape[1]
             np.testing.assert_array_equal(ours["tokens"][number][:, :length], theirs["tokens"])

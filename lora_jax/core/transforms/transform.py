@@ -145,6 +145,7 @@ def chain(*methods: ParamTransform) -> ParamTransform:
         return united
 
     def apply(params: Params, delta: Delta, *, key: Array | None = None, strength: Any = 1.0) -> Params | Tapped:
+        need_params(params, "apply")
         need_delta(delta)
         base, rest = params, Delta(delta)
         taps: list[Tap] = []
