@@ -57,7 +57,7 @@ def job(config: ConfigDict, name: str, workdir: Path) -> training.Job:
 
 
 def measure(jobs: dict[str, training.Job], rounds: int, steps: int) -> tuple[dict[str, list[float]], int]:
-    """Seconds of each method in each round, and a round's real tokens; one round before them warms up."""
+    """Seconds of each method in each round, and a round's non-padding tokens; one round before them warms up."""
     states = {name: each.state for name, each in jobs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     # The same in every round, so that no shape is new after the first; a prefix is in its method's own.

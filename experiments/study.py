@@ -6,12 +6,12 @@
       --out=docs/results/study_mrpc.json
 
 The paper's Figure 2 in the small: quality against trained parameters. A method's run of 300 steps is begun with three
-learning rates, and after 100 steps that with the lowest validation loss goes on; LoRA, full fine-tuning, BitFit and
+learning rates, and after 100 steps that with the lowest validation loss continues; LoRA, full fine-tuning, BitFit and
 AdapterH have two more seeds at its rate. E2E: batches of 4 of 8,000 training pairs; BLEU of greedy texts for the first
 200 contexts of the test set. MRPC: batches of 8; accuracy on the development set after the last step.
 A method's size is the one that brings it nearest to LoRA's parameters on query and value (r = 4 for E2E, 8 for MRPC);
 full fine-tuning, FT-Top2, BitFit and IA3 have none to choose, and prefixes at most 96 (E2E) and 32 tokens (MRPC). The
-same command goes on where it was stopped; --out gets each method's row as it is done, and beside it a plot. The two
+same command resumes where it was stopped; --out gets each method's row as it is done, and beside it a plot. The two
 commands may run at once, each on a core of its own; JAX_COMPILATION_CACHE_DIR spares them many compilations.
 """
 

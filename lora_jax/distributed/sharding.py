@@ -62,8 +62,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def on_mesh(model: Any, mesh: Mesh) -> Any:
     """One of our models with its activations between layers spread over the mesh: examples over `data` and `fsdp`,
-    places of the text over `tensor` (sequence parallelism, Korthikanti et al. 2022, arXiv 2205.05198). Without it the
-    compiler keeps what remat stores whole on each device of `tensor`. Under `jax.jit` lengths need not divide."""
+    positions over `tensor` (sequence parallelism, Korthikanti et al. 2022, arXiv 2205.05198). Without it the compiler
+    keeps all of what remat stores on each device of `tensor`. Under `jax.jit` lengths need not divide."""
     if mesh.size == 1:
         return model
     residual = NamedSharding(mesh, P(("data", "fsdp"), "tensor"))
@@ -94,13 +94,13 @@ def shardings(
     Raises:
       ValueError: no rule matches, a rule names more axes than its leaf has, or one does not divide.
     """
-    known = dict(_specs(tree if adapted is None else adapted, rules))
+    specs = dict(_specs(tree if adapted is None else adapted, rules))
     # factors of taps, in a delta and on a tree, and what weights share are replicated unless a method's traits say else
     rules = {**rules, **method_shardings(), "**/@*/**": P(), "taps/**": P()}
 
     def place(keys: tuple, leaf: Any) -> NamedSharding:
         path = path_of(keys)
-        spec = _find(path, known, rules, mesh) if leaf.ndim else P()
+        spec = _find(path, specs, rules, mesh) if leaf.ndim else P()
         return NamedSharding(mesh, _fitting(path, leaf.shape, spec, mesh, misfits))
 
     return jax.tree_util.tree_map_with_path(place, tree)
@@ -147,15 +147,15 @@ def _specs(tree: Any, rules: Rules) -> Iterator[tuple[str, P]]:
             yield f"{path}/{name}", P(*(of_axis.get(axis) for axis in axes))
 
 
-def _find(path: str, known: Mapping[str, P], rules: Rules, mesh: Mesh) -> P:
-    """That of the longest known end of the path (`0/mu/h_0/...` ends in `h_0/...`), or by rule; whole where it is what
+def _find(path: str, specs: Mapping[str, P], rules: Rules, mesh: Mesh) -> P:
+    """That of the longest end of the path that has one (`0/mu/h_0/...` ends in `h_0/...`), or by rule; P() for what
     a method keeps under a weight's path beside the factors."""
     parts = path.split("/")
     ends = ["/".join(parts[start:]) for start in range(len(parts))]
     for end in ends:
-        if end in known:
-            return known[end]
-    if any(end.rpartition("/")[0] in known for end in ends) and not any(matches(glob, path) for glob in rules):
+        if end in specs:
+            return specs[end]
+    if any(end.rpartition("/")[0] in specs for end in ends) and not any(matches(glob, path) for glob in rules):
         if mesh.size > 1:
             logging.warning("%s lies along no axis of its weight, and no rule names it: it stays whole", path)
         return P()
@@ -171,10 +171,10 @@ def _fitting(path: str, shape: Sequence[int], spec: P, mesh: Mesh, misfits: str)
         ways = math.prod(mesh.shape[name] for name in names)
         if size % ways == 0:
             continue
-        said = f"{path} has shape {shape}: {size} does not divide over the {ways} devices of {', '.join(names)}"
+        problem = f"{path} has shape {shape}: {size} does not divide over the {ways} devices of {', '.join(names)}"
         if misfits == "error":
-            raise ValueError(f"{said}; pad it, change its rule {spec} or the mesh, or say misfits='replicate'")
-        logging.warning("%s: it stays whole along this axis", said)
+            raise ValueError(f"{problem}; pad it, change its rule {spec} or the mesh, or say misfits='replicate'")
+        logging.warning("%s: it stays whole along this axis", problem)
         fitting[axis] = None
     return P(*fitting)
 

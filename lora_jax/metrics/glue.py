@@ -38,18 +38,18 @@ def glue(name: str, predictions: ArrayLike, labels: ArrayLike) -> dict[str, floa
     """
     if name not in METRICS:
         raise ValueError(f"no GLUE task {name!r}: one of {', '.join(METRICS)}")
-    found, true = np.asarray(predictions), np.asarray(labels)
-    if found.ndim != 1 or found.shape != true.shape or not len(found):
-        raise ValueError(f"predictions of shape {found.shape} for labels of shape {true.shape}: both (N,), N > 0")
+    predicted, true = np.asarray(predictions), np.asarray(labels)
+    if predicted.ndim != 1 or predicted.shape != true.shape or not len(predicted):
+        raise ValueError(f"predictions of shape {predicted.shape} for labels of shape {true.shape}: both (N,), N > 0")
     if name == "stsb":
-        found, true = found.astype(np.float64), true.astype(np.float64)
-        if not (np.isfinite(found).all() and np.isfinite(true).all()):
+        predicted, true = predicted.astype(np.float64), true.astype(np.float64)
+        if not (np.isfinite(predicted).all() and np.isfinite(true).all()):
             raise ValueError("a prediction or a label is NaN or infinite")
-    elif not (found.dtype.kind in "iu" and true.dtype.kind in "iu"):
+    elif not (predicted.dtype.kind in "iu" and true.dtype.kind in "iu"):
         raise ValueError(
-            f"predictions of {found.dtype} for labels of {true.dtype}: both must be integers, ids of labels"
+            f"predictions of {predicted.dtype} for labels of {true.dtype}: both must be integers, ids of labels"
         )
-    return {metric: _METRICS[metric](found, true) for metric in METRICS[name]}
+    return {metric: _METRICS[metric](predicted, true) for metric in METRICS[name]}
 
 
 def _accuracy(found: np.ndarray, true: np.ndarray) -> float:

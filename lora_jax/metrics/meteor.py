@@ -26,9 +26,9 @@ def meteor_statistics(hypotheses: Sequence[str], references: Sequence[Sequence[s
     file = java.jar("meteor", "meteor-1.5.jar")
     answers = java.run(["-jar", file, "-", "-", "-stdio", "-l", "en", "-norm"], lines)
     values = np.array([answer.split() for answer in answers], float)
-    # a text matched whole in one chunk adds none to the sum, as in the program
-    whole = (values[:, _CHUNKS] == 1) & (values[:, _MATCHED] == values[:, _WORDS]).all(1)
-    values[whole, _CHUNKS] = 0
+    # a text that is matched entirely in one chunk adds none to the sum, as in the program
+    in_one_chunk = (values[:, _CHUNKS] == 1) & (values[:, _MATCHED] == values[:, _WORDS]).all(1)
+    values[in_one_chunk, _CHUNKS] = 0
     return Statistics(values, aggregate)
 
 

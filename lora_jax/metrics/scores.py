@@ -104,12 +104,12 @@ def paired(
     result = {}
     for name, first in firsts.items():
         second = seconds[name]
-        found = first.score() - second.score()
+        difference = first.score() - second.score()
         differences = first.aggregate(weights @ first.values) - second.aggregate(weights @ second.values)
         low, high = interval(differences, level)
-        as_far = np.sum(np.abs(differences - differences.mean()) >= abs(found))
+        as_far = np.sum(np.abs(differences - differences.mean()) >= abs(difference))
         p = (1 + float(as_far)) / (1 + samples)
-        result[name] = {"difference": found, "low": low, "high": high, "p": p}
+        result[name] = {"difference": difference, "low": low, "high": high, "p": p}
     return result
 
 
@@ -124,13 +124,13 @@ def _statistics(
         raise ValueError(f"missing {missing!r}: lists of {style} are not filled, leave it out")
     check_lists(hypotheses, references)
     lists = padded(references) if missing == "empty" else present(references)
-    found: dict[str, Statistics] = {}
+    by_name: dict[str, Statistics] = {}
     absent: dict[str, Exception] = {}
     for name, part in STYLES[style](hypotheses, lists).items():
         try:
-            found[name] = part()
+            by_name[name] = part()
         except (ImportError, RuntimeError) as error:  # not installed, or its Java failed
             absent[name] = error
     if absent:
         log.warning("left out of the scores: %s (%s)", ", ".join(absent), next(iter(absent.values())))
-    return found
+    return by_name

@@ -62,5 +62,5 @@ STYLES: dict[str, Callable[[Texts, Lists], Parts]] = {
 
 def _split(tokens: Callable[[Texts], list[str]], hypotheses: Texts, references: Lists) -> tuple[Texts, Lists]:
     """Tokens of all texts in one call."""
-    found = iter(tokens([*hypotheses, *(text for texts in references for text in texts)]))
-    return [next(found) for _ in hypotheses], [[next(found) for _ in texts] for texts in references]
+    token_lists = iter(tokens([*hypotheses, *(text for texts in references for text in texts)]))
+    return [next(token_lists) for _ in hypotheses], [[next(token_lists) for _ in texts] for texts in references]

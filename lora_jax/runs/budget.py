@@ -90,7 +90,7 @@ def _loss_after(steps: int, config: ConfigDict, workdir: Path) -> float:
     if steps not in _validated(workdir):
         job = run.prepare(config, workdir).job
         if not training.train(job._replace(total=steps)).finished:
-            raise InterruptedError(f"{workdir} was stopped: the same command goes on")
+            raise InterruptedError(f"{workdir} was stopped: the same command resumes it")
     return _validated(workdir)[steps]
 
 
@@ -118,7 +118,7 @@ def finish(
     if file.is_file():
         return json.loads(file.read_text())
     if not train(config, workdir):
-        raise InterruptedError(f"{workdir} was stopped: the same command goes on")
+        raise InterruptedError(f"{workdir} was stopped: the same command resumes it")
     summary = json.loads((workdir / "summary.json").read_text())
     summary["method_trained"] = trained(config, bases.load(config))
     if contexts:

@@ -148,13 +148,13 @@ def config_of(fields: dict, source: str) -> EncoderConfig:
     check_fields(fields, _FIXED, source)
     family = fields["model_type"]
     defaults = FAMILIES.index(family)
-    known = {ours: fields.get(theirs, default[defaults]) for ours, (theirs, *default) in _FIELDS.items()}
-    for name, value in known.items():
+    values = {ours: fields.get(theirs, default[defaults]) for ours, (theirs, *default) in _FIELDS.items()}
+    for name, value in values.items():
         kind = type(_FIELDS[name][1])
         if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
             raise ValueError(f"{source}: config.json has {_FIELDS[name][0]}={value!r}, not a {kind.__name__}")
     try:
-        return EncoderConfig(family=family, **known)
+        return EncoderConfig(family=family, **values)
     except ValueError as error:
         raise ValueError(f"{source}: config.json: {error}") from error
 

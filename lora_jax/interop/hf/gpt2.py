@@ -115,9 +115,9 @@ def config_of(fields: dict, source: str) -> GPT2Config:
     check_fields(fields, _FIXED, source)
     if not isinstance(fields.get("eos_token_id", 0), int):
         raise ValueError(f"{source}: config.json has eos_token_id={fields['eos_token_id']!r}; give it one id")
-    known = {_OUR_NAMES.get(name, name): fields[name] for name in _FIELDS if name in fields}
+    values = {_OUR_NAMES.get(name, name): fields[name] for name in _FIELDS if name in fields}
     try:
-        return GPT2Config(**known)
+        return GPT2Config(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: config.json: {error}") from error
 

@@ -186,14 +186,14 @@ def save(
       TypeError: adapted parameters without `merge`, or a model of no known family.
     """
     fields, recipes = format_of(family_of(model).name, str(folder)).to_hf(model)
-    whole = flatten_dict(jax.eval_shape(transforms.merge, params) if merge else params, sep="/")
-    scanned = any(path.startswith("h/") for path in whole)
+    leaves = flatten_dict(jax.eval_shape(transforms.merge, params) if merge else params, sep="/")
+    scanned = any(path.startswith("h/") for path in leaves)
     laid_out = type(model)(dataclasses.replace(model.config, scan_layers=scanned))  # type: ignore[attr-defined]
-    check_shapes({path: leaf.shape for path, leaf in whole.items()}, shapes.of_params(laid_out), "params")
-    for leaf in whole.values():
+    check_shapes({path: leaf.shape for path, leaf in leaves.items()}, shapes.of_params(laid_out), "params")
+    for leaf in leaves.values():
         if is_adapted(leaf):
             np.asarray(leaf)  # an error that says how to merge it
-    dtypes = {str(leaf.dtype) for leaf in whole.values()}
+    dtypes = {str(leaf.dtype) for leaf in leaves.values()}
     fields["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
     tensors = _tensors(flatten_dict(params, sep="/"), recipes, scanned)
     spread = any(isinstance(x, Array) and not x.is_fully_addressable for x in jax.tree.leaves(params))
@@ -210,8 +210,8 @@ def _tensors(flat: dict[str, Any], recipes: dict[str, Recipe], scanned: bool) ->
     """The tensors of the files one by one; those of one stack follow one another, so that it is merged once."""
     groups: dict[tuple[str, ...], list[tuple[str, int | None, Recipe]]] = {}
     for name, recipe in recipes.items():
-        found = [in_stack(path) if scanned else (path, None) for path in recipe.paths]
-        groups.setdefault(tuple(path for path, _ in found), []).append((name, found[0][1], recipe))
+        layer_of_path = [in_stack(path) if scanned else (path, None) for path in recipe.paths]
+        groups.setdefault(tuple(path for path, _ in layer_of_path), []).append((name, layer_of_path[0][1], recipe))
     for paths, tensors in groups.items():
         leaves = [_merged(flat[path]) for path in paths]
         for name, layer, recipe in tensors:
