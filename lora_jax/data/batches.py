@@ -15,12 +15,12 @@ Packed rows (`packed`) also have `segments` and `positions` (b, l) int32. Texts 
     labels (b,) int32, float32  the class, or the value of a regression
     weights (b,) float32        1, or 0 for an empty row
 
-A row of zeros fills up a short batch. The shapes (l, n) are few, so a training step is compiled a few
-times only.
+A row of zeros fills up a short batch. The shapes (l, n) are few, so a training step is compiled a few times only.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,58 +38,49 @@ Batch = dict[str, np.ndarray]
 class Schedule:
     """The batches of every epoch: `schedule(epoch)[i]` is one, `len(schedule)` their number.
 
-    Each row comes once an epoch. The order depends on (seed, epoch) alone, so a run resumes at a
-    position (epoch, i) without replaying anything. Rows left over in a bucket move to the next
-    longer one: only one batch of an epoch can be short, and there are ceil(rows / batch_size).
+    Each row comes once an epoch. The order depends on (seed, epoch) alone, so a run resumes at a position (epoch, i)
+    without replaying anything. Rows left over in a bucket move to the next longer one: only one batch of an epoch can
+    be short, and there are ceil(rows / batch_size).
 
     Attributes:
-      buckets: the rows of each bucket, shortest first; -1 for an empty row.
-      shapes: (l, n) of each bucket.
-      batch_size: b, the rows of a batch.
-      seed: seeds the order.
+      buckets, shapes: the rows of each bucket, shortest first, with -1 for an empty row; and its (l, n).
+      batch_size, seed: b, the rows of a batch; and what seeds the order.
       collate: makes a batch: (rows, l, n) -> Batch, with -1 for an empty row.
       held: which rows of a batch are made, by their numbers below b; None for all. The processes of one run each make
         those that their devices hold.
     """
 
-    buckets: tuple[np.ndarray, ...]
+    buckets: tuple[Int[np.ndarray, " _"], ...]
     shapes: tuple[tuple[int, int], ...]
     batch_size: int
     seed: int
     collate: Callable[[np.ndarray, int, int], Batch]
-    held: np.ndarray | None = None
+    held: Int[np.ndarray, " held"] | None = None
 
     def __len__(self) -> int:
-        return -(-sum(len(bucket) for bucket in self.buckets) // self.batch_size)
+        return -(-sum(map(len, self.buckets)) // self.batch_size)
 
     def __call__(self, epoch: int) -> "Epoch":
         random = np.random.default_rng([self.seed, epoch])
-        parts, bucket_of = [], []
-        rest = np.zeros(0, np.int64)
-        for number, bucket in enumerate(self.buckets):
+        parts, rest = [], np.zeros(0, np.int64)
+        for number, bucket in enumerate(self.buckets, 1):
             rows = np.concatenate([rest, random.permutation(bucket)])
-            last = number == len(self.buckets) - 1
-            count = -(-len(rows) // self.batch_size) if last else len(rows) // self.batch_size
-            full = np.full(count * self.batch_size, -1, np.int64)
-            full[: len(rows)] = rows[: len(full)]
-            rest = rows[len(full) :]
-            parts.append(full.reshape(count, self.batch_size))
-            bucket_of.append(np.full(count, number))
+            if number == len(self.buckets):
+                rows = np.append(rows, np.full(-len(rows) % self.batch_size, -1))
+            full, rest = np.split(rows, [len(rows) // self.batch_size * self.batch_size])
+            parts.append(full.reshape(-1, self.batch_size))
+        bucket_of = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         order = random.permutation(len(self))
-        return Epoch(self, np.concatenate(parts)[order], np.concatenate(bucket_of)[order])
+        return Epoch(self, np.concatenate(parts)[order], bucket_of[order])
 
 
 @dataclass(frozen=True)
 class Epoch(Sequence):
-    """The batches of one epoch, each made when asked for.
-
-    Attributes:
-      rows: of all processes together; -1 for none.
-      bucket_of: each batch's bucket.
-    """
+    """The batches of one epoch, each made when asked for: their `rows`, of all processes together (-1 for none), and
+    the bucket of each. Of `Stacked` schedules the rows are (steps, members, batch_size)."""
 
     schedule: Schedule
-    rows: Int[np.ndarray, "steps batch_size"]
+    rows: Int[np.ndarray, "steps *members batch_size"]
     bucket_of: Int[np.ndarray, " steps"]
 
     def __len__(self) -> int:
@@ -98,12 +89,9 @@ class Epoch(Sequence):
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
-        return self.padded(i, self.bucket_of[i])
-
-    def padded(self, i: int, bucket: int) -> Batch:
-        """Batch i, padded to the shape of another bucket, a longer one."""
-        rows, held = self.rows[i], self.schedule.held
-        return self.schedule.collate(rows if held is None else rows[held], *self.schedule.shapes[bucket])
+        held = self.schedule.held
+        rows = self.rows[i] if held is None else self.rows[i][..., held]
+        return self.schedule.collate(rows, *self.schedule.shapes[self.bucket_of[i]])
 
 
 @dataclass(frozen=True)
@@ -116,80 +104,56 @@ class Stacked:
     def __len__(self) -> int:
         return len(self.members[0])
 
-    def __call__(self, epoch: int) -> "StackedEpoch":
-        return StackedEpoch(tuple(schedule(epoch) for schedule in self.members))
+    def __call__(self, epoch: int) -> Epoch:
+        epochs = [schedule(epoch) for schedule in self.members]
+        rows = np.stack([of_member.rows for of_member in epochs], 1)
+        longest = np.max([of_member.bucket_of for of_member in epochs], 0)  # the lengths ascend
+        return Epoch(replace(self.members[0], collate=self._collate), rows, longest)
 
-
-@dataclass(frozen=True)
-class StackedEpoch(Sequence):
-    """One epoch of `Stacked`, each batch made when asked for."""
-
-    members: tuple[Epoch, ...]
-
-    def __len__(self) -> int:
-        return len(self.members[0])
-
-    def __getitem__(self, i: Any) -> Any:
-        bucket = max(epoch.bucket_of[i] for epoch in self.members)  # the lengths ascend
-        batches = [epoch.padded(i, bucket) for epoch in self.members]
+    def _collate(self, rows: Int[np.ndarray, "members b"], length: int, count: int) -> Batch:
+        batches = [schedule.collate(row, length, count) for schedule, row in zip(self.members, rows, strict=True)]
         return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def bucketed(examples: Encoded, batch_size: int, seed: int = 0, *, buckets: int = 8) -> Schedule:
     """Batches of examples of about equal length, padded on the right to their bucket's l and n.
 
-    Args:
-      batch_size: examples in a batch (8 in the paper's GPT-2 recipe).
-      seed: seeds the order of examples and batches.
-      buckets: the most buckets, whose lengths are chosen so that padding is least.
+    There are at most `buckets` of them, whose lengths are chosen so that padding is least.
 
     Raises:
       ValueError: a batch size or a number of buckets below 1.
     """
-    _check_sizes(batch_size, buckets)
+    _check_sizes(batch_size=batch_size, buckets=buckets)
     lengths, labels = examples.lengths, examples.labels
     edges = bucket_lengths(lengths, buckets)
     bucket_of = np.searchsorted(edges, lengths)
     members = tuple(np.flatnonzero(bucket_of == number) for number in range(len(edges)))
     # a bucket also takes what shorter ones leave over: its n is theirs at least
     most = np.maximum.accumulate([labels[rows].max() for rows in members])
-    shapes = tuple((int(length), int(n)) for length, n in zip(edges, most, strict=True))
-
-    def collate(rows: np.ndarray, length: int, count: int) -> Batch:
-        return _pairs_batch(examples, rows, length, count)
-
-    return Schedule(members, shapes, batch_size, seed, collate)
+    shapes = tuple(zip(edges.tolist(), most.tolist(), strict=True))
+    return Schedule(members, shapes, batch_size, seed, partial(_pairs_batch, examples))
 
 
 def classified(examples: Texts, batch_size: int, seed: int = 0, *, buckets: int = 12) -> Schedule:
     """Batches of texts of about equal length, each with one label, padded on the right to their bucket's l.
 
-    A bucket is a number of full batches, so that no row moves to a longer one; empty rows, fewer than a batch has,
-    are among the shortest. Evaluation sets are small: with the buckets of `bucketed` their one short batch, the
-    longest, would be a tenth of all that is computed. With 12 buckets of batches of 16 or 32 texts, cut at 128 tokens,
-    at least 90% of the tokens are not padding in every set of CoLA, SST-2, MRPC, STS-B and RTE; with 8 it is 86% in
-    training on SST-2.
+    A bucket is a number of full batches, so that no row moves to a longer one; empty rows, fewer than a batch has, are
+    among the shortest. (With `bucketed` the one short batch, the longest, would be a tenth of a small evaluation set.)
+    With 12 buckets of batches of 16 or 32 texts, cut at 128 tokens, at least 90% of the tokens are not padding in every
+    set of CoLA, SST-2, MRPC, STS-B and RTE.
 
     Raises:
       ValueError: a batch size or a number of buckets below 1.
     """
-    _check_sizes(batch_size, buckets)
+    _check_sizes(batch_size=batch_size, buckets=buckets)
     lengths, members = _full_batches(examples.lengths, batch_size, buckets)
-
-    def collate(rows: np.ndarray, length: int, count: int) -> Batch:
-        return _texts_batch(examples, rows, length)
-
-    return Schedule(members, tuple((length, 1) for length in lengths), batch_size, seed, collate)
+    shapes = tuple((length, 1) for length in lengths)
+    return Schedule(members, shapes, batch_size, seed, partial(_texts_batch, examples))
 
 
 def in_order(epoch: Epoch, outputs: Sequence[Shaped[np.ndarray, "b ..."]]) -> Shaped[np.ndarray, "N ..."]:
-    """What was computed for each row, in the order of the rows.
-
-    Args:
-      outputs: of each batch of the epoch, (b, ...).
-
-    Returns:
-      (N, ...), without what was computed for empty rows.
+    """What was computed for each row, `outputs` of every batch of the epoch, in the order of the rows; without what
+    was computed for empty rows.
 
     Raises:
       ValueError: the outputs are not those of every batch.
@@ -202,30 +166,20 @@ def in_order(epoch: Epoch, outputs: Sequence[Shaped[np.ndarray, "b ..."]]) -> Sh
 
 
 def packed(tokens: Int32[np.ndarray, " total"], batch_size: int, length: int, seed: int = 0, *, eos: int) -> Schedule:
-    """Rows of exactly `length` tokens out of documents laid end to end, for pretraining.
+    """Rows of exactly `length` tokens (l, and n) out of documents laid end to end, for pretraining.
 
-    Every document begins with `eos`, as `text.encode` makes them, and so every token of the stream
-    but its first is a label: a document's last token predicts the next one's eos. A row is cut
-    where it is full; what follows in the next row is another segment. Positions restart in
-    each segment. The last row of all may be short.
-
-    Args:
-      length: l; also n.
-      eos: the token that begins a document.
+    Every document begins with the token `eos`, as `text.encode` makes them, and so every token of the stream but its
+    first is a label: a document's last token predicts the next one's eos. A row is cut where it is full; what follows
+    in the next row is another segment. Positions restart in each segment. The last row of all may be short.
 
     Raises:
       ValueError: fewer than two tokens, or a size below 1.
     """
-    if batch_size < 1 or length < 1:
-        raise ValueError(f"batch_size={batch_size}, length={length}: both must be at least 1")
+    _check_sizes(batch_size=batch_size, length=length)
     if len(tokens) < 2:
         raise ValueError(f"{len(tokens)} tokens of text: nothing to predict")
     rows = np.arange(-(-(len(tokens) - 1) // length))
-
-    def collate(rows: np.ndarray, length: int, count: int) -> Batch:
-        return _packed_batch(tokens, rows, length, eos)
-
-    return Schedule((rows,), ((length, length),), batch_size, seed, collate)
+    return Schedule((rows,), ((length, length),), batch_size, seed, partial(_packed_batch, tokens, eos))
 
 
 def bucket_lengths(lengths: Int[np.ndarray, " rows"], count: int) -> Int[np.ndarray, " buckets"]:
@@ -273,9 +227,10 @@ def _cuts(values: Int[np.ndarray, " ends"], below: Int[np.ndarray, " ends"], cou
     return np.array(edges) - 1
 
 
-def _check_sizes(batch_size: int, buckets: int) -> None:
-    if batch_size < 1 or buckets < 1:
-        raise ValueError(f"batch_size={batch_size}, buckets={buckets}: both must be at least 1")
+def _check_sizes(**sizes: int) -> None:
+    if min(sizes.values()) < 1:
+        given = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(f"{given}: both must be at least 1")
 
 
 def _positions(
@@ -287,35 +242,34 @@ def _positions(
     return examples.offsets[rows][:, None] + along, mask
 
 
-def _texts_batch(examples: Texts, rows: Int[np.ndarray, " b"], length: int) -> Batch:
+def _texts_batch(examples: Texts, rows: Int[np.ndarray, " b"], length: int, count: int) -> Batch:
     at, mask = _positions(examples, rows, length)
-    real = rows >= 0
     return {
         "tokens": _take(examples.tokens, at, mask),
         "mask": mask,
         "token_types": _take(examples.token_types, at, mask),
-        "labels": np.where(real, examples.labels[rows], 0),
-        "weights": real.astype(np.float32),
+        "labels": np.where(rows >= 0, examples.labels[rows], 0),
+        "weights": (rows >= 0).astype(np.float32),
     }
 
 
 def _pairs_batch(examples: Encoded, rows: Int[np.ndarray, " b"], length: int, count: int) -> Batch:
     at, mask = _positions(examples, rows, length)
-    first = examples.offsets[rows][:, None]
-    start = examples.starts[rows][:, None]
-    ahead = np.arange(count)
+    start, ahead = examples.starts[rows][:, None], np.arange(count)
     scored = (rows >= 0)[:, None] & (ahead < examples.labels[rows][:, None])
     return {
         "tokens": _take(examples.tokens, at, mask),
         "mask": mask,
         # the token before a label predicts it
         "labelled": np.where(scored, start - 1 + ahead, 0).astype(np.int32),
-        "labels": _take(examples.tokens, first + start + ahead, scored),
+        "labels": _take(examples.tokens, at[:, :1] + start + ahead, scored),
         "weights": scored.astype(np.float32),
     }
 
 
-def _packed_batch(tokens: Int32[np.ndarray, " total"], rows: Int[np.ndarray, " b"], length: int, eos: int) -> Batch:
+def _packed_batch(
+    tokens: Int32[np.ndarray, " total"], eos: int, rows: Int[np.ndarray, " b"], length: int, count: int
+) -> Batch:
     along = np.arange(length)
     at = rows[:, None] * length + along
     mask = (rows >= 0)[:, None] & (at < len(tokens) - 1)

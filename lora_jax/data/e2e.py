@@ -1,9 +1,8 @@
 """The E2E NLG challenge: describe a restaurant from its attributes (paper, Table 3).
 
-Three forms of the data are read: the authors' lines `context||completion`, the official csv
-(columns `mr` and `ref`, converted to the authors' contexts) and a dataset of the Hugging Face hub.
-Completions are left as they stand: the authors' files are tokenized (`isn 't`), the official are
-not.
+Three forms of the data are read: the authors' lines `context||completion`, the official csv (columns `mr` and `ref`,
+converted to the authors' contexts) and a dataset of the Hugging Face hub. Completions are left as they stand: the
+authors' files are tokenized (`isn 't`), the official are not.
 """
 
 import csv
@@ -12,14 +11,10 @@ import re
 from pathlib import Path
 
 from lora_jax.core.extras import extra
-from lora_jax.data import hub
-from lora_jax.data.files import find, read_text
-from lora_jax.data.pairs import Encoded, contexts, encode, prompts
+from lora_jax.data.files import find, is_hub_name, load_from_hub, read_lines, read_text
 
 with extra("data"):
     import datasets
-
-__all__ = ["SOURCE", "Encoded", "context", "contexts", "encode", "load", "prompts"]
 
 SOURCE = (
     "the official csv files are public at github.com/tuetschek/e2e-dataset, the authors' lines at "
@@ -37,25 +32,19 @@ _SLOT = re.compile(r"\s*([^\[\],]+?)\s*\[([^\[\]]*)\]\s*(?:,|$)")
 
 
 def load(path: str | Path, split: str = "train") -> datasets.Dataset:
-    """The pairs of a split, as a dataset with the columns `context` and `completion`.
-
-    Local files are read into memory; nothing is cached and no network is used.
-
-    Args:
-      path: a folder that holds train, valid and test in any of the local forms, one file, or the
-          name of a dataset on the hub (`owner/name`).
-      split: "train", "valid" or "test"; a single file is taken as it is.
+    """The pairs of a split ("train", "valid" or "test"), with the columns `context` and `completion`: of a folder that
+    holds them in any of the local forms, of one file, whatever the split, or of a dataset on the hub (`owner/name`).
 
     Raises:
       FileNotFoundError: there is nothing there; names the public source.
       ValueError: the content is not of the form, with the path and the line.
     """
-    if hub.is_name(path):
-        return _from_columns(str(path), hub.load(str(path), split, _HUB_SPLITS, SOURCE))
-    file = find(path, split, _FILES, SOURCE)
-    text = read_text(file)
-    rows = _csv_rows(file, text) if ".csv" in file.suffixes else _lines(file, text)
-    return datasets.Dataset.from_dict({"context": [row[0] for row in rows], "completion": [row[1] for row in rows]})
+    if is_hub_name(path):
+        rows = _hub_rows(path, load_from_hub(path, split, _HUB_SPLITS, SOURCE))
+    else:
+        file = find(path, split, _FILES, SOURCE)
+        rows = _csv_rows(file) if ".csv" in file.suffixes else _line_rows(file)
+    return datasets.Dataset.from_list(rows)
 
 
 def context(meaning: str) -> str:
@@ -76,18 +65,18 @@ def context(meaning: str) -> str:
     return " | ".join(slots)
 
 
-def _lines(path: Path, text: str) -> list[tuple[str, str]]:
+def _line_rows(path: Path) -> list[dict[str, str]]:
     rows = []
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
-        parts = tuple(part.strip() for part in line.split("||"))
+    for number, line in enumerate(read_lines(path), 1):
+        parts = [part.strip() for part in line.split("||")]
         if len(parts) != 2 or not all(parts):
             raise ValueError(f"{path}:{number}: not a line `context||completion`: {line[:80]!r}")
-        rows.append((parts[0], parts[1]))
+        rows.append({"context": parts[0], "completion": parts[1]})
     return rows
 
 
-def _csv_rows(path: Path, text: str) -> list[tuple[str, str]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+def _csv_rows(path: Path) -> list[dict[str, str]]:
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     if not {"mr", "ref"} <= set(reader.fieldnames or ()):
         raise ValueError(f"{path}: the columns mr and ref are wanted, it has {reader.fieldnames}")
     rows = []
@@ -95,8 +84,7 @@ def _csv_rows(path: Path, text: str) -> list[tuple[str, str]]:
         try:
             if not row["ref"]:
                 raise ValueError("no text in the column ref")
-            # two official texts are broken over lines
-            rows.append((context(row["mr"]), " ".join(row["ref"].split())))
+            rows.append(_row(row["mr"], row["ref"]))
         except ValueError as error:
             raise ValueError(f"{path}:{reader.line_num}: {error}") from error
     if not rows:
@@ -104,17 +92,14 @@ def _csv_rows(path: Path, text: str) -> list[tuple[str, str]]:
     return rows
 
 
-def _from_columns(name: str, data: datasets.Dataset) -> datasets.Dataset:
+def _hub_rows(name: str | Path, data: datasets.Dataset) -> list[dict[str, str]]:
     """The hub's copies name the csv's columns in two ways."""
-    for meaning, text in (("mr", "ref"), ("meaning_representation", "human_reference")):
-        if {meaning, text} <= set(data.column_names):
-            return datasets.Dataset.from_dict(
-                {
-                    "context": [context(value) for value in data[meaning]],
-                    "completion": [" ".join(value.split()) for value in data[text]],
-                }
-            )
-    raise ValueError(
-        f"{name}: the columns mr and ref, or meaning_representation and human_reference, are "
-        f"wanted; it has {data.column_names}"
-    )
+    for columns in (("mr", "ref"), ("meaning_representation", "human_reference")):
+        if set(columns) <= set(data.column_names):
+            return [_row(*values) for values in zip(*(data[column] for column in columns), strict=True)]
+    wanted = "mr and ref, or meaning_representation and human_reference,"
+    raise ValueError(f"{name}: the columns {wanted} are wanted; it has {data.column_names}")
+
+
+def _row(meaning: str, text: str) -> dict[str, str]:
+    return {"context": context(meaning), "completion": " ".join(text.split())}  # official texts are broken over lines

@@ -4,6 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lora_jax.core.extras import extra
+
+with extra("data"):
+    from jaxtyping import Int, Int32, Num
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -13,54 +18,48 @@ class Encoded:
     method has such). The last one is a target only, so that a model reads `lengths` of them. Targets are the
     completion and its eos; the first of them is predicted at the separator.
 
-    Attributes:
-      tokens: (total,) int32.
-      offsets: (N + 1,) int64, where each example begins in `tokens`.
-      starts: (N,) int64, the tokens before the completion: the context's and the separator.
-      skipped: how many examples were too long and are not here.
+    `offsets`, (N + 1,), says where each example begins in `tokens`; `starts` are the tokens before the completion, the
+    context's and the separator; `skipped` is how many examples were too long and are not here.
     """
 
-    tokens: np.ndarray
-    offsets: np.ndarray
-    starts: np.ndarray
+    tokens: Int32[np.ndarray, " total"]
+    offsets: Int[np.ndarray, " bounds"]
+    starts: Int[np.ndarray, " bounds-1"]
     skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.starts)
 
     @property
-    def lengths(self) -> np.ndarray:
-        """(N,) tokens that a model reads."""
+    def lengths(self) -> Int[np.ndarray, " N"]:
+        """The tokens of each example that a model reads."""
         return np.diff(self.offsets) - 1
 
     @property
-    def labels(self) -> np.ndarray:
-        """(N,) labelled tokens."""
+    def labels(self) -> Int[np.ndarray, " N"]:
+        """The labelled tokens of each example."""
         return np.diff(self.offsets) - self.starts
 
 
 @dataclass(frozen=True)
 class Texts:
-    """N examples as tokens, end to end in one array.
+    """N examples as tokens, special ones included, end to end in one array.
 
-    Attributes:
-      tokens: (total,) int32, with the special tokens.
-      token_types: (total,) int32, 1 for the second sentence of a BERT (with its [SEP]), else 0.
-      offsets: (N + 1,) int64, where each example begins in `tokens`.
-      labels: (N,) int32, or float32 of a regression; zeros where none are known.
-      truncated: how many examples were cut.
+    `token_types` is 1 for the second sentence of a BERT (with its [SEP]), else 0; `offsets`, (N + 1,), says where each
+    example begins in `tokens`; `labels` are int32, or float32 of a regression, zeros where none are known; `truncated`
+    is how many examples were cut.
     """
 
-    tokens: np.ndarray
-    token_types: np.ndarray
-    offsets: np.ndarray
-    labels: np.ndarray
+    tokens: Int32[np.ndarray, " total"]
+    token_types: Int32[np.ndarray, " total"]
+    offsets: Int[np.ndarray, " bounds"]
+    labels: Num[np.ndarray, " bounds-1"]
     truncated: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
-    def lengths(self) -> np.ndarray:
-        """(N,) tokens."""
+    def lengths(self) -> Int[np.ndarray, " N"]:
+        """The tokens of each example."""
         return np.diff(self.offsets)

@@ -1,15 +1,21 @@
-"""Local files: text and JSON, plain or gzip, and the file of a split."""
+"""Where data come from: local files of text and JSON, plain or gzip, and the datasets of the Hugging Face Hub."""
 
+import contextlib
 import gzip
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_jax.core.extras import extra
+
+with extra("data"):
+    import datasets
+
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, unzipped where its name ends in `.gz`; line ends are kept as they
-    are.
+    """The text of a UTF-8 file, unzipped where its name ends in `.gz`; line ends are kept as they are.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -28,6 +34,12 @@ def read_text(path: str | Path) -> str:
     return text
 
 
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of `read_text`. Only a line feed (with a carriage return) ends one: texts hold other characters that
+    `str.splitlines` takes for ends."""
+    return read_text(path).replace("\r\n", "\n").removesuffix("\n").split("\n")
+
+
 def read_json(path: str | Path) -> Any:
     """The value that a JSON file holds.
 
@@ -40,22 +52,25 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path}: not JSON: {error}") from error
 
 
-def find(path: str | Path, split: str, names: Mapping[str, Sequence[str]], source: str) -> Path:
-    """The file of a split.
+@contextlib.contextmanager
+def of_form(message: str) -> Iterator[None]:
+    """Around reading an entry: what it lacks, or has of another type, is a ValueError with this message."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{message}: {error!r}") from error
 
-    Args:
-      path: a folder, or a file, which is taken as it is.
-      split: a key of `names`.
-      names: the file names of each split, tried in this order, each also with `.gz`.
-      source: where the data can be had, for the errors.
+
+def find(path: str | Path, split: str, names: Mapping[str, Sequence[str]], source: str) -> Path:
+    """The file of a split: `path` itself where it is a file, else the first of the split's `names`, each also with
+    `.gz`, that the folder `path` has. `source`, where the data can be had, is for the errors.
 
     Raises:
       FileNotFoundError: there is no such path, or the folder has none of the names.
       ValueError: another split.
     """
     path = Path(path)
-    if split not in names:
-        raise ValueError(f"split {split!r}: one of {', '.join(names)}")
+    _check_split(split, names)
     if path.is_file():
         return path
     if not path.is_dir():
@@ -65,3 +80,31 @@ def find(path: str | Path, split: str, names: Mapping[str, Sequence[str]], sourc
     if not files:
         raise FileNotFoundError(f"{path}: holds none of {', '.join(tried)}; {source}")
     return files[0]
+
+
+def is_hub_name(path: str | Path) -> bool:
+    """`owner/name`; not a path that exists, nor `folder/name` with a folder that exists, which is a misspelt path."""
+    if Path(path).exists() or not re.fullmatch(r"\w[\w-]*/\w[\w-]*", str(path)):
+        return False
+    return not Path(str(path).partition("/")[0]).is_dir()
+
+
+def load_from_hub(
+    name: str | Path, split: str, splits: Mapping[str, str], source: str, config: str | None = None
+) -> datasets.Dataset:
+    """A split of a dataset, of a configuration where it has several. `splits`: how the dataset calls each split.
+
+    Raises:
+      FileNotFoundError: it is not to be had (no such name, no network, a dataset that is a script); names the source.
+      ValueError: another split.
+    """
+    _check_split(split, splits)
+    try:
+        return datasets.load_dataset(str(name), config, split=splits[split])
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise FileNotFoundError(f"{name}: no such file or folder, nor on the hub ({error}); {source}") from error
+
+
+def _check_split(split: str, splits: Mapping[str, Any]) -> None:
+    if split not in splits:
+        raise ValueError(f"split {split!r}: one of {', '.join(splits)}")

@@ -6,7 +6,7 @@ hub. The files are parted by tabs and have no quoting: a quotation mark is a cha
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,14 +14,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lora_jax.core.extras import extra
-from lora_jax.data import hub
-from lora_jax.data.files import find, read_text
-from lora_jax.data.sentences import Texts, encode
+from lora_jax.data.files import find, is_hub_name, load_from_hub, read_lines
 
 with extra("data"):
     import datasets
-
-__all__ = ["SOURCE", "TASKS", "GlueTask", "Split", "Texts", "encode", "load", "named", "submission"]
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +28,8 @@ SOURCE = (
 
 
 class Split(NamedTuple):
-    """A split.
-
-    Attributes:
-      file: its file in glue_data.
-      hub: its name on the hub.
-      submission: what the name of the submitted file adds to the task's; None where the labels are known.
-    """
+    """A split: its file in glue_data, its name on the hub, and what the name of the file for a submission adds to the
+    task's (None where the labels are known)."""
 
     file: str
     hub: str
@@ -91,46 +82,20 @@ class GlueTask(NamedTuple):
         return max(len(self.labels), 1)
 
 
-_ONE, _TWO = ("sentence",), ("sentence1", "sentence2")
-_ENTAILMENT = ("entailment", "not_entailment")
+_ONE, _TWO, _QUESTIONS = ("sentence",), ("sentence1", "sentence2"), ("question1", "question2")
+_COLA, _COLA_HEADER = ("unacceptable", "acceptable"), ("source", "label", "star", "sentence")
+_MNLI, _MNLI_COLUMNS = ("entailment", "neutral", "contradiction"), ("premise", "hypothesis")
+_QNLI, _RTE = ("question", "sentence"), ("entailment", "not_entailment")
 TASKS = {
-    "cola": GlueTask(
-        "CoLA", _ONE, _ONE, "label", ("unacceptable", "acceptable"), header=("source", "label", "star", "sentence")
-    ),
+    "cola": GlueTask("CoLA", _ONE, _ONE, "label", _COLA, header=_COLA_HEADER),
     "sst2": GlueTask("SST-2", _ONE, _ONE, "label", ("negative", "positive")),
     "mrpc": GlueTask("MRPC", ("#1 String", "#2 String"), _TWO, "Quality", ("not_equivalent", "equivalent")),
     "stsb": GlueTask("STS-B", _TWO, _TWO, "score", ()),
-    "qqp": GlueTask(
-        "QQP",
-        ("question1", "question2"),
-        ("question1", "question2"),
-        "is_duplicate",
-        ("not_duplicate", "duplicate"),
-        broken=True,
-    ),
-    "mnli": GlueTask(
-        "MNLI",
-        _TWO,
-        ("premise", "hypothesis"),
-        "gold_label",
-        ("entailment", "neutral", "contradiction"),
-        by_name=True,
-        splits=_MNLI_SPLITS,
-    ),
-    "qnli": GlueTask("QNLI", ("question", "sentence"), ("question", "sentence"), "label", _ENTAILMENT, by_name=True),
-    "rte": GlueTask("RTE", _TWO, _TWO, "label", _ENTAILMENT, by_name=True),
+    "qqp": GlueTask("QQP", _QUESTIONS, _QUESTIONS, "is_duplicate", ("not_duplicate", "duplicate"), broken=True),
+    "mnli": GlueTask("MNLI", _TWO, _MNLI_COLUMNS, "gold_label", _MNLI, by_name=True, splits=_MNLI_SPLITS),
+    "qnli": GlueTask("QNLI", _QNLI, _QNLI, "label", _RTE, by_name=True),
+    "rte": GlueTask("RTE", _TWO, _TWO, "label", _RTE, by_name=True),
 }
-
-
-def named(name: str) -> GlueTask:
-    """The task of that name.
-
-    Raises:
-      ValueError: there is none; shows those there are.
-    """
-    if name not in TASKS:
-        raise ValueError(f"no GLUE task {name!r}: one of {', '.join(TASKS)}")
-    return TASKS[name]
 
 
 def load(name: str, path: str | Path, split: str = "train") -> datasets.Dataset:
@@ -146,7 +111,6 @@ def load(name: str, path: str | Path, split: str = "train") -> datasets.Dataset:
     everyone's loaders, the hub's too, they are left out, with one warning.
 
     Args:
-      name: a key of `TASKS`.
       path: glue_data, the task's own folder in it, one file, or the name of a dataset on the hub (`nyu-mll/glue`).
         Files may be zipped (.gz).
       split: "train", "valid" or "test", of MNLI also "valid_mismatched" and "test_mismatched"; a single file is taken
@@ -156,13 +120,13 @@ def load(name: str, path: str | Path, split: str = "train") -> datasets.Dataset:
       FileNotFoundError: there is nothing there; names the public source.
       ValueError: no such task or split, or the content is not of the form, with the path and the line.
     """
-    task = named(name)
-    _check_split(name, split)
-    if hub.is_name(path):
-        data = hub.load(str(path), split, {key: each.hub for key, each in task.splits.items()}, SOURCE, config=name)
-        return _from_hub(task, f"{path}, {name}", data, task.splits[split].submission is None)
-    files = {key: (f"{task.folder}/{each.file}", each.file) for key, each in task.splits.items()}
-    return _from_file(task, find(path, split, files, SOURCE), task.splits[split].submission is None)
+    task, chosen = _named(name, split)
+    labelled = chosen.submission is None
+    if is_hub_name(path):
+        data = load_from_hub(path, split, {split: chosen.hub}, SOURCE, name)
+        return _from_hub(task, f"{path}, {name}", data, labelled)
+    file = find(path, split, {split: (f"{task.folder}/{chosen.file}", chosen.file)}, SOURCE)
+    return _from_file(task, file, labelled)
 
 
 def submission(name: str, split: str, examples: datasets.Dataset, predictions: ArrayLike) -> tuple[str, str]:
@@ -176,19 +140,27 @@ def submission(name: str, split: str, examples: datasets.Dataset, predictions: A
     Raises:
       ValueError: another split, not one prediction an example, or what is no label.
     """
-    task = named(name)
-    _check_split(name, split)
-    ending = task.splits[split].submission
-    if ending is None:
+    task, chosen = _named(name, split)
+    if chosen.submission is None:
         raise ValueError(f"split {split!r}: only predictions for a test split are submitted")
     values = np.asarray(predictions)
     if values.shape != (len(examples),):
         raise ValueError(f"predictions of shape {values.shape}: one for each of {len(examples)} examples")
     lines = [f"{index}\t{value}\n" for index, value in zip(examples["index"], _written(task, values), strict=True)]
-    return f"{task.folder}{ending}.tsv", "".join(["index\tprediction\n", *lines])
+    return f"{task.folder}{chosen.submission}.tsv", "".join(["index\tprediction\n", *lines])
+
+
+def _named(name: str, split: str) -> tuple[GlueTask, Split]:
+    """The task of that name and its split."""
+    if name not in TASKS:
+        raise ValueError(f"no GLUE task {name!r}: one of {', '.join(TASKS)}")
+    if split not in TASKS[name].splits:
+        raise ValueError(f"split {split!r} of {name}: one of {', '.join(TASKS[name].splits)}")
+    return TASKS[name], TASKS[name].splits[split]
 
 
 def _written(task: GlueTask, values: np.ndarray) -> list[str]:
+    """Predictions as a submission has them."""
     if not task.labels:
         if not np.isfinite(values).all():
             raise ValueError(f"{task.folder}: a prediction is NaN or infinite")
@@ -198,16 +170,9 @@ def _written(task: GlueTask, values: np.ndarray) -> list[str]:
     return [task.labels[i] if task.by_name else str(i) for i in values]
 
 
-def _check_split(name: str, split: str) -> None:
-    if split not in TASKS[name].splits:
-        raise ValueError(f"split {split!r} of {name}: one of {', '.join(TASKS[name].splits)}")
-
-
 def _from_file(task: GlueTask, file: Path, labelled: bool) -> datasets.Dataset:
-    # only a line feed ends a line: sentences hold other characters that `splitlines` takes for ends
-    lines = read_text(file).replace("\r\n", "\n").removesuffix("\n").split("\n")
-    header = task.header if labelled else None
-    names = list(header or lines[0].split("\t"))
+    rows = list(enumerate((line.split("\t") for line in read_lines(file)), 1))
+    names = list((labelled and task.header) or rows.pop(0)[1])
     readers: dict[str, Callable[[str], Any]] = dict.fromkeys(task.columns, str)
     if labelled:
         readers[task.label] = _reader(task)
@@ -216,66 +181,43 @@ def _from_file(task: GlueTask, file: Path, labelled: bool) -> datasets.Dataset:
     index = next((name for name in ("index", "id") if name in names), None)
     if index:
         readers[index] = int
-    first = 1 if header else 2  # the line of the first example, counted from 1
-    values = _columns(file, lines[first - 1 :], first, names, readers, broken=task.broken and labelled)
-    numbers = values[index] if index else list(range(len(values[task.columns[0]])))
+    short = [row for row in rows if len(row[1]) < len(names)] if task.broken and labelled else []
+    if len(short) == len(rows):
+        raise ValueError(f"{file}: no examples")
+    if short:
+        log.warning("%s: left out %d lines that are parts of rows", file, len(short))
+        rows = [row for row in rows if len(row[1]) >= len(names)]
+    values: dict[str, list[Any]] = {name: [] for name in readers}
+    for number, fields in rows:
+        if len(fields) != len(names):
+            wanted = f"{len(names)} are wanted ({', '.join(names)})"
+            raise ValueError(f"{file}:{number}: {len(fields)} columns where {wanted}")
+        for name, text in zip(names, fields, strict=True):
+            try:
+                if name in readers:
+                    values[name].append(readers[name](text))
+            except ValueError as error:
+                raise ValueError(f"{file}:{number}: {text!r} is no {name}: {error}") from error
     sentences = [values[name] for name in task.columns]
+    numbers = values[index] if index else list(range(len(rows)))
     return _dataset(task, sentences, values[task.label] if labelled else None, numbers)
 
 
-def _columns(
-    file: Path,
-    lines: Sequence[str],
-    first: int,
-    names: Sequence[str],
-    readers: Mapping[str, Callable[[str], Any]],
-    *,
-    broken: bool,
-) -> dict[str, list[Any]]:
-    """The values of the columns that have a reader. `first`: the number of the first line; `broken`: shorter lines are
-    left out."""
-    columns = [(names.index(name), name, read) for name, read in readers.items()]
-    values: dict[str, list[Any]] = {name: [] for name in readers}
-    short = 0
-    for number, line in enumerate(lines, first):
-        fields = line.split("\t")
-        if broken and len(fields) < len(names):
-            short += 1
-            continue
-        if len(fields) != len(names):
-            raise ValueError(
-                f"{file}:{number}: {len(fields)} columns where {len(names)} are wanted ({', '.join(names)})"
-            )
-        for column, name, read in columns:
-            try:
-                values[name].append(read(fields[column]))
-            except ValueError as error:
-                raise ValueError(f"{file}:{number}: {fields[column]!r} is no {name}: {error}") from error
-    if short == len(lines):
-        raise ValueError(f"{file}: no examples")
-    if short:
-        log.warning("%s: left out %d lines that are parts of rows", file, short)
-    return values
-
-
 def _reader(task: GlueTask) -> Callable[[str], int | float]:
-    """From what a file has for a label."""
-    if not task.labels:
-        return lambda text: _score(float(text))
+    """What reads a label of a file."""
     ids = {name if task.by_name else str(i): i for i, name in enumerate(task.labels)}
 
-    def read(text: str) -> int:
+    def read_id(text: str) -> int:
         if text not in ids:
             raise ValueError(f"one of {', '.join(ids)}")
         return ids[text]
 
-    return read
+    def read_score(text: str) -> float:
+        if not 0 <= float(text) <= 5:  # nor is NaN
+            raise ValueError("from 0 to 5")
+        return float(text)
 
-
-def _score(value: float) -> float:
-    if not 0 <= value <= 5:  # nor is NaN
-        raise ValueError("from 0 to 5")
-    return value
+    return read_id if task.labels else read_score
 
 
 def _from_hub(task: GlueTask, name: str, data: datasets.Dataset, labelled: bool) -> datasets.Dataset:

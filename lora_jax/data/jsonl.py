@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.core.extras import extra
-from lora_jax.data.files import find, read_text
+from lora_jax.data.files import find, of_form, read_lines
 
 with extra("data"):
     import datasets
@@ -26,47 +26,39 @@ _OPERATORS = ("=", ">", "<", "OP")
 def samsum(path: str | Path, split: str = "train") -> datasets.Dataset:
     """Dialogues and their summaries: the utterances, one a line, then a blank line.
 
-    Args:
-      path: a folder that holds train, valid (or val) and test.jsonl (also .gz), or one file, of lines
-          {"dialogue": ..., "summary": ...}.
-      split: "train", "valid" or "test"; a single file is taken as it is.
+    They are those of a split ("train", "valid" or "test") in a folder that holds train, valid (or val) and test.jsonl
+    (also .gz), or of one file, whatever the split, of lines {"dialogue": ..., "summary": ...}.
 
     Raises:
       FileNotFoundError: there is nothing there; names the public source.
       ValueError: a line is not of the form, with the path and the line.
     """
 
-    def pair(row: dict[str, Any]) -> tuple[str, str]:
-        return row["dialogue"].replace("\r\n", "\n").strip() + "\n\n", row["summary"].strip()
+    def pair(row: dict[str, Any]) -> dict[str, str]:
+        dialogue = row["dialogue"].replace("\r\n", "\n").strip()
+        return {"context": dialogue + "\n\n", "completion": row["summary"].strip()}
 
-    return _pairs(find(path, split, _SAMSUM_FILES, SAMSUM), pair, SAMSUM)
+    return datasets.Dataset.from_list(_read(find(path, split, _SAMSUM_FILES, SAMSUM), pair, SAMSUM))
 
 
 def wikisql(path: str | Path, split: str = "train") -> datasets.Dataset:
     """Questions on a table and their SQL: the table's columns joined by " | ", a line with the question; the query as
     the official lib/query.py prints it, but with the columns' names.
 
-    Args:
-      path: a folder of the official files, {train,dev,test}.jsonl and .tables.jsonl (also .gz), or one of the former,
-          with its tables beside it.
-      split: "train", "valid" or "test"; a single file is taken as it is.
-
-    Raises:
-      FileNotFoundError, ValueError: as for `samsum`; a file without its tables.
+    The folder holds the official files, {train,dev,test}.jsonl and .tables.jsonl (also .gz); one of the former has its
+    tables beside it. Errors are those of `samsum`.
     """
     file = find(path, split, _WIKISQL_FILES, WIKISQL)
     stem = file.name.removesuffix(".gz").removesuffix(".jsonl")
-    headers: dict[str, list[str]] = {}
+    tables = find(file.parent, "tables", {"tables": (f"{stem}.tables.jsonl",)}, WIKISQL)
+    headers = dict(_read(tables, lambda row: (row["id"], row["header"]), WIKISQL))
 
-    def table(row: dict[str, Any]) -> None:
-        headers[row["id"]] = row["header"]
-
-    def pair(row: dict[str, Any]) -> tuple[str, str]:
+    def pair(row: dict[str, Any]) -> dict[str, str]:
         header = headers[row["table_id"]]
-        return " | ".join(header) + "\n" + row["question"].strip(), query(row["sql"], header)
+        question = " | ".join(header) + "\n" + row["question"].strip()
+        return {"context": question, "completion": query(row["sql"], header)}
 
-    _read(find(file.parent, "tables", {"tables": (f"{stem}.tables.jsonl",)}, WIKISQL), table, WIKISQL)
-    return _pairs(file, pair, WIKISQL)
+    return datasets.Dataset.from_list(_read(file, pair, WIKISQL))
 
 
 def query(sql: dict[str, Any], header: list[str]) -> str:
@@ -83,17 +75,10 @@ def query(sql: dict[str, Any], header: list[str]) -> str:
     return f"{selected} WHERE {' AND '.join(conditions)}" if conditions else selected
 
 
-def _pairs(file: Path, pair: Callable[[dict[str, Any]], tuple[str, str]], source: str) -> datasets.Dataset:
-    rows = _read(file, pair, source)
-    return datasets.Dataset.from_dict({"context": [row[0] for row in rows], "completion": [row[1] for row in rows]})
-
-
 def _read(file: Path, take: Callable[[dict[str, Any]], Any], source: str) -> list[Any]:
     """What `take` makes of each line."""
     taken = []
-    for number, line in enumerate(read_text(file).removesuffix("\n").split("\n"), 1):
-        try:
+    for number, line in enumerate(read_lines(file), 1):
+        with of_form(f"{file}:{number}: not a line of the form wanted; {source}"):
             taken.append(take(json.loads(line)))
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{file}:{number}: not a line of the form wanted ({error!r}); {source}") from error
     return taken

@@ -1,7 +1,7 @@
 """Pairs of a context and a completion: the form of all the paper's generation tasks.
 
-The data are `datasets.Dataset`s with two string columns, `context` and `completion`. Tokens,
-separator and loss mask are those of the authors' GPT-2 code (microsoft/LoRA, examples/NLG).
+The data are `datasets.Dataset`s with two string columns, `context` and `completion`. Tokens, separator and loss mask
+are those of the authors' GPT-2 code (microsoft/LoRA, examples/NLG).
 """
 
 import logging
@@ -21,16 +21,11 @@ log = logging.getLogger(__name__)
 
 
 def prompts(
-    contexts: Sequence[str],
-    tokenizer: Tokenizer,
-    *,
-    eos: int,
-    before: Sequence[int] = (),
-    after: Sequence[int] = (),
+    contexts: Sequence[str], tokenizer: Tokenizer, *, eos: int, before: Sequence[int] = (), after: Sequence[int] = ()
 ) -> list[list[int]]:
     """What a model continues to describe each context: the context's tokens and the separator, with the ids of a prefix
     `before` and of an infix `after` them."""
-    _check_eos(tokenizer, eos)
+    check_eos(tokenizer, eos)
     encoded = tokenizer.encode_batch(list(contexts), add_special_tokens=False)
     return [[*before, *encoding.ids, eos, *after] for encoding in encoded]
 
@@ -48,11 +43,10 @@ def encode(
     """Tokens of every example: BPE(context), eos, BPE(" " + completion), eos.
 
     Args:
-      examples: columns `context` and `completion`.
       eos: the token that separates and ends (the model config's `eos_token_id`).
       length: the most tokens that a model may read, its context.
-      long: examples longer than that are left out and counted (`"skip"`) or a ValueError
-          (`"error"`). The authors cut them.
+      long: examples longer than that are left out and counted (`"skip"`) or a ValueError (`"error"`). The authors cut
+        them.
       before, after: ids of a prefix and an infix (`methods.prefix`), as of `prompts`; they count for the length.
 
     Raises:
@@ -63,11 +57,12 @@ def encode(
     heads = prompts(examples["context"], tokenizer, eos=eos, before=before, after=after)
     spaced = [" " + completion for completion in examples["completion"]]
     tails = [[*e.ids, eos] for e in tokenizer.encode_batch(spaced, add_special_tokens=False)]
-    fits = [len(head) + len(tail) - 1 <= length for head, tail in zip(heads, tails, strict=True)]
-    skipped = len(fits) - sum(fits)
+    sizes = np.array([len(head) + len(tail) for head, tail in zip(heads, tails, strict=True)], np.int64)
+    fits = sizes - 1 <= length
+    skipped = int(np.count_nonzero(~fits))
     if skipped and (long == "error" or skipped == len(fits)):
-        first = fits.index(False)
-        size = len(heads[first]) + len(tails[first]) - 1
+        first = int(fits.argmin())
+        size = sizes[first] - 1
         placeholders = f", {len(before) + len(after)} of them the method's own" if before or after else ""
         raise ValueError(
             f"example {first} (counted from 0) has {size} tokens{placeholders}, {size - length} more than the "
@@ -75,11 +70,10 @@ def encode(
         )
     if skipped:
         log.warning("skipped %d of %d examples longer than %d tokens", skipped, len(fits), length)
-    kept = [(h, t) for h, t, fit in zip(heads, tails, fits, strict=True) if fit]
-    sizes = np.array([len(head) + len(tail) for head, tail in kept], np.int64)
+    kept = [(heads[row], tails[row]) for row in np.flatnonzero(fits)]
     return Encoded(
         tokens=np.array([i for head, tail in kept for i in (*head, *tail)], np.int32),
-        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]),
+        offsets=np.concatenate([[0], np.cumsum(sizes[fits])]),
         starts=np.array([len(head) for head, _ in kept], np.int64),
         skipped=skipped,
     )
@@ -113,6 +107,7 @@ def normalize(text: str) -> str:
     return " ".join(re.findall(r"\w+|[^\w\s]", text.lower()))
 
 
-def _check_eos(tokenizer: Tokenizer, eos: int) -> None:
+def check_eos(tokenizer: Tokenizer, eos: int) -> None:
+    """A ValueError unless the tokenizer has a token of that id."""
     if tokenizer.id_to_token(eos) is None:
         raise ValueError(f"eos={eos} is no token of the tokenizer, which has {tokenizer.get_vocab_size()}")

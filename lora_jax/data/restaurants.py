@@ -1,7 +1,7 @@
 """Made-up restaurants and two styles of describing them: text that needs no files and no network.
 
-A context lists attributes (`name : Old Mill | food : Italian | ...`). A description opens with the
-name, then says the other attributes in any order, each in one of a few ways.
+A context lists attributes (`name : Old Mill | food : Italian | ...`). A description opens with the name, then says the
+other attributes in any order, each in one of a few ways.
 """
 
 import itertools
@@ -14,12 +14,10 @@ from lora_jax.core.extras import extra
 with extra("data"):
     import datasets
 
+_FIRST = ("Blue", "Golden", "Old", "Little", "Green", "Silver")
+_SECOND = ("Spice", "Mill", "Olive", "Lantern", "Swan", "Table")
 ATTRIBUTES = {
-    "name": [
-        f"{first} {second}"
-        for first in ("Blue", "Golden", "Old", "Little", "Green", "Silver")
-        for second in ("Spice", "Mill", "Olive", "Lantern", "Swan", "Table")
-    ],
+    "name": [f"{first} {second}" for first in _FIRST for second in _SECOND],
     "food": ["Chinese", "English", "French", "Indian", "Italian", "Japanese"],
     "price": ["low", "moderate", "high"],
     "rating": ["poor", "good", "excellent"],
@@ -61,27 +59,23 @@ def describe(style: str, values: Mapping[str, str], random: np.random.Generator)
 
 
 def pairs(style: str, split: str, count: int, seed: int = 0) -> datasets.Dataset:
-    """`count` restaurants in the columns `context` and `completion`, as `data.pairs` reads them.
+    """`count` restaurants in the columns `context` and `completion`, as `data.pairs` reads them, in "plain" or "lively"
+    style; `seed` chooses restaurants, the same ones for both styles, and descriptions.
 
-    Args:
-      style: "plain" or "lively".
-      split: "train", one description a restaurant, or "valid", several of each, of restaurants
-        that are never in "train".
-      count: of restaurants, at most three quarters of all in "train" and a quarter in "valid".
-      seed: chooses restaurants and descriptions; both styles get the same restaurants.
+    "train" has one description a restaurant and at most three quarters of all, "valid" several of each of the others.
     """
     if style not in STYLES or split not in ("train", "valid"):
         raise ValueError(f"style {style!r} of {[*STYLES]}, split {split!r} of ['train', 'valid']")
-    every = list(itertools.product(*ATTRIBUTES.values()))
-    fixed = np.random.default_rng(0).permutation(len(every))
-    bound = len(every) * 3 // 4
-    here = fixed[:bound] if split == "train" else fixed[bound:]
-    if not 0 < count <= len(here):
-        raise ValueError(f"count={count}: {split!r} has {len(here)} restaurants")
+    combinations = list(itertools.product(*ATTRIBUTES.values()))
+    order = np.random.default_rng(0).permutation(len(combinations))
+    train, valid = np.split(order, [len(order) * 3 // 4])
+    of_split = train if split == "train" else valid
+    if not 0 < count <= len(of_split):
+        raise ValueError(f"count={count}: {split!r} has {len(of_split)} restaurants")
     random = np.random.default_rng(seed)
     rows = []
-    for index in random.permutation(here)[:count]:
-        values = dict(zip(ATTRIBUTES, every[index], strict=True))
+    for index in random.permutation(of_split)[:count]:
+        values = dict(zip(ATTRIBUTES, combinations[index], strict=True))
         context = " | ".join(f"{key} : {value}" for key, value in values.items())
         for _ in range(1 if split == "train" else REFERENCES):
             rows.append({"context": context, "completion": describe(style, values, random)})

@@ -27,7 +27,6 @@ def encode(
     post-processor, and what is too long cut token by token at the end of the longer sentence.
 
     Args:
-      examples: column `first`; `second` of pairs; `label` where known.
       tokenizer: stays as it is; padding and truncation that its file switches on do not act.
       length: the most tokens of an example, special ones included (128 or 512 in the paper's Table 9).
       labels: how many there are, the outputs of the model; 1 for a regression.
@@ -38,16 +37,14 @@ def encode(
       ValueError: the tokenizer adds no special tokens, the length holds nothing else, or a label is not one of 0 to
         labels - 1.
     """
-    inputs = list(examples["first"])
     pairs = "second" in examples.column_names
-    if pairs:
-        inputs = list(zip(inputs, examples["second"], strict=True))
+    inputs = list(zip(examples["first"], examples["second"], strict=True)) if pairs else list(examples["first"])
     tokenizer = _truncating(tokenizer, length, pairs, len(before))
-    tokens, token_types, sizes, truncated = [], [], [], 0
+    tokens, token_types, sizes, truncated = [], [], [0], 0
+    zeros = [0] * len(before)
     for start in range(0, len(inputs), _AT_ONCE):
         encodings = tokenizer.encode_batch_fast(inputs[start : start + _AT_ONCE])
         tokens.append(np.array([i for e in encodings for i in (*e.ids[:1], *before, *e.ids[1:])], np.int32))
-        zeros = [0] * len(before)
         token_types.append(np.array([i for e in encodings for i in (*zeros, *e.type_ids)], np.int32))
         sizes += [len(encoding) + len(before) for encoding in encodings]
         truncated += sum(bool(encoding.overflowing) for encoding in encodings)
@@ -56,7 +53,7 @@ def encode(
     return Texts(
         tokens=np.concatenate(tokens),
         token_types=np.concatenate(token_types),
-        offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]),
+        offsets=np.cumsum(sizes),
         labels=_labels(examples, labels),
         truncated=truncated,
     )
@@ -67,9 +64,8 @@ def _truncating(tokenizer: Tokenizer, length: int, pairs: bool, inserted: int) -
     special = tokenizer.num_special_tokens_to_add(pairs)
     if not special:
         raise ValueError(
-            f"the tokenizer adds no special tokens to {'pairs' if pairs else 'sentences'}, and an encoder needs its "
-            "[CLS] or <s>: its tokenizer.json lacks the post-processor (of type RobertaProcessing, BertProcessing or "
-            "TemplateProcessing)"
+            f"the tokenizer adds no special tokens to {'pairs' if pairs else 'sentences'}, and an encoder needs [CLS] "
+            "or <s>: tokenizer.json lacks the post-processor (RobertaProcessing, BertProcessing or TemplateProcessing)"
         )
     if length <= special + inserted:  # the library would then not cut at all
         prefix = f" and {inserted} of a prefix" if inserted else ""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_jax.core.extras import extra
-from lora_jax.data import dart, e2e, jsonl, pairs, webnlg
+from lora_jax.data import e2e, jsonl, pairs, triples
 
 with extra("data"):
     import datasets
@@ -32,20 +32,16 @@ class TextTask(NamedTuple):
 # Six references and the normalization are the authors' (microsoft/LoRA, examples/NLG/README.md).
 TASKS = {
     "e2e": TextTask(e2e.load, "e2e", e2e.SOURCE),
-    "webnlg": TextTask(webnlg.load, "webnlg", webnlg.SOURCE, pairs.normalize, 6),
-    "dart": TextTask(dart.load, "dart", dart.SOURCE, pairs.normalize, 6),
-    "dart_dev": TextTask(dart.load_dev, "dart", dart.SOURCE, pairs.normalize, 6),
+    "webnlg": TextTask(triples.webnlg, "webnlg", triples.WEBNLG, pairs.normalize, 6),
+    "dart": TextTask(triples.dart, "dart", triples.DART, pairs.normalize, 6),
+    "dart_dev": TextTask(triples.dart_dev, "dart", triples.DART, pairs.normalize, 6),
     "samsum": TextTask(jsonl.samsum, "samsum", jsonl.SAMSUM),
     "wikisql": TextTask(jsonl.wikisql, "wikisql", jsonl.WIKISQL),
 }
 
 
 def named(name: str) -> TextTask:
-    """The task of that name.
-
-    Raises:
-      ValueError: there is none; shows those there are.
-    """
+    """The task of that name; where there is none, a ValueError shows those there are."""
     if name not in TASKS:
         raise ValueError(f"no task {name!r} (data.name): one of {', '.join(TASKS)}")
     return TASKS[name]

@@ -1,13 +1,14 @@
 """Plain text for pretraining: files -> documents -> one stream of tokens."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from lora_jax.core.extras import extra
 from lora_jax.data.files import read_text
+from lora_jax.data.pairs import check_eos
 
 with extra("data"):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -23,20 +24,18 @@ def files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     """
     listed: list[Path] = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
-        here = [Path(path)]
-        if Path(path).is_dir():
-            here = sorted(p for p in Path(path).iterdir() if p.name.endswith((".txt", ".txt.gz")))
-        if not here or not all(p.is_file() for p in here):
+        inside = sorted(Path(path).glob("*")) if Path(path).is_dir() else []
+        of_path = [p for p in inside if p.name.endswith((".txt", ".txt.gz"))] if inside else [Path(path)]
+        if not of_path or not all(p.is_file() for p in of_path):
             raise FileNotFoundError(f"{path}: no text here (a file, or a folder of .txt, .txt.gz)")
-        listed += here
+        listed += of_path
     if not listed:
         raise FileNotFoundError("no text files were named")
     return listed
 
 
 def documents(path: str | Path) -> list[str]:
-    """The documents of a file: parted by lines of `<|endoftext|>` alone, or by blank lines where
-    there is no such line."""
+    """The documents of a file: parted by lines of `<|endoftext|>` alone, or by blank lines where there is none."""
     text = read_text(path).replace("\r\n", "\n")
     between = rf"^{re.escape(END)}$" if re.search(rf"^{re.escape(END)}$", text, re.M) else r"\n\s*\n"
     parts = (part.strip() for part in re.split(between, text, flags=re.M))
@@ -49,22 +48,15 @@ def encode(paths: Iterable[str | Path], tokenizer: Tokenizer, *, eos: int) -> np
     Raises:
       ValueError: a file is empty; eos is no token of the tokenizer.
     """
-    if tokenizer.id_to_token(eos) is None:
-        raise ValueError(f"eos={eos} is no token of the tokenizer, which has {tokenizer.get_vocab_size()}")
-    parts: list[np.ndarray] = []
-    for path in paths:
-        for encoding in tokenizer.encode_batch_fast(documents(path), add_special_tokens=False):
-            parts.append(np.array([eos, *encoding.ids], np.int32))
-    return np.concatenate(parts)
+    check_eos(tokenizer, eos)
+    encoded = (tokenizer.encode_batch_fast(documents(path), add_special_tokens=False) for path in paths)
+    return np.concatenate([np.array([eos, *document.ids], np.int32) for file in encoded for document in file])
 
 
 def train_tokenizer(paths: Iterable[str | Path], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer in GPT-2's manner, learnt from files, with `<|endoftext|>` as
-    token 0.
+    """A byte-level BPE tokenizer in GPT-2's manner, learnt from files, with `<|endoftext|>` as token 0.
 
-    Args:
-      vocab_size: the tokens in all: 257 (the bytes and the end) or more; fewer come out where
-          the text is too short for so many.
+    `vocab_size`, 257 (the bytes and the end) or more, counts all tokens; fewer come out where the text is too short.
     """
     if vocab_size < 257:
         raise ValueError(f"vocab_size={vocab_size}: the 256 bytes and the end of text need 257")
@@ -72,16 +64,9 @@ def train_tokenizer(paths: Iterable[str | Path], vocab_size: int) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(_all_documents(paths), trainer)
+    tokenizer.train_from_iterator((document for path in paths for document in documents(path)), trainer)
     return tokenizer
-
-
-def _all_documents(paths: Iterable[str | Path]) -> Iterator[str]:
-    for path in paths:
-        yield from documents(path)

@@ -46,53 +46,27 @@ def glue(name: str, predictions: ArrayLike, labels: ArrayLike) -> dict[str, floa
         if not (np.isfinite(predicted).all() and np.isfinite(true).all()):
             raise ValueError("a prediction or a label is NaN or infinite")
     elif not (predicted.dtype.kind in "iu" and true.dtype.kind in "iu"):
-        raise ValueError(
-            f"predictions of {predicted.dtype} for labels of {true.dtype}: both must be integers, ids of labels"
-        )
-    return {metric: _METRICS[metric](predicted, true) for metric in METRICS[name]}
+        dtypes = f"predictions of {predicted.dtype} for labels of {true.dtype}"
+        raise ValueError(f"{dtypes}: both must be integers, ids of labels")
+    return {metric: _value(metric, predicted, true) for metric in METRICS[name]}
 
 
-def _accuracy(found: np.ndarray, true: np.ndarray) -> float:
-    return float(np.mean(found == true))
+def _value(metric: str, predicted: np.ndarray, true: np.ndarray) -> float:
+    if metric == "accuracy":
+        return float(np.mean(predicted == true))
+    with extra("data"):  # they take a second to import, and most programs score no GLUE
+        from scipy import stats
+        from sklearn.metrics import f1_score, matthews_corrcoef
 
-
-# The packages take a second to import, and most programs score no GLUE: so within the functions.
-def _matthews(found: np.ndarray, true: np.ndarray) -> float:
-    with extra("data"):
-        from sklearn.metrics import matthews_corrcoef
-
-    # asked first: scikit-learn gives 0 as well, but warns where both have one and the same class
-    return 0.0 if _constant(found) or _constant(true) else float(matthews_corrcoef(true, found))
-
-
-def _f1(found: np.ndarray, true: np.ndarray) -> float:
-    with extra("data"):
-        from sklearn.metrics import f1_score
-
-    return float(f1_score(true, found, zero_division=0.0))
-
-
-def _pearson(found: np.ndarray, true: np.ndarray) -> float:
-    with extra("data"):
-        from scipy.stats import NearConstantInputWarning, pearsonr
-
-    if _constant(found) or _constant(true):
+    if metric == "f1":
+        return float(f1_score(true, predicted, zero_division=0.0))
+    # before scikit-learn and scipy are asked, who warn, and give NaN for a correlation
+    if (predicted == predicted[0]).all() or (true == true[0]).all():
         return 0.0
+    if metric == "matthews":
+        return float(matthews_corrcoef(true, predicted))
+    correlation = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}[metric]
     with warnings.catch_warnings():
         # predictions that differ in the last digits only: the value is rough, and as good as that of a constant
-        warnings.simplefilter("ignore", NearConstantInputWarning)
-        return float(pearsonr(found, true).statistic)
-
-
-def _spearman(found: np.ndarray, true: np.ndarray) -> float:
-    with extra("data"):
-        from scipy.stats import spearmanr
-
-    return 0.0 if _constant(found) or _constant(true) else float(spearmanr(found, true).statistic)
-
-
-def _constant(values: np.ndarray) -> bool:
-    return bool((values == values[0]).all())
-
-
-_METRICS = {"accuracy": _accuracy, "f1": _f1, "matthews": _matthews, "pearson": _pearson, "spearman": _spearman}
+        warnings.simplefilter("ignore", stats.NearConstantInputWarning)
+        return float(correlation(predicted, true).statistic)

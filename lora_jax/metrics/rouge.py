@@ -1,31 +1,36 @@
-"""ROUGE-1, ROUGE-2 and ROUGE-L as reported for SAMSum (paper, Table 4): package rouge-score with stemming."""
+"""ROUGE as reported for SAMSum (paper, Table 4), and ROUGE-L and CIDEr of the MS-COCO caption evaluation, by their
+packages."""
 
-from collections.abc import Sequence
-
-from lora_jax.metrics.extra import extra
-from lora_jax.metrics.references import References, check_lists, present
-from lora_jax.metrics.statistics import Statistics, mean
+from lora_jax.metrics.statistics import Lists, References, Statistics, Texts, checked, mean, package
 
 KINDS = ("rouge1", "rouge2", "rougeL")
 
 
-def rouge(hypotheses: Sequence[str], references: References) -> dict[str, float]:
-    """Mean F1 of "rouge1", "rouge2" and "rougeL", fractions; of several references each takes its best.
-
-    Args:
-      hypotheses: one text an instance.
-      references: one list an instance; None and blank texts are no references.
-
-    Raises:
-      ImportError: without rouge-score.
-      TypeError, ValueError: as `bleu`.
-    """
-    check_lists(hypotheses, references)
-    return {kind: part.score() for kind, part in rouge_statistics(hypotheses, present(references)).items()}
+def rouge(hypotheses: Texts, references: References) -> dict[str, float]:
+    """Mean F1 of "rouge1", "rouge2" and "rougeL" by package rouge-score with stemming, fractions; of several references
+    each takes its best. Arguments and errors are those of `bleu`."""
+    lists = checked(hypotheses, references)
+    return {kind: part.score() for kind, part in rouge_statistics(hypotheses, lists).items()}
 
 
-def rouge_statistics(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Statistics]:
+def rouge_statistics(hypotheses: Texts, references: Lists) -> dict[str, Statistics]:
     """Of each kind the mean over instances."""
-    scorer = extra("rouge_score.rouge_scorer").RougeScorer(KINDS, use_stemmer=True)
+    scorer = package("rouge_score.rouge_scorer").RougeScorer(KINDS, use_stemmer=True)
     rows = [scorer.score_multi(texts, text) for text, texts in zip(hypotheses, references, strict=True)]
     return {kind: mean([row[kind].fmeasure for row in rows]) for kind in KINDS}
+
+
+def rouge_l_statistics(hypotheses: Texts, references: Lists) -> Statistics:
+    """The mean of F (beta 1.2) of the best precision and the best recall over the references; a fraction. Texts are
+    tokens with one space between."""
+    scorer = package("pycocoevalcap.rouge.rouge").Rouge()
+    return mean([scorer.calc_score([text], list(texts)) for text, texts in zip(hypotheses, references, strict=True)])
+
+
+def cider_statistics(hypotheses: Texts, references: Lists) -> Statistics:
+    """The mean of up to 10 an instance; the document frequencies are those of all references given. Texts are tokens
+    with one space between."""
+    scorer = package("pycocoevalcap.cider.cider").Cider()
+    texts = {number: [text] for number, text in enumerate(hypotheses)}
+    _, scores = scorer.compute_score({number: list(texts) for number, texts in enumerate(references)}, texts)
+    return mean(scores)

@@ -1,21 +1,24 @@
-"""The scores of the paper's text tables (3, 13, 14), with bootstrap intervals and paired comparison."""
+"""The scores of the paper's text tables (3, 4, 13, 14), with bootstrap intervals and paired comparison."""
 
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import numpy as np
 
-from lora_jax.metrics.references import References, check_lists, padded, present
-from lora_jax.metrics.statistics import Statistics, draws, interval
-from lora_jax.metrics.styles import STYLES
+from lora_jax.metrics.java import meteor_statistics, ptb_tokens
+from lora_jax.metrics.ngrams import bleu_statistics, nist_statistics
+from lora_jax.metrics.rouge import KINDS, cider_statistics, rouge_l_statistics, rouge_statistics
+from lora_jax.metrics.sql import logical_form_statistics
+from lora_jax.metrics.statistics import Lists, References, Statistics, Texts, checked, draws, interval, package, padded
+from lora_jax.metrics.ter import ter_statistics
 
 log = logging.getLogger(__name__)
 FILLED = ("webnlg", "dart")  # the styles in which something stands for missing references
+Parts = dict[str, Callable[[], Statistics]]
 
 
-def score(
-    hypotheses: Sequence[str], references: References, *, style: str, missing: str | None = None
-) -> dict[str, float]:
+def score(hypotheses: Texts, references: References, *, style: str, missing: str | None = None) -> dict[str, float]:
     """The scores of a data set, as its official scorer prints them.
 
     - e2e: bleu, nist, meteor, rouge_l, cider, by tuetschek/e2e-metrics: BLEU and NIST case-insensitive on mteval-v13a's
@@ -48,7 +51,7 @@ def score(
 
 
 def report(
-    hypotheses: Sequence[str],
+    hypotheses: Texts,
     references: References,
     *,
     style: str,
@@ -62,11 +65,8 @@ def report(
     The instances are drawn again with replacement (Koehn 2004) and each corpus score is computed from the statistics
     of those drawn. CIDEr's document frequencies and NIST's information weights stay those of all references.
 
-    Args:
-      hypotheses, references, style, missing: as for `score`.
-      samples: the number of resamples.
-      level: the part of them that the interval holds.
-      seed: of the draws.
+    `samples` is the number of resamples, `level` the part of them that the interval holds, `seed` that of the draws;
+    the other arguments are those of `score`.
     """
     parts = _statistics(hypotheses, references, style, missing)
     weights = draws(len(hypotheses), samples, seed)
@@ -78,8 +78,8 @@ def report(
 
 
 def paired(
-    hypotheses: Sequence[str],
-    others: Sequence[str],
+    hypotheses: Texts,
+    others: Texts,
     references: References,
     *,
     style: str,
@@ -94,9 +94,7 @@ def paired(
     Both are scored on the same resamples. p is two-sided, as sacrebleu and Moses have it: how often the difference of
     a resample is as far from the resamples' mean as the difference found is from zero, (1 + times) / (1 + samples).
 
-    Args:
-      hypotheses, others: the texts of two systems for the same instances.
-      references, style, missing, samples, level, seed: as for `report`.
+    `others` are the second system's texts for the same instances; the other arguments are those of `report`.
     """
     firsts = _statistics(hypotheses, references, style, missing)
     seconds = _statistics(others, references, style, missing)
@@ -113,17 +111,16 @@ def paired(
     return result
 
 
-def _statistics(
-    hypotheses: Sequence[str], references: References, style: str, missing: str | None
-) -> dict[str, Statistics]:
+def _statistics(hypotheses: Texts, references: References, style: str, missing: str | None) -> dict[str, Statistics]:
     if style not in STYLES:
         raise ValueError(f"style {style!r}: one of {', '.join(STYLES)}")
     if missing not in (None, "first", "empty"):
         raise ValueError(f"missing {missing!r}: 'first' or 'empty'")
     if missing and style not in FILLED:
         raise ValueError(f"missing {missing!r}: lists of {style} are not filled, leave it out")
-    check_lists(hypotheses, references)
-    lists = padded(references) if missing == "empty" else present(references)
+    lists = checked(hypotheses, references)
+    if missing == "empty":
+        lists = padded(references)
     by_name: dict[str, Statistics] = {}
     absent: dict[str, Exception] = {}
     for name, part in STYLES[style](hypotheses, lists).items():
@@ -134,3 +131,55 @@ def _statistics(
     if absent:
         log.warning("left out of the scores: %s (%s)", ", ".join(absent), next(iter(absent.values())))
     return by_name
+
+
+def _e2e(hypotheses: Texts, references: Lists) -> Parts:
+    """tuetschek/e2e-metrics."""
+    tokens = functools.cache(lambda: _split(ptb_tokens, hypotheses, references))
+    return {
+        "bleu": lambda: bleu_statistics(hypotheses, references),
+        "nist": lambda: nist_statistics(hypotheses, references),
+        "meteor": lambda: meteor_statistics(*tokens()),
+        "rouge_l": lambda: rouge_l_statistics(*tokens()),
+        "cider": lambda: cider_statistics(*tokens()),
+    }
+
+
+def _webnlg(hypotheses: Texts, references: Lists, *, tokenize: str = "13a") -> Parts:
+    """WebNLG/GenerationEval, BLEU by multi-bleu-detok."""
+    words = functools.cache(lambda: _split(nltk_words, hypotheses, references))
+    return {
+        "bleu": lambda: bleu_statistics(hypotheses, references, tokenize=tokenize, lowercase=False, smooth=False),
+        "meteor": lambda: meteor_statistics(*words()),
+        "ter": lambda: ter_statistics(*words()),
+    }
+
+
+def _samsum(hypotheses: Texts, references: Lists) -> Parts:
+    """Package rouge-score with stemming."""
+    parts = functools.cache(lambda: rouge_statistics(hypotheses, references))
+    return {kind: lambda kind=kind: parts()[kind] for kind in KINDS}  # type: ignore[misc]
+
+
+STYLES: dict[str, Callable[[Texts, Lists], Parts]] = {
+    "e2e": _e2e,
+    "webnlg": _webnlg,
+    # BLEU by multi-bleu: on the tokens that the texts have
+    "dart": functools.partial(_webnlg, tokenize="none"),
+    "samsum": _samsum,
+    "wikisql": lambda queries, references: {"logical_form": lambda: logical_form_statistics(queries, references)},
+}
+
+
+def nltk_words(texts: Texts) -> list[str]:
+    """nltk's `word_tokenize`, one space between: English Punkt sentences (of package punkt, which holds the model that
+    nltk would download), split into words by nltk's rules; the WebNLG challenge's scorer uses it for METEOR and TER."""
+    sentences = package("punkt").sent_tokenize
+    split = package("nltk.tokenize").NLTKWordTokenizer().tokenize
+    return [" ".join(word for sentence in sentences(text) for word in split(sentence)) for text in texts]
+
+
+def _split(tokens: Callable[[Texts], list[str]], hypotheses: Texts, references: Lists) -> tuple[Texts, Lists]:
+    """Tokens of all texts in one call."""
+    token_lists = iter(tokens([*hypotheses, *(text for texts in references for text in texts)]))
+    return [next(token_lists) for _ in hypotheses], [[next(token_lists) for _ in texts] for texts in references]

@@ -1,31 +1,22 @@
 """Logical-form accuracy of SQL texts, for WikiSQL (paper, Table 4)."""
 
 import re
-from collections.abc import Sequence
 
-from lora_jax.metrics.references import References, check_lists, present
-from lora_jax.metrics.statistics import Statistics, mean
+from lora_jax.metrics.statistics import Lists, References, Statistics, Texts, checked, mean
 
 
-def logical_form_accuracy(predictions: Sequence[str], references: References) -> float:
-    """The fraction of queries that are a reference but for how they are written.
+def logical_form_accuracy(predictions: Texts, references: References) -> float:
+    """The fraction of queries, SELECT ... FROM ... WHERE ... AND ..., that are a reference but for how they are
+    written; references are one list a query, in WikiSQL of one. Errors are those of `bleu`.
 
     Case, blanks, the kind of quotes and a closing semicolon do not count, nor does the order of conditions, as in the
     official evaluate.py without `--ordered` (salesforce/WikiSQL); which compares numbers of columns, here their names
     are compared.
-
-    Args:
-      predictions: one query an instance: SELECT ... FROM ... WHERE ... AND ...
-      references: one list of queries an instance, in WikiSQL of one.
-
-    Raises:
-      TypeError, ValueError: as `bleu`.
     """
-    check_lists(predictions, references)
-    return logical_form_statistics(predictions, present(references)).score()
+    return logical_form_statistics(predictions, checked(predictions, references)).score()
 
 
-def logical_form_statistics(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistics:
+def logical_form_statistics(predictions: Texts, references: Lists) -> Statistics:
     """The mean over instances of 1 where the query is right."""
     forms = [{_form(query) for query in queries} for queries in references]
     return mean([_form(query) in accepted for query, accepted in zip(predictions, forms, strict=True)])

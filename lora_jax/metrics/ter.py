@@ -9,25 +9,18 @@ on DART.
 import os.path
 from collections.abc import Callable, Iterator, Sequence
 
-from lora_jax.metrics.extra import extra
-from lora_jax.metrics.statistics import Statistics, mean
+from lora_jax.metrics.statistics import Lists, Statistics, Texts, mean, package
 
 
-def ter_statistics(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Statistics:
-    """The mean over instances of the least rate over references; an empty reference has the rate 1.
+def ter_statistics(hypotheses: Texts, references: Lists) -> Statistics:
+    """The mean over instances of the least rate over references; an empty reference has the rate 1. Texts are tokens
+    with one space between."""
+    distance = package("rapidfuzz.distance").Levenshtein.distance
 
-    The texts are tokenized, one space between tokens.
+    def least(hypothesis: str, texts: Texts) -> float:
+        return min(_rate(hypothesis.split(), reference.split(), distance) for reference in texts)
 
-    Raises:
-      ImportError: without rapidfuzz.
-    """
-    distance = extra("rapidfuzz.distance").Levenshtein.distance
-    return mean(
-        [
-            min(_rate(hypothesis.split(), reference.split(), distance) for reference in texts)
-            for hypothesis, texts in zip(hypotheses, references, strict=True)
-        ]
-    )
+    return mean([least(hypothesis, texts) for hypothesis, texts in zip(hypotheses, references, strict=True)])
 
 
 def _rate(hypothesis: Sequence[str], reference: Sequence[str], distance: Callable[[str, str], int]) -> float:

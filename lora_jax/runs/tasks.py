@@ -16,7 +16,7 @@ from datasets import Dataset
 from ml_collections import ConfigDict
 
 from lora_jax import training
-from lora_jax.data import batches, glue, pairs, tasks
+from lora_jax.data import batches, glue, pairs, sentences, tasks
 from lora_jax.data.batches import Schedule
 from lora_jax.data.tasks import TextTask
 from lora_jax.metrics.glue import glue as glue_metrics
@@ -114,7 +114,7 @@ def classification(
         if inserted["after"]:
             raise ValueError(f"infix={len(inserted['after'])}: a text to classify has a prefix alone")
         options = {"length": length, "labels": max(len(labels), 1), "before": inserted["before"]}
-        encoded = glue.encode(examples, base.tokenizer, **options)
+        encoded = sentences.encode(examples, base.tokenizer, **options)
         return batches.classified(encoded, config.data.batch_size, config.seed, buckets=config.data.buckets)
 
     def objective(config: ConfigDict, model: Any) -> training.Objective:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from lora_jax.data import batches, e2e
+from lora_jax.data import batches, e2e, pairs
 from lora_jax.data.pairs import Encoded
 
 sizes = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 12)), min_size=1, max_size=60)
@@ -69,6 +69,17 @@ def test_every_example_once_an_epoch(sizes: list[tuple[int, int]], size: int, bu
             assert batch["tokens"].shape[0] == batch["labels"].shape[0] == size
 
 
+def test_a_row_left_over_keeps_its_labels_and_a_short_batch_ends_in_zeros() -> None:
+    """One short example with many labels, four long ones with a single label each: three batches, one row empty."""
+    data = examples([(1, 9), (20, 1), (20, 1), (20, 1), (20, 1)])
+    schedule = batches.bucketed(data, 2, buckets=2)
+    assert schedule.shapes == ((9, 9), (20, 9)) and len(schedule) == 3
+    epoch = list(schedule(0))
+    read = [row for batch in epoch for row in rows(batch)]
+    assert sorted(len(labels) for _, labels in read) == [1, 1, 1, 1, 9] and len(set(read)) == 5
+    assert sum(not mask.any() for batch in epoch for mask in batch["mask"]) == 1
+
+
 def test_order_is_of_seed_and_epoch_and_any_position_can_be_had() -> None:
     data = examples([(1 + i % 7, 1 + i % 5) for i in range(50)])
 
@@ -103,7 +114,7 @@ def test_bucket_lengths_waste_least(lengths: list[int], count: int) -> None:
 )
 def test_e2e_computes_few_padded_tokens(shared: Path, tokenizer: str, eos: int) -> None:
     data = e2e.load(shared / "data/e2e", "train")
-    encoded = e2e.encode(data, Tokenizer.from_file(str(shared / tokenizer)), eos=eos, length=512)
+    encoded = pairs.encode(data, Tokenizer.from_file(str(shared / tokenizer)), eos=eos, length=512)
     assert (len(encoded), encoded.skipped) == (42_061, 0)
     schedule = batches.bucketed(encoded, 8, 110)
     assert len(schedule) == 5_258  # the paper's: 5 epochs are 26,290 steps

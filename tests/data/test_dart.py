@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_jax.data import dart, pairs
+from lora_jax.data import pairs, triples
 
 ENTRIES = [
     {
@@ -26,7 +26,7 @@ def test_a_small_file(tmp_path: Path, name: str) -> None:
     raw = json.dumps(ENTRIES).encode()
     (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
     for path in (tmp_path, tmp_path / name):
-        data = dart.load(path, "valid")
+        data = triples.dart(path, "valid")
         assert data.column_names == ["context", "completion"]
         assert list(data["context"]) == [CONTEXTS[0], CONTEXTS[0], CONTEXTS[1]]
         assert list(data["completion"]) == [" It joined. ", "", "X."]
@@ -50,7 +50,7 @@ def plainly(path: Path) -> list[list[tuple[str, str]]]:
 def test_the_real_files(
     shared: Path, split: str, name: str, entries: int, texts: int, contexts: int, many: int
 ) -> None:
-    data = dart.load(shared / "data/dart", split)
+    data = triples.dart(shared / "data/dart", split)
     expected = plainly(shared / f"data/dart/dart-v1.1.1-full-{name}.json.gz")
     assert list(zip(data["context"], data["completion"], strict=True)) == [pair for entry in expected for pair in entry]
     assert (len(expected), len(data)) == (entries, texts)
@@ -63,7 +63,7 @@ def test_the_real_files(
 
 def test_the_official_references(shared: Path) -> None:
     """Those of the official scorer's example, up to three an entry, in the order of the file."""
-    data = iter(dart.load(shared / "data/dart", "test")["completion"])
+    data = iter(triples.dart(shared / "data/dart", "test")["completion"])
     ours = [[next(data) for _ in entry] for entry in plainly(shared / "data/dart/dart-v1.1.1-full-test.json.gz")]
 
     def letters(text: str) -> str:
@@ -78,28 +78,29 @@ def test_the_official_references(shared: Path) -> None:
 
 def test_training_on_a_part_of_dev(shared: Path) -> None:
     folder = shared / "data/dart"
-    whole, train, valid = dart.load(folder, "valid"), dart.load_dev(folder, "train"), dart.load_dev(folder, "valid")
+    train, valid = triples.dart_dev(folder, "train"), triples.dart_dev(folder, "valid")
     assert (len(train), len(valid)) == (6_316, 664)
     assert not set(train["context"]) & set(valid["context"])
     assert len(set(valid["context"])) == 272 == round(2_721 / 10)
+    dev = triples.dart(folder, "valid")
     both = Counter(zip(train["context"], train["completion"], strict=True))
     both.update(zip(valid["context"], valid["completion"], strict=True))
-    assert both == Counter(zip(whole["context"], whole["completion"], strict=True))
-    assert list(dart.load_dev(folder, "valid")["completion"]) == list(valid["completion"])
-    assert len(dart.load_dev(folder, "test")) == 12_552
+    assert both == Counter(zip(dev["context"], dev["completion"], strict=True))
+    assert list(triples.dart_dev(folder, "valid")["completion"]) == list(valid["completion"])
+    assert len(triples.dart_dev(folder, "test")) == 12_552
     with pytest.raises(ValueError, match="split 'dev': one of"):
-        dart.load_dev(folder, "dev")
+        triples.dart_dev(folder, "dev")
     with pytest.raises(ValueError, match=r"dev\.json\.gz: a file; the folder"):
-        dart.load_dev(folder / "dart-v1.1.1-full-dev.json.gz")
+        triples.dart_dev(folder / "dart-v1.1.1-full-dev.json.gz")
 
 
 def test_a_folder_without_the_train_file(tmp_path: Path) -> None:
     (tmp_path / "dart-v1.1.1-full-dev.json").write_text(json.dumps(ENTRIES))
-    assert len(dart.load(tmp_path, "valid")) == 3
+    assert len(triples.dart(tmp_path, "valid")) == 3
     with pytest.raises(FileNotFoundError, match=r"holds none of dart-v1\.1\.1-full-train\.json, .*Yale-LILY/dart"):
-        dart.load(tmp_path)
+        triples.dart(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no such file or folder; .*Yale-LILY/dart"):
-        dart.load_dev(tmp_path / "nowhere")
+        triples.dart_dev(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -123,4 +124,4 @@ def test_a_file_of_another_form(tmp_path: Path, content: str, message: str) -> N
     file = tmp_path / "a.json"
     file.write_text(content)
     with pytest.raises(ValueError, match=rf"a\.json: .*{message}" if content else message):
-        dart.load(file)
+        triples.dart(file)

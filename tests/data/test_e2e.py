@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from lora_jax.data import e2e
+from lora_jax.data import e2e, pairs
 
 MEANING = "name[Blue Spice], eatType[coffee shop], priceRange[£20-25], familyFriendly[yes]"
 CONTEXT = "name : Blue Spice | Type : coffee shop | price : £ 20 - 25 | family friendly : yes"
@@ -49,14 +49,14 @@ def test_official_contexts_become_the_authors(
     theirs = e2e.load(shared / "data/e2e", split)
     assert (len(ours), len(theirs)) == (official, lines)
     assert list(ours["context"]) == list(theirs["context"])
-    groups = e2e.contexts(theirs)
+    groups = pairs.contexts(theirs)
     assert len(groups) == contexts
     assert sum(map(len, groups.values())) == lines
 
 
 def test_contexts_keep_the_order_of_the_file() -> None:
     data = datasets.Dataset.from_dict({"context": ["b", "a", "b"], "completion": ["first", "second", "third"]})
-    groups = e2e.contexts(data)
+    groups = pairs.contexts(data)
     assert list(groups.items()) == [("b", ["first", "third"]), ("a", ["second"])]
 
 

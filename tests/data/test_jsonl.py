@@ -82,7 +82,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
 def test_a_dialogue_of_another_form(tmp_path: Path, line: str) -> None:
     file = tmp_path / "train.jsonl"
     file.write_text(f"{json.dumps(DIALOGUES[0])}\n{line}\n{json.dumps(DIALOGUES[1])}\n")
-    with pytest.raises(ValueError, match=r"train\.jsonl:2: not a line of the form wanted .*arXiv"):
+    with pytest.raises(ValueError, match=r"train\.jsonl:2: not a line of the form wanted; .*arXiv"):
         jsonl.samsum(file)
 
 
@@ -93,7 +93,7 @@ def test_a_dialogue_of_another_form(tmp_path: Path, line: str) -> None:
 def test_a_question_of_another_form(tmp_path: Path, change: dict[str, Any]) -> None:
     write(tmp_path / "test.jsonl", [QUESTIONS[0], QUESTIONS[1] | change])
     write(tmp_path / "test.tables.jsonl", TABLES)
-    with pytest.raises(ValueError, match=r"test\.jsonl:2: not a line of the form wanted .*WikiSQL"):
+    with pytest.raises(ValueError, match=r"test\.jsonl:2: not a line of the form wanted; .*WikiSQL"):
         jsonl.wikisql(tmp_path, "test")
     write(tmp_path / "test.tables.jsonl", [{"id": "t-1"}])
     with pytest.raises(ValueError, match=r"test\.tables\.jsonl:1: not a line"):

@@ -41,7 +41,7 @@ def test_tokens_and_starts(tokenizer: Tokenizer) -> None:
 def test_gpt2_tokens_of_a_real_pair(shared: Path) -> None:
     tokenizer = Tokenizer.from_file(str(shared / "data/gpt2_tokenizer/tokenizer.json"))
     data = e2e.load(shared / "data/e2e", "test").select([0])
-    encoded = e2e.encode(data, tokenizer, eos=50256, length=1024)
+    encoded = pairs.encode(data, tokenizer, eos=50256, length=1024)
     context = "name : Blue Spice | Type : coffee shop | area : city centre"
     completion = " A coffee shop in the city centre area called Blue Spice ."
     expected = [*tokenizer.encode(context).ids, 50256, *tokenizer.encode(completion).ids, 50256]

@@ -106,6 +106,16 @@ def test_the_longer_sentence_is_cut(sizes: tuple[int, int], length: int) -> None
         assert all(left[i] == sizes[i] or left[i] >= left[1 - i] - 1 for i in (0, 1))
 
 
+def test_a_prefix_stands_behind_the_first_special_token_and_counts_for_the_length() -> None:
+    data, mark = dataset(['"' * 6]), byte_level().encode('"', add_special_tokens=False).ids[0]
+    plain, encoded = (encode(data, byte_level(), length=7, labels=2, before=ids) for ids in ((), (70, 71)))
+    assert plain.tokens.tolist() == [0, *[mark] * 5, 2]
+    assert encoded.tokens.tolist() == [0, 70, 71, *[mark] * 3, 2]
+    assert encoded.token_types.tolist() == [0] * 7 and encoded.offsets.tolist() == [0, 7] and encoded.truncated == 1
+    with pytest.raises(ValueError, match="more than the 2 special tokens and 2 of a prefix"):
+        encode(data, byte_level(), length=4, labels=2, before=(70, 71))
+
+
 def test_many_examples_and_their_labels() -> None:
     numbers = [i % 3 for i in range(20_000)]  # more than go through the tokenizer at once
     found = encode(dataset(['"' * n for n in numbers], label=numbers), byte_level(), length=8, labels=3)

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pytest
 
-from lora_jax.data import pairs, webnlg
+from lora_jax.data import pairs, triples
 
 ARTISTS = ("Artist", "Athlete", "CelestialBody", "MeanOfTransportation", "Politician")
 
@@ -52,7 +52,7 @@ def test_a_small_file(tmp_path: Path, name: str) -> None:
     raw = json.dumps({"entries": ENTRIES}).encode()
     (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
     for path in (tmp_path, tmp_path / name):
-        data = webnlg.load(path, "valid")
+        data = triples.webnlg(path, "valid")
         assert data.column_names == ["context", "completion", "category", "seen"]
         assert rows(data) == ROWS
 
@@ -85,7 +85,7 @@ def test_the_real_files(
     shared: Path, split: str, file: str, texts: int, contexts: int, seen: int, seen_contexts: int
 ) -> None:
     folder = shared / "data/webnlg_challenge_2017"
-    data = webnlg.load(folder, split)
+    data = triples.webnlg(folder, split)
     assert rows(data) == plainly(folder / f"{file}.json.gz")
     assert (len(data), len(pairs.contexts(data))) == (texts, contexts)
     flags = dict(zip(data["context"], data["seen"], strict=True))
@@ -95,7 +95,7 @@ def test_the_real_files(
 
 
 def test_references_of_the_test_set(shared: Path) -> None:
-    data = webnlg.load(shared / "data/webnlg_challenge_2017", "test")
+    data = triples.webnlg(shared / "data/webnlg_challenge_2017", "test")
     groups = pairs.contexts(data)
     counts = {1: 109, 2: 474, 3: 1_262, 4: 8, 5: 4, 6: 3, 7: 1, 8: 1}
     assert Counter(map(len, groups.values())) == counts
@@ -116,11 +116,11 @@ def test_references_of_the_test_set(shared: Path) -> None:
 def test_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"holds none of test\.json, test\.json\.gz; .*webnlg_challenge_2017"):
-        webnlg.load(tmp_path, "test")
+        triples.webnlg(tmp_path, "test")
     with pytest.raises(FileNotFoundError, match=r"/no/such: no such file or folder; .*microsoft/LoRA"):
-        webnlg.load("/no/such")
+        triples.webnlg("/no/such")
     with pytest.raises(ValueError, match="split 'dev': one of train, valid, test"):
-        webnlg.load(tmp_path, "dev")
+        triples.webnlg(tmp_path, "dev")
 
 
 GOOD = ENTRIES[0]["1"]
@@ -148,7 +148,7 @@ def test_a_file_of_another_form(tmp_path: Path, content: str, message: str) -> N
     file = tmp_path / "train.json"
     file.write_text(content)
     with pytest.raises(ValueError, match=rf"train\.json: .*{message}" if content else message):
-        webnlg.load(file)
+        triples.webnlg(file)
 
 
 def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,12 +185,12 @@ def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
         return copy if name == "owner/web_nlg" else copy.remove_columns("lex")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert rows(webnlg.load("owner/web_nlg", "test")) == ROWS
-    assert rows(webnlg.load("owner/web_nlg", "valid")) == ROWS
+    assert rows(triples.webnlg("owner/web_nlg", "test")) == ROWS
+    assert rows(triples.webnlg("owner/web_nlg", "valid")) == ROWS
     assert asked == [("owner/web_nlg", "webnlg_challenge_2017", split) for split in ("test", "dev")]
     with pytest.raises(FileNotFoundError, match=r"owner/script: .*scripts are no longer.*microsoft/LoRA"):
-        webnlg.load("owner/script")
+        triples.webnlg("owner/script")
     with pytest.raises(ValueError, match=r"owner/other: the columns \['category', 'lex', .*it has"):
-        webnlg.load("owner/other")
+        triples.webnlg("owner/other")
     with pytest.raises(ValueError, match="split 'dev': one of"):
-        webnlg.load("owner/web_nlg", "dev")
+        triples.webnlg("owner/web_nlg", "dev")

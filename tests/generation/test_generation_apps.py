@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 import lora_jax as lj
 from configs.e2e import get_config
 from lora_jax import checkpoints, training
-from lora_jax.data import batches, e2e, text
+from lora_jax.data import batches, e2e, pairs, text
 from lora_jax.data.tasks import named
 from lora_jax.generation import complete
 from lora_jax.interop import hf
@@ -78,7 +78,7 @@ def start(app: str, *flags: str, typed: str = "") -> subprocess.CompletedProcess
 
 
 def texts(run: Made, params: Any, contexts: list[str], **how: Any) -> list[str]:
-    prompts = e2e.prompts(contexts, run.tokenizer, eos=0)
+    prompts = pairs.prompts(contexts, run.tokenizer, eos=0)
     options: dict[str, Any] = {"max_new_tokens": 20, "eos": 0, "progress": False} | how
     return complete(run.model, params, run.tokenizer, prompts, **options)
 
@@ -106,7 +106,7 @@ def test_evaluate(run: Made) -> None:
     assert (result["step"], result["contexts"], result["references"]) == (7, 2, 3)
 
     data = e2e.load(run.workdir.parent, "test").select(range(3))
-    encoded = e2e.encode(data, run.tokenizer, eos=0, length=100)
+    encoded = pairs.encode(data, run.tokenizer, eos=0, length=100)
     schedule = batches.bucketed(encoded, 4, buckets=1)
     expected = training.validate(training.language_model(run.model), lj.merge(run.adapted), schedule)["validation_loss"]
     np.testing.assert_allclose(result["loss"], expected, rtol=1e-5)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_jax.data import e2e
+from lora_jax.data import e2e, pairs
 from lora_jax.metrics import bleu
 
 
@@ -20,7 +20,7 @@ def test_the_ten_instance_example(shared: Path) -> None:
 @pytest.mark.parametrize("run", range(5))
 def test_tgen(shared: Path, run: int) -> None:
     file = shared / f"data/e2e_system_outputs/tgen-std.run{run}.txt"
-    groups = e2e.contexts(e2e.load(shared / "data/e2e/official", "test"))
+    groups = pairs.contexts(e2e.load(shared / "data/e2e/official", "test"))
     expected = [66.16, 65.66, 66.67, 67.17, 66.38][run]
     score = bleu(file.read_text().splitlines(), list(groups.values()))
     assert score == pytest.approx(expected, rel=1e-3)

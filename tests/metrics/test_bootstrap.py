@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from sacrebleu.metrics import BLEU
 
-from lora_jax.metrics import bleu, paired, report, styles
-from lora_jax.metrics.bleu import bleu_statistics
+from lora_jax.metrics import bleu, paired, report, scores
+from lora_jax.metrics.ngrams import bleu_statistics
 from lora_jax.metrics.statistics import Statistics, draws, interval, mean
 from lora_jax.metrics.ter import ter_statistics
 
@@ -20,7 +20,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A style of two scores without Java, which takes seconds to start."""
     parts = {"bleu": bleu_statistics, "ter": ter_statistics}
     quick = lambda *texts: {name: lambda part=part: part(*texts) for name, part in parts.items()}  # noqa: E731
-    monkeypatch.setitem(styles.STYLES, "dart", quick)
+    monkeypatch.setitem(scores.STYLES, "dart", quick)
 
 
 def corpus(size: int) -> list[list[str]]:

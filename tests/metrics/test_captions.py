@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_jax.data import e2e
-from lora_jax.metrics.captions import cider_statistics, rouge_l_statistics
-from lora_jax.metrics.meteor import meteor_statistics
-from lora_jax.metrics.styles import STYLES
-from lora_jax.metrics.tokens import nltk_words, ptb_tokens
+from lora_jax.data import e2e, pairs
+from lora_jax.metrics.java import meteor_statistics, ptb_tokens
+from lora_jax.metrics.rouge import cider_statistics, rouge_l_statistics
+from lora_jax.metrics.scores import STYLES, nltk_words
 
 
 def test_ptb_tokens() -> None:
@@ -51,7 +50,7 @@ def test_the_ten_instance_example(shared: Path) -> None:
 @pytest.mark.slow
 def test_tgen(shared: Path) -> None:
     """The published means of five runs (Dusek, Howcroft and Rieser 2019), which used the same program."""
-    groups = list(e2e.contexts(e2e.load(shared / "data/e2e/official", "test")).values())
+    groups = list(pairs.contexts(e2e.load(shared / "data/e2e/official", "test")).values())
     files = [shared / f"data/e2e_system_outputs/tgen-std.run{run}.txt" for run in range(5)]
     runs = [ptb_tokens(file.read_text().splitlines()) for file in files]
     tokens = iter(ptb_tokens([text for texts in groups for text in texts]))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lora_jax.metrics import java
-from lora_jax.metrics.meteor import aggregate, meteor_statistics
+from lora_jax.metrics.java import aggregate, meteor_statistics
 
 # "the cat was sitting on the mat" and "the cat sat on the mat": all is matched, "was sitting" as a paraphrase
 SITTING = [7, 6, 4, 3, 2, 2, 3, 3, *[0] * 8, 1, 1, 1, 0, 1, 7, 6]

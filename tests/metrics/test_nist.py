@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_jax.data import e2e
-from lora_jax.metrics.nist import nist_statistics
+from lora_jax.data import e2e, pairs
+from lora_jax.metrics.ngrams import nist_statistics
 
 
 def test_the_ten_instance_example(shared: Path) -> None:
@@ -21,7 +21,7 @@ def test_the_ten_instance_example(shared: Path) -> None:
 @pytest.mark.parametrize("run", range(5))
 def test_tgen(shared: Path, run: int) -> None:
     file = shared / f"data/e2e_system_outputs/tgen-std.run{run}.txt"
-    groups = e2e.contexts(e2e.load(shared / "data/e2e/official", "test"))
+    groups = pairs.contexts(e2e.load(shared / "data/e2e/official", "test"))
     score = nist_statistics(file.read_text().splitlines(), list(groups.values())).score()
     assert score == pytest.approx([8.5446, 8.4679, 8.5487, 8.5602, 8.6303][run], abs=5e-5)
 

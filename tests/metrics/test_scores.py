@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lora_jax.metrics import bleu, score
-from lora_jax.metrics.references import padded, present
-from lora_jax.metrics.styles import STYLES
+from lora_jax.metrics.scores import STYLES
+from lora_jax.metrics.statistics import padded, present
 
 
 def webnlg(shared: Path) -> tuple[list[str], list[list[str]]]:
