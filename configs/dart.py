@@ -2,10 +2,10 @@
 
     python -m experiments.train --config=configs/dart.py:medium --config.data.path=FOLDER --workdir=runs/dart
 
-The folder holds dart-v1.1.1-full-train, -dev and -test.json (lora_jax/data/dart.py says where they are public). Without
-the train file, --config.data.name=dart_dev trains on nine tenths of the dev file's contexts and validates on the rest:
-that does not compare with the paper. The name is a size and, after a comma, what trains (LoRA on query and value
-without it):
+The folder holds dart-v1.1.1-full-train, -dev and -test.json (lora_jax/data/triples.py says where they are public).
+Without the train file, --config.data.name=dart_dev trains on nine tenths of the dev file's contexts and validates on
+the rest: that does not compare with the paper. The name is a size and, after a comma, what trains (LoRA on query and
+value without it):
 
     small | medium | large            the GPT-2 of that size (any other with --config.base=FOLDER)
     medium,lora_all                   LoRA on all attention and MLP matrices

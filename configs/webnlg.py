@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=configs/webnlg.py:medium --config.data.path=FOLDER --workdir=runs/webnlg
 
-The folder holds train, dev and test.json (lora_jax/data/webnlg.py says where they are public). The name is a size and,
+The folder holds train, dev and test.json (lora_jax/data/triples.py says where they are public). The name is a size and,
 after a comma, what trains (LoRA on query and value without it):
 
     small | medium | large            the GPT-2 of that size (any other with --config.base=FOLDER)

@@ -60,7 +60,7 @@ def _value(metric: str, predicted: np.ndarray, true: np.ndarray) -> float:
 
     if metric == "f1":
         return float(f1_score(true, predicted, zero_division=0.0))
-    # before scikit-learn and scipy are asked, who warn, and give NaN for a correlation
+    # of a constant scikit-learn would warn, and scipy give NaN
     if (predicted == predicted[0]).all() or (true == true[0]).all():
         return 0.0
     if metric == "matthews":
