@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.core.arrays import LowRank, Tuned, is_adapted
-from lora_jax.core.selection import CLASS, Selection, flatten, look_up, matches, select
+from lora_jax.core.arrays import LowRank, Tuned, is_adapted, widened
+from lora_jax.core.selection import CLASS, Selection, flatten, look_up, matches_any, select
 from lora_jax.core.transforms import Delta, ParamTransform, chain, from_spec, traits_of
 from lora_jax.methods.bias_delta import BiasDelta, bias_delta
 from lora_jax.methods.lora import lora
@@ -42,13 +42,12 @@ def add(pairs: Sequence[Pair], weights: Sequence[Any], *, params: Any = None) ->
     Args:
       pairs: of one base.
       weights: a number for each pair; they may be negative or traced.
-      params: the base. `rows` and tuned leaves need it, for they replace it (tuned leaves not where all pairs have them
-        and the weights add up to 1: an average). Shapes are enough where the factors do not tell them: VeRA, `layers`
-        of a stack.
+      params: the base, which `token_rows` and tuned leaves replace, and so need (tuned leaves not for an average: all
+        pairs have them, and the weights add up to 1). Shapes are enough for VeRA and for `layers` of a stack.
 
     Raises:
       ValueError: a method that does not add (DoRA, IA3, adapters and prefixes); changes of two kinds of one leaf; a
-        base that is needed. It names method or path, and says why.
+        base that is needed.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> from lora_jax.arithmetic import add
@@ -86,10 +85,7 @@ def truncate(
 
     Args:
       rank: 1 or more, or a mapping glob -> rank (first match wins; no match is an error).
-      params: as in `add`.
-
-    Raises:
-      ValueError: as in `add`; a rank below 1; a delta in which nothing has low rank.
+      params: as in `add`, and so the errors; one besides where nothing has low rank.
     """
     _need_sum(method, delta)
     factors, axes = _sums([(method, delta)], [1], params)
@@ -145,15 +141,11 @@ def _stand_in(method: ParamTransform, delta: Delta) -> tuple[ParamTransform, dic
     """The method for the delta's paths by name, and leaves of the shapes that the factors tell."""
     specs, leaves = [], {}
     for spec, _ in traits_of(method.spec):
-        paths = [path for path in delta if not path.startswith("@") and _any(spec.get("select", ()), path)]
-        paths = [path for path in paths if not _any(spec.get("exclude", ()), path)]
+        paths = [path for path in delta if not path.startswith("@") and matches_any(spec.get("select", ()), path)]
+        paths = [path for path in paths if not matches_any(spec.get("exclude", ()), path)]
         leaves.update({path: _leaf(path, delta, spec) for path in paths})
         specs.append(spec | {"select": paths, "exclude": []})
     return from_spec({"method": "chain", "of": specs}), leaves
-
-
-def _any(globs: Sequence[str], path: str) -> bool:
-    return any(matches(glob, path) for glob in globs)
 
 
 def _leaf(path: str, delta: Delta, spec: dict[str, Any]) -> jax.ShapeDtypeStruct:
@@ -183,7 +175,7 @@ def _same_kind(path: str, terms: Terms) -> Terms:
 
 
 def _wide(x: Array) -> Array:
-    return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+    return x.astype(widened(x.dtype))
 
 
 def _scaled(x: Array, scale: Array, weight: Any) -> Array:

@@ -7,20 +7,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.core.arrays import Adapted, LowRank, PathLabel, adapted_array, static
+from lora_jax.core.arrays import Adapted, LowRank, Weight, adapted_array, static, widened
 from lora_jax.core.selection import Absent, Selection
 from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_target, register
 
 
 @adapted_array
-class TokenRows(Adapted):
+class TokenRows(Weight):
     """An embedding `(v, o)` with `rows` `(n, o)`, float32, in the place of the base's rows `indices`."""
 
-    base: Array
     rows: Array
     indices: tuple[int, ...] = static()
-    core: str = static(default="vo")
-    path: str = static(default=PathLabel())
 
     def materialize(self) -> Array:
         return self.base.at[jnp.array(self.indices)].set(self.rows.astype(self.dtype))
@@ -35,7 +32,7 @@ class TokenRows(Adapted):
 
 def _wide(x: Array, base: Any) -> Array:
     """In the dtype that trains, which holds every number of the base: float32, or float64 for a base of it."""
-    return x.astype(jnp.float64 if base.dtype == jnp.float64 else jnp.float32)
+    return x.astype(widened(base.dtype))
 
 
 def token_rows(selection: Selection, *, indices: Sequence[int]) -> ParamTransform:
@@ -45,11 +42,8 @@ def token_rows(selection: Selection, *, indices: Sequence[int]) -> ParamTransfor
     in, rounded once to the base's dtype; `lift` adds their difference from the base's, rounded to it too.
 
     Args:
-      selection: embeddings, with axes "vo".
-      indices: which rows, each once.
-
-    Raises:
-      ValueError: no index, one that is no whole number from 0, that is there twice or beyond the rows; other axes.
+      selection: embeddings; axes other than "vo" are a ValueError.
+      indices: which rows, whole numbers from 0, each once; others are a ValueError.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> method = lj.token_rows(lj.select("embedding"), indices=[5, 7])

@@ -11,7 +11,8 @@ import jax.extend.core as jex
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from lora_jax.core.arrays import Adapted, factor_axes, is_adapted
+from lora_jax.core.arrays import Adapted, is_adapted
+from lora_jax.core.lifting.axis_ops import rebuild
 from lora_jax.core.lifting.interpreter import TraceState, evaluate, rule
 
 
@@ -49,8 +50,8 @@ def _scan(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[A
     closed = p["jaxpr"]
     body = closed.jaxpr
     # by rank, since the parameters' names differ between versions of JAX: a carry keeps it, xs have one more outside
-    carries = sum(_rank(i) == _rank(o) for i, o in zip(body.outvars, eqn.outvars, strict=True))
-    stacked = sum(_rank(i) + 1 == _rank(o) for i, o in zip(body.invars, eqn.invars, strict=True))
+    carries = sum(i.aval.ndim == o.aval.ndim for i, o in zip(body.outvars, eqn.outvars, strict=True))
+    stacked = sum(i.aval.ndim + 1 == o.aval.ndim for i, o in zip(body.invars, eqn.invars, strict=True))
     n = len(values) - carries - stacked
     consts, init, xs = values[:n], values[n : n + carries], values[n + carries :]
     xs = [x if is_adapted(x) and x.axes[0] == "s" else _dense(eqn, [x], state)[0] for x in xs]
@@ -69,10 +70,6 @@ def _scan(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[A
     taps = state.sites.stacked(counts, p["length"], p["reverse"])
     carry, ys = lax.scan(step, moving, (xs, taps), length=p["length"], **options)
     return [*_combined(kept, carry), *ys]
-
-
-def _rank(var: Any) -> int:
-    return var.aval.ndim
 
 
 @rule("while")
@@ -112,7 +109,7 @@ def _cond(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[A
     def branch(closed: jex.ClosedJaxpr) -> Any:
         return lambda *args: _dense(eqn, evaluate(closed.jaxpr, closed.consts, args, state), state)
 
-    return lax.switch(values[0], [branch(closed) for closed in eqn.params["branches"]], *values[1:])
+    return lax.switch(values[0], list(map(branch, eqn.params["branches"])), *values[1:])
 
 
 @rule("shard_map")
@@ -122,24 +119,16 @@ def _shard_map(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> S
     def body(*args: Any) -> tuple[Any, ...]:
         return tuple(_dense(eqn, evaluate(p["jaxpr"], (), args, state), state))
 
-    return jax.shard_map(
-        body,
-        mesh=p["mesh"],
-        in_specs=tuple(
-            _specs(x, spec) if is_adapted(x) else spec for x, spec in zip(values, p["in_specs"], strict=True)
-        ),
-        out_specs=tuple(p["out_specs"]),
-        axis_names=p["newly_manual_axes"],
-        check_vma=p["check_vma"],
-    )(*values)
+    specs = [_specs(x, spec) if is_adapted(x) else spec for x, spec in zip(values, p["in_specs"], strict=True)]
+    options = {"mesh": p["mesh"], "axis_names": p["newly_manual_axes"], "check_vma": p["check_vma"]}
+    return jax.shard_map(body, in_specs=tuple(specs), out_specs=tuple(p["out_specs"]), **options)(*values)
 
 
 def _specs(w: Adapted, spec: PartitionSpec) -> Adapted:
     """The specs of an adapted array's leaves: a factor takes those of the base's axes that it follows."""
     entries = (*spec, *[None] * (w.ndim - len(spec)))
-    factors = {
-        name: PartitionSpec(*(entries[axis] if isinstance(axis, int) else None for axis in factor_axes(layout, w.axes)))
-        for name, layout in w.layout.items()
-        if getattr(w, name) is not None
-    }
-    return w.replace(base=spec, **factors)
+
+    def spec_of(array: Any, where: list, _: list) -> PartitionSpec:
+        return PartitionSpec(*(entries[axis] if isinstance(axis, int) else None for axis in where))
+
+    return rebuild(w, w.axes, spec_of)

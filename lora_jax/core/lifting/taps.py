@@ -24,11 +24,10 @@ class Tap:
 
     Attributes:
       factors: a pytree, stacked over the occurrences in their order, or over `layers` of them.
-      strength: 0 leaves the activation, 1 (and None) is what `fn` says; in between a mean.
+      strength: 0 leaves the activation, 1 (and None) is what `fn` gives; in between a mean.
       fn: keeps x's shape and dtype; `seen` are the named values met before, as the model had them (`seen["tokens"]`).
         A frozen dataclass rather than a closure, so that equal taps compile once.
-      count: how often the site occurs.
-      layers: the occurrences that are tapped; None: all.
+      count: how often the site occurs. layers: the occurrences that are tapped; None: all.
       name: under which the delta has the factors, `@site/method`.
     """
 
@@ -66,31 +65,25 @@ class Tapped:
         raise AttributeError(f"tapped params have no {name}: wrap the function with lora_jax.lift")
 
 
-def is_tapped(node: Any) -> bool:
-    return isinstance(node, Tapped)
-
-
 def untapped(tree: Any) -> tuple[Any, tuple[Tap, ...]]:
     """The tree with params in the place of tapped ones, and all their taps."""
     taps: list[Tap] = []
 
     def params(node: Any) -> Any:
-        if not is_tapped(node):
+        if not isinstance(node, Tapped):
             return node
         taps.extend(node.taps)
         return node.params
 
-    return jax.tree.map(params, tree, is_leaf=is_tapped), tuple(taps)
+    return jax.tree.map(params, tree, is_leaf=lambda node: isinstance(node, Tapped)), tuple(taps)
 
 
 @dataclasses.dataclass
 class Sites:
     """The named activations that a lifted call has met so far, in the function or in the body of a scan.
 
-    Attributes:
-      taps: (tap, factors of the occurrences here, which of these are tapped: bools or a traced vector).
-      met: the occurrences so far, by site.
-      seen: the named values so far.
+    taps: (tap, factors of the occurrences here, which of these are tapped: bools or a traced vector).
+    met: the occurrences so far, by site. seen: the named values so far.
     """
 
     taps: list[tuple[Tap, Any, Any]]
@@ -127,8 +120,7 @@ class Sites:
         return x
 
     def stacked(self, counts: Mapping[str, int], length: int, reverse: bool) -> list[tuple[Any, Array | None]]:
-        """Factors, and which are tapped (None: all), of so many occurrences in all steps of a scan, by step; counts
-        them."""
+        """Factors, and which are tapped (None: all), of so many occurrences in a scan, by step; counts them."""
 
         def steps(leaf: Array, name: str) -> Array:
             n = counts.get(name, 0)
@@ -197,33 +189,27 @@ def sites(fn: Callable, *args: Any, **kwargs: Any) -> dict[str, Site]:
         args, kwargs = jax.tree.unflatten(treedef, arrays)
         return fn(*args, **kwargs)
 
-    return _in_jaxpr(jax.make_jaxpr(of_arrays)(*arrays).jaxpr)
+    return _in_equations(jax.make_jaxpr(of_arrays)(*arrays).eqns)
 
 
-def _in_jaxpr(jaxpr: jex.Jaxpr) -> dict[str, Site]:
-    def sites_of(eqn: jex.JaxprEqn) -> dict[str, Site]:
-        if eqn.primitive.name != "name":
-            return _in_params(eqn)
-        named: Any = eqn.outvars[0].aval
-        return {eqn.params["name"]: (1, named.shape, named.dtype.name)}
-
-    return _added(map(sites_of, jaxpr.eqns))
+def _in_equations(eqns: Iterable[jex.JaxprEqn]) -> dict[str, Site]:
+    total: dict[str, Site] = {}
+    for eqn in eqns:
+        part = _in_params(eqn)
+        if eqn.primitive.name == "name":
+            named: Any = eqn.outvars[0].aval
+            part = {eqn.params["name"]: (1, named.shape, named.dtype.name)}
+        for name, (count, shape, dtype) in part.items():
+            total[name] = (count + total.get(name, (0,))[0], shape, dtype)
+    return total
 
 
 def _in_params(eqn: jex.JaxprEqn) -> dict[str, Site]:
     """The sites in an equation's jaxprs, those of a scan for each of its steps."""
     inner = [leaf for leaf in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr) if _is_jaxpr(leaf)]
-    once = _added(_in_jaxpr(getattr(jaxpr, "jaxpr", jaxpr)) for jaxpr in inner)
+    once = _in_equations(eqn for jaxpr in inner for eqn in jaxpr.eqns)
     times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
     return {name: (count * times, shape, dtype) for name, (count, shape, dtype) in once.items()}
-
-
-def _added(parts: Iterable[dict[str, Site]]) -> dict[str, Site]:
-    total: dict[str, Site] = {}
-    for part in parts:
-        for name, (count, shape, dtype) in part.items():
-            total[name] = (count + total.get(name, (0,))[0], shape, dtype)
-    return total
 
 
 def _is_jaxpr(node: Any) -> bool:
