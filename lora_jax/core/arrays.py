@@ -221,7 +221,6 @@ class LowRank(Summed):
     """LoRA: base + scale * A B, with A `(s.., i.., r)` and B `(s.., r, o..)` (Hu et al. 2021, section 4.1)."""
 
     layout: ClassVar = {"a": "sir", "b": "sro", "scale": "s", "key": "s"}
-
     a: Array
     b: Array
     scale: Array

@@ -1,6 +1,7 @@
 """What trains is one tree of labels; optax's masking and the split of a tree both follow it."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,24 +20,25 @@ def labels(tree: Any) -> Any:
 
     def label(node: Any) -> Any:
         if isinstance(node, Delta):
-            return Delta({path: _of_factors(factors) for path, factors in node.items()})
+            return Delta({path: _by_name(factors) for path, factors in node.items()})
         if isinstance(node, Tap):
             strength = jax.tree.map(lambda _: "frozen", node.strength)
-            return dataclasses.replace(node, factors=_of_factors(node.factors), strength=strength)
+            return dataclasses.replace(node, factors=_by_name(node.factors), strength=strength)
         if isinstance(node, Adapted):
             fields = [field for field in dataclasses.fields(node) if not field.metadata.get("static")]  # type: ignore[arg-type]
-            by_field = {f.name: "frozen" if f.name in node.frozen else _factor_label(f.name) for f in fields}
-            of_fields = {n: jax.tree.map(lambda _, n=n: by_field[n], getattr(node, n)) for n in by_field}
-            return node.replace(**of_fields)
+            return node.replace(**_by_name({field.name: getattr(node, field.name) for field in fields}, node.frozen))
         return "frozen"
 
     return jax.tree.map(label, tree, is_leaf=lambda node: isinstance(node, Delta | Adapted | Tap))
 
 
-def _of_factors(factors: Any) -> Any:
+def _by_name(factors: Any, frozen: Sequence[str] = ()) -> Any:
+    def label(name: str) -> str:
+        return "frozen" if name.startswith("fixed_") or name in frozen else "trainable"
+
     if not isinstance(factors, dict):
         return jax.tree.map(lambda _: "trainable", factors)
-    return {name: jax.tree.map(lambda _, name=name: _factor_label(name), leaf) for name, leaf in factors.items()}
+    return {name: jax.tree.map(lambda _, name=name: label(name), leaf) for name, leaf in factors.items()}
 
 
 def freeze_base(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -74,7 +76,3 @@ def combine(trainable: Any, frozen: Any) -> Any:
 
 
 rejoin = combine  # its name before
-
-
-def _factor_label(name: str) -> str:
-    return "frozen" if name.startswith("fixed_") else "trainable"

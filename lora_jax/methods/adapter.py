@@ -65,11 +65,9 @@ def adapter(
 
     Args:
       sites: `{name: (occurrences, width)}`, or with a shape that ends in the width (`gpt2.sites`, `lora_jax.sites`).
-      rank: the width of the bottleneck.
+      rank: the width of the bottleneck. norm: whether a trained LayerNorm goes before.
       activation: "gelu" (its tanh form), "relu", "silu" (swish) or "tanh".
-      norm: whether a trained LayerNorm goes before.
-      layers: the occurrences that are adapted; None: all.
-      dtype: of the factors; they compute in x's.
+      layers: the occurrences that are adapted; None: all. dtype: of the factors; they compute in x's.
 
     >>> import jax, lora_jax as lj
     >>> lj.adapter({"mlp_out": (2, 16)}, rank=3).init(jax.random.key(0), {})

@@ -40,21 +40,16 @@ def add(pairs: Sequence[Pair], weights: Sequence[Any], *, params: Any = None) ->
     shift; tuned leaves (with a base) one tuned leaf. One pair of weight 1 is returned as it is. Works under jit.
 
     Args:
-      pairs: of one base.
-      weights: a number for each pair; they may be negative or traced.
+      pairs: of one base. weights: a number for each pair; they may be negative or traced.
       params: the base, which `token_rows` and tuned leaves replace, and so need (tuned leaves not for an average: all
         pairs have them, and the weights add up to 1). Shapes are enough for VeRA and for `layers` of a stack.
 
-    Raises:
-      ValueError: a method that does not add (DoRA, IA3, adapters and prefixes); changes of two kinds of one leaf; a
-        base that is needed.
+    A method that does not add (DoRA, IA3, adapters, prefixes), or changes of two kinds of one leaf, are a ValueError.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
-    >>> from lora_jax.arithmetic import add
-    >>> params = {"kernel": jnp.ones((100, 70))}
-    >>> one, two = (lj.lora(lj.select("kernel"), rank=rank) for rank in (2, 4))
-    >>> pairs = [(method, method.init(jax.random.key(0), params)) for method in (one, two)]
-    >>> method, delta = add(pairs, [0.5, 0.5])
+    >>> params, loras = {"kernel": jnp.ones((100, 70))}, [lj.lora(lj.select("kernel"), rank=rank) for rank in (2, 4)]
+    >>> pairs = [(lora, lora.init(jax.random.key(0), params)) for lora in loras]
+    >>> method, delta = lj.arithmetic.add(pairs, [0.5, 0.5])
     >>> delta
     Delta: 1 paths, 1,020 numbers
       kernel: a float32(100, 6), b float32(6, 70)
@@ -124,7 +119,9 @@ def _sums(pairs: Sequence[Pair], weights: Sequence[Any], params: Any) -> tuple[d
         terms = _same_kind(path, terms)
         first = terms[0][1]
         if isinstance(first, LowRank):
-            factors[path], axes[path] = _side_by_side(terms), first.axes
+            a, b = [_wide(w.a) for _, w in terms], [_scaled(w.b, w.scale, weight) for weight, w in terms]
+            factors[path] = {"a": jnp.concatenate(a, -1), "b": jnp.concatenate(b, first.scale.ndim)}
+            axes[path] = first.axes
         elif isinstance(first, BiasDelta):
             factors[path] = {"shift": sum(_scaled(w.shift, w.scale, weight) for weight, w in terms)}
         else:
@@ -183,11 +180,6 @@ def _scaled(x: Array, scale: Array, weight: Any) -> Array:
     wide = _wide(x)
     scale = (scale * jnp.asarray(weight, scale.dtype)).astype(wide.dtype)
     return wide * lax.expand_dims(scale, range(scale.ndim, wide.ndim))
-
-
-def _side_by_side(terms: Terms) -> dict[str, Array]:
-    a, b = [_wide(w.a) for _, w in terms], [_scaled(w.b, w.scale, weight) for weight, w in terms]
-    return {"a": jnp.concatenate(a, -1), "b": jnp.concatenate(b, terms[0][1].scale.ndim)}
 
 
 @jax.default_matmul_precision("highest")

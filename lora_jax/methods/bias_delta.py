@@ -51,9 +51,6 @@ def bias_delta(selection: Selection, *, scale: float | Mapping[str, float] = 1.0
             raise ValueError(f"bias_delta takes all of a leaf: {hint}")
         return [Target(path, leaf) for path, leaf in selection.leaves(params).items()]
 
-    def shapes(target: Target) -> dict[str, tuple[int, ...]]:
-        return {"shift": tuple(target.leaf.shape)}
-
     def init(key: Array, target: Target) -> Factors:
         return {"shift": jnp.zeros(target.leaf.shape, jnp.float32)}
 
@@ -65,7 +62,7 @@ def bias_delta(selection: Selection, *, scale: float | Mapping[str, float] = 1.0
         return BiasDelta(**target.fields, shift=factors["shift"], scale=jnp.broadcast_to(number, leaf.shape))
 
     spec = {"method": "bias_delta", **selection.spec(), "scale": scale}
-    return per_target(spec, targets, init, adapt, shapes=shapes)
+    return per_target(spec, targets, init, adapt, shapes=lambda target: {"shift": tuple(target.leaf.shape)})
 
 
 shift = bias_delta  # its name before

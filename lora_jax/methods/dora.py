@@ -18,7 +18,6 @@ class Dora(Weight):
 
     layout: ClassVar = LowRank.layout | {"m": "so", "fixed_norm": "so", "strength": "s"}
     frozen: ClassVar = (*Adapted.frozen, "strength")
-
     a: Array
     b: Array
     m: Array
@@ -61,7 +60,6 @@ class Scaled(LowRank):
 
     layout: ClassVar = LowRank.layout | {"outputs": "so", "inputs": "si"}
     exact: ClassVar = ("outputs", "inputs")
-
     outputs: Array | None = None
     inputs: Array | None = None
 

@@ -21,7 +21,6 @@ class Rescaled(Weight):
 
     layout: ClassVar = {"inputs": "si", "outputs": "so"}
     exact: ClassVar = ("inputs", "outputs")
-
     inputs: Array | None = None
     outputs: Array | None = None
 
@@ -65,17 +64,15 @@ def ia3(selection: Selection, *, feedforward: Iterable[str] = ()) -> ParamTransf
     """`(x W + b) * l`, or `(x * l) W + b` for the weights that feed a layer back: l trains, 1 at first, W and b do not.
 
     A bias is scaled with its weight, if the weight's module has a leaf named `bias`: the l of both stands once in the
-    delta, under `@shared/<module>`. Without one, and for `feedforward`, l is in the delta under the weight's path. Of a
-    convolution's input l scales the channels, those of a group in every group. `merge` multiplies in; `unmerge`
-    divides (a ValueError where an l is 0; under `jit`, where this cannot be seen, NaN).
+    delta, under `@shared/<module>`; a bias of another shape, or of two selected weights, is a ValueError. Without one,
+    and for `feedforward`, l is in the delta under the weight's path. Of a convolution's input l scales the channels,
+    those of a group in every group. `merge` multiplies in; `unmerge` divides (a ValueError where an l is 0; NaN
+    under `jit`, where this cannot be seen).
 
     Args:
       selection: the weights, each with input and output axes. The paper takes the keys and values of attention and the
         second matrix of the MLP, the latter as feedforward.
       feedforward: globs of the selected weights that are scaled on the input side; each must match one.
-
-    Raises:
-      ValueError: a bias does not have the shape of its weight's output, or two selected weights would share it.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> method = lj.ia3(lj.select("*/kernel"), feedforward="down/*")

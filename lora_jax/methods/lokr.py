@@ -35,7 +35,6 @@ class Kronecker(Summed):
         "scale": "s",
     }
     indivisible: ClassVar = True
-
     w1: Array | None = None
     w1_a: Array | None = None
     w1_b: Array | None = None
@@ -123,8 +122,8 @@ def lokr(
       rank: 1 or more, or a mapping glob -> rank (first match wins; no match is an error).
       alpha: scale = alpha / rank, also where no side is low-rank; a number (it may be traced) or a mapping; the rank
         where None.
-      decompose_both: whether w1 may be low-rank too.
-      decompose_factor: the size of out_1 and in_1 where it divides; -1: the nearest to a square root.
+      decompose_both: whether w1 may be low-rank too. decompose_factor: the size of out_1 and in_1 where it divides; -1:
+        the nearest to a square root.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> lj.lokr(lj.select("kernel"), rank=2).init(jax.random.key(0), {"kernel": jnp.ones((120, 64))})
@@ -152,7 +151,7 @@ def lokr(
         scale = 1.0 if alpha is None else look_up(alpha, target.path, "alpha") / look_up(rank, target.path, "rank")
         matrices = {name: w.reshape(*w.shape[: len(target.stack) + 1], -1) for name, w in factors.items()}
         every_layer: dict[str, Any] = {name: target.all_layers(w) for name, w in matrices.items()}
-        window = math.prod(target.window)
+        window = math.prod(target.sizes("k"))
         return Kronecker(**target.fields, **every_layer, scale=target.scale(strength * scale), window=window)
 
     spec = {"method": "lokr", **selection.spec(), "rank": rank, "alpha": alpha}
@@ -167,8 +166,8 @@ def _shapes(target: Target, r: int, decompose_both: bool, factor: int) -> dict[s
     p, m = factorization(math.prod(target.outputs), factor)
     q, n = factorization(math.prod(target.sizes("iv")), factor)
     w1 = {"w1_a": (p, r), "w1_b": (r, q)} if decompose_both and r < max(p, q) / 2 else {"w1": (p, q)}
-    low_rank = {"w2_a": (m, r), "w2_b": (r, n * math.prod(target.window))}
-    w2 = low_rank if r < max(m, n) / 2 else {"w2": (m, n, *target.window)}
+    low_rank = {"w2_a": (m, r), "w2_b": (r, n * math.prod(target.sizes("k")))}
+    w2 = low_rank if r < max(m, n) / 2 else {"w2": (m, n, *target.sizes("k"))}
     return {name: (*target.stacked, *shape) for name, shape in {**w1, **w2}.items()}
 
 

@@ -41,8 +41,7 @@ def lora(
       dropout: on the input of the low-rank branch alone, drawn where `apply` gets a key; look-ups draw none.
       a_init: "kaiming_uniform" U(-1/sqrt(in), 1/sqrt(in)), as in loralib and PEFT; "gaussian" N(0, 0.02^2), as in the
         authors' first GPT-2 code. Embeddings the other way round, as there: A zero, B N(0, 1).
-      scale_rule: "alpha/r", or "alpha/sqrt(r)" (rsLoRA, Kalajdzievski 2023).
-      dtype: of the factors.
+      scale_rule: "alpha/r", or "alpha/sqrt(r)" (rsLoRA, Kalajdzievski 2023). dtype: of the factors.
       shared: globs of leaves that share one A and one dropout mask with those of their module, as in a fused layer
         (PEFT's adapters of GPT-2's c_attn): `@shared/h_0/attn` in the delta for `h_0/attn/{query,value}/kernel`.
       strict: whether a rank above min(in, out) is refused; adapters of other libraries have such.

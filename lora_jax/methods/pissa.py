@@ -17,7 +17,6 @@ class Pissa(Summed):
     """base + scale * (A B - A0 B0), with A0 and B0 the frozen `fixed_a` and `fixed_b`."""
 
     layout: ClassVar = {"a": "sir", "b": "sro", "fixed_a": "sir", "fixed_b": "sro", "scale": "s"}
-
     a: Array
     b: Array
     fixed_a: Array

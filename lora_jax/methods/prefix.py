@@ -25,7 +25,6 @@ class Extended(Weight):
 
     layout: ClassVar = {"rows": "no"}
     indivisible: ClassVar = True  # ids have their meaning in the full table alone
-
     rows: Array
 
     def product(self, x: Array, op: Op) -> Array:
@@ -50,9 +49,8 @@ def prefix_embedding(selection: Selection, *, prefix: int, infix: int = 0) -> Pa
     """Trained embeddings of prefix and infix tokens: d (l_p + l_i) parameters (PreEmbed). They start as rows of the
     vocabulary, drawn at random. It cannot be merged.
 
-    Args:
-      selection: the token embedding, with axes "vo".
-      prefix, infix: how many tokens stand before the context, and between it and the completion.
+    The selection is the token embedding, with axes "vo"; `prefix` tokens stand before the context, `infix` tokens
+    between it and the completion.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> method = lj.prefix_embedding(lj.select("embedding"), prefix=3, infix=1)
@@ -110,8 +108,7 @@ def prefix_layer(sites: Mapping[str, Sequence[Any]], *, vocabulary: int, prefix:
 
     Args:
       sites: `{"block_out": (layers, width)}`, as of `adapter`. The model names its `tokens` too.
-      vocabulary: how many ids the model knows: the tokens' ids begin there.
-      prefix, infix: how many tokens stand before the context, and between it and the completion.
+      vocabulary: how many ids the model knows: the tokens' ids begin there. prefix, infix: as of `prefix_embedding`.
 
     >>> import lora_jax as lj
     >>> lj.check(lj.prefix_layer({"block_out": (2, 16)}, vocabulary=50, prefix=3, infix=1), {}).trained

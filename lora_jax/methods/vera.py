@@ -20,7 +20,6 @@ class Vera(Summed):
     """base + scale * A diag(d) B diag(b): A `(s.., i.., r)`, B `(s.., r, o..)` frozen, d `(s.., r)`, b `(s.., o..)`."""
 
     layout: ClassVar = {"fixed_a": "sir", "fixed_b": "sro", "d": "sr", "b": "so", "scale": "s"}
-
     fixed_a: Array
     fixed_b: Array
     d: Array

@@ -16,11 +16,6 @@ from lora_jax.core.lifting.axis_ops import rebuild
 from lora_jax.core.lifting.interpreter import TraceState, evaluate, rule
 
 
-def _apart(state: TraceState) -> TraceState:
-    """The same state for a body whose named values are not to be seen outside."""
-    return state.below(state.sites.copy())
-
-
 def _dense(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[Any]:
     """Values without adapted arrays, each reported."""
     return [state.dense(eqn, value) if is_adapted(value) else value for value in values]
@@ -37,7 +32,7 @@ def _checkpoint(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> 
     p = eqn.params
 
     def body(*args: Any) -> list[Any]:
-        return evaluate(p["jaxpr"], (), args, _apart(state))
+        return evaluate(p["jaxpr"], (), args, state.apart())
 
     outputs = jax.checkpoint(body, prevent_cse=p["prevent_cse"], policy=p["policy"])(*values)
     state.sites.met.update(state.sites.within(eqn))
@@ -80,7 +75,7 @@ def _while(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[
     test_consts, consts, init = values[:m], values[m : m + n], values[m + n :]
     kept = _unchanged(init, body.jaxpr.invars[n:], body.jaxpr.outvars)
     moving = _dense(eqn, [x for k, x in enumerate(init) if k not in kept], state)
-    state = _apart(state)
+    state = state.apart()
 
     def condition(carry: Any) -> Any:
         return evaluate(test.jaxpr, test.consts, [*test_consts, *_combined(kept, carry)], state)[0]
@@ -104,7 +99,7 @@ def _combined(kept: dict[int, Any], moving: Sequence[Any]) -> list[Any]:
 
 @rule("cond")
 def _cond(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[Any]:
-    state = _apart(state)
+    state = state.apart()
 
     def branch(closed: jex.ClosedJaxpr) -> Any:
         return lambda *args: _dense(eqn, evaluate(closed.jaxpr, closed.consts, args, state), state)
@@ -114,7 +109,7 @@ def _cond(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[A
 
 @rule("shard_map")
 def _shard_map(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> Sequence[Any]:
-    p, state = eqn.params, _apart(state)
+    p, state = eqn.params, state.apart()
 
     def body(*args: Any) -> tuple[Any, ...]:
         return tuple(_dense(eqn, evaluate(p["jaxpr"], (), args, state), state))

@@ -171,6 +171,10 @@ class TraceState:
         """The same state for a body with sites of its own."""
         return dataclasses.replace(self, sites=sites)
 
+    def apart(self) -> "TraceState":
+        """The same state for a body whose named values are not seen, nor counted, outside."""
+        return self.below(dataclasses.replace(self.sites, met=self.sites.met.copy(), seen=dict(self.sites.seen)))
+
     def dense(self, eqn: jex.JaxprEqn | None, w: Adapted, made: Array | None = None) -> Array:
         """The dense array; reported where it is more than a vector."""
         if w.ndim > 1:

@@ -100,20 +100,14 @@ class Sites:
             return {}
         return {name: count for name, (count, *_) in _in_params(eqn).items() if seen or name in tapped}
 
-    def copy(self) -> "Sites":
-        """For a body: what it sees and counts stays in it."""
-        return Sites(self.taps, self.met.copy(), dict(self.seen))
-
     def at(self, name: str, x: Any) -> Any:
         """What stands for the named activation."""
         self.seen[name], n = x, self.met[name]
         self.met[name] += 1
         for tap, factors, tapped in self.taps:
-            if tap.site != name:
-                continue
-            if n >= len(tapped):
+            if tap.site == name and n >= len(tapped):
                 raise ValueError(f"the site {name!r} occurs more often than the {tap.count} times that its tap is for")
-            if tapped[n] is False:
+            if tap.site != name or tapped[n] is False:
                 continue
             y = _changed(tap, jax.tree.map(lambda leaf: leaf[n], factors), x, self.seen)
             x = y if tapped[n] is True else jnp.where(tapped[n], y, x)
@@ -183,13 +177,7 @@ def sites(fn: Callable, *args: Any, **kwargs: Any) -> dict[str, Site]:
     >>> sites(lambda x: checkpoint_name(checkpoint_name(x, "in") * 2, "out"), jnp.ones(3))
     {'in': (1, (3,), 'float32'), 'out': (1, (3,), 'float32')}
     """
-    arrays, treedef = jax.tree.flatten((args, kwargs))
-
-    def of_arrays(*arrays: Any) -> Any:
-        args, kwargs = jax.tree.unflatten(treedef, arrays)
-        return fn(*args, **kwargs)
-
-    return _in_equations(jax.make_jaxpr(of_arrays)(*arrays).eqns)
+    return _in_equations(jax.make_jaxpr(fn)(*args, **kwargs).eqns)
 
 
 def _in_equations(eqns: Iterable[jex.JaxprEqn]) -> dict[str, Site]:

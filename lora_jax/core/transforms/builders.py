@@ -64,11 +64,6 @@ class Target:
         return self.sizes("o")
 
     @property
-    def window(self) -> tuple[int, ...]:
-        """The sizes of a convolution's window."""
-        return self.sizes("k")
-
-    @property
     def label(self) -> PathLabel:
         """The path, as an adapted array takes it."""
         return PathLabel(self.path)

@@ -137,14 +137,14 @@ def chain(*methods: ParamTransform) -> ParamTransform:
         need_params(params, "apply")
         need_delta(delta)
         base, rest = params, Delta(delta)
-        taps: list[Tap] = []
+        taps: tuple[Tap, ...] = ()
         for method in methods:
             part = Delta({path: rest.pop(path) for path in keys_of(method, base) if path in rest})
-            params, own_taps = untapped(method.apply(params, part, key=key, strength=strength))
-            taps += own_taps
+            params, method_taps = untapped(method.apply(params, part, key=key, strength=strength))
+            taps += method_taps
         if rest:
             raise ValueError(f"the delta is not this method's: it has besides {sorted(rest)[:3]}")
-        return Tapped(params, tuple(taps)) if taps else params
+        return Tapped(params, taps) if taps else params
 
     def keys(params: Params) -> set[str]:
         return set().union(*(keys_of(method, params) for method in methods))
