@@ -26,8 +26,7 @@ class PathLabel(str):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PathLabel)
 
-    def __ne__(self, other: object) -> bool:
-        return not isinstance(other, PathLabel)
+    __ne__ = object.__ne__  # the opposite of __eq__; str has its own
 
     def __hash__(self) -> int:
         return 0

@@ -1,8 +1,7 @@
 """Sums, differences and truncation of adapters: of what they change, computed from their factors alone.
 
-Averaging the A's and the B's of two LoRAs is not the average of what they change: (A1 + A2)(B1 + B2) has the products
-A1 B2 and A2 B1 besides. Here their factors stand side by side, which is exact: ranks add, and weight and alpha / r go
-into B. `truncate` brings the rank down again, and says what that cost.
+The average of two LoRAs' A's and B's is not the average of what they change: (A1 + A2)(B1 + B2) has A1 B2 and A2 B1
+besides. Here their factors stand side by side, which is exact: ranks add, and weight and alpha / r go into B.
 """
 
 import math

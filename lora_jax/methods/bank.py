@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.core.arrays import Adapted, LowRank, adapted_array, einsum, widened
+from lora_jax.core.arrays import LowRank, adapted_array, einsum, is_adapted, widened
 from lora_jax.core.lifting.taps import untapped
 from lora_jax.core.selection import flatten
 from lora_jax.core.transforms import Delta, Params, ParamTransform, from_spec, keys_of, register
@@ -34,9 +34,8 @@ class Gated(LowRank):
         return op.up(z * gate.astype(z.dtype), self.b)
 
     def delta(self) -> Array:
-        rows = self.scale.shape[-2]
-        if rows != 1:
-            raise ValueError(f"{self.path}: {rows} rows have adapters of their own, no weight has them all; choose one")
+        if (n := self.scale.shape[-2]) != 1:
+            raise ValueError(f"{self.path}: {n} rows have adapters of their own, which no one weight has; choose one")
         wide = widened(self.dtype)
         chosen = einsum("sir,sr->sir", self.axes, self.a.astype(wide), self.scale[..., 0, :].astype(wide))
         ones = jnp.ones(self.scale.shape[:-2], wide)
@@ -104,12 +103,13 @@ def bank(methods: Sequence[ParamTransform]) -> ParamTransform:
         flat, treedef = flatten(params)
         for k, method in enumerate(methods):
             adapted, taps = untapped(method.apply(params, take(delta, k), key=key))
-            leaves = [leaf for _, leaf in flatten(adapted, lambda leaf: isinstance(leaf, Adapted))[0]]
             if taps:
                 raise ValueError(f"{method.spec['method']} changes activations: a bank is of changes of low rank")
-            for at, leaf in enumerate(leaves):
-                if isinstance(leaf, Adapted):
-                    by_leaf.setdefault(at, []).append((k, _low_rank(leaf)))
+            for at, (path, leaf) in enumerate(flatten(adapted, is_adapted)[0]):
+                if is_adapted(leaf):
+                    if type(ready := leaf.ready()) is not LowRank:
+                        raise ValueError(f"{path}: a {type(leaf).__name__} is no change of low rank; a bank is of such")
+                    by_leaf.setdefault(at, []).append((k, ready))
         join = _stacked if strength.ndim == 1 else _joined
         joined = [join(by_leaf[at], strength) if at in by_leaf else leaf for at, (_, leaf) in enumerate(flat)]
         return jax.tree.unflatten(treedef, joined)
@@ -141,13 +141,6 @@ def _strength(strength: Any, count: int) -> Array:
         raise ValueError(f"strength {strength.shape}: {kinds}")
     strength = strength.astype(jnp.float32)
     return jnp.broadcast_to(strength, (strength.shape[0] if strength.ndim else 1, count))
-
-
-def _low_rank(leaf: Adapted) -> LowRank:
-    ready = leaf.ready()
-    if type(ready) is not LowRank:
-        raise ValueError(f"{leaf.path}: a {type(leaf).__name__} is no change of low rank; a bank is of such")
-    return ready
 
 
 def _joined(adapters: list[tuple[int, LowRank]], strength: Array) -> Gated:

@@ -29,9 +29,9 @@ class Dora(Weight):
 
     def ready(self) -> "Scaled":
         rise = self._rise()
-        gain = einsum("so,s->so", self.axes, 1 + rise, self.strength.astype(rise.dtype))
-        b = einsum("sro,so->sro", self.axes, self.b.astype(rise.dtype), gain)
-        outputs = einsum("so,s->so", self.axes, rise, self.strength.astype(rise.dtype))
+        b, strength = self.b.astype(rise.dtype), self.strength.astype(rise.dtype)
+        gain, outputs = (einsum("so,s->so", self.axes, x, strength) for x in (1 + rise, rise))
+        b = einsum("sro,so->sro", self.axes, b, gain)
         same = {name: getattr(self, name) for name in ("base", "a", "scale", "key", "core", "dropout", "path")}
         return Scaled(**same, b=b, outputs=outputs)
 

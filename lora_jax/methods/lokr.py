@@ -45,8 +45,7 @@ class Kronecker(Summed):
     window: int = static(default=1)
 
     def product(self, x: Array, op: Op) -> Array:
-        first, second = self._matrices()
-        y = op(x, lax.stop_gradient(self.base))
+        (first, second), y = self._matrices(), super().product(x, op)
         if isinstance(op, LookUp):
             change = _looked_up(op, x, first, second)
         elif isinstance(op, Dot) and "k" not in self.core:

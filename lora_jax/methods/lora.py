@@ -91,12 +91,10 @@ class Options:
 
     def targets(self, params: Params) -> list[Target]:
         """The selected leaves; those of one module that a glob of `shared` matches share their A."""
-
-        def sharing(path: str) -> dict[str, str]:
-            return {"a": f"@shared/{'/'.join(path.split('/')[:-2])}"} if matches_any(self.shared, path) else {}
-
         targets = transforms.targets_of(self.selection, params)
-        return [dataclasses.replace(target, shared=sharing(target.path)) for target in targets]
+        modules = {t.path: "/".join(t.path.split("/")[:-2]) for t in targets if matches_any(self.shared, t.path)}
+        shared = {path: {"a": f"@shared/{module}"} for path, module in modules.items()}
+        return [dataclasses.replace(target, shared=shared.get(target.path, {})) for target in targets]
 
     def shapes(self, target: Target) -> dict[str, tuple[int, ...]]:
         """Those of A and B; a ValueError for a leaf that has none, or a rank that cannot be."""

@@ -56,8 +56,7 @@ def pissa(
     def init(key: Array, target: Target) -> Factors:
         shape, scale = low.shapes(target), low.scale(target.path)
         if isinstance(scale, int | float) and scale <= 0:
-            hint = f"PiSSA divides singular values by scale = {scale}; choose an alpha above 0"
-            raise ValueError(f"{target.path}: {hint}")
+            raise ValueError(f"{target.path}: PiSSA divides singular values by scale = {scale}; take an alpha above 0")
         start = _principal(target.adapted_layers(_matrix(target)), shape["a"][-1], scale)
         factors = {name: x.reshape(shape[name]).astype(dtype) for name, x in zip("ab", start, strict=True)}
         return factors | {f"fixed_{name}": jnp.array(x, copy=True) for name, x in factors.items()}

@@ -138,11 +138,7 @@ def _count(prefix: int, infix: int) -> int:
     return prefix + infix
 
 
-def _inserts(spec: Mapping[str, Any]) -> tuple[int, int]:
-    return spec["prefix"], spec["infix"]
-
-
-_NO_WEIGHT = "its rows are those of tokens behind the vocabulary, and change no weight"
-traits = Traits(not_additive=_NO_WEIGHT, decays=("**/rows",), fast=(), inserts=_inserts)
-register("prefix_embedding", prefix_embedding, traits)
-register("prefix_layer", prefix_layer, Traits(decays=("**/values",), fast=(), inserts=_inserts))
+traits = Traits(decays=("**/values",), fast=(), inserts=lambda spec: (spec["prefix"], spec["infix"]))
+register("prefix_layer", prefix_layer, traits)
+why = "its rows are those of tokens behind the vocabulary, and change no weight"
+register("prefix_embedding", prefix_embedding, dataclasses.replace(traits, not_additive=why, decays=("**/rows",)))

@@ -24,15 +24,10 @@ class TokenRows(Weight):
 
     def ready(self) -> Adapted:
         # As a product of low rank, what is right for LoRA is right here: look-ups, and a head that is the embedding.
-        base = lax.stop_gradient(self.base)
-        change = _wide(self.rows, base) - _wide(base[jnp.array(self.indices)], base)
+        base, wide = lax.stop_gradient(self.base), widened(self.dtype)
+        change = self.rows.astype(wide) - base[jnp.array(self.indices)].astype(wide)
         chosen = jax.nn.one_hot(jnp.array(self.indices), self.shape[0], axis=0, dtype=change.dtype)
         return LowRank(base=self.base, a=chosen, b=change, scale=jnp.float32(1), core=self.core, path=self.path)
-
-
-def _wide(x: Array, base: Any) -> Array:
-    """In the dtype that trains, which holds every number of the base: float32, or float64 for a base of it."""
-    return x.astype(widened(base.dtype))
 
 
 def token_rows(selection: Selection, *, indices: Sequence[int]) -> ParamTransform:
@@ -66,12 +61,12 @@ def token_rows(selection: Selection, *, indices: Sequence[int]) -> ParamTransfor
 
     def init(key: Array, target: Target) -> Factors:
         shapes(target)
-        return {"rows": _wide(jnp.asarray(target.leaf)[jnp.array(chosen)], target.leaf)}
+        return {"rows": jnp.asarray(target.leaf)[jnp.array(chosen)].astype(widened(target.leaf.dtype))}
 
     def adapt(target: Target, factors: Factors, key: Array | None, strength: Any) -> TokenRows:
         leaf, new = target.leaf, factors["rows"]
         if not (isinstance(strength, float | int) and strength == 1):
-            old, new = _wide(leaf[jnp.array(chosen)], leaf), _wide(new, leaf)
+            old, new = (x.astype(widened(leaf.dtype)) for x in (leaf[jnp.array(chosen)], new))
             s = jnp.asarray(strength, new.dtype)
             new = (1 - s) * old + s * new
         return TokenRows(**target.fields, rows=new, indices=chosen)

@@ -1,7 +1,4 @@
-"""Slicing, transposing and reshaping an adapted array without making it dense.
-
-Every operation acts on the base and, through `layout`, on the factors that share the axes it touches, for every method.
-"""
+"""Slicing, transposing and reshaping an adapted array: its base and, through `layout`, the factors with those axes."""
 
 import math
 from collections.abc import Callable, Sequence

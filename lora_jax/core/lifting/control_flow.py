@@ -1,7 +1,4 @@
-"""Adapted arrays in jit, checkpoint, scan, while, cond and shard_map.
-
-Each is rebuilt by JAX's public function, around its body evaluated on adapted arrays.
-"""
+"""Adapted arrays in jit, checkpoint, scan, while, cond and shard_map, rebuilt by JAX's public functions."""
 
 from collections.abc import Sequence
 from typing import Any

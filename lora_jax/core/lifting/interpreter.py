@@ -45,10 +45,9 @@ def lift(fn: Callable, on_dense: Literal["warn", "error", "allow"] = "warn") -> 
     scan and checkpoint: write `jax.jit(lift(f))`. Without adapted arguments it is `fn`. Taps act where `fn` names an
     activation: differentiate the lifted function, since a derivative that `fn` takes itself does not know them.
 
-    Args:
-      fn: any function of pytrees; it is traced, so what it returns are arrays.
-      on_dense: "warn" (once a place), "error" or "allow", where a weight of more than one axis must be made dense (a
-        function with custom derivatives, an operation without a rule), or is contracted over its output axis alone.
+    `on_dense` is what happens where a weight of more than one axis must be made dense (a function with custom
+    derivatives, an operation without a rule), or is contracted over its output axis alone: a warning once a place, an
+    error, or nothing.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> params = {"kernel": jnp.ones((3, 2))}

@@ -80,15 +80,11 @@ def untapped(tree: Any) -> tuple[Any, tuple[Tap, ...]]:
 
 @dataclasses.dataclass
 class Sites:
-    """The named activations that a lifted call has met so far, in the function or in the body of a scan.
+    """The named activations that a lifted call has met so far, in the function or in the body of a scan."""
 
-    taps: (tap, factors of the occurrences here, which of these are tapped: bools or a traced vector).
-    met: the occurrences so far, by site. seen: the named values so far.
-    """
-
-    taps: list[tuple[Tap, Any, Any]]
-    met: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    seen: dict[str, Any] = dataclasses.field(default_factory=dict)
+    taps: list[tuple[Tap, Any, Any]]  # (tap, factors of the occurrences here, which are tapped: bools or traced)
+    met: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # occurrences so far, by site
+    seen: dict[str, Any] = dataclasses.field(default_factory=dict)  # the named values so far
 
     def __bool__(self) -> bool:
         return bool(self.taps)

@@ -134,10 +134,9 @@ def per_target(
     """A transform that meets every selected leaf alone.
 
     Args:
-      spec: the transform as JSON; `spec["method"]` is its name.
-      targets: a selection, or `params -> targets`. init: `(key, target) -> {factor: array}`.
+      spec: the transform as JSON; `spec["method"]` is its name. targets: a selection, or `params -> targets`.
+      init: `(key, target) -> {factor: array}`. shapes: `target -> {factor: shape}`; others are a ValueError.
       adapt: `(target, factors, key or None, strength) -> adapted array` in the leaf's place.
-      shapes: `target -> {factor: shape}`; a delta with others is a ValueError.
       common: `(key of the transform's init, targets) -> {factor: array}` that all targets share, under
         `@shared/<method>` in the delta. `adapt` finds them among the factors.
     """
@@ -197,13 +196,10 @@ def per_leaf(
         leaves = dict(flatten(params)[0])
         return [Target(path, leaves[path], axes) for path, axes in targets(params).items()]
 
-    def init_one(key: Array, target: Target) -> Factors:
-        return init(key, target.path, target.leaf, target.axes)
-
     def adapt_one(target: Target, factors: Factors, key: Array | None, strength: Any) -> Adapted:
         return adapt(key, target.path, target.leaf, target.axes, factors, strength)
 
-    return per_target(spec, targets_in, init_one, adapt_one)
+    return per_target(spec, targets_in, lambda key, target: init(key, target.path, target.leaf, target.axes), adapt_one)
 
 
 def per_site(

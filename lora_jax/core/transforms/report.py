@@ -31,8 +31,8 @@ class Report(NamedTuple):
         lines = [header, *rows]
         widths = [max(len(line[n]) for line in lines) for n in range(len(header))]
         table = ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-        share = f"{self.trained / self.total:.4%}"
-        return "\n".join([*table, f"trained: {self.trained:,} of {self.total:,} parameters ({share})"])
+        trained = f"trained: {self.trained:,} of {self.total:,} parameters ({self.trained / self.total:.4%})"
+        return "\n".join([*table, trained])
 
 
 def check(method: ParamTransform, params: Any) -> Report:

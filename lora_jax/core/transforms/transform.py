@@ -57,8 +57,7 @@ class ParamTransform(NamedTuple):
 
     init: `(key, params) -> Delta`. Keys are folded with the path: order and mesh do not matter.
     apply: `(params, delta, *, key=None, strength=1.0) -> adapted params`; without a key there is no dropout; strength 0
-      is the base, 1 the trained adapter, and may be traced.
-    spec: JSON; `from_spec(spec)` gives an equal transform.
+      is the base, 1 the trained adapter, and may be traced. spec: JSON; `from_spec(spec)` gives an equal transform.
     keys: `params -> the keys of the delta`, without computing it. Where None, `keys_of` traces `init` instead.
     """
 
