@@ -6,28 +6,11 @@ from lora_jax.core.lifting import control_flow, rules  # noqa: F401  (they regis
 from lora_jax.core.lifting.interpreter import DenseWeight, lift
 from lora_jax.core.lifting.taps import Tapped, sites
 from lora_jax.core.selection import Absent, Selection, select
-from lora_jax.core.transforms import (
-    Axes,
-    Delta,
-    Factors,
-    Params,
-    ParamTransform,
-    Report,
-    Spec,
-    Target,
-    Traits,
-    chain,
-    check,
-    from_spec,
-    merge,
-    per_site,
-    per_target,
-    register,
-    stable_hash,
-    traits_of,
-    unmerge,
-    without_tuned,
-)
+from lora_jax.core.transforms.builders import Target, per_site, per_target
+from lora_jax.core.transforms.merging import merge, unmerge, without_tuned
+from lora_jax.core.transforms.registry import Traits, from_spec, register, traits_of
+from lora_jax.core.transforms.report import Report, check
+from lora_jax.core.transforms.transform import Axes, Delta, Factors, Params, ParamTransform, Spec, chain, stable_hash
 from lora_jax.methods import arithmetic
 from lora_jax.methods.adapter import adapter
 from lora_jax.methods.bank import bank
@@ -45,58 +28,9 @@ from lora_jax.methods.vera import vera
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Absent",
-    "Adapted",
-    "Axes",
-    "Delta",
-    "DenseWeight",
-    "Factors",
-    "LowRank",
-    "ParamTransform",
-    "Params",
-    "PathLabel",
-    "Report",
-    "Selection",
-    "Spec",
-    "Tapped",
-    "Target",
-    "Traits",
-    "Tuned",
-    "adapter",
-    "arithmetic",
-    "bank",
-    "bias_delta",
-    "chain",
-    "check",
-    "combine",
-    "compacter",
-    "dora",
-    "freeze_base",
-    "from_spec",
-    "ia3",
-    "labels",
-    "lift",
-    "lokr",
-    "lora",
-    "merge",
-    "partition",
-    "per_site",
-    "per_target",
-    "pissa",
-    "prefix_embedding",
-    "prefix_layer",
-    "register",
-    "rejoin",
-    "rows",
-    "select",
-    "shift",
-    "sites",
-    "stable_hash",
-    "token_rows",
-    "traits_of",
-    "tune",
-    "unmerge",
-    "vera",
-    "without_tuned",
-]
+__all__ = ["Absent", "Adapted", "Axes", "Delta", "DenseWeight", "Factors", "LowRank", "ParamTransform", "Params"]
+__all__ += ["PathLabel", "Report", "Selection", "Spec", "Tapped", "Target", "Traits", "Tuned"]
+__all__ += ["adapter", "arithmetic", "bank", "bias_delta", "chain", "check", "combine", "compacter", "dora"]
+__all__ += ["freeze_base", "from_spec", "ia3", "labels", "lift", "lokr", "lora", "merge", "partition", "per_site"]
+__all__ += ["per_target", "pissa", "prefix_embedding", "prefix_layer", "register", "rejoin", "rows", "select", "shift"]
+__all__ += ["sites", "stable_hash", "token_rows", "traits_of", "tune", "unmerge", "vera", "without_tuned"]

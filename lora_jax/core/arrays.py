@@ -26,8 +26,7 @@ class PathLabel(str):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PathLabel)
 
-    def __ne__(self, other: object) -> bool:
-        return not isinstance(other, PathLabel)
+    __ne__ = object.__ne__  # the opposite of __eq__; str has its own
 
     def __hash__(self) -> int:
         return 0
@@ -92,8 +91,7 @@ class Adapted:
 
     @property
     def axes(self) -> str:
-        """One letter an axis. `core` holds them without the leading stacked ones, so that vmap, scan and indexing,
-        which add and take leading axes of every leaf, leave the array valid."""
+        """One letter an axis. `core` has no leading stacked ones: vmap, scan and indexing add and take such axes."""
         return "s" * (self.ndim - len(self.core)) + self.core
 
     def replace(self, **fields: Any) -> Self:
@@ -109,7 +107,7 @@ class Adapted:
         raise ValueError(f"{self.path}: {type(self).__name__} cannot be unmerged; keep the base")
 
     def product(self, x: Array, op: Op) -> Array:
-        """x times the adapted weight; the array is canonical `(i.., o..)`, without stacked axes."""
+        """x times the adapted weight, whose axes are `(i.., o..)` here, without stacked ones."""
         raise NotImplementedError
 
     def transposed(self) -> "Adapted | None":
@@ -123,9 +121,8 @@ class Adapted:
     def _unlifted(self, *_: Any, **__: Any) -> Any:
         raise TypeError(f"adapted array at {self.path}: wrap the function with lora_jax.lift, or merge")
 
-    __jax_array__ = __array__ = __getitem__ = __iter__ = __neg__ = __pow__ = _unlifted
-    __matmul__ = __rmatmul__ = __add__ = __radd__ = __sub__ = __rsub__ = _unlifted
-    __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _unlifted
+    __jax_array__ = __array__ = __getitem__ = __iter__ = __neg__ = __pow__ = __matmul__ = __rmatmul__ = _unlifted
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _unlifted
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"adapted array at {self.path} has no {name}: wrap with lora_jax.lift, or merge")
@@ -145,11 +142,8 @@ def factor_axes(layout: str, axes: str) -> list[int | str]:
     >>> factor_axes("sir", "sio")
     [0, 1, 'r']
     """
-    return [
-        axis
-        for letter in layout
-        for axis in ([j for j, a in enumerate(axes) if CLASS[a] == letter] if letter in "sio" else [letter])
-    ]
+    of_class = {kind: [j for j, letter in enumerate(axes) if CLASS[letter] == kind] for kind in "sio"}
+    return [axis for letter in layout for axis in of_class.get(letter, [letter])]
 
 
 def sides(w: Adapted) -> tuple[int, ...]:
@@ -164,13 +158,16 @@ def scaled(y: Array, scale: Array) -> Array:
     return (y.astype(wide) * spread).astype(y.dtype)
 
 
-def subscripts(layout: str, axes: str) -> str:
-    """The einsum subscripts of a factor: base axis j is the j-th capital letter, own axes keep theirs.
+def einsum(layouts: str, axes: str, *arrays: Array) -> Array:
+    """`jnp.einsum` of factors, which are named by their layouts, and of W, which has the base's own axes."""
 
-    >>> subscripts("sir", "sio")
-    'ABr'
-    """
-    return "".join(chr(65 + a) if isinstance(a, int) else a for a in factor_axes(layout, axes))
+    def subscripts(layout: str) -> str:  # base axis j is the j-th capital letter, a factor's own axes keep theirs
+        own = range(len(axes)) if layout == "W" else factor_axes(layout, axes)
+        return "".join(chr(65 + a) if isinstance(a, int) else a for a in own)
+
+    inputs, output = layouts.split("->")
+    names = ",".join(map(subscripts, inputs.split(",")))
+    return jnp.einsum(f"{names}->{subscripts(output)}", *arrays, precision="highest")
 
 
 def widened(dtype: Any) -> Any:
@@ -178,20 +175,56 @@ def widened(dtype: Any) -> Any:
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
+def rounded_sum(base: Array, delta: Array, dtype: Any) -> Array:
+    """base + delta, summed in delta's dtype and rounded once."""
+    return (base.astype(delta.dtype) + delta).astype(dtype)
+
+
 @adapted_array
-class LowRank(Adapted):
+class Weight(Adapted):
+    """The base, frozen, with the fields that most kinds of adapted arrays have."""
+
+    base: Array
+    core: str = static()
+    path: str = static(default=PathLabel())
+
+    def product(self, x: Array, op: Op) -> Array:
+        return op(x, lax.stop_gradient(self.base))
+
+    def materialize(self) -> Array:
+        return self.base
+
+    @property
+    def flipped(self) -> str:
+        """`core` with input and output exchanged."""
+        return self.core.translate(str.maketrans("ivko", "oooi"))
+
+
+@adapted_array
+class Summed(Weight):
+    """base + delta()."""
+
+    def delta(self) -> Array:
+        """The change in the base's axes, float32 (or wider)."""
+        return self.ready().delta()
+
+    def materialize(self) -> Array:
+        return rounded_sum(self.base, self.delta(), self.dtype)
+
+    def remove(self) -> Array:
+        return rounded_sum(self.base, -self.delta(), self.dtype)
+
+
+@adapted_array
+class LowRank(Summed):
     """LoRA: base + scale * A B, with A `(s.., i.., r)` and B `(s.., r, o..)` (Hu et al. 2021, section 4.1)."""
 
     layout: ClassVar = {"a": "sir", "b": "sro", "scale": "s", "key": "s"}
-
-    base: Array
     a: Array
     b: Array
     scale: Array
     key: Array | None = None
-    core: str = static()
     dropout: float = static(default=0.0)
-    path: str = static(default=PathLabel())
 
     def product(self, x: Array, op: Op) -> Array:
         y = op(x, lax.stop_gradient(self.base))
@@ -203,34 +236,18 @@ class LowRank(Adapted):
         return op.up(z * lax.stop_gradient(self.scale).astype(z.dtype), self.b)
 
     def dropped(self, x: Array, op: Op) -> Array:
-        """The branch's input: x after dropout; x itself for ids, and where there is none."""
+        """x after dropout, the branch's input; ids stay."""
         key = self.key if self.dropout and op.drops_input else None
         return x if key is None else drop(key, x, self.dropout)
 
     def delta(self) -> Array:
-        """scale * A B in the base's axes, float32 (or wider)."""
-        wide = widened(self.dtype)
-        a, b, stack = (subscripts(layout, self.axes) for layout in (self.layout["a"], self.layout["b"], "s"))
-        scaled = jnp.einsum(f"{a},{stack}->{a}", self.a.astype(wide), self.scale.astype(wide))
-        base = "".join(chr(65 + axis) for axis in range(self.ndim))
-        return jnp.einsum(f"{a},{b}->{base}", scaled, self.b.astype(wide), precision="highest")
-
-    def materialize(self) -> Array:
-        return rounded_sum(self.base, self.delta(), self.dtype)
-
-    def remove(self) -> Array:
-        return rounded_sum(self.base, -self.delta(), self.dtype)
+        a, b, scale = (factor.astype(widened(self.dtype)) for factor in (self.a, self.b, self.scale))
+        return einsum("sir,sro->W", self.axes, einsum("sir,s->sir", self.axes, a, scale), b)
 
     def transposed(self) -> Self:
-        flipped = self.core.translate(str.maketrans("ivko", "oooi"))
         rank = factor_axes(self.layout["b"], self.axes).index("r")
         a, b = jnp.moveaxis(self.b, rank, -1), jnp.moveaxis(self.a, -1, rank)
-        return self.replace(a=a, b=b, core=flipped)
-
-
-def rounded_sum(base: Array, delta: Array, dtype: Any) -> Array:
-    """base + delta, summed in delta's dtype and rounded once."""
-    return (base.astype(delta.dtype) + delta).astype(dtype)
+        return self.replace(a=a, b=b, core=self.flipped)
 
 
 @adapted_array
@@ -238,7 +255,6 @@ class Tuned(Adapted):
     """A leaf that trains itself. `lift` puts its value in its place."""
 
     frozen: ClassVar = ()
-
     value: Array
     path: str = static(default=PathLabel())
 

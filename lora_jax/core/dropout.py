@@ -17,6 +17,5 @@ def drop(key: Array, x: Array, rate: float) -> Array:
     first, *rows, width = (1,) * (2 - x.ndim) + x.shape
     shape = (*rows, -(-width // 2))  # two entries a word along the last axis: x may be sharded
     words = jax.vmap(lambda key: jax.random.bits(key, shape, jnp.uint32))(jax.random.split(key, first))
-    bits = lax.bitcast_convert_type(words, jnp.uint16).reshape(first, *rows, 2 * shape[-1])[..., :width]
-    bits = bits.reshape(x.shape)
+    bits = lax.bitcast_convert_type(words, jnp.uint16).reshape(first, *rows, -1)[..., :width].reshape(x.shape)
     return jnp.where(bits.astype(jnp.int32) < kept, x * (2**16 / kept), jnp.zeros_like(x))

@@ -6,12 +6,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Around imports: one that fails because its package is not installed names the extra that brings it.
+    """Around imports: a ModuleNotFoundError of one whose package is not installed names the extra that brings it.
 
     Around a module of ours whose own imports name another extra, the outer name stands.
-
-    Raises:
-      ModuleNotFoundError: such an import failed.
     """
     try:
         yield

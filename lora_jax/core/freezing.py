@@ -1,6 +1,7 @@
 """What trains is one tree of labels; optax's masking and the split of a tree both follow it."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,28 +18,27 @@ def labels(tree: Any) -> Any:
     Factors train, but those named `fixed_...`; inside an adapted array base, keys, scale are frozen; plain params too.
     """
 
-    def label_all(node: Any, label: str) -> Any:
-        return jax.tree.map(lambda _: label, node)
-
-    def of_factors(factors: Any) -> Any:
-        if isinstance(factors, dict):
-            return {name: label_all(leaf, _factor_label(name)) for name, leaf in factors.items()}
-        return label_all(factors, "trainable")
-
     def label(node: Any) -> Any:
         if isinstance(node, Delta):
-            return Delta({path: of_factors(factors) for path, factors in node.items()})
+            return Delta({path: _by_name(factors) for path, factors in node.items()})
         if isinstance(node, Tap):
-            return dataclasses.replace(
-                node, factors=of_factors(node.factors), strength=label_all(node.strength, "frozen")
-            )
+            strength = jax.tree.map(lambda _: "frozen", node.strength)
+            return dataclasses.replace(node, factors=_by_name(node.factors), strength=strength)
         if isinstance(node, Adapted):
             fields = [field for field in dataclasses.fields(node) if not field.metadata.get("static")]  # type: ignore[arg-type]
-            by_field = {f.name: "frozen" if f.name in node.frozen else _factor_label(f.name) for f in fields}
-            return node.replace(**{name: label_all(getattr(node, name), by_field[name]) for name in by_field})
+            return node.replace(**_by_name({field.name: getattr(node, field.name) for field in fields}, node.frozen))
         return "frozen"
 
-    return jax.tree.map(label, tree, is_leaf=_is_node)
+    return jax.tree.map(label, tree, is_leaf=lambda node: isinstance(node, Delta | Adapted | Tap))
+
+
+def _by_name(factors: Any, frozen: Sequence[str] = ()) -> Any:
+    def label(name: str) -> str:
+        return "frozen" if name.startswith("fixed_") or name in frozen else "trainable"
+
+    if not isinstance(factors, dict):
+        return jax.tree.map(lambda _: "trainable", factors)
+    return {name: jax.tree.map(lambda _, name=name: label(name), leaf) for name, leaf in factors.items()}
 
 
 def freeze_base(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -62,11 +62,12 @@ def partition(tree: Any) -> tuple[Any, Any]:
     >>> trainable["w"]["fixed_b"] is None and frozen["w"]["a"] is None
     True
     """
+
+    def half(wanted: str) -> Any:
+        return jax.tree.map(lambda label, leaf: leaf if label == wanted else None, label_tree, tree)
+
     label_tree = labels(tree)
-    return (
-        jax.tree.map(lambda label, leaf: leaf if label == "trainable" else None, label_tree, tree),
-        jax.tree.map(lambda label, leaf: leaf if label == "frozen" else None, label_tree, tree),
-    )
+    return half("trainable"), half("frozen")
 
 
 def combine(trainable: Any, frozen: Any) -> Any:
@@ -75,11 +76,3 @@ def combine(trainable: Any, frozen: Any) -> Any:
 
 
 rejoin = combine  # its name before
-
-
-def _factor_label(name: str) -> str:
-    return "frozen" if name.startswith("fixed_") else "trainable"
-
-
-def _is_node(node: Any) -> bool:
-    return isinstance(node, Delta | Adapted | Tap)

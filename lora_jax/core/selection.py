@@ -15,11 +15,8 @@ import jax.numpy as jnp
 
 CLASS = {"i": "i", "v": "i", "k": "i", "o": "o", "s": "s"}  # what the letter of an axis counts as
 _DEFAULT_AXES = {"kernel": "io", "embedding": "vo", "weight": "oi"}
-_CANDIDATES = {
-    3: ("sio", "ioo", "iio", "kio", "soi"),
-    4: ("kkio", "sioo", "siio", "skio"),
-    5: ("kkkio", "skkio"),
-}
+_EXAMPLES = {3: "sio, ioo, iio, kio, soi", 4: "kkio, sioo, siio, skio", 5: "kkkio, skkio"}
+_ANY_AXES = "one of i, o, s, k, v an axis"
 
 
 class Absent(NamedTuple):
@@ -45,9 +42,7 @@ def path_of(keys: tuple) -> str:
 
 def flatten(params: Any, is_leaf: Callable[[Any], bool] = lambda _: False) -> tuple[list[tuple[str, Any]], Any]:
     """`[(path, leaf)], treedef`; an Absent leaf, and what `is_leaf` accepts, are leaves."""
-    flat, treedef = jax.tree_util.tree_flatten_with_path(
-        params, is_leaf=lambda node: isinstance(node, Absent) or is_leaf(node)
-    )
+    flat, treedef = jax.tree.flatten_with_path(params, is_leaf=lambda node: isinstance(node, Absent) or is_leaf(node))
     return [(path_of(keys), leaf) for keys, leaf in flat], treedef
 
 
@@ -79,6 +74,16 @@ def matches(glob: str, path: str) -> bool:
     return glob_regex(glob).fullmatch(path) is not None
 
 
+def matches_any(globs: Iterable[str], path: str) -> bool:
+    """Whether one of the globs matches the whole path."""
+    return any(matches(glob, path) for glob in globs)
+
+
+def strings(value: str | Iterable[str]) -> tuple[str, ...]:
+    """One string, or several, as a tuple."""
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
 def look_up(value: Any, path: str, what: str) -> Any:
     """`value` itself, or the first match of a mapping glob -> value; no match is a ValueError."""
     if not isinstance(value, Mapping):
@@ -103,26 +108,21 @@ class Selection(NamedTuple):
 
     def leaves(self, params: Any) -> dict[str, Any]:
         """`{path: leaf}` of the selected floating-point leaves; a glob that matches none is a ValueError."""
-        floats = [(path, leaf) for path, leaf in flatten(params)[0] if _is_float(leaf)]
-        leaves = dict(floats)
-        if len(leaves) < len(floats):
-            twice = next(path for n, (path, _) in enumerate(floats) if path in dict(floats[:n]))
-            raise ValueError(f"two leaves have the path {twice}: rename one")
+        leaves: dict[str, Any] = {}
+        for path, leaf in flatten(params)[0]:
+            if jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.floating):
+                if path in leaves:
+                    raise ValueError(f"two leaves have the path {path}: rename one")
+                leaves[path] = leaf
         for glob in (*self.globs, *self.exclude):
             if not any(matches(glob, path) for path in leaves):
                 raise ValueError(f"{glob!r} matches no parameter{_nearest(glob, leaves)}")
-        chosen = {
-            path: leaf
-            for path, leaf in leaves.items()
-            if any(matches(glob, path) for glob in self.globs)
-            and not any(matches(glob, path) for glob in self.exclude)
-            and self._layers_of(path, leaf) & set(self.layers or (0,))
-        }
+        paths = [path for path in leaves if matches_any(self.globs, path) and not matches_any(self.exclude, path)]
+        layers = set(self.layers or (0,))
+        chosen = {path: leaves[path] for path in paths if self._layers_of(path, leaves[path]) & layers}
         if not chosen:
-            raise ValueError(
-                f"select({', '.join(map(repr, self.globs))}) with exclude={list(self.exclude)} and "
-                f"layers={self.layers} leaves no parameter"
-            )
+            options = f"exclude={list(self.exclude)} and layers={self.layers}"
+            raise ValueError(f"select({', '.join(map(repr, self.globs))}) with {options} leaves no parameter")
         present = set().union(*(self._layers_of(path, leaf) for path, leaf in chosen.items()))
         if self.layers and (missing := sorted(set(self.layers) - present)):
             raise ValueError(f"layers={self.layers}: {next(iter(chosen))} and its like have no layer {missing[0]}")
@@ -136,11 +136,8 @@ class Selection(NamedTuple):
             axes = _DEFAULT_AXES.get(name, "io") if leaf.ndim == 2 else "o" * leaf.ndim
         if axes is None or len(axes) != leaf.ndim or set(axes) - set(CLASS):
             named = "no axes are named" if axes is None else f"axes={axes!r}"
-            hint = ", ".join(_CANDIDATES.get(leaf.ndim, ("one of i, o, s, k, v an axis",)))
-            raise ValueError(
-                f"{path} has shape {tuple(leaf.shape)} but {named}: name its {leaf.ndim} axes with "
-                f"select(..., axes={{{path!r}: ...}}), for example {hint}"
-            )
+            hint = f"select(..., axes={{{path!r}: ...}}), for example {_EXAMPLES.get(leaf.ndim, _ANY_AXES)}"
+            raise ValueError(f"{path} has shape {tuple(leaf.shape)} but {named}: name its {leaf.ndim} axes with {hint}")
         return axes
 
     def spec(self) -> dict[str, Any]:
@@ -186,16 +183,10 @@ def select(
     """
     if not globs or not all(isinstance(glob, str) for glob in globs):
         raise TypeError(f"select takes one glob or more, each a string, got {globs!r}")
-    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     chosen = None if layers is None else tuple(sorted(int(layer) for layer in layers))
     if chosen is not None and (not chosen or chosen[0] < 0):
         raise ValueError(f"layers={chosen}: name one layer or more, counted from 0")
-    return Selection(globs, axes, chosen, exclude)
-
-
-def _is_float(leaf: Any) -> bool:
-    dtype = getattr(leaf, "dtype", None)
-    return dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+    return Selection(globs, axes, chosen, strings(exclude))
 
 
 def _nearest(glob: str, paths: Iterable[str]) -> str:

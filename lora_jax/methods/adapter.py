@@ -31,7 +31,8 @@ class Bottleneck:
             h = x.astype(jnp.float32)
             # the mean of squares less the square of the mean, which is the default, would lose digits
             h = jax.nn.standardize(h, variance=jnp.var(h, -1, keepdims=True), epsilon=1e-5)
-            h = (h * _like(h, factors["scale"]) + _like(h, factors["shift"])).astype(x.dtype)
+            scale, shift = (jnp.broadcast_to(factors[name], h.shape) for name in ("scale", "shift"))
+            h = (h * scale + shift).astype(x.dtype)
         h = ACTIVATIONS[self.activation](_dense(h, factors["down"], factors["down_bias"]))
         return x + _dense(h, factors["up"], factors["up_bias"])
 
@@ -39,12 +40,7 @@ class Bottleneck:
 def _dense(x: Array, kernel: Array, bias: Array) -> Array:
     """x times the kernel and the bias, in x's dtype."""
     y = x @ kernel.astype(x.dtype)
-    return y + _like(y, bias.astype(x.dtype))
-
-
-def _like(x: Array, last: Array) -> Array:
-    """A number a feature for every place of x."""
-    return jnp.broadcast_to(last, x.shape)
+    return y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
 
 
 def adapter(
@@ -68,13 +64,10 @@ def adapter(
     Each adds 2 d r + r + d parameters an occurrence, and 2 d with its LayerNorm. They cannot be merged.
 
     Args:
-      sites: `{name: (occurrences, width)}`, or with a shape that ends in the width, as `sites` of our models and
-        `lora_jax.sites` give them.
-      rank: the width of the bottleneck.
+      sites: `{name: (occurrences, width)}`, or with a shape that ends in the width (`gpt2.sites`, `lora_jax.sites`).
+      rank: the width of the bottleneck. norm: whether a trained LayerNorm goes before.
       activation: "gelu" (its tanh form), "relu", "silu" (swish) or "tanh".
-      norm: whether a trained LayerNorm goes before.
-      layers: the occurrences that are adapted; None: all.
-      dtype: of the factors; they compute in x's.
+      layers: the occurrences that are adapted; None: all. dtype: of the factors; they compute in x's.
 
     >>> import jax, lora_jax as lj
     >>> lj.adapter({"mlp_out": (2, 16)}, rank=3).init(jax.random.key(0), {})
@@ -88,13 +81,10 @@ def adapter(
 
     def init(key: Array, site: str, n: int) -> dict[str, Array]:
         d = widths[site]
-        factors = {
-            "down": 0.02 * jax.random.normal(key, (n, d, rank), dtype),
-            "down_bias": jnp.zeros((n, rank), dtype),
-            "up": jnp.zeros((n, rank, d), dtype),
-            "up_bias": jnp.zeros((n, d), dtype),
-        }
-        return factors | ({"scale": jnp.ones((n, d), dtype), "shift": jnp.zeros((n, d), dtype)} if norm else {})
+        zeros = {"down_bias": (n, rank), "up": (n, rank, d), "up_bias": (n, d)} | ({"shift": (n, d)} if norm else {})
+        factors = {name: jnp.zeros(shape, dtype) for name, shape in zeros.items()}
+        factors["down"] = 0.02 * jax.random.normal(key, (n, d, rank), dtype)
+        return factors | ({"scale": jnp.ones((n, d), dtype)} if norm else {})
 
     spec = {"method": "adapter", "sites": {name: [counts[name], widths[name]] for name in counts}, "rank": rank}
     spec |= {"activation": activation, "norm": norm, "layers": None if layers is None else list(layers)}
@@ -105,24 +95,14 @@ def occurrences(sites: Mapping[str, Sequence[Any]]) -> tuple[dict[str, int], dic
     """How often each site occurs, and its width."""
     if not sites:
         raise ValueError("name a site at least: {'mlp_out': (occurrences, width)}")
-    widths = {
-        name: what if isinstance(what, int) else (what[-1] if what else 0) for name, (_, what, *_) in sites.items()
-    }
-    if narrow := [name for name, width in widths.items() if not width]:
-        raise ValueError(f"the site {narrow[0]!r} has no features: {sites[narrow[0]]}")
-    return {name: count for name, (count, *_) in sites.items()}, widths
+    shapes = {name: (0, shape) if isinstance(shape, int) else (0, *shape) for name, (_, shape, *_) in sites.items()}
+    for name, shape in shapes.items():
+        if not shape[-1]:
+            raise ValueError(f"the site {name!r} has no features: {sites[name]}")
+    return {name: count for name, (count, *_) in sites.items()}, {name: shape[-1] for name, shape in shapes.items()}
 
 
-register(
-    "adapter",
-    adapter,
-    Traits(
-        at_rank=lambda spec, rank: spec | {"rank": rank},
-        decays=("**/{down,up}",),
-        fast=(),
-        sharding={
-            "**/@*/adapter/down": PartitionSpec(None, "fsdp"),
-            "**/@*/adapter/up": PartitionSpec(None, None, "fsdp"),
-        },
-    ),
-)
+down, up = PartitionSpec(None, "fsdp"), PartitionSpec(None, None, "fsdp")
+sharding = {"**/@*/adapter/down": down, "**/@*/adapter/up": up}
+traits = Traits(at_rank=lambda spec, rank: spec | {"rank": rank}, decays=("**/{down,up}",), fast=(), sharding=sharding)
+register("adapter", adapter, traits)

@@ -1,8 +1,7 @@
 """Sums, differences and truncation of adapters: of what they change, computed from their factors alone.
 
-Averaging the A's and the B's of two LoRAs is not the average of what they change: (A1 + A2)(B1 + B2) has the products
-A1 B2 and A2 B1 besides. Here their factors stand side by side, which is exact: ranks add, and weight and alpha / r go
-into B. `truncate` brings the rank down again, and says what that cost.
+The average of two LoRAs' A's and B's is not the average of what they change: (A1 + A2)(B1 + B2) has A1 B2 and A2 B1
+besides. Here their factors stand side by side, which is exact: ranks add, and weight and alpha / r go into B.
 """
 
 import math
@@ -14,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.core.arrays import LowRank, Tuned, is_adapted
-from lora_jax.core.selection import CLASS, Selection, flatten, look_up, matches, select
+from lora_jax.core.arrays import LowRank, Tuned, is_adapted, widened
+from lora_jax.core.selection import CLASS, Selection, flatten, look_up, matches_any, select
 from lora_jax.core.transforms import Delta, ParamTransform, chain, from_spec, traits_of
 from lora_jax.methods.bias_delta import BiasDelta, bias_delta
 from lora_jax.methods.lora import lora
@@ -40,22 +39,16 @@ def add(pairs: Sequence[Pair], weights: Sequence[Any], *, params: Any = None) ->
     shift; tuned leaves (with a base) one tuned leaf. One pair of weight 1 is returned as it is. Works under jit.
 
     Args:
-      pairs: of one base.
-      weights: a number for each pair; they may be negative or traced.
-      params: the base. `rows` and tuned leaves need it, for they replace it (tuned leaves not where all pairs have them
-        and the weights add up to 1: an average). Shapes are enough where the factors do not tell them: VeRA, `layers`
-        of a stack.
+      pairs: of one base. weights: a number for each pair; they may be negative or traced.
+      params: the base, which `token_rows` and tuned leaves replace, and so need (tuned leaves not for an average: all
+        pairs have them, and the weights add up to 1). Shapes are enough for VeRA and for `layers` of a stack.
 
-    Raises:
-      ValueError: a method that does not add (DoRA, IA3, adapters and prefixes); changes of two kinds of one leaf; a
-        base that is needed. It names method or path, and says why.
+    A method that does not add (DoRA, IA3, adapters, prefixes), or changes of two kinds of one leaf, are a ValueError.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
-    >>> from lora_jax.arithmetic import add
-    >>> params = {"kernel": jnp.ones((100, 70))}
-    >>> one, two = (lj.lora(lj.select("kernel"), rank=rank) for rank in (2, 4))
-    >>> pairs = [(method, method.init(jax.random.key(0), params)) for method in (one, two)]
-    >>> method, delta = add(pairs, [0.5, 0.5])
+    >>> params, loras = {"kernel": jnp.ones((100, 70))}, [lj.lora(lj.select("kernel"), rank=rank) for rank in (2, 4)]
+    >>> pairs = [(lora, lora.init(jax.random.key(0), params)) for lora in loras]
+    >>> method, delta = lj.arithmetic.add(pairs, [0.5, 0.5])
     >>> delta
     Delta: 1 paths, 1,020 numbers
       kernel: a float32(100, 6), b float32(6, 70)
@@ -86,10 +79,7 @@ def truncate(
 
     Args:
       rank: 1 or more, or a mapping glob -> rank (first match wins; no match is an error).
-      params: as in `add`.
-
-    Raises:
-      ValueError: as in `add`; a rank below 1; a delta in which nothing has low rank.
+      params: as in `add`, and so the errors; one besides where nothing has low rank.
     """
     _need_sum(method, delta)
     factors, axes = _sums([(method, delta)], [1], params)
@@ -128,7 +118,9 @@ def _sums(pairs: Sequence[Pair], weights: Sequence[Any], params: Any) -> tuple[d
         terms = _same_kind(path, terms)
         first = terms[0][1]
         if isinstance(first, LowRank):
-            factors[path], axes[path] = _side_by_side(terms), first.axes
+            a, b = [_wide(w.a) for _, w in terms], [_scaled(w.b, w.scale, weight) for weight, w in terms]
+            factors[path] = {"a": jnp.concatenate(a, -1), "b": jnp.concatenate(b, first.scale.ndim)}
+            axes[path] = first.axes
         elif isinstance(first, BiasDelta):
             factors[path] = {"shift": sum(_scaled(w.shift, w.scale, weight) for weight, w in terms)}
         else:
@@ -145,15 +137,11 @@ def _stand_in(method: ParamTransform, delta: Delta) -> tuple[ParamTransform, dic
     """The method for the delta's paths by name, and leaves of the shapes that the factors tell."""
     specs, leaves = [], {}
     for spec, _ in traits_of(method.spec):
-        paths = [path for path in delta if not path.startswith("@") and _any(spec.get("select", ()), path)]
-        paths = [path for path in paths if not _any(spec.get("exclude", ()), path)]
+        paths = [path for path in delta if not path.startswith("@") and matches_any(spec.get("select", ()), path)]
+        paths = [path for path in paths if not matches_any(spec.get("exclude", ()), path)]
         leaves.update({path: _leaf(path, delta, spec) for path in paths})
         specs.append(spec | {"select": paths, "exclude": []})
     return from_spec({"method": "chain", "of": specs}), leaves
-
-
-def _any(globs: Sequence[str], path: str) -> bool:
-    return any(matches(glob, path) for glob in globs)
 
 
 def _leaf(path: str, delta: Delta, spec: dict[str, Any]) -> jax.ShapeDtypeStruct:
@@ -183,7 +171,7 @@ def _same_kind(path: str, terms: Terms) -> Terms:
 
 
 def _wide(x: Array) -> Array:
-    return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+    return x.astype(widened(x.dtype))
 
 
 def _scaled(x: Array, scale: Array, weight: Any) -> Array:
@@ -191,11 +179,6 @@ def _scaled(x: Array, scale: Array, weight: Any) -> Array:
     wide = _wide(x)
     scale = (scale * jnp.asarray(weight, scale.dtype)).astype(wide.dtype)
     return wide * lax.expand_dims(scale, range(scale.ndim, wide.ndim))
-
-
-def _side_by_side(terms: Terms) -> dict[str, Array]:
-    a, b = [_wide(w.a) for _, w in terms], [_scaled(w.b, w.scale, weight) for weight, w in terms]
-    return {"a": jnp.concatenate(a, -1), "b": jnp.concatenate(b, terms[0][1].scale.ndim)}
 
 
 @jax.default_matmul_precision("highest")

@@ -2,8 +2,7 @@
 
 Rows that say which adapter they have get its factors, gathered. For mixtures the factors of all adapters stand side by
 side, and behind x A a gate weighs for each row the columns of each. Of 8 x 128 tokens and a kernel of 768 x 768 (6.5
-ms) that takes 7.0 ms with 8 adapters of rank 4, and 18.6 with 64 of rank 8; gathered factors 6.7 and 6.6; rows sorted
-for `jax.lax.ragged_dot` 11 and 62.
+ms) that takes 7.0 ms with 8 adapters of rank 4, and 18.6 with 64 of rank 8; gathered factors 6.7 and 6.6.
 """
 
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.core.arrays import Adapted, LowRank, adapted_array, subscripts, widened
+from lora_jax.core.arrays import LowRank, adapted_array, einsum, is_adapted, widened
 from lora_jax.core.lifting.taps import untapped
 from lora_jax.core.selection import flatten
 from lora_jax.core.transforms import Delta, Params, ParamTransform, from_spec, keys_of, register
@@ -35,14 +34,10 @@ class Gated(LowRank):
         return op.up(z * gate.astype(z.dtype), self.b)
 
     def delta(self) -> Array:
-        rows = self.scale.shape[-2]
-        if rows != 1:
-            raise ValueError(
-                f"{self.path}: {rows} rows have adapters of their own, which no one weight has; choose one"
-            )
-        a, gate = subscripts("sir", self.axes), subscripts("sr", self.axes)
+        if (n := self.scale.shape[-2]) != 1:
+            raise ValueError(f"{self.path}: {n} rows have adapters of their own, which no one weight has; choose one")
         wide = widened(self.dtype)
-        chosen = jnp.einsum(f"{a},{gate}->{a}", self.a.astype(wide), self.scale[..., 0, :].astype(wide))
+        chosen = einsum("sir,sr->sir", self.axes, self.a.astype(wide), self.scale[..., 0, :].astype(wide))
         ones = jnp.ones(self.scale.shape[:-2], wide)
         return LowRank(base=self.base, a=chosen, b=self.b, scale=ones, core=self.core, path=self.path).delta()
 
@@ -54,7 +49,6 @@ class Chosen(LowRank):
     layout: ClassVar = {"a": "smir", "b": "smro", "scale": "sm", "ids": "sn", "key": "s"}
     frozen: ClassVar = (*LowRank.frozen, "ids")
     exact: ClassVar = ("scale",)
-
     ids: Array
 
     def branch(self, x: Array, op: Any) -> Array:
@@ -80,9 +74,9 @@ def bank(methods: Sequence[ParamTransform]) -> ParamTransform:
     """K adapters of one base, of any ranks and targets, as one transform; `strength` says which row has which.
 
     `strength` of `apply` is, for a batch of n rows along the first axis of every input that an adapted weight meets,
-    (n,) integers, the adapter of each row, -1 being none (not on explicit meshes, and an embedding's factors are
-    copied for each row); or (n, K) numbers, how strong each adapter is in each row.
-    One number, or (1, K), holds for all rows; strength 1 is the sum of all adapters. It may be traced.
+    (n,) integers, the adapter of each row, -1 being none (not on explicit meshes, and an embedding's factors are copied
+    for each row); or (n, K) numbers, how strong each adapter is in each row. One number, or (1, K), holds for all rows;
+    strength 1 is the sum of all adapters. It may be traced.
 
     The delta has the entries of adapter k under `@k/`: `pack` and `take` go from deltas to it and back. With gradients
     each row trains its own adapter. For methods whose change has low rank: LoRA with its scales, PiSSA, rows.
@@ -109,12 +103,13 @@ def bank(methods: Sequence[ParamTransform]) -> ParamTransform:
         flat, treedef = flatten(params)
         for k, method in enumerate(methods):
             adapted, taps = untapped(method.apply(params, take(delta, k), key=key))
-            leaves = [leaf for _, leaf in flatten(adapted, lambda leaf: isinstance(leaf, Adapted))[0]]
             if taps:
                 raise ValueError(f"{method.spec['method']} changes activations: a bank is of changes of low rank")
-            for at, leaf in enumerate(leaves):
-                if isinstance(leaf, Adapted):
-                    by_leaf.setdefault(at, []).append((k, _low_rank(leaf)))
+            for at, (path, leaf) in enumerate(flatten(adapted, is_adapted)[0]):
+                if is_adapted(leaf):
+                    if type(ready := leaf.ready()) is not LowRank:
+                        raise ValueError(f"{path}: a {type(leaf).__name__} is no change of low rank; a bank is of such")
+                    by_leaf.setdefault(at, []).append((k, ready))
         join = _stacked if strength.ndim == 1 else _joined
         joined = [join(by_leaf[at], strength) if at in by_leaf else leaf for at, (_, leaf) in enumerate(flat)]
         return jax.tree.unflatten(treedef, joined)
@@ -142,38 +137,26 @@ def _strength(strength: Any, count: int) -> Array:
     if strength.ndim == 1 and jnp.issubdtype(strength.dtype, jnp.integer):
         return strength.astype(jnp.int32)
     if strength.ndim not in (0, 2) or (strength.ndim == 2 and strength.shape[1] != count):
-        raise ValueError(
-            f"strength {strength.shape}: a number, (rows, {count}) for as many adapters, or (rows,) whole numbers"
-        )
+        kinds = f"a number, (rows, {count}) for as many adapters, or (rows,) whole numbers"
+        raise ValueError(f"strength {strength.shape}: {kinds}")
     strength = strength.astype(jnp.float32)
     return jnp.broadcast_to(strength, (strength.shape[0] if strength.ndim else 1, count))
 
 
-def _low_rank(leaf: Adapted) -> LowRank:
-    ready = leaf.ready()
-    if type(ready) is not LowRank:
-        raise ValueError(f"{leaf.path}: a {type(leaf).__name__} is no change of low rank; a bank is of such")
-    return ready
-
-
 def _joined(adapters: list[tuple[int, LowRank]], strength: Array) -> Gated:
     """The adapters of one leaf side by side; (n, K) strengths."""
-    shared, stacked = _common_fields(adapters), adapters[0][1].scale.ndim
     gates = []
     for k, w in adapters:
         gate = w.scale[..., None] * jnp.broadcast_to(strength[:, k], (*w.scale.shape, len(strength)))  # (s.., n)
         gates.append(jnp.broadcast_to(gate[..., None], (*gate.shape, w.a.shape[-1])))
-    return Gated(
-        a=jnp.concatenate([w.a for _, w in adapters], -1),
-        b=jnp.concatenate([w.b for _, w in adapters], stacked),
-        scale=jnp.concatenate(gates, -1),
-        **shared,
-    )
+    a, b = [w.a for _, w in adapters], [w.b for _, w in adapters]
+    factors = {"a": jnp.concatenate(a, -1), "b": jnp.concatenate(b, w.scale.ndim), "scale": jnp.concatenate(gates, -1)}
+    return Gated(**factors, **_common_fields(adapters))
 
 
 def _stacked(adapters: list[tuple[int, LowRank]], ids: Array) -> Chosen:
     """The adapters of one leaf one behind the other, each filled up to the largest rank; (n,) ids."""
-    shared, stacked = _common_fields(adapters), adapters[0][1].scale.ndim
+    common, stacked = _common_fields(adapters), adapters[0][1].scale.ndim
     rank = max(w.a.shape[-1] for _, w in adapters)
 
     def filled(x: Array, axis: int) -> Array:
@@ -181,13 +164,10 @@ def _stacked(adapters: list[tuple[int, LowRank]], ids: Array) -> Chosen:
 
     here = jnp.array([k for k, _ in adapters], jnp.int32)[None] == ids[:, None]  # an adapter may leave this leaf alone
     ids = jnp.where(here, jnp.arange(len(adapters), dtype=jnp.int32)[None], -1).max(1)
-    return Chosen(
-        a=jnp.stack([filled(w.a, -1) for _, w in adapters], stacked),
-        b=jnp.stack([filled(w.b, stacked) for _, w in adapters], stacked),
-        scale=jnp.stack([w.scale for _, w in adapters], stacked),
-        ids=jnp.broadcast_to(ids, (*adapters[0][1].scale.shape, len(ids))),
-        **shared,
-    )
+    ids = jnp.broadcast_to(ids, (*adapters[0][1].scale.shape, len(ids)))
+    a, b, scale = zip(*((filled(w.a, -1), filled(w.b, stacked), w.scale) for _, w in adapters), strict=True)
+    factors = {name: jnp.stack(x, stacked) for name, x in (("a", a), ("b", b), ("scale", scale))}
+    return Chosen(**factors, ids=ids, **common)
 
 
 def _common_fields(adapters: list[tuple[int, LowRank]]) -> dict[str, Any]:

@@ -6,35 +6,27 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.core.arrays import Adapted, PathLabel, Tuned, adapted_array, rounded_sum, static, widened
+from lora_jax.core.arrays import Adapted, Summed, Tuned, adapted_array, widened
 from lora_jax.core.selection import Absent, Selection, look_up
 from lora_jax.core.transforms import Factors, Params, ParamTransform, Target, Traits, per_target, register
 
 
 @adapted_array
-class BiasDelta(Adapted):
+class BiasDelta(Summed):
     """base + scale * shift, all of one shape."""
 
-    base: Array
     shift: Array
     scale: Array
-    path: str = static(default=PathLabel())
 
     @property
     def axes(self) -> str:
         return ""
 
-    def materialize(self) -> Array:
-        return rounded_sum(self.base, self._change(), self.dtype)
-
-    def remove(self) -> Array:
-        return rounded_sum(self.base, -self._change(), self.dtype)
-
     def ready(self) -> Adapted:
         # A bias meets a sum and no product: lift may as well know the sum.
         return Tuned(value=self.replace(base=lax.stop_gradient(self.base)).materialize(), path=self.path)
 
-    def _change(self) -> Array:
+    def delta(self) -> Array:
         wide = widened(self.dtype)
         return self.scale.astype(wide) * self.shift.astype(wide)
 
@@ -45,11 +37,8 @@ def bias_delta(selection: Selection, *, scale: float | Mapping[str, float] = 1.0
     LoRA with a bias in its B adds `scale * bias` to a layer's output; with `scale` equal to LoRA's this is that bias.
 
     Args:
-      selection: the biases, or any leaves; every layer of a stack.
+      selection: the biases, or any leaves; every layer of a stack: one that names layers is a ValueError.
       scale: one number, or a mapping glob -> number (first match wins; no match is an error).
-
-    Raises:
-      ValueError: the selection names layers, or the base has not these leaves (`without_tuned`).
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> lj.check(lj.bias_delta(lj.select("bias")), {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}).trained
@@ -58,13 +47,9 @@ def bias_delta(selection: Selection, *, scale: float | Mapping[str, float] = 1.0
 
     def targets(params: Params) -> list[Target]:
         if selection.layers:
-            raise ValueError(
-                f"bias_delta takes all of a leaf: name the layers in the globs, not layers={selection.layers}"
-            )
+            hint = f"name the layers in the globs, not layers={selection.layers}"
+            raise ValueError(f"bias_delta takes all of a leaf: {hint}")
         return [Target(path, leaf) for path, leaf in selection.leaves(params).items()]
-
-    def shapes(target: Target) -> dict[str, tuple[int, ...]]:
-        return {"shift": tuple(target.leaf.shape)}
 
     def init(key: Array, target: Target) -> Factors:
         return {"shift": jnp.zeros(target.leaf.shape, jnp.float32)}
@@ -74,12 +59,10 @@ def bias_delta(selection: Selection, *, scale: float | Mapping[str, float] = 1.0
         if isinstance(leaf, Absent):
             raise ValueError(f"{target.path} was taken out of these params (without_tuned); bias_delta needs the base")
         number = jnp.asarray(strength * look_up(scale, target.path, "scale"), jnp.float32)
-        return BiasDelta(
-            base=leaf, shift=factors["shift"], scale=jnp.broadcast_to(number, leaf.shape), path=target.label
-        )
+        return BiasDelta(**target.fields, shift=factors["shift"], scale=jnp.broadcast_to(number, leaf.shape))
 
     spec = {"method": "bias_delta", **selection.spec(), "scale": scale}
-    return per_target(spec, targets, init, adapt, shapes=shapes)
+    return per_target(spec, targets, init, adapt, shapes=lambda target: {"shift": tuple(target.leaf.shape)})
 
 
 shift = bias_delta  # its name before

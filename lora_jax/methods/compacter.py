@@ -50,9 +50,8 @@ def compacter(
     counts, widths = occurrences(sites)
     for name, size in {**widths, "rank": rank}.items():
         if not (isinstance(n, int) and n > 0) or size % n or size < 1:
-            raise ValueError(
-                f"n={n!r} must be a whole number that divides rank={rank} and the width of each site: {name} {size}"
-            )
+            what = f"a whole number that divides rank={rank} and the width of each site: {name} {size}"
+            raise ValueError(f"n={n!r} must be {what}")
     dtype = jnp.dtype(dtype)
 
     def init(key: Array, site: str, count: int) -> dict[str, Array]:

@@ -1,25 +1,23 @@
 """DoRA: magnitude and direction of a weight train apart, the direction as in LoRA (Liu et al., arXiv 2402.09353)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.core.arrays import Adapted, LowRank, Op, PathLabel, adapted_array, static, subscripts, widened
+from lora_jax.core.arrays import Adapted, LowRank, Op, Weight, adapted_array, einsum, static, widened
 from lora_jax.core.selection import Selection
 from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_target, register
-from lora_jax.methods.lora import Options, at_rank
+from lora_jax.methods.lora import Options, Ranks, at_rank
 
 
 @adapted_array
-class Dora(Adapted):
+class Dora(Weight):
     """m V / ||V|| with V = base + scale * A B; m and the norm have one number an output unit."""
 
     layout: ClassVar = LowRank.layout | {"m": "so", "fixed_norm": "so", "strength": "s"}
     frozen: ClassVar = (*Adapted.frozen, "strength")
-
-    base: Array
     a: Array
     b: Array
     m: Array
@@ -27,24 +25,15 @@ class Dora(Adapted):
     scale: Array
     strength: Array
     key: Array | None = None
-    core: str = static()
     dropout: float = static(default=0.0)
-    path: str = static(default=PathLabel())
 
     def ready(self) -> "Scaled":
         rise = self._rise()
-        gain = _einsum("so,s->so", self.axes, 1 + rise, self.strength.astype(rise.dtype))
-        return Scaled(
-            base=self.base,
-            a=self.a,
-            b=_einsum("sro,so->sro", self.axes, self.b.astype(rise.dtype), gain),
-            outputs=_einsum("so,s->so", self.axes, rise, self.strength.astype(rise.dtype)),
-            scale=self.scale,
-            key=self.key,
-            core=self.core,
-            dropout=self.dropout,
-            path=self.path,
-        )
+        b, strength = self.b.astype(rise.dtype), self.strength.astype(rise.dtype)
+        gain, outputs = (einsum("so,s->so", self.axes, x, strength) for x in (1 + rise, rise))
+        b = einsum("sro,so->sro", self.axes, b, gain)
+        same = {name: getattr(self, name) for name in ("base", "a", "scale", "key", "core", "dropout", "path")}
+        return Scaled(**same, b=b, outputs=outputs)
 
     def materialize(self) -> Array:
         return self.ready().materialize()
@@ -53,11 +42,11 @@ class Dora(Adapted):
         """m / ||V|| - 1, as a sum of differences that begin as zeros; ||V|| is a constant for the gradient."""
         wide = widened(self.dtype)
         w, a, b, scale = (lax.stop_gradient(x.astype(wide)) for x in (self.base, self.a, self.b, self.scale))
-        b = _einsum("sro,s->sro", self.axes, b, scale)
-        gram = _einsum("sir,siq->srq", self.axes, a, a)
-        twice = 2 * _einsum("W,sir->sro", self.axes, w, a) + _einsum("srq,sqo->sro", self.axes, gram, b)
-        grown = _einsum("sro,sro->so", self.axes, twice, b)  # <2 W + A B, A B> = ||V||^2 - ||W||^2, nothing dense
-        squares = _einsum("W->so", self.axes, w * w)
+        b = einsum("sro,s->sro", self.axes, b, scale)
+        gram = einsum("sir,siq->srq", self.axes, a, a)
+        twice = 2 * einsum("W,sir->sro", self.axes, w, a) + einsum("srq,sqo->sro", self.axes, gram, b)
+        grown = einsum("sro,sro->so", self.axes, twice, b)  # <2 W + A B, A B> = ||V||^2 - ||W||^2, nothing dense
+        squares = einsum("W->so", self.axes, w * w)
         norm, after = jnp.sqrt(squares), jnp.sqrt(jnp.maximum(squares + grown, 0))
         safe = jnp.where(after > 0, after, 1)  # a unit without weights keeps its gain of 1
         change = self.m.astype(wide) - lax.stop_gradient(self.fixed_norm).astype(wide) - grown / (norm + safe)
@@ -71,7 +60,6 @@ class Scaled(LowRank):
 
     layout: ClassVar = LowRank.layout | {"outputs": "so", "inputs": "si"}
     exact: ClassVar = ("outputs", "inputs")
-
     outputs: Array | None = None
     inputs: Array | None = None
 
@@ -91,7 +79,7 @@ class Scaled(LowRank):
         change = super().delta()
         for layout, rise in (("so", self.outputs), ("si", self.inputs)):
             if rise is not None:
-                change += _einsum(f"{layout},W->W", self.axes, rise, self.base.astype(change.dtype))
+                change += einsum(f"{layout},W->W", self.axes, rise, self.base.astype(change.dtype))
         return change
 
     def remove(self) -> Array:
@@ -101,18 +89,10 @@ class Scaled(LowRank):
         return super().transposed().replace(outputs=self.inputs, inputs=self.outputs)
 
 
-def _einsum(layouts: str, axes: str, *arrays: Array) -> Array:
-    """`einsum` of factors named by their layouts, and of W, which has the base's own axes."""
-    base = "".join(chr(65 + axis) for axis in range(len(axes)))
-    inputs, output = layouts.split("->")
-    names = [base if layout == "W" else subscripts(layout, axes) for layout in (*inputs.split(","), output)]
-    return jnp.einsum(f"{','.join(names[:-1])}->{names[-1]}", *arrays, precision="highest")
-
-
 def dora(
     selection: Selection,
     *,
-    rank: int | Mapping[str, int],
+    rank: Ranks,
     alpha: Any = None,
     dropout: float = 0.0,
     a_init: str = "kaiming_uniform",
@@ -126,28 +106,14 @@ def dora(
     The norm is over a weight's input axes (one number an output unit; of an embedding, over the vocabulary, one a
     feature), and a constant for the gradient (the paper's section 4.3). Dropout is on the input of all that changes:
     `x W + (m/||V|| - 1) drop(x) W + m/||V|| scale drop(x) A B`, as in PEFT. A step takes one more product of W, with A,
-    for the norm. Merging cannot be undone.
-
-    Args:
-      selection: the weights; each needs named input and output axes.
-      rank: as in `lora`, and so alpha, dropout, a_init, scale_rule, shared and strict.
-      dtype: of A and B; m and the frozen `fixed_norm`, the norm of W, are float32.
+    for the norm. Merging cannot be undone. The options are those of `lora`; m and the frozen `fixed_norm`, the norm of
+    W, are float32 whatever the dtype of A and B.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> lj.check(lj.dora(lj.select("kernel"), rank=2), {"kernel": jnp.ones((100, 70))}).trained
     410
     """
-    low = Options(
-        selection=selection,
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout,
-        a_init=a_init,
-        scale_rule=scale_rule,
-        dtype=dtype,
-        shared=shared,
-        strict=strict,
-    )
+    low = Options(selection, rank, alpha, dropout, a_init, scale_rule, dtype, shared, strict)
 
     def shapes(target: Target) -> dict[str, tuple[int, ...]]:
         units = (*target.stacked, *target.outputs)
@@ -155,7 +121,7 @@ def dora(
 
     def init(key: Array, target: Target) -> Factors:
         wide = jnp.asarray(target.leaf).astype(jnp.float32)
-        norm = target.adapted_layers(jnp.sqrt(_einsum("W->so", target.axes, wide * wide)))
+        norm = target.adapted_layers(jnp.sqrt(einsum("W->so", target.axes, wide * wide)))
         return low.init(key, target) | {"m": norm, "fixed_norm": jnp.array(norm, copy=True)}
 
     def adapt(target: Target, factors: Factors, key: Array | None, strength: Any) -> Dora:
@@ -164,8 +130,5 @@ def dora(
     return per_target({"method": "dora", **low.spec()}, low.targets, init, adapt, shapes=shapes)
 
 
-register(
-    "dora",
-    dora,
-    Traits(not_additive="a norm of base and change together divides both; merge it into the base", at_rank=at_rank),
-)
+not_additive = "a norm of base and change together divides both; merge it into the base"
+register("dora", dora, Traits(not_additive=not_additive, at_rank=at_rank))

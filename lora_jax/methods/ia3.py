@@ -1,6 +1,7 @@
 """IA3: learned vectors that scale what layers give or take (Liu et al. 2022, arXiv 2205.05638)."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -9,33 +10,19 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from lora_jax.core.arrays import (
-    Adapted,
-    Op,
-    PathLabel,
-    Tuned,
-    adapted_array,
-    factor_axes,
-    scaled,
-    static,
-    widened,
-)
-from lora_jax.core.selection import CLASS, Absent, Selection, flatten, matches
+from lora_jax.core.arrays import Adapted, Op, Tuned, Weight, adapted_array, factor_axes, scaled, widened
+from lora_jax.core.selection import Absent, Selection, flatten, matches, matches_any, strings
 from lora_jax.core.transforms import Factors, Params, ParamTransform, Target, Traits, per_target, register, targets_of
 
 
 @adapted_array
-class Rescaled(Adapted):
+class Rescaled(Weight):
     """A weight or bias whose input or output axes are scaled, each entry by its own number."""
 
     layout: ClassVar = {"inputs": "si", "outputs": "so"}
     exact: ClassVar = ("inputs", "outputs")
-
-    base: Array
     inputs: Array | None = None
     outputs: Array | None = None
-    core: str = static()
-    path: str = static(default=PathLabel())
 
     def product(self, x: Array, op: Op) -> Array:
         base = lax.stop_gradient(self.base)
@@ -53,8 +40,7 @@ class Rescaled(Adapted):
         return (wide / scale).astype(self.dtype)
 
     def transposed(self) -> "Rescaled":
-        flipped = self.core.translate(str.maketrans("ivko", "oooi"))
-        return self.replace(inputs=self.outputs, outputs=self.inputs, core=flipped)
+        return self.replace(inputs=self.outputs, outputs=self.inputs, core=self.flipped)
 
     def ready(self) -> Adapted:
         if set(self.core) - {"s", "o"}:
@@ -78,18 +64,15 @@ def ia3(selection: Selection, *, feedforward: Iterable[str] = ()) -> ParamTransf
     """`(x W + b) * l`, or `(x * l) W + b` for the weights that feed a layer back: l trains, 1 at first, W and b do not.
 
     A bias is scaled with its weight, if the weight's module has a leaf named `bias`: the l of both stands once in the
-    delta, under `@shared/<module>`. Without one, and for `feedforward`, l is in the delta under the weight's path. Of a
-    convolution's input l scales the channels, those of a group in every group. `merge` multiplies in; `unmerge`
-    divides (a ValueError where an l is 0; under `jit`, where this cannot be seen, NaN).
+    delta, under `@shared/<module>`; a bias of another shape, or of two selected weights, is a ValueError. Without one,
+    and for `feedforward`, l is in the delta under the weight's path. Of a convolution's input l scales the channels,
+    those of a group in every group. `merge` multiplies in; `unmerge` divides (a ValueError where an l is 0; NaN
+    under `jit`, where this cannot be seen).
 
     Args:
       selection: the weights, each with input and output axes. The paper takes the keys and values of attention and the
         second matrix of the MLP, the latter as feedforward.
-      feedforward: globs. The selected weights that one of them matches are scaled on the input side.
-
-    Raises:
-      ValueError: a bias does not have the shape of its weight's output, two selected weights of a module would share
-        it, or a glob of feedforward matches no selected weight.
+      feedforward: globs of the selected weights that are scaled on the input side; each must match one.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> method = lj.ia3(lj.select("*/kernel"), feedforward="down/*")
@@ -99,43 +82,13 @@ def ia3(selection: Selection, *, feedforward: Iterable[str] = ()) -> ParamTransf
       @shared/key: l float32(2,)
       down/kernel: l float32(5,)
     """
-    feedforward = (feedforward,) if isinstance(feedforward, str) else tuple(feedforward)
-
-    def feeds(path: str) -> bool:
-        return any(matches(glob, path) for glob in feedforward)
-
-    def targets(params: Params) -> list[Target]:
-        """The selected weights, and the biases that go with them."""
-        leaves, weights = dict(flatten(params)[0]), targets_of(selection, params)
-        for glob in feedforward:
-            if not any(matches(glob, target.path) for target in weights):
-                paths = [target.path for target in weights[:3]]
-                raise ValueError(f"feedforward={glob!r} matches none of the selected weights, {paths} ...")
-        pairs: dict[str, Target] = {}
-        for weight in weights:
-            if not weight.inputs or not weight.outputs:
-                raise ValueError(
-                    f"{weight.path} with axes {weight.axes!r}: IA3 needs a weight with input and output axes"
-                )
-            module = weight.path.rpartition("/")[0]
-            path = f"{module}/bias".lstrip("/")
-            if path not in leaves or feeds(weight.path):
-                pairs[weight.path] = weight
-            elif path in pairs:
-                raise ValueError(f"{weight.path} is not the only selected weight beside {path}: exclude all but one")
-            else:
-                axes = _bias_axes(selection.axes, path, leaves[path], weight)
-                shared = f"@shared/{module}"
-                pairs[weight.path] = dataclasses.replace(weight, shared=shared)
-                pairs[path] = Target(path, leaves[path], axes, selection.layers, shared)
-        return list(pairs.values())
+    feedforward = strings(feedforward)
 
     def shapes(target: Target) -> dict[str, tuple[int, ...]]:
         if isinstance(target.leaf, Absent):
             raise ValueError(f"{target.path} was taken out of these params (without_tuned); IA3 needs the base")
-        letters = zip(target.leaf.shape, target.axes, strict=True)
-        channels = tuple(n for n, letter in letters if letter in "iv")
-        return {"l": (*target.stacked, *(channels if feeds(target.path) else target.outputs))}
+        feeds = matches_any(feedforward, target.path)
+        return {"l": (*target.stacked, *(target.sizes("iv") if feeds else target.outputs))}
 
     def init(key: Array, target: Target) -> Factors:
         return {"l": jnp.ones(shapes(target)["l"], jnp.float32)}
@@ -144,7 +97,7 @@ def ia3(selection: Selection, *, feedforward: Iterable[str] = ()) -> ParamTransf
         scale = target.all_layers(factors["l"], fill=1.0)
         if not (isinstance(strength, float | int) and strength == 1):
             scale = 1 + jnp.asarray(strength, scale.dtype) * (scale - 1)
-        if not feeds(target.path):
+        if not matches_any(feedforward, target.path):
             return Rescaled(**target.fields, outputs=scale)
         letters = [letter for letter in target.axes if letter in "ivk"]
         window = [len(target.stack) + n for n, letter in enumerate(letters) if letter == "k"]
@@ -152,31 +105,48 @@ def ia3(selection: Selection, *, feedforward: Iterable[str] = ()) -> ParamTransf
         return Rescaled(**target.fields, inputs=scale)
 
     spec = {"method": "ia3", **selection.spec(), "feedforward": list(feedforward)}
+    targets = functools.partial(_weights_and_biases, selection, feedforward)
     return per_target(spec, targets, init, adapt, shapes=shapes)
+
+
+def _weights_and_biases(selection: Selection, feedforward: tuple[str, ...], params: Params) -> list[Target]:
+    """The selected weights, and the biases that go with them."""
+    leaves, weights = dict(flatten(params)[0]), targets_of(selection, params)
+    for glob in feedforward:
+        if not any(matches(glob, target.path) for target in weights):
+            paths = [target.path for target in weights[:3]]
+            raise ValueError(f"feedforward={glob!r} matches none of the selected weights, {paths} ...")
+    pairs: dict[str, Target] = {}
+    for weight in weights:
+        if not weight.inputs or not weight.outputs:
+            raise ValueError(f"{weight.path} with axes {weight.axes!r}: IA3 needs a weight with input and output axes")
+        module = weight.path.rpartition("/")[0]
+        path, shared = f"{module}/bias".lstrip("/"), f"@shared/{module}"
+        if path not in leaves or matches_any(feedforward, weight.path):
+            pairs[weight.path] = weight
+        elif path in pairs:
+            raise ValueError(f"{weight.path} is not the only selected weight beside {path}: exclude all but one")
+        else:
+            axes = _bias_axes(selection.axes, path, leaves[path], weight)
+            pairs[weight.path] = dataclasses.replace(weight, shared=shared)
+            pairs[path] = Target(path, leaves[path], axes, selection.layers, shared)
+    return list(pairs.values())
 
 
 def _bias_axes(named_axes: Any, path: str, leaf: Any, weight: Target) -> str:
     """The axes of a bias: those named for it, else those of its weight that are no input; the sizes must agree."""
-    is_mapping = isinstance(named_axes, Mapping)
-    named = [axes for glob, axes in named_axes.items() if matches(glob, path)][:1] if is_mapping else []
-    for axes in (*named, "".join(letter for letter in weight.axes if CLASS[letter] != "i")):
+    by_glob = named_axes if isinstance(named_axes, Mapping) else {}
+    named = [axes for glob, axes in by_glob.items() if matches(glob, path)][:1]
+    for axes in (*named, "".join(letter for letter in weight.axes if letter in "so")):
         if len(axes) == leaf.ndim and not set(axes) - {"s", "o"}:
             bias = Target(path, leaf, axes)
             if (bias.stack, bias.outputs) == (weight.stack, weight.outputs):
                 return axes
-    raise ValueError(
-        f"{path} has shape {tuple(leaf.shape)}, but its weight with axes {weight.axes!r} has outputs "
-        f"{weight.stack + weight.outputs}: name the axes of both with select(..., axes={{glob: ...}})"
-    )
+    outputs = f"its weight with axes {weight.axes!r} has outputs {weight.stack + weight.outputs}"
+    hint = "name the axes of both with select(..., axes={glob: ...})"
+    raise ValueError(f"{path} has shape {tuple(leaf.shape)}, but {outputs}: {hint}")
 
 
-register(
-    "ia3",
-    ia3,
-    Traits(
-        not_additive="it multiplies the base; merge it into the base",
-        decays=(),  # 1 is what changes nothing, not 0
-        fast=(),
-        sharding={"**/l": PartitionSpec()},
-    ),
-)
+not_additive = "it multiplies the base; merge it into the base"
+# nothing decays: 1 is what changes nothing, not 0
+register("ia3", ia3, Traits(not_additive=not_additive, decays=(), fast=(), sharding={"**/l": PartitionSpec()}))

@@ -3,36 +3,38 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.core.arrays import Adapted, Op, PathLabel, adapted_array, rounded_sum, sides, static, widened
+from lora_jax.core.arrays import Op, Summed, adapted_array, sides, static, widened
 from lora_jax.core.lifting.rules import Dot, LookUp
 from lora_jax.core.selection import Selection, look_up
 from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_target, register
+from lora_jax.methods.lora import Ranks
 
 Matrices = list[Array]  # (in, out) each, to be multiplied
 
 
 @adapted_array
-class Kronecker(Adapted):
+class Kronecker(Summed):
     """base + scale * (w1 x w2), with outputs (p, m) and inputs (q, n), the window of a convolution after n.
 
     w1 `(s.., p, q)` may be the product of w1_a `(s.., p, r)` and w1_b `(s.., r, q)`, and so may w2 `(s.., m, n)`.
     """
 
     layout: ClassVar = {
-        **{"w1": "spq", "w1_a": "spr", "w1_b": "srq"},
-        **{"w2": "smn", "w2_a": "smr", "w2_b": "srn"},
+        "w1": "spq",
+        "w1_a": "spr",
+        "w1_b": "srq",
+        "w2": "smn",
+        "w2_a": "smr",
+        "w2_b": "srn",
         "scale": "s",
     }
     indivisible: ClassVar = True
-
-    base: Array
     w1: Array | None = None
     w1_a: Array | None = None
     w1_b: Array | None = None
@@ -41,12 +43,9 @@ class Kronecker(Adapted):
     w2_b: Array | None = None
     scale: Array
     window: int = static(default=1)
-    core: str = static()
-    path: str = static(default=PathLabel())
 
     def product(self, x: Array, op: Op) -> Array:
-        first, second = self._matrices()
-        y = op(x, lax.stop_gradient(self.base))
+        (first, second), y = self._matrices(), super().product(x, op)
         if isinstance(op, LookUp):
             change = _looked_up(op, x, first, second)
         elif isinstance(op, Dot) and "k" not in self.core:
@@ -57,7 +56,6 @@ class Kronecker(Adapted):
         return y + change.astype(y.dtype).reshape(y.shape)
 
     def delta(self) -> Array:
-        """The change in the base's axes, float32 (or wider)."""
         first, second = ([w.astype(widened(self.dtype)) for w in ws] for ws in self._matrices())
         product = functools.partial(jnp.matmul, precision="highest")
         w1, w2 = functools.reduce(product, first), functools.reduce(product, second)
@@ -68,26 +66,18 @@ class Kronecker(Adapted):
         dense = dense.reshape([self.shape[axis] for axis in order])
         return dense.transpose(sorted(range(self.ndim), key=order.__getitem__))
 
-    def materialize(self) -> Array:
-        return rounded_sum(self.base, self.delta(), self.dtype)
-
-    def remove(self) -> Array:
-        return rounded_sum(self.base, -self.delta(), self.dtype)
-
     def transposed(self) -> "Kronecker | None":
         if self.window > 1:
             return None
-        names = {"w1": "w1", "w1_a": "w1_b", "w1_b": "w1_a", "w2": "w2", "w2_a": "w2_b", "w2_b": "w2_a"}
-        factors = {new: getattr(self, old) for new, old in names.items()}
-        exchanged = {name: None if w is None else w.swapaxes(-1, -2) for name, w in factors.items()}
-        return self.replace(core=self.core.translate(str.maketrans("ivko", "oooi")), **exchanged)
+        exchanged = {"w1": self.w1, "w1_a": self.w1_b, "w1_b": self.w1_a}
+        exchanged |= {"w2": self.w2, "w2_a": self.w2_b, "w2_b": self.w2_a}
+        factors = {name: None if w is None else w.swapaxes(-1, -2) for name, w in exchanged.items()}
+        return self.replace(core=self.flipped, **factors)
 
     def _matrices(self) -> tuple[Matrices, Matrices]:
         """w1 and w2 from input to output, each one matrix or two to be multiplied."""
-        w1, w2 = [
-            [w.swapaxes(-1, -2) for end in ("_b", "_a", "") if (w := getattr(self, name + end)) is not None]
-            for name in ("w1", "w2")
-        ]
+        w1, w2 = ([getattr(self, name + end) for end in ("_b", "_a", "")] for name in ("w1", "w2"))
+        w1, w2 = ([w.swapaxes(-1, -2) for w in ws if w is not None] for ws in (w1, w2))
         inputs = w1[0].shape[-2] * w2[0].shape[-2] // self.window
         if sides(self) != (self.window, inputs, w1[-1].shape[-1] * w2[-1].shape[-1]):
             raise ValueError(f"{self.path}: {self.shape} is a part of a weight, of which no Kronecker product is known")
@@ -115,12 +105,7 @@ def _looked_up(op: LookUp, ids: Array, first: Matrices, second: Matrices) -> Arr
 
 
 def lokr(
-    selection: Selection,
-    *,
-    rank: int | Mapping[str, int],
-    alpha: Any = None,
-    decompose_both: bool = False,
-    decompose_factor: int = -1,
+    selection: Selection, *, rank: Ranks, alpha: Any = None, decompose_both: bool = False, decompose_factor: int = -1
 ) -> ParamTransform:
     """`W + alpha/rank * (w1 x w2)`, the Kronecker product of w1 (out_1, in_1) and w2 (out_2, in_2); W is frozen.
 
@@ -128,18 +113,16 @@ def lokr(
     is low-rank, w2 = w2_a w2_b, where rank is less than half its longer size; w1 only with `decompose_both`. w1 (or
     w1_a) is zero, the others U(-1/sqrt(n), 1/sqrt(n)), with n their second size. Several input or output axes count as
     one; the window of a convolution goes with in_2. The delta's factors are `(s.., out, in)` whatever the base's axes.
-
-    A product or embedding lookup becomes two small ones. The change of a convolution is made dense, which is small.
-    What cuts an input or output axis or changes the order of several (the split of a fused kernel) gets the weight
-    dense, as `lift` reports; heads made of one axis, or joined, do not.
+    A product or embedding lookup becomes two small ones; the change of a convolution is made dense. What cuts
+    an input or output axis or changes the order of several (the split of a fused kernel) gets the weight dense.
 
     Args:
       selection: the weights; each needs named input and output axes.
       rank: 1 or more, or a mapping glob -> rank (first match wins; no match is an error).
       alpha: scale = alpha / rank, also where no side is low-rank; a number (it may be traced) or a mapping; the rank
         where None.
-      decompose_both: whether w1 may be low-rank too.
-      decompose_factor: the size of out_1 and in_1 where it divides; -1: the nearest to a square root.
+      decompose_both: whether w1 may be low-rank too. decompose_factor: the size of out_1 and in_1 where it divides; -1:
+        the nearest to a square root.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> lj.lokr(lj.select("kernel"), rank=2).init(jax.random.key(0), {"kernel": jnp.ones((120, 64))})
@@ -150,16 +133,7 @@ def lokr(
         raise ValueError(f"decompose_factor={decompose_factor!r}: a whole number from 1, or -1 for the square root")
 
     def shapes(target: Target) -> dict[str, tuple[int, ...]]:
-        target.need_weight("LoKr")
-        r, window = look_up(rank, target.path, "rank"), target.window
-        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-            raise ValueError(f"{target.path}: rank={r!r} must be a whole number from 1")
-        p, m = factorization(math.prod(target.outputs), decompose_factor)
-        q, n = factorization(math.prod(target.inputs) // math.prod(window), decompose_factor)
-        w1 = {"w1_a": (p, r), "w1_b": (r, q)} if decompose_both and r < max(p, q) / 2 else {"w1": (p, q)}
-        low = {"w2_a": (m, r), "w2_b": (r, n * math.prod(window))}
-        w2 = low if r < max(m, n) / 2 else {"w2": (m, n, *window)}
-        return {name: (*target.stacked, *shape) for name, shape in {**w1, **w2}.items()}
+        return _shapes(target, look_up(rank, target.path, "rank"), decompose_both, decompose_factor)
 
     def init(key: Array, target: Target) -> Factors:
         factors = {}
@@ -176,16 +150,24 @@ def lokr(
         scale = 1.0 if alpha is None else look_up(alpha, target.path, "alpha") / look_up(rank, target.path, "rank")
         matrices = {name: w.reshape(*w.shape[: len(target.stack) + 1], -1) for name, w in factors.items()}
         every_layer: dict[str, Any] = {name: target.all_layers(w) for name, w in matrices.items()}
-        return Kronecker(
-            **target.fields,
-            **every_layer,
-            scale=target.scale(strength * scale),
-            window=math.prod(target.window),
-        )
+        window = math.prod(target.sizes("k"))
+        return Kronecker(**target.fields, **every_layer, scale=target.scale(strength * scale), window=window)
 
     spec = {"method": "lokr", **selection.spec(), "rank": rank, "alpha": alpha}
     spec |= {"decompose_both": decompose_both, "decompose_factor": decompose_factor}
     return per_target(spec, selection, init, adapt, shapes=shapes)
+
+
+def _shapes(target: Target, r: int, decompose_both: bool, factor: int) -> dict[str, tuple[int, ...]]:
+    target.need_weight("LoKr")
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ValueError(f"{target.path}: rank={r!r} must be a whole number from 1")
+    p, m = factorization(math.prod(target.outputs), factor)
+    q, n = factorization(math.prod(target.sizes("iv")), factor)
+    w1 = {"w1_a": (p, r), "w1_b": (r, q)} if decompose_both and r < max(p, q) / 2 else {"w1": (p, q)}
+    low_rank = {"w2_a": (m, r), "w2_b": (r, n * math.prod(target.sizes("k")))}
+    w2 = low_rank if r < max(m, n) / 2 else {"w2": (m, n, *target.sizes("k"))}
+    return {name: (*target.stacked, *shape) for name, shape in {**w1, **w2}.items()}
 
 
 def factorization(size: int, factor: int = -1) -> tuple[int, int]:

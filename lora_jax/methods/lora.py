@@ -9,19 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from lora_jax.core import transforms
 from lora_jax.core.arrays import LowRank
-from lora_jax.core.selection import Selection, look_up, matches
-from lora_jax.core.transforms import (
-    Factors,
-    Params,
-    ParamTransform,
-    Spec,
-    Target,
-    Traits,
-    per_target,
-    register,
-    targets_of,
-)
+from lora_jax.core.selection import Selection, look_up, matches_any, strings
+from lora_jax.core.transforms import Factors, Params, ParamTransform, Spec, Target
+
+Ranks = int | Mapping[str, int]  # of all leaves, or glob -> rank
 
 _SCALE_RULES = {"alpha/r": lambda alpha, r: alpha / r, "alpha/sqrt(r)": lambda alpha, r: alpha / math.sqrt(r)}
 _A_INITS = ("kaiming_uniform", "gaussian")
@@ -30,7 +23,7 @@ _A_INITS = ("kaiming_uniform", "gaussian")
 def lora(
     selection: Selection,
     *,
-    rank: int | Mapping[str, int],
+    rank: Ranks,
     alpha: Any = None,
     dropout: float = 0.0,
     a_init: str = "kaiming_uniform",
@@ -48,11 +41,9 @@ def lora(
       dropout: on the input of the low-rank branch alone, drawn where `apply` gets a key; look-ups draw none.
       a_init: "kaiming_uniform" U(-1/sqrt(in), 1/sqrt(in)), as in loralib and PEFT; "gaussian" N(0, 0.02^2), as in the
         authors' first GPT-2 code. Embeddings the other way round, as there: A zero, B N(0, 1).
-      scale_rule: "alpha/r", or "alpha/sqrt(r)" (rsLoRA, Kalajdzievski 2023).
-      dtype: of the factors.
-      shared: globs. Selected leaves that one of them matches and that stand in one module (`h_0/attn/query/kernel` and
-        `h_0/attn/value/kernel` in `h_0/attn`) share one A, `@shared/h_0/attn` in the delta, and one dropout mask, as in
-        a fused layer (PEFT's adapters of GPT-2's c_attn); they need one rank.
+      scale_rule: "alpha/r", or "alpha/sqrt(r)" (rsLoRA, Kalajdzievski 2023). dtype: of the factors.
+      shared: globs of leaves that share one A and one dropout mask with those of their module, as in a fused layer
+        (PEFT's adapters of GPT-2's c_attn): `@shared/h_0/attn` in the delta for `h_0/attn/{query,value}/kernel`.
       strict: whether a rank above min(in, out) is refused; adapters of other libraries have such.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
@@ -60,30 +51,20 @@ def lora(
     Delta: 1 paths, 340 numbers
       kernel: a float32(100, 2), b float32(2, 70)
     """
-    low = Options(
-        selection=selection,
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout,
-        a_init=a_init,
-        scale_rule=scale_rule,
-        dtype=dtype,
-        shared=shared,
-        strict=strict,
-    )
+    low = Options(selection, rank, alpha, dropout, a_init, scale_rule, dtype, shared, strict)
 
     def adapt(target: Target, factors: Factors, key: Array | None, strength: Any) -> LowRank:
         return LowRank(**low.fields(target, factors, key, strength))
 
-    return per_target({"method": "lora", **low.spec()}, low.targets, low.init, adapt, shapes=low.shapes)
+    return transforms.per_target({"method": "lora", **low.spec()}, low.targets, low.init, adapt, shapes=low.shapes)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Options:
-    """The options of `lora`, which its relatives share, and what they mean for one leaf."""
+    """The options of `lora` and its relatives, and what they mean for one leaf."""
 
     selection: Selection
-    rank: int | Mapping[str, int]
+    rank: Ranks
     alpha: Any = None
     dropout: float = 0.0
     a_init: str = "kaiming_uniform"
@@ -99,7 +80,7 @@ class Options:
             raise ValueError(f"scale_rule={self.scale_rule!r}: choose one of {tuple(_SCALE_RULES)}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout}: a probability from 0 to below 1")
-        object.__setattr__(self, "shared", (self.shared,) if isinstance(self.shared, str) else tuple(self.shared))
+        object.__setattr__(self, "shared", strings(self.shared))
 
     def spec(self) -> Spec:
         """The options as JSON."""
@@ -110,14 +91,10 @@ class Options:
 
     def targets(self, params: Params) -> list[Target]:
         """The selected leaves; those of one module that a glob of `shared` matches share their A."""
-        return [
-            dataclasses.replace(target, shared=self._sharing(target.path))
-            for target in targets_of(self.selection, params)
-        ]
-
-    def _sharing(self, path: str) -> dict[str, str]:
-        in_module = any(matches(glob, path) for glob in self.shared)
-        return {"a": f"@shared/{'/'.join(path.split('/')[:-2])}"} if in_module else {}
+        targets = transforms.targets_of(self.selection, params)
+        modules = {t.path: "/".join(t.path.split("/")[:-2]) for t in targets if matches_any(self.shared, t.path)}
+        shared = {path: {"a": f"@shared/{module}"} for path, module in modules.items()}
+        return [dataclasses.replace(target, shared=shared.get(target.path, {})) for target in targets]
 
     def shapes(self, target: Target) -> dict[str, tuple[int, ...]]:
         """Those of A and B; a ValueError for a leaf that has none, or a rank that cannot be."""
@@ -150,12 +127,9 @@ class Options:
         """The fields of a `LowRank`, with all the factors that are given, over all layers."""
         if key is not None and self.dropout and target.stack:
             key = jax.random.split(key, target.stack)
-        return {name: target.all_layers(factor) for name, factor in factors.items()} | {
-            **target.fields,
-            "scale": target.scale(strength * self.scale(target.path)),
-            "key": key if self.dropout else None,
-            "dropout": self.dropout,
-        }
+        every_layer = {name: target.all_layers(factor) for name, factor in factors.items()}
+        options = {"key": key if self.dropout else None, "dropout": self.dropout}
+        return target.fields | every_layer | options | {"scale": target.scale(strength * self.scale(target.path))}
 
 
 def at_rank(spec: Spec, rank: int) -> Spec:
@@ -165,4 +139,4 @@ def at_rank(spec: Spec, rank: int) -> Spec:
     return spec | {"rank": rank, "alpha": alpha * (rank / spec["rank"]) ** power}
 
 
-register("lora", lora, Traits(at_rank=at_rank))
+transforms.register("lora", lora, transforms.Traits(at_rank=at_rank))

@@ -1,32 +1,27 @@
 """PiSSA: LoRA that begins as the weight's principal part (Meng et al. 2024, arXiv 2404.02948)."""
 
 import math
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.core.arrays import Adapted, LowRank, PathLabel, adapted_array, static, widened
+from lora_jax.core.arrays import LowRank, Summed, adapted_array, widened
 from lora_jax.core.selection import CLASS, Selection
 from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_target, register
-from lora_jax.methods.lora import Options, at_rank
+from lora_jax.methods.lora import Options, Ranks, at_rank
 
 
 @adapted_array
-class Pissa(Adapted):
+class Pissa(Summed):
     """base + scale * (A B - A0 B0), with A0 and B0 the frozen `fixed_a` and `fixed_b`."""
 
     layout: ClassVar = {"a": "sir", "b": "sro", "fixed_a": "sir", "fixed_b": "sro", "scale": "s"}
-
-    base: Array
     a: Array
     b: Array
     fixed_a: Array
     fixed_b: Array
     scale: Array
-    core: str = static()
-    path: str = static(default=PathLabel())
 
     def ready(self) -> LowRank:
         # A B - A0 B0 = (A - A0) B + A0 (B - B0): exactly zero at first, and no small difference of large products
@@ -35,20 +30,9 @@ class Pissa(Adapted):
         b = jnp.concatenate([self.b, self.b - b0], self.scale.ndim)
         return LowRank(base=self.base, a=a, b=b, scale=self.scale, core=self.core, path=self.path)
 
-    def materialize(self) -> Array:
-        return self.ready().materialize()
-
-    def remove(self) -> Array:
-        return self.ready().remove()
-
 
 def pissa(
-    selection: Selection,
-    *,
-    rank: int | Mapping[str, int],
-    alpha: Any = None,
-    scale_rule: str = "alpha/r",
-    dtype: Any = jnp.float32,
+    selection: Selection, *, rank: Ranks, alpha: Any = None, scale_rule: str = "alpha/r", dtype: Any = jnp.float32
 ) -> ParamTransform:
     """`W - scale * A0 B0 + scale * A B`, with A and B starting as A0 and B0: the first `rank` singular triples of W.
 
@@ -57,12 +41,7 @@ def pissa(
     rewritten: A0 and B0 stay in the delta, frozen, as `fixed_a` and `fixed_b`, so that the change is exactly zero at
     first, can be undone, and is a LoRA of twice the rank. There is no dropout: it would drop from the principal part.
 
-    Args:
-      selection: the weights; each needs named input and output axes. Their values are needed: `init` decomposes them.
-      rank: 1 to min(in, out), or a mapping glob -> rank (first match wins; no match is an error).
-      alpha: scale = alpha / rank, above zero; a number or a mapping; the rank where None.
-      scale_rule: "alpha/r" or "alpha/sqrt(r)".
-      dtype: of the factors.
+    The options are those of `lora`; the scale must be above zero. `init` needs the values of the weights.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> lj.check(lj.pissa(lj.select("kernel"), rank=2), {"kernel": jnp.ones((100, 70))}).trained
@@ -77,9 +56,7 @@ def pissa(
     def init(key: Array, target: Target) -> Factors:
         shape, scale = low.shapes(target), low.scale(target.path)
         if isinstance(scale, int | float) and scale <= 0:
-            raise ValueError(
-                f"{target.path}: PiSSA divides singular values by scale = {scale}; choose an alpha above 0"
-            )
+            raise ValueError(f"{target.path}: PiSSA divides singular values by scale = {scale}; take an alpha above 0")
         start = _principal(target.adapted_layers(_matrix(target)), shape["a"][-1], scale)
         factors = {name: x.reshape(shape[name]).astype(dtype) for name, x in zip("ab", start, strict=True)}
         return factors | {f"fixed_{name}": jnp.array(x, copy=True) for name, x in factors.items()}

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
-from lora_jax.core.arrays import Adapted, Op, PathLabel, adapted_array, static
+from lora_jax.core.arrays import Op, Weight, adapted_array
 from lora_jax.core.lifting.taps import Tap
 from lora_jax.core.selection import Absent, Selection
 from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_site, per_target, register
@@ -20,59 +20,37 @@ from lora_jax.methods.adapter import occurrences
 
 
 @adapted_array
-class Extended(Adapted):
+class Extended(Weight):
     """An embedding `(v, o)` with `rows` `(n, o)` for the ids from v on. As an output head it is the base."""
 
     layout: ClassVar = {"rows": "no"}
     indivisible: ClassVar = True  # ids have their meaning in the full table alone
-
-    base: Array
     rows: Array
-    core: str = static(default="vo")
-    path: str = static(default=PathLabel())
 
     def product(self, x: Array, op: Op) -> Array:
-        base = lax.stop_gradient(self.base)
         if op.drops_input:
-            return op(x, base)
-        v = base.shape[0]
-        in_vocabulary = op(jnp.minimum(x, v - 1), base)
+            return super().product(x, op)
+        v = self.base.shape[0]
+        in_vocabulary = super().product(jnp.minimum(x, v - 1), op)
         # an id beyond them gives NaN, as in the model's own look-up
         rows = jnp.take(self.rows.astype(in_vocabulary.dtype), jnp.maximum(x - v, 0), axis=0, mode="fill")
         return jnp.where((x >= v)[..., None], rows, in_vocabulary)
 
     def materialize(self) -> Array:
-        raise ValueError(
-            f"{self.path}: the rows of a prefix are none of the vocabulary's; they go neither into a merged table nor "
-            "through an operation that cuts or changes it: look up in the full one, by lift"
-        )
+        where = "neither into a merged table nor through an operation that cuts or changes it"
+        hint = f"they go {where}: look up in the full one, by lift"
+        raise ValueError(f"{self.path}: the rows of a prefix are none of the vocabulary's; {hint}")
 
-    def transposed(self) -> "Head":
-        return Head(base=self.base, path=self.path)
-
-
-@adapted_array
-class Head(Adapted):
-    """An embedding as output head, which predicts no token of a prefix."""
-
-    base: Array
-    core: str = static(default="oi")
-    path: str = static(default=PathLabel())
-
-    def product(self, x: Array, op: Op) -> Array:
-        return op(x, lax.stop_gradient(self.base))
-
-    def materialize(self) -> Array:
-        return self.base
+    def transposed(self) -> Weight:
+        return Weight(base=self.base, core="oi", path=self.path)
 
 
 def prefix_embedding(selection: Selection, *, prefix: int, infix: int = 0) -> ParamTransform:
     """Trained embeddings of prefix and infix tokens: d (l_p + l_i) parameters (PreEmbed). They start as rows of the
     vocabulary, drawn at random. It cannot be merged.
 
-    Args:
-      selection: the token embedding, with axes "vo".
-      prefix, infix: how many tokens stand before the context, and between it and the completion.
+    The selection is the token embedding, with axes "vo"; `prefix` tokens stand before the context, `infix` tokens
+    between it and the completion.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> method = lj.prefix_embedding(lj.select("embedding"), prefix=3, infix=1)
@@ -126,13 +104,11 @@ class ClampIds:
 
 def prefix_layer(sites: Mapping[str, Sequence[Any]], *, vocabulary: int, prefix: int, infix: int = 0) -> ParamTransform:
     """Trained vectors in place of every layer's output at the prefix and infix tokens: L d (l_p + l_i) parameters
-    (PreLayer). They start from N(0, 0.02^2); the embedding below them is that of the vocabulary's last token. It cannot
-    be merged.
+    (PreLayer), from N(0, 0.02^2). Below them is the embedding of the vocabulary's last token. It cannot be merged.
 
     Args:
       sites: `{"block_out": (layers, width)}`, as of `adapter`. The model names its `tokens` too.
-      vocabulary: how many ids the model knows: the tokens' ids begin there.
-      prefix, infix: how many tokens stand before the context, and between it and the completion.
+      vocabulary: how many ids the model knows: the tokens' ids begin there. prefix, infix: as of `prefix_embedding`.
 
     >>> import lora_jax as lj
     >>> lj.check(lj.prefix_layer({"block_out": (2, 16)}, vocabulary=50, prefix=3, infix=1), {}).trained
@@ -162,18 +138,7 @@ def _count(prefix: int, infix: int) -> int:
     return prefix + infix
 
 
-def _inserts(spec: Mapping[str, Any]) -> tuple[int, int]:
-    return spec["prefix"], spec["infix"]
-
-
-register(
-    "prefix_embedding",
-    prefix_embedding,
-    Traits(
-        not_additive="its rows are those of tokens behind the vocabulary, and change no weight",
-        decays=("**/rows",),
-        fast=(),
-        inserts=_inserts,
-    ),
-)
-register("prefix_layer", prefix_layer, Traits(decays=("**/values",), fast=(), inserts=_inserts))
+traits = Traits(decays=("**/values",), fast=(), inserts=lambda spec: (spec["prefix"], spec["infix"]))
+register("prefix_layer", prefix_layer, traits)
+why = "its rows are those of tokens behind the vocabulary, and change no weight"
+register("prefix_embedding", prefix_embedding, dataclasses.replace(traits, not_additive=why, decays=("**/rows",)))

@@ -7,35 +7,27 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.core.arrays import Adapted, LowRank, PathLabel, adapted_array, static
+from lora_jax.core.arrays import Adapted, LowRank, Weight, adapted_array, static, widened
 from lora_jax.core.selection import Absent, Selection
 from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_target, register
 
 
 @adapted_array
-class TokenRows(Adapted):
+class TokenRows(Weight):
     """An embedding `(v, o)` with `rows` `(n, o)`, float32, in the place of the base's rows `indices`."""
 
-    base: Array
     rows: Array
     indices: tuple[int, ...] = static()
-    core: str = static(default="vo")
-    path: str = static(default=PathLabel())
 
     def materialize(self) -> Array:
         return self.base.at[jnp.array(self.indices)].set(self.rows.astype(self.dtype))
 
     def ready(self) -> Adapted:
         # As a product of low rank, what is right for LoRA is right here: look-ups, and a head that is the embedding.
-        base = lax.stop_gradient(self.base)
-        change = _wide(self.rows, base) - _wide(base[jnp.array(self.indices)], base)
+        base, wide = lax.stop_gradient(self.base), widened(self.dtype)
+        change = self.rows.astype(wide) - base[jnp.array(self.indices)].astype(wide)
         chosen = jax.nn.one_hot(jnp.array(self.indices), self.shape[0], axis=0, dtype=change.dtype)
         return LowRank(base=self.base, a=chosen, b=change, scale=jnp.float32(1), core=self.core, path=self.path)
-
-
-def _wide(x: Array, base: Any) -> Array:
-    """In the dtype that trains, which holds every number of the base: float32, or float64 for a base of it."""
-    return x.astype(jnp.float64 if base.dtype == jnp.float64 else jnp.float32)
 
 
 def token_rows(selection: Selection, *, indices: Sequence[int]) -> ParamTransform:
@@ -45,11 +37,8 @@ def token_rows(selection: Selection, *, indices: Sequence[int]) -> ParamTransfor
     in, rounded once to the base's dtype; `lift` adds their difference from the base's, rounded to it too.
 
     Args:
-      selection: embeddings, with axes "vo".
-      indices: which rows, each once.
-
-    Raises:
-      ValueError: no index, one that is no whole number from 0, that is there twice or beyond the rows; other axes.
+      selection: embeddings; axes other than "vo" are a ValueError.
+      indices: which rows, whole numbers from 0, each once; others are a ValueError.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> method = lj.token_rows(lj.select("embedding"), indices=[5, 7])
@@ -72,12 +61,12 @@ def token_rows(selection: Selection, *, indices: Sequence[int]) -> ParamTransfor
 
     def init(key: Array, target: Target) -> Factors:
         shapes(target)
-        return {"rows": _wide(jnp.asarray(target.leaf)[jnp.array(chosen)], target.leaf)}
+        return {"rows": jnp.asarray(target.leaf)[jnp.array(chosen)].astype(widened(target.leaf.dtype))}
 
     def adapt(target: Target, factors: Factors, key: Array | None, strength: Any) -> TokenRows:
         leaf, new = target.leaf, factors["rows"]
         if not (isinstance(strength, float | int) and strength == 1):
-            old, new = _wide(leaf[jnp.array(chosen)], leaf), _wide(new, leaf)
+            old, new = (x.astype(widened(leaf.dtype)) for x in (leaf[jnp.array(chosen)], new))
             s = jnp.asarray(strength, new.dtype)
             new = (1 - s) * old + s * new
         return TokenRows(**target.fields, rows=new, indices=chosen)

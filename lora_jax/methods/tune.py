@@ -42,10 +42,8 @@ def tune(selection: Selection) -> ParamTransform:
         s = jnp.asarray(strength, value.dtype)
         return Tuned(value=((1 - s) * leaf.astype(value.dtype) + s * value).astype(leaf.dtype), path=target.label)
 
-    def shapes(target: Target) -> dict[str, tuple[int, ...]]:
-        return {"value": tuple(target.leaf.shape)}
-
-    return per_target({"method": "tune", **selection.spec()}, targets, init, adapt, shapes=shapes)
+    spec = {"method": "tune", **selection.spec()}
+    return per_target(spec, targets, init, adapt, shapes=lambda target: {"value": tuple(target.leaf.shape)})
 
 
 register("tune", tune, Traits(decays=("**/{kernel,embedding}/value",), fast=()))

@@ -9,48 +9,28 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.core.arrays import Adapted, LowRank, PathLabel, adapted_array, static
-from lora_jax.core.selection import Selection, matches
-from lora_jax.core.transforms import (
-    Factors,
-    Params,
-    ParamTransform,
-    Target,
-    Traits,
-    per_target,
-    register,
-    stable_hash,
-    targets_of,
-)
+from lora_jax.core import transforms
+from lora_jax.core.arrays import LowRank, Summed, adapted_array
+from lora_jax.core.selection import Selection, matches, strings
+from lora_jax.core.transforms import Factors, Params, ParamTransform, Target
 
 
 @adapted_array
-class Vera(Adapted):
+class Vera(Summed):
     """base + scale * A diag(d) B diag(b): A `(s.., i.., r)`, B `(s.., r, o..)` frozen, d `(s.., r)`, b `(s.., o..)`."""
 
     layout: ClassVar = {"fixed_a": "sir", "fixed_b": "sro", "d": "sr", "b": "so", "scale": "s"}
-
-    base: Array
     fixed_a: Array
     fixed_b: Array
     d: Array
     b: Array
     scale: Array
-    core: str = static()
-    path: str = static(default=PathLabel())
 
     def ready(self) -> LowRank:
-        # As a product of low rank, what is right for LoRA is right here.
         stacked = self.scale.ndim
         a = lax.stop_gradient(self.fixed_a) * lax.expand_dims(self.d, range(stacked, self.fixed_a.ndim - 1))
         b = lax.stop_gradient(self.fixed_b) * lax.expand_dims(self.b, [stacked])
         return LowRank(base=self.base, a=a, b=b, scale=self.scale, core=self.core, path=self.path)
-
-    def materialize(self) -> Array:
-        return self.ready().materialize()
-
-    def remove(self) -> Array:
-        return self.ready().remove()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +51,9 @@ def vera(selection: Selection, *, rank: int, d_initial: float = 0.1, fused: Iter
       selection: the weights; each needs named input and output axes.
       rank: that of A and B, 1 or more; above min(in, out) too (the paper takes up to 1024).
       d_initial: of every entry of d `(s.., rank)`; b `(s.., o..)` is zero at first.
-      fused: globs like `**/attn/{query,key,value}/kernel`. The weights that the last braces of one name in a module are
-        one layer's outputs side by side, in that order, as in PEFT's adapters of GPT-2's c_attn: they have one d,
-        `@shared/h_0/attn` in the delta, and B's columns one after the other.
+      fused: globs like `**/attn/{query,key,value}/kernel`: what the last braces name in a module are a layer's outputs
+        side by side, in that order, as in PEFT's adapters of GPT-2's c_attn. They have one d, `@shared/h_0/attn` in
+        the delta, and B's columns one after the other.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> lj.check(lj.vera(lj.select("*"), rank=8), {"small": jnp.ones((3, 2)), "large": jnp.ones((5, 4))}).trained
@@ -81,16 +61,12 @@ def vera(selection: Selection, *, rank: int, d_initial: float = 0.1, fused: Iter
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank={rank!r} must be a whole number from 1")
-    fused = (fused,) if isinstance(fused, str) else tuple(fused)
+    fused = strings(fused)
 
     def targets(params: Params) -> list[Part]:
-        plain = targets_of(selection, params)
+        plain = transforms.targets_of(selection, params)
         parts = _parts(fused, {target.path: math.prod(target.outputs) for target in plain})
-        return [
-            Part(target.path, target.leaf, target.axes, target.layers, shared, start)
-            for target in plain
-            for shared, start in [parts[target.path]]
-        ]
+        return [Part(t.path, t.leaf, t.axes, t.layers, *parts[t.path]) for t in plain]
 
     def shapes(target: Target) -> dict[str, tuple[int, ...]]:
         target.need_weight("VeRA")
@@ -103,26 +79,21 @@ def vera(selection: Selection, *, rank: int, d_initial: float = 0.1, fused: Iter
     def projections(key: Array, targets: Sequence[Any]) -> Factors:
         rows = max(math.prod(part.inputs) for part in targets)
         columns = max(part.start + math.prod(part.outputs) for part in targets)
-        key_a, key_b = jax.random.split(jax.random.fold_in(key, stable_hash("@shared/vera")))
+        key_a, key_b = jax.random.split(jax.random.fold_in(key, transforms.stable_hash("@shared/vera")))
         return {"fixed_a": _uniform(key_a, (rank, rows)), "fixed_b": _uniform(key_b, (columns, rank))}
 
     def adapt(target: Any, factors: Factors, key: Array | None, strength: Any) -> Vera:
         inputs, outputs = math.prod(target.inputs), math.prod(target.outputs)
         a = factors["fixed_a"][:, :inputs].T.reshape(*target.inputs, rank)
         b = factors["fixed_b"][target.start : target.start + outputs].T.reshape(rank, *target.outputs)
-        return Vera(
-            **target.fields,
-            # once a layer, so that an adapted stack can be indexed and scanned like any other
-            fixed_a=jnp.broadcast_to(a, (*target.stack, *a.shape)),
-            fixed_b=jnp.broadcast_to(b, (*target.stack, *b.shape)),
-            d=target.all_layers(factors["d"]),
-            b=target.all_layers(factors["b"]),
-            scale=target.scale(strength),
-        )
+        # once a layer, so that an adapted stack can be indexed and scanned like any other
+        a, b = (jnp.broadcast_to(x, (*target.stack, *x.shape)) for x in (a, b))
+        vectors = {name: target.all_layers(factors[name]) for name in ("d", "b")}
+        return Vera(**target.fields, **vectors, fixed_a=a, fixed_b=b, scale=target.scale(strength))
 
     spec = {"method": "vera", **selection.spec(), "rank": rank, "d_initial": d_initial}
     spec |= {"fused": list(fused)} if fused else {}
-    return per_target(spec, targets, init, adapt, shapes=shapes, common=projections)
+    return transforms.per_target(spec, targets, init, adapt, shapes=shapes, common=projections)
 
 
 def _uniform(key: Array, shape: tuple[int, int]) -> Array:
@@ -131,8 +102,7 @@ def _uniform(key: Array, shape: tuple[int, int]) -> Array:
 
 
 def _parts(fused: tuple[str, ...], outputs: dict[str, int]) -> dict[str, tuple[dict[str, str], int]]:
-    """`{path: ({"d": shared key}, first column of B)}` of the selected weights, with that many outputs; of those that
-    no glob fuses `({}, 0)`."""
+    """`{path: ({"d": shared key}, first column of B)}` of weights with so many outputs; `({}, 0)` where not fused."""
     parts: dict[str, tuple[dict[str, str], int]] = {path: ({}, 0) for path in outputs}
     for glob in fused:
         before, opened, rest = glob.rpartition("{")
@@ -145,12 +115,12 @@ def _parts(fused: tuple[str, ...], outputs: dict[str, int]) -> dict[str, tuple[d
                 parts[path] = {"d": f"@shared/{module}"}, starts[-1]
                 starts.append(starts[-1] + outputs[path])
         if not opened or not ends:
-            raise ValueError(
-                f"fused={glob!r} names no parts in braces, or none of the selected {list(outputs)[:3]} ..."
-            )
+            shown = f"{list(outputs)[:3]} ..."
+            raise ValueError(f"fused={glob!r} names no parts in braces, or none of the selected {shown}")
         if wrong := [module for module, starts in ends.items() if len(starts) != 2 + inner.count(",")]:
             raise ValueError(f"fused={glob!r}: not all of {inner} are selected in {wrong[0]}")
     return parts
 
 
-register("vera", vera, Traits(at_rank=lambda spec, rank: spec | {"rank": rank}, decays=(), fast=()))
+traits = transforms.Traits(at_rank=lambda spec, rank: spec | {"rank": rank}, decays=(), fast=())
+transforms.register("vera", vera, traits)

@@ -10,7 +10,7 @@ import optax
 
 from lora_jax.core.freezing import freeze_base
 from lora_jax.core.selection import matches
-from lora_jax.core.transforms import owners
+from lora_jax.core.transforms.registry import owners
 from lora_jax.training.config import OptimizerConfig
 
 

@@ -1,8 +1,4 @@
-"""Slicing, transposing and reshaping an adapted array without making it dense.
-
-Every operation acts on the base and, through `layout`, on the factors that share the axes it touches: written once, it
-serves every method.
-"""
+"""Slicing, transposing and reshaping an adapted array: its base and, through `layout`, the factors with those axes."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,18 +13,19 @@ from lora_jax.core.selection import CLASS
 Ints = Sequence[int]
 
 
-def _rebuild(w: Adapted, axes: str, change: Callable[[Array, list], Array]) -> Adapted:
-    """A new array with these axes; `change(array, where)` maps each array, whose axes `where` names by base axis."""
-    arrays = {"base": change(w.base, list(range(w.ndim)))}
+def rebuild(w: Adapted, axes: str, change: Callable[[Array, list, list], Any]) -> Adapted:
+    """The array with these axes, base and factors by `change(array, old, new)`; old and new name the array's axes, as
+    they are and as they shall be, by the base's axis that each follows."""
+    arrays = {"base": change(w.base, list(range(w.ndim)), list(range(len(axes))))}
     for name, layout in w.layout.items():
         if (factor := getattr(w, name)) is not None:
-            arrays[name] = change(factor, factor_axes(layout, w.axes))
+            arrays[name] = change(factor, factor_axes(layout, w.axes), factor_axes(layout, axes))
     return w.replace(core=axes.lstrip("s"), **arrays)
 
 
 def each(w: Adapted, change: Callable[[Array], Any]) -> Adapted:
     """`change` of base and factors alike, axes as they are."""
-    return _rebuild(w, w.axes, lambda array, _: change(array))
+    return rebuild(w, w.axes, lambda array, *_: change(array))
 
 
 def cast(w: Adapted, dtype: Any) -> Adapted:
@@ -38,15 +35,15 @@ def cast(w: Adapted, dtype: Any) -> Adapted:
     return new.replace(**kept)
 
 
-def transpose(w: Adapted, order: Ints) -> Adapted:
+def transpose(w: Adapted, permutation: Ints) -> Adapted:
     """`lax.transpose`: the axes in this order."""
-    order = tuple(order)
+    order = tuple(permutation)
     if order == tuple(range(w.ndim)):
         return w
     axes = "".join(w.axes[axis] for axis in order)
     rank = {axis: j for j, axis in enumerate(order)}
 
-    def change(array: Array, where: list) -> Array:
+    def change(array: Array, where: list, _: list) -> Array:
         if array is w.base:
             return lax.transpose(array, order)
         # within a class a factor follows the base's order; between classes and own axes it keeps its own
@@ -54,28 +51,29 @@ def transpose(w: Adapted, order: Ints) -> Adapted:
         for slot, axis in enumerate(where):
             if isinstance(axis, int):
                 slots.setdefault(CLASS[w.axes[axis]], []).append(slot)
-        permutation = list(range(len(where)))
+        sources = list(range(len(where)))
         for group in slots.values():
             for slot, source in zip(group, sorted(group, key=lambda s: rank[where[s]]), strict=True):
-                permutation[slot] = source
-        return array if permutation == list(range(len(permutation))) else lax.transpose(array, permutation)
+                sources[slot] = source
+        return array if sources == sorted(sources) else lax.transpose(array, sources)
 
-    return _rebuild(w, axes, change)
+    return rebuild(w, axes, change)
 
 
 def squeeze(w: Adapted, dimensions: Ints) -> Adapted:
     """`lax.squeeze`: without these axes, each of size 1."""
-    axes = "".join(letter for j, letter in enumerate(w.axes) if j not in dimensions)
-    return _rebuild(
-        w, axes, lambda array, where: lax.squeeze(array, [where.index(d) for d in dimensions if d in where])
-    )
+
+    def change(array: Array, where: list, _: list) -> Array:
+        return lax.squeeze(array, [where.index(d) for d in dimensions if d in where])
+
+    return rebuild(w, "".join(letter for j, letter in enumerate(w.axes) if j not in dimensions), change)
 
 
 def slice_(w: Adapted, start_indices: Ints, limit_indices: Ints, strides: Ints | None) -> Adapted:
     """`lax.slice`: from start to limit along each axis of the base, every stride-th."""
     steps = strides or (1,) * w.ndim
 
-    def change(array: Array, where: list) -> Array:
+    def change(array: Array, where: list, _: list) -> Array:
         bounds = [
             (start_indices[axis], limit_indices[axis], steps[axis]) if isinstance(axis, int) else (0, size, 1)
             for axis, size in zip(where, array.shape, strict=True)
@@ -83,19 +81,19 @@ def slice_(w: Adapted, start_indices: Ints, limit_indices: Ints, strides: Ints |
         keeps_all = all(b == (0, size, 1) for b, size in zip(bounds, array.shape, strict=True))
         return array if keeps_all else lax.slice(array, *zip(*bounds, strict=True))
 
-    return _rebuild(w, w.axes, change)
+    return rebuild(w, w.axes, change)
 
 
 def dynamic_slice(w: Adapted, starts: Sequence[Any], sizes: Ints) -> Adapted:
     """`lax.dynamic_slice`: so many entries along each axis of the base, from starts that may be traced."""
 
-    def change(array: Array, where: list) -> Array:
+    def change(array: Array, where: list, _: list) -> Array:
         for slot, axis in enumerate(where):
             if isinstance(axis, int) and sizes[axis] != array.shape[slot]:
                 array = lax.dynamic_slice_in_dim(array, starts[axis], sizes[axis], slot)
         return array
 
-    return _rebuild(w, w.axes, change)
+    return rebuild(w, w.axes, change)
 
 
 def split(w: Adapted, axis: int, sizes: Ints) -> list[Adapted]:
@@ -119,36 +117,23 @@ def broadcast(w: Adapted, shape: Ints, dimensions: Ints) -> Adapted:
     letters = ["s"] * len(shape)
     for old, new in enumerate(dimensions):
         letters[new] = w.axes[old]
-    axes = "".join(letters)
 
-    def change(array: Array, where: list, layout: str | None = None) -> Array:
-        target = list(range(len(shape))) if layout is None else factor_axes(layout, axes)
-        at = [target.index(dimensions[axis] if isinstance(axis, int) else axis) for axis in where]
-        sizes = [shape[axis] if isinstance(axis, int) else array.shape[where.index(axis)] for axis in target]
+    def change(array: Array, old: list, new: list) -> Array:
+        at = [new.index(dimensions[axis] if isinstance(axis, int) else axis) for axis in old]
+        sizes = [shape[axis] if isinstance(axis, int) else array.shape[old.index(axis)] for axis in new]
         return lax.broadcast_in_dim(array, sizes, at)
 
-    arrays = {
-        name: change(getattr(w, name), factor_axes(layout, w.axes), layout)
-        for name, layout in w.layout.items()
-        if getattr(w, name) is not None
-    }
-    base = change(w.base, list(range(w.ndim)))
-    return w.replace(base=base, core=axes.lstrip("s"), **arrays)
+    return rebuild(w, "".join(letters), change)
 
 
 def reshape(w: Adapted, shape: Ints) -> Adapted | None:
     """`lax.reshape`; None where the new shape joins axes of different classes, which no factor can follow."""
+
+    def change(array: Array, old: list, new: list) -> Array:
+        return array.reshape([shape[a] if isinstance(a, int) else array.shape[old.index(a)] for a in new])
+
     axes = _reshaped_axes(w.axes, w.shape, shape)
-    if axes is None:
-        return None
-    arrays = {}
-    for name, layout in w.layout.items():
-        if (factor := getattr(w, name)) is not None:
-            old, new = factor_axes(layout, w.axes), factor_axes(layout, axes)
-            own_sizes = dict(zip(old, factor.shape, strict=True))
-            sizes = [shape[axis] if isinstance(axis, int) else own_sizes[axis] for axis in new]
-            arrays[name] = factor.reshape(sizes)
-    return w.replace(base=w.base.reshape(shape), core=axes.lstrip("s"), **arrays)
+    return None if axes is None else rebuild(w, axes, change)
 
 
 def _reshaped_axes(axes: str, old: Ints, new: Ints) -> str | None:

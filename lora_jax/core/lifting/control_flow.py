@@ -1,7 +1,4 @@
-"""Adapted arrays in jit, checkpoint, scan, while, cond and shard_map.
-
-Each is rebuilt by JAX's public function, around its body evaluated on adapted arrays.
-"""
+"""Adapted arrays in jit, checkpoint, scan, while, cond and shard_map, rebuilt by JAX's public functions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,13 +8,9 @@ import jax.extend.core as jex
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from lora_jax.core.arrays import Adapted, factor_axes, is_adapted
+from lora_jax.core.arrays import Adapted, is_adapted
+from lora_jax.core.lifting.axis_ops import rebuild
 from lora_jax.core.lifting.interpreter import TraceState, evaluate, rule
-
-
-def _apart(state: TraceState) -> TraceState:
-    """The same state for a body whose named values are not to be seen outside."""
-    return state.below(state.sites.copy())
 
 
 def _dense(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[Any]:
@@ -36,7 +29,7 @@ def _checkpoint(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> 
     p = eqn.params
 
     def body(*args: Any) -> list[Any]:
-        return evaluate(p["jaxpr"], (), args, _apart(state))
+        return evaluate(p["jaxpr"], (), args, state.apart())
 
     outputs = jax.checkpoint(body, prevent_cse=p["prevent_cse"], policy=p["policy"])(*values)
     state.sites.met.update(state.sites.within(eqn))
@@ -49,8 +42,8 @@ def _scan(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[A
     closed = p["jaxpr"]
     body = closed.jaxpr
     # by rank, since the parameters' names differ between versions of JAX: a carry keeps it, xs have one more outside
-    carries = sum(_rank(i) == _rank(o) for i, o in zip(body.outvars, eqn.outvars, strict=True))
-    stacked = sum(_rank(i) + 1 == _rank(o) for i, o in zip(body.invars, eqn.invars, strict=True))
+    carries = sum(i.aval.ndim == o.aval.ndim for i, o in zip(body.outvars, eqn.outvars, strict=True))
+    stacked = sum(i.aval.ndim + 1 == o.aval.ndim for i, o in zip(body.invars, eqn.invars, strict=True))
     n = len(values) - carries - stacked
     consts, init, xs = values[:n], values[n : n + carries], values[n + carries :]
     xs = [x if is_adapted(x) and x.axes[0] == "s" else _dense(eqn, [x], state)[0] for x in xs]
@@ -71,10 +64,6 @@ def _scan(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[A
     return [*_combined(kept, carry), *ys]
 
 
-def _rank(var: Any) -> int:
-    return var.aval.ndim
-
-
 @rule("while")
 def _while(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[Any]:
     p = eqn.params
@@ -83,7 +72,7 @@ def _while(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[
     test_consts, consts, init = values[:m], values[m : m + n], values[m + n :]
     kept = _unchanged(init, body.jaxpr.invars[n:], body.jaxpr.outvars)
     moving = _dense(eqn, [x for k, x in enumerate(init) if k not in kept], state)
-    state = _apart(state)
+    state = state.apart()
 
     def condition(carry: Any) -> Any:
         return evaluate(test.jaxpr, test.consts, [*test_consts, *_combined(kept, carry)], state)[0]
@@ -107,39 +96,31 @@ def _combined(kept: dict[int, Any], moving: Sequence[Any]) -> list[Any]:
 
 @rule("cond")
 def _cond(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[Any]:
-    state = _apart(state)
+    state = state.apart()
 
     def branch(closed: jex.ClosedJaxpr) -> Any:
         return lambda *args: _dense(eqn, evaluate(closed.jaxpr, closed.consts, args, state), state)
 
-    return lax.switch(values[0], [branch(closed) for closed in eqn.params["branches"]], *values[1:])
+    return lax.switch(values[0], list(map(branch, eqn.params["branches"])), *values[1:])
 
 
 @rule("shard_map")
 def _shard_map(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> Sequence[Any]:
-    p, state = eqn.params, _apart(state)
+    p, state = eqn.params, state.apart()
 
     def body(*args: Any) -> tuple[Any, ...]:
         return tuple(_dense(eqn, evaluate(p["jaxpr"], (), args, state), state))
 
-    return jax.shard_map(
-        body,
-        mesh=p["mesh"],
-        in_specs=tuple(
-            _specs(x, spec) if is_adapted(x) else spec for x, spec in zip(values, p["in_specs"], strict=True)
-        ),
-        out_specs=tuple(p["out_specs"]),
-        axis_names=p["newly_manual_axes"],
-        check_vma=p["check_vma"],
-    )(*values)
+    specs = [_specs(x, spec) if is_adapted(x) else spec for x, spec in zip(values, p["in_specs"], strict=True)]
+    options = {"mesh": p["mesh"], "axis_names": p["newly_manual_axes"], "check_vma": p["check_vma"]}
+    return jax.shard_map(body, in_specs=tuple(specs), out_specs=tuple(p["out_specs"]), **options)(*values)
 
 
 def _specs(w: Adapted, spec: PartitionSpec) -> Adapted:
     """The specs of an adapted array's leaves: a factor takes those of the base's axes that it follows."""
     entries = (*spec, *[None] * (w.ndim - len(spec)))
-    factors = {
-        name: PartitionSpec(*(entries[axis] if isinstance(axis, int) else None for axis in factor_axes(layout, w.axes)))
-        for name, layout in w.layout.items()
-        if getattr(w, name) is not None
-    }
-    return w.replace(base=spec, **factors)
+
+    def spec_of(array: Any, where: list, _: list) -> PartitionSpec:
+        return PartitionSpec(*(entries[axis] if isinstance(axis, int) else None for axis in where))
+
+    return rebuild(w, w.axes, spec_of)

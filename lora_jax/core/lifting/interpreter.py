@@ -45,11 +45,9 @@ def lift(fn: Callable, on_dense: Literal["warn", "error", "allow"] = "warn") -> 
     scan and checkpoint: write `jax.jit(lift(f))`. Without adapted arguments it is `fn`. Taps act where `fn` names an
     activation: differentiate the lifted function, since a derivative that `fn` takes itself does not know them.
 
-    Args:
-      fn: any function of pytrees; it is traced, so what it returns are arrays.
-      on_dense: what to do where a weight of more than one axis must be made dense (a function with custom
-        derivatives, an operation without a rule), or is contracted over its output axis alone: "warn" once a place,
-        "error", or "allow".
+    `on_dense` is what happens where a weight of more than one axis must be made dense (a function with custom
+    derivatives, an operation without a rule), or is contracted over its output axis alone: a warning once a place, an
+    error, or nothing.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> params = {"kernel": jnp.ones((3, 2))}
@@ -92,12 +90,8 @@ def lift(fn: Callable, on_dense: Literal["warn", "error", "allow"] = "warn") -> 
 def evaluate(jaxpr: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Any], state: "TraceState") -> list[Any]:
     """The outputs of a jaxpr for plain and adapted inputs."""
     env: dict[jex.Var, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-    last_use = {
-        var: n
-        for n, inputs in enumerate([*(eqn.invars for eqn in jaxpr.eqns), jaxpr.outvars])
-        for var in inputs
-        if not isinstance(var, jex.Literal)
-    }
+    uses = [*(eqn.invars for eqn in jaxpr.eqns), jaxpr.outvars]
+    last_use = {var: n for n, inputs in enumerate(uses) for var in inputs if not isinstance(var, jex.Literal)}
     run: list[jex.JaxprEqn] = []  # plain equations, not evaluated yet
     made_dense: dict[jex.Var, Any] = {}
 
@@ -124,7 +118,8 @@ def evaluate(jaxpr: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Any], state
         inside = state.sites and _has_sites(eqn, state.sites)
         if adapted or inside:
             flush(now)
-            outputs = RULES.get(eqn.primitive.name, _no_rule)(eqn, [read(v) for v in eqn.invars], state)
+            rule_of = RULES.get(eqn.primitive.name)
+            outputs = rule_of(eqn, [read(v) for v in eqn.invars], state) if rule_of else None
             if outputs is not None:
                 env.update(zip(eqn.outvars, outputs, strict=True))
                 continue
@@ -133,10 +128,6 @@ def evaluate(jaxpr: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Any], state
         run.append(eqn)
     flush(len(jaxpr.eqns))
     return [read(var) for var in jaxpr.outvars]
-
-
-def _no_rule(*_: Any) -> None:
-    return None
 
 
 def _has_sites(eqn: jex.JaxprEqn, sites: Sites) -> bool:
@@ -152,14 +143,9 @@ def _plainly(jaxpr: jex.Jaxpr, eqns: list[jex.JaxprEqn], outs: list, read: Calla
     """A run of equations by JAX's own evaluation."""
     made = {var for eqn in eqns for var in eqn.outvars}
     inputs = list(dict.fromkeys(v for e in eqns for v in e.invars if not isinstance(v, jex.Literal) and v not in made))
-    sub = jaxpr.replace(
-        constvars=[],
-        invars=inputs,
-        outvars=outs,
-        eqns=list(eqns),
-        effects=frozenset().union(*(eqn.effects for eqn in eqns)),
-        debug_info=jaxpr.debug_info._replace(arg_names=None, result_paths=None),
-    )
+    effects = frozenset().union(*(eqn.effects for eqn in eqns))
+    debug = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+    sub = jaxpr.replace(constvars=[], invars=inputs, outvars=outs, eqns=list(eqns), effects=effects, debug_info=debug)
     return jex.jaxpr_as_fun(jex.ClosedJaxpr(sub, []))(*map(read, inputs))
 
 
@@ -184,6 +170,10 @@ class TraceState:
         """The same state for a body with sites of its own."""
         return dataclasses.replace(self, sites=sites)
 
+    def apart(self) -> "TraceState":
+        """The same state for a body whose named values are not seen, nor counted, outside."""
+        return self.below(dataclasses.replace(self.sites, met=self.sites.met.copy(), seen=dict(self.sites.seen)))
+
     def dense(self, eqn: jex.JaxprEqn | None, w: Adapted, made: Array | None = None) -> Array:
         """The dense array; reported where it is more than a vector."""
         if w.ndim > 1:
@@ -203,11 +193,8 @@ class TraceState:
         """At the end of the function: an error for a site that did not occur, a report of axes that look exchanged."""
         self.sites.finish()
         for path in self.by_outputs.keys() - self.by_inputs:
-            self._report(
-                self.by_outputs[path],
-                f"adapted array at {path} is contracted only over its output axis at {self.by_outputs[path]}: "
-                "probably its axes are named the other way round ('oi' for 'io')",
-            )
+            place, hint = self.by_outputs[path], "probably its axes are named the other way round ('oi' for 'io')"
+            self._report(place, f"adapted array at {path} is contracted only over its output axis at {place}: {hint}")
 
     def _report(self, place: str, message: str) -> None:
         if self.on_dense == "allow" or place in self.seen:

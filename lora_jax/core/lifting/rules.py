@@ -5,7 +5,7 @@ A rule brings the weight to the order `(stacked.., i.., o..)`, x to `(batch.., f
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -80,11 +80,8 @@ class LookUp:
     drops_input: bool = False
 
     def __call__(self, ids: Array, w: Array) -> Array:
-        numbers = lax.GatherDimensionNumbers(
-            offset_dims=tuple(range(ids.ndim, ids.ndim + w.ndim - 1)),
-            collapsed_slice_dims=(0,),
-            start_index_map=(0,),
-        )
+        last = tuple(range(ids.ndim, ids.ndim + w.ndim - 1))
+        numbers = lax.GatherDimensionNumbers(offset_dims=last, collapsed_slice_dims=(0,), start_index_map=(0,))
         return lax.gather(w, ids[..., None], numbers, (1, *w.shape[1:]), **dict(self.how))
 
     down = __call__
@@ -108,9 +105,8 @@ class Convolution:
         n = w.ndim - 2
         last = (0, n + 1, *range(1, n + 1))
         numbers = lax.ConvDimensionNumbers(last, (n + 1, n, *range(n)), last)
-        return lax.conv_general_dilated(
-            x, w, dimension_numbers=numbers, feature_group_count=self.groups, **dict(self.how)
-        )
+        how = {"dimension_numbers": numbers, "feature_group_count": self.groups, **dict(self.how)}
+        return lax.conv_general_dilated(x, w, **how)
 
     def down(self, x: Array, a: Array) -> Array:
         z = self(x, jnp.tile(a.astype(x.dtype), self.groups))
@@ -141,28 +137,15 @@ def _dot(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[An
         wc, xc = zip(*sorted(zip(wc, xc, strict=True)), strict=True)
     stacked, outputs = _axes_of(w, "s", without=wb), _free_axes(towards, wc)
     x_free = [axis for axis in range(x.ndim) if axis not in (*xb, *xc)]
-    have = [*(("b", n) for n in range(len(wb))), *(("w", axis) for axis in stacked)]
-    have += [*(("x", axis) for axis in x_free), *(("w", axis) for axis in outputs)]
-    sides = [
-        [("w", axis) for axis in range(w.ndim) if axis not in (*wb, *wc)],
-        [("x", axis) for axis in x_free],
-    ]
-    want = [*(("b", n) for n in range(len(wb))), *(sides[0] + sides[1] if left else sides[1] + sides[0])]
-    order = [have.index(axis) for axis in want]
+    batched, of_x = _named("b", range(len(wb))), _named("x", x_free)
+    of_w = _named("w", (axis for axis in range(w.ndim) if axis not in (*wb, *wc)))
+    have = batched + _named("w", stacked) + of_x + _named("w", outputs)
+    order = [have.index(axis) for axis in batched + (of_w + of_x if left else of_x + of_w)]
     p = eqn.params
-    op = Dot(
-        count=len(wc),
-        left=left,
-        dtype=x.dtype,
-        precision=p["precision"],
-        preferred=p["preferred_element_type"],
-        out_sharding=None if wb or stacked else _reordered(p.get("out_sharding"), order),
-    )
-    y = _over_stacked(op, len(wb), len(stacked))(
-        _transpose(x, (*xb, *x_free, *xc)),
-        axis_ops.transpose(towards, (*wb, *stacked, *wc, *outputs)),
-    )
-    return [_transpose(y, order)]
+    out_sharding = None if wb or stacked else _reordered(p.get("out_sharding"), order)
+    op = Dot(len(wc), left, x.dtype, p["precision"], p["preferred_element_type"], out_sharding)
+    x, canonical = _transpose(x, (*xb, *x_free, *xc)), axis_ops.transpose(towards, (*wb, *stacked, *wc, *outputs))
+    return [_transpose(_over_stacked(op, len(wb), len(stacked))(x, canonical), order)]
 
 
 @rule("gather")
@@ -173,14 +156,9 @@ def _gather(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list
     starts = numbers.start_index_map
     partial = [j for j in range(w.ndim) if sizes[j] != w.shape[j]] or list(starts[:1])
     fills = p["mode"] == lax.GatherScatterMode.FILL_OR_DROP
-    if (
-        is_adapted(indices)
-        or len(partial) != 1
-        or partial[0] not in starts
-        or sizes[partial[0]] != 1
-        or (fills and len(starts) > 1)
-        or numbers.operand_batching_dims
-    ):
+    if is_adapted(indices) or numbers.operand_batching_dims or (fills and len(starts) > 1):
+        return None
+    if len(partial) != 1 or partial[0] not in starts or sizes[partial[0]] != 1:
         return None
     picked = partial[0]
     ids = indices[..., starts.index(picked)]
@@ -197,8 +175,7 @@ def _gather(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list
         return None
     stacked, outputs = _axes_of(w, "s"), _free_axes(towards, (picked,))
     y = _over_stacked(op, 0, len(stacked))(ids, axis_ops.transpose(towards, (*stacked, picked, *outputs)))
-    have = [*(("w", axis) for axis in stacked), *(("n", n) for n in range(ids.ndim))]
-    have += [("w", axis) for axis in outputs]
+    have = _named("w", stacked) + _named("n", range(ids.ndim)) + _named("w", outputs)
     if picked in kept:
         y, have = y[..., None], [*have, ("w", picked)]
     return [_transpose(y, [have.index(axis) for axis in want])]
@@ -236,6 +213,11 @@ def _towards(w: Adapted, contracted: Sequence[int]) -> Adapted | None:
     return w.transposed() if sorted(contracted) == _axes_of(w, "o") else None
 
 
+def _named(what: str, axes: Iterable[int]) -> list[tuple[str, int]]:
+    """The axes of one operand, so that those of several make one list."""
+    return [(what, axis) for axis in axes]
+
+
 def _axes_of(w: Adapted, kind: str, without: Sequence[int] = ()) -> list[int]:
     return [j for j, letter in enumerate(w.axes) if CLASS[letter] == kind and j not in without]
 
@@ -264,7 +246,7 @@ def _stacked_rows(w: Adapted, ids: Array, op: LookUp, picked: int, want: list) -
         return array[jnp.clip(ids, 0, array.shape[0] - 1)] if is_key else op(ids, array)
 
     w = axis_ops.each(axis_ops.transpose(w, (picked, *rest)), rows)
-    have = [*(("n", n) for n in range(ids.ndim)), *(("w", axis) for axis in rest)]
+    have = _named("n", range(ids.ndim)) + _named("w", rest)
     if ("w", picked) in want:
         w = axis_ops.broadcast(w, (1, *w.shape), range(1, w.ndim + 1))
         have = [("w", picked), *have]
@@ -315,14 +297,11 @@ def _structural(name: str, change: Callable[..., Any]) -> None:
         return None if outputs and w.indivisible and any(sides(piece) != sides(w) for piece in outputs) else outputs
 
 
-_structural("transpose", lambda w, permutation: axis_ops.transpose(w, permutation))
+_structural("transpose", axis_ops.transpose)
 _structural("squeeze", axis_ops.squeeze)
 _structural("reshape", lambda w, new_sizes, **_: axis_ops.reshape(w, new_sizes))
 _structural("slice", axis_ops.slice_)
 _structural("dynamic_slice", lambda w, *starts, slice_sizes: axis_ops.dynamic_slice(w, starts, slice_sizes))
 _structural("split", axis_ops.split)
 _structural("unstack", lambda w, axis, **_: axis_ops.unstack(w, axis))
-_structural(
-    "broadcast_in_dim",
-    lambda w, *_, shape, broadcast_dimensions, **__: axis_ops.broadcast(w, shape, broadcast_dimensions),
-)
+_structural("broadcast_in_dim", lambda w, *_, shape, **p: axis_ops.broadcast(w, shape, p["broadcast_dimensions"]))

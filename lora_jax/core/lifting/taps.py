@@ -24,11 +24,10 @@ class Tap:
 
     Attributes:
       factors: a pytree, stacked over the occurrences in their order, or over `layers` of them.
-      strength: 0 leaves the activation, 1 (and None) is what `fn` says; in between a mean.
+      strength: 0 leaves the activation, 1 (and None) is what `fn` gives; in between a mean.
       fn: keeps x's shape and dtype; `seen` are the named values met before, as the model had them (`seen["tokens"]`).
         A frozen dataclass rather than a closure, so that equal taps compile once.
-      count: how often the site occurs.
-      layers: the occurrences that are tapped; None: all.
+      count: how often the site occurs. layers: the occurrences that are tapped; None: all.
       name: under which the delta has the factors, `@site/method`.
     """
 
@@ -66,36 +65,26 @@ class Tapped:
         raise AttributeError(f"tapped params have no {name}: wrap the function with lora_jax.lift")
 
 
-def is_tapped(node: Any) -> bool:
-    return isinstance(node, Tapped)
-
-
 def untapped(tree: Any) -> tuple[Any, tuple[Tap, ...]]:
     """The tree with params in the place of tapped ones, and all their taps."""
     taps: list[Tap] = []
 
     def params(node: Any) -> Any:
-        if not is_tapped(node):
+        if not isinstance(node, Tapped):
             return node
         taps.extend(node.taps)
         return node.params
 
-    return jax.tree.map(params, tree, is_leaf=is_tapped), tuple(taps)
+    return jax.tree.map(params, tree, is_leaf=lambda node: isinstance(node, Tapped)), tuple(taps)
 
 
 @dataclasses.dataclass
 class Sites:
-    """The named activations that a lifted call has met so far, in the function or in the body of a scan.
+    """The named activations that a lifted call has met so far, in the function or in the body of a scan."""
 
-    Attributes:
-      taps: (tap, factors of the occurrences here, which of these are tapped: bools or a traced vector).
-      met: the occurrences so far, by site.
-      seen: the named values so far.
-    """
-
-    taps: list[tuple[Tap, Any, Any]]
-    met: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    seen: dict[str, Any] = dataclasses.field(default_factory=dict)
+    taps: list[tuple[Tap, Any, Any]]  # (tap, factors of the occurrences here, which are tapped: bools or traced)
+    met: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # occurrences so far, by site
+    seen: dict[str, Any] = dataclasses.field(default_factory=dict)  # the named values so far
 
     def __bool__(self) -> bool:
         return bool(self.taps)
@@ -107,28 +96,21 @@ class Sites:
             return {}
         return {name: count for name, (count, *_) in _in_params(eqn).items() if seen or name in tapped}
 
-    def copy(self) -> "Sites":
-        """For a body: what it sees and counts stays in it."""
-        return Sites(self.taps, self.met.copy(), dict(self.seen))
-
     def at(self, name: str, x: Any) -> Any:
         """What stands for the named activation."""
         self.seen[name], n = x, self.met[name]
         self.met[name] += 1
         for tap, factors, tapped in self.taps:
-            if tap.site != name:
-                continue
-            if n >= len(tapped):
+            if tap.site == name and n >= len(tapped):
                 raise ValueError(f"the site {name!r} occurs more often than the {tap.count} times that its tap is for")
-            if tapped[n] is False:
+            if tap.site != name or tapped[n] is False:
                 continue
             y = _changed(tap, jax.tree.map(lambda leaf: leaf[n], factors), x, self.seen)
             x = y if tapped[n] is True else jnp.where(tapped[n], y, x)
         return x
 
     def stacked(self, counts: Mapping[str, int], length: int, reverse: bool) -> list[tuple[Any, Array | None]]:
-        """Factors, and which are tapped (None: all), of so many occurrences in all steps of a scan, by step; counts
-        them."""
+        """Factors, and which are tapped (None: all), of so many occurrences in a scan, by step; counts them."""
 
         def steps(leaf: Array, name: str) -> Array:
             n = counts.get(name, 0)
@@ -191,39 +173,27 @@ def sites(fn: Callable, *args: Any, **kwargs: Any) -> dict[str, Site]:
     >>> sites(lambda x: checkpoint_name(checkpoint_name(x, "in") * 2, "out"), jnp.ones(3))
     {'in': (1, (3,), 'float32'), 'out': (1, (3,), 'float32')}
     """
-    arrays, treedef = jax.tree.flatten((args, kwargs))
-
-    def of_arrays(*arrays: Any) -> Any:
-        args, kwargs = jax.tree.unflatten(treedef, arrays)
-        return fn(*args, **kwargs)
-
-    return _in_jaxpr(jax.make_jaxpr(of_arrays)(*arrays).jaxpr)
+    return _in_equations(jax.make_jaxpr(fn)(*args, **kwargs).eqns)
 
 
-def _in_jaxpr(jaxpr: jex.Jaxpr) -> dict[str, Site]:
-    def sites_of(eqn: jex.JaxprEqn) -> dict[str, Site]:
-        if eqn.primitive.name != "name":
-            return _in_params(eqn)
-        named: Any = eqn.outvars[0].aval
-        return {eqn.params["name"]: (1, named.shape, named.dtype.name)}
-
-    return _added(map(sites_of, jaxpr.eqns))
+def _in_equations(eqns: Iterable[jex.JaxprEqn]) -> dict[str, Site]:
+    total: dict[str, Site] = {}
+    for eqn in eqns:
+        part = _in_params(eqn)
+        if eqn.primitive.name == "name":
+            named: Any = eqn.outvars[0].aval
+            part = {eqn.params["name"]: (1, named.shape, named.dtype.name)}
+        for name, (count, shape, dtype) in part.items():
+            total[name] = (count + total.get(name, (0,))[0], shape, dtype)
+    return total
 
 
 def _in_params(eqn: jex.JaxprEqn) -> dict[str, Site]:
     """The sites in an equation's jaxprs, those of a scan for each of its steps."""
     inner = [leaf for leaf in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr) if _is_jaxpr(leaf)]
-    once = _added(_in_jaxpr(getattr(jaxpr, "jaxpr", jaxpr)) for jaxpr in inner)
+    once = _in_equations(eqn for jaxpr in inner for eqn in jaxpr.eqns)
     times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
     return {name: (count * times, shape, dtype) for name, (count, shape, dtype) in once.items()}
-
-
-def _added(parts: Iterable[dict[str, Site]]) -> dict[str, Site]:
-    total: dict[str, Site] = {}
-    for part in parts:
-        for name, (count, shape, dtype) in part.items():
-            total[name] = (count + total.get(name, (0,))[0], shape, dtype)
-    return total
 
 
 def _is_jaxpr(node: Any) -> bool:

@@ -10,30 +10,18 @@ from jax import Array
 
 from lora_jax.core.arrays import Adapted, PathLabel, is_adapted, map_adapted
 from lora_jax.core.lifting.taps import Tap, Tapped
-from lora_jax.core.selection import CLASS, Absent, Selection, flatten
-from lora_jax.core.transforms.transform import (
-    Axes,
-    Delta,
-    Factors,
-    Params,
-    ParamTransform,
-    Spec,
-    need_delta,
-    need_params,
-    stable_hash,
-    typed_key,
-)
+from lora_jax.core.selection import Absent, Selection, flatten
+from lora_jax.core.transforms import transform
+from lora_jax.core.transforms.transform import Axes, Delta, Factors, Params, ParamTransform, Spec
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A leaf that a method adapts.
+    """A leaf that a method adapts: an array, a ShapeDtypeStruct or Absent, at this path of the params.
 
     Attributes:
-      path: of the leaf in the params.
-      leaf: an array, a ShapeDtypeStruct, or Absent.
       axes: one letter an axis, or "" where the method does not ask for them.
       layers: of a stacked leaf, the entries that are adapted; None: all.
       shared: the key of the delta that has a factor instead of the path, `{factor: "@shared/..."}`; or one key for all
@@ -51,10 +39,14 @@ class Target:
     layers: tuple[int, ...] | None = None
     shared: str | Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    def sizes(self, letters: str) -> tuple[int, ...]:
+        """The sizes of the leaf's axes with these letters."""
+        return tuple(n for n, letter in zip(self.leaf.shape, self.axes, strict=True) if letter in letters)
+
     @property
     def stack(self) -> tuple[int, ...]:
         """The sizes of all stacked axes of the leaf."""
-        return self._sizes("s")
+        return self.sizes("s")
 
     @property
     def stacked(self) -> tuple[int, ...]:
@@ -64,17 +56,12 @@ class Target:
     @property
     def inputs(self) -> tuple[int, ...]:
         """The sizes of the input axes, a vocabulary and a convolution's window among them."""
-        return self._sizes("i")
+        return self.sizes("ivk")
 
     @property
     def outputs(self) -> tuple[int, ...]:
         """The sizes of the output axes."""
-        return self._sizes("o")
-
-    @property
-    def window(self) -> tuple[int, ...]:
-        """The sizes of a convolution's window."""
-        return tuple(n for n, letter in zip(self.leaf.shape, self.axes, strict=True) if letter == "k")
+        return self.sizes("o")
 
     @property
     def label(self) -> PathLabel:
@@ -115,10 +102,9 @@ class Target:
         return {self.shared} if isinstance(self.shared, str) else {self.path, *self.shared.values()}
 
     def fold(self, key: Array) -> Array:
-        """The random key of this target: folded with the path or, so that those that share draw alike, with what they
-        share."""
+        """The random key of this target: folded with the path, or with the key that targets share."""
         name = self.shared if isinstance(self.shared, str) else next(iter(self.shared.values()), self.path)
-        return jax.random.fold_in(typed_key(key), stable_hash(name))
+        return jax.random.fold_in(transform.typed_key(key), transform.stable_hash(name))
 
     def factors_in(self, delta: Delta) -> Factors:
         """The target's factors, its own and those that it shares."""
@@ -128,9 +114,6 @@ class Target:
             if name in delta[self.path]:
                 raise ValueError(f"{self.path} has a factor {name!r} of its own, but it is that of {key}")
         return {name: factor for key in self.keys() for name, factor in delta[key].items()}
-
-    def _sizes(self, kind: str) -> tuple[int, ...]:
-        return tuple(n for n, letter in zip(self.leaf.shape, self.axes, strict=True) if CLASS[letter] == kind)
 
 
 def targets_of(selection: Selection, params: Params) -> list[Target]:
@@ -151,58 +134,47 @@ def per_target(
     """A transform that meets every selected leaf alone.
 
     Args:
-      spec: the transform as JSON; `spec["method"]` is its name.
-      targets: a selection, or `params -> targets`.
-      init: `(key, target) -> {factor: array}`.
+      spec: the transform as JSON; `spec["method"]` is its name. targets: a selection, or `params -> targets`.
+      init: `(key, target) -> {factor: array}`. shapes: `target -> {factor: shape}`; others are a ValueError.
       adapt: `(target, factors, key or None, strength) -> adapted array` in the leaf's place.
-      shapes: `target -> {factor: shape}`; a delta with others is a ValueError.
-      common: `(key, targets) -> {factor: array}` that all targets share, under `@shared/<method>` in the delta; the key
-        is the one that `init` of the transform gets. `adapt` finds them among the factors.
+      common: `(key of the transform's init, targets) -> {factor: array}` that all targets share, under
+        `@shared/<method>` in the delta. `adapt` finds them among the factors.
     """
     common_key = f"@shared/{spec['method']}"
 
     def targets_in(params: Params) -> list[Target]:
+        params = map_adapted(lambda w: w.base, params)
         return targets_of(targets, params) if isinstance(targets, Selection) else list(targets(params))
 
-    def keys(params: Params) -> set[str]:
-        return _keys(targets_in(map_adapted(lambda w: w.base, params)))
-
-    def _keys(chosen: Iterable[Target]) -> set[str]:
+    def keys_of(chosen: Iterable[Target]) -> set[str]:
         return {key for target in chosen for key in target.keys()} | ({common_key} if common else set())
 
     def init_all(key: Array, params: Params) -> Delta:
-        need_params(params, "init")
+        transform.need_params(params, "init")
         chosen, delta = targets_in(params), Delta()
         for target in chosen:
             delta.update({key: {} for key in sorted(target.keys() - delta.keys())})
             for name, factor in init(target.fold(key), target).items():
-                kept = delta[target.key_of(name)].setdefault(name, factor)
-                if kept.shape != factor.shape:
-                    raise ValueError(
-                        f"{target.path}: its {name!r} is {factor.shape}, but {kept.shape} in {target.key_of(name)}"
-                    )
-        if common:
-            delta[common_key] = common(typed_key(key), chosen)
-        return delta
+                owner = target.key_of(name)
+                if (shape := delta[owner].setdefault(name, factor).shape) != factor.shape:
+                    raise ValueError(f"{target.path}: its {name!r} is {factor.shape}, but {shape} in {owner}")
+        return Delta({**delta, common_key: common(transform.typed_key(key), chosen)}) if common else delta
 
     def apply(params: Params, delta: Delta, *, key: Array | None = None, strength: Any = 1.0) -> Params:
-        need_params(params, "apply")
-        need_delta(delta)
-        chosen = targets_in(map_adapted(lambda w: w.base, params))
-        need_keys(delta, _keys(chosen))
-        common_factors: Factors = {}
+        transform.need_params(params, "apply")
+        chosen = targets_in(params)
+        transform.need_delta(delta, keys_of(chosen))
+        common_factors = delta[common_key] if common else {}
         if common:
-            common_factors = delta[common_key]
-            expected = jax.eval_shape(lambda key: common(key, chosen), jax.random.key(0))
-            need_factors(common_key, common_factors, {name: factor.shape for name, factor in expected.items()})
+            expected = jax.eval_shape(lambda: common(jax.random.key(0), chosen))
+            need_factors(common_key, common_factors, _shapes(expected))
         by_path = {target.path: target for target in chosen}
 
         def adapted(path: str, leaf: Any) -> Any:
-            if path not in by_path:
+            if (target := by_path.get(path)) is None:
                 return leaf
             if is_adapted(leaf):
                 raise ValueError(f"{path} is adapted already ({leaf}); two transforms on one leaf")
-            target = by_path[path]
             factors = target.factors_in(delta)
             if shapes:
                 need_factors(path, factors, shapes(target))
@@ -211,11 +183,11 @@ def per_target(
         flat, treedef = flatten(params, is_adapted)
         return jax.tree.unflatten(treedef, [adapted(path, leaf) for path, leaf in flat])
 
-    return ParamTransform(init_all, apply, spec, keys)
+    return ParamTransform(init_all, apply, spec, lambda params: keys_of(targets_in(params)))
 
 
 def per_leaf(
-    spec: Spec, targets: Callable[[Params], Mapping[str, Axes]], init: Callable[..., Factors], adapt: Callable
+    spec: Spec, targets: Callable[[Params], Mapping[str, Axes]], init: Callable, adapt: Callable
 ) -> ParamTransform:
     """`per_target` in its former shape: `targets(params) -> {path: axes}`, `init(key, path, leaf, axes)`, and
     `adapt(key or None, path, leaf, axes, factors, strength)`."""
@@ -224,12 +196,10 @@ def per_leaf(
         leaves = dict(flatten(params)[0])
         return [Target(path, leaves[path], axes) for path, axes in targets(params).items()]
 
-    return per_target(
-        spec,
-        targets_in,
-        lambda key, target: init(key, target.path, target.leaf, target.axes),
-        lambda target, factors, key, strength: adapt(key, target.path, target.leaf, target.axes, factors, strength),
-    )
+    def adapt_one(target: Target, factors: Factors, key: Array | None, strength: Any) -> Adapted:
+        return adapt(key, target.path, target.leaf, target.axes, factors, strength)
+
+    return per_target(spec, targets_in, lambda key, target: init(key, target.path, target.leaf, target.axes), adapt_one)
 
 
 def per_site(
@@ -244,72 +214,57 @@ def per_site(
 
     Args:
       spec: the transform as JSON; its method's name and a site make the key `@site/method` of the delta.
-      sites: how often each occurs.
-      init: `(key, site, n) -> {factor: array}`, stacked over n occurrences.
-      fn: of `Tap`, for every site.
-      layers: the occurrences that are changed; None: all.
-      common: `key -> {factor: array}` that all occurrences share, under `@shared/<method>` in the delta; the key is the
-        one that `init` of the transform gets. `fn` finds them among the factors.
+      sites: how often each occurs. init: `(key, site, n) -> {factor: array}`, stacked over n occurrences.
+      fn: of `Tap`, for every site. layers: the occurrences that are changed; None: all.
+      common: `key -> {factor: array}` that all occurrences share, as in `per_target`.
     """
     chosen = None if layers is None else tuple(layers)
-    if chosen is not None:
-        for site, count in sites.items():
-            if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= n < count for n in chosen):
-                raise ValueError(f"layers={list(chosen)}: name some of the {count} of the site {site!r}, each once")
+    for site, count in sites.items():
+        if chosen is not None and (not chosen or sorted(chosen) != sorted(set(chosen) & set(range(count)))):
+            raise ValueError(f"layers={list(chosen)}: name some of the {count} of the site {site!r}, each once")
     names = {f"@{site}/{spec['method']}": site for site in sites}
     counts = {site: count if chosen is None else len(chosen) for site, count in sites.items()}
     common_key = f"@shared/{spec['method']}"
 
     def init_all(key: Array, params: Params) -> Delta:
-        need_params(params, "init")
-        key = typed_key(key)
-        keys = {name: jax.random.fold_in(key, stable_hash(name)) for name in names}
+        transform.need_params(params, "init")
+        key = transform.typed_key(key)
+        keys = {name: jax.random.fold_in(key, transform.stable_hash(name)) for name in names}
         delta = Delta({name: init(keys[name], site, counts[site]) for name, site in names.items()})
         return Delta({**delta, common_key: common(key)}) if common else delta
 
     def apply(params: Params, delta: Delta, *, key: Array | None = None, strength: Any = 1.0) -> Tapped:
-        need_params(params, "apply")
-        need_delta(delta)
-        shapes = jax.eval_shape(init_all, jax.random.key(0), {})
-        need_keys(delta, set(shapes))
-        for name, factors in shapes.items():
-            need_factors(name, delta[name], jax.tree.map(lambda x: x.shape, factors))
+        transform.need_params(params, "apply")
+        expected = jax.eval_shape(init_all, jax.random.key(0), {})
+        transform.need_delta(delta, set(expected))
+        for name, factors in expected.items():
+            need_factors(name, delta[name], _shapes(factors))
         is_full = isinstance(strength, float | int) and strength == 1
+        weight = None if is_full else jnp.asarray(strength, jnp.float32)
 
-        def factors_of(name: str, site: str) -> Factors:
-            stacked = {
-                factor: jnp.broadcast_to(x, (counts[site], *x.shape))
-                for factor, x in (delta[common_key].items() if common else ())
-            }
-            return {**delta[name], **stacked}
+        def tap(name: str, site: str) -> Tap:
+            shared = delta[common_key] if common else {}
+            stacked = {factor: jnp.broadcast_to(x, (counts[site], *x.shape)) for factor, x in shared.items()}
+            return Tap(
+                factors=delta[name] | stacked,
+                strength=weight,
+                site=site,
+                fn=fn,
+                count=sites[site],
+                layers=chosen,
+                name=name,
+            )
 
-        return Tapped(
-            params,
-            tuple(
-                Tap(
-                    factors=factors_of(name, site),
-                    strength=None if is_full else jnp.asarray(strength, jnp.float32),
-                    site=site,
-                    fn=fn,
-                    count=sites[site],
-                    layers=chosen,
-                    name=name,
-                )
-                for name, site in names.items()
-            ),
-        )
+        return Tapped(params, tuple(tap(name, site) for name, site in names.items()))
 
     return ParamTransform(init_all, apply, spec, lambda params: {*names, *([common_key] if common else [])})
 
 
 def need_factors(path: str, factors: Mapping[str, Any], shapes: Shapes) -> None:
     """A ValueError unless the factors of a path have these names and shapes."""
-    have = {name: tuple(factor.shape) for name, factor in factors.items()}
-    if have != shapes:
+    if (have := _shapes(factors)) != shapes:
         raise ValueError(f"{path}: the delta's factors are {have}, but the base and the method need {shapes}")
 
 
-def need_keys(delta: Delta, keys: set[str]) -> None:
-    """A ValueError unless the delta has these keys and no others."""
-    if wrong := keys ^ set(delta):
-        raise ValueError(f"the delta is not this method's: it lacks, or has besides, {sorted(wrong)[:3]}")
+def _shapes(factors: Mapping[str, Any]) -> Shapes:
+    return {name: tuple(factor.shape) for name, factor in factors.items()}

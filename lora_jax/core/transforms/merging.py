@@ -21,10 +21,8 @@ def merge(adapted: Any) -> Any:
 def _weights_alone(adapted: Any) -> Any:
     params, taps = untapped(adapted)
     if taps:
-        sites = ", ".join(sorted({tap.site for tap in taps}))
-        raise ValueError(
-            f"what changes activations ({sites}) has no weight to go into: keep it beside the base, and lift"
-        )
+        what = f"what changes activations ({', '.join(sorted({tap.site for tap in taps}))})"
+        raise ValueError(f"{what} has no weight to go into: keep it beside the base, and lift")
     return params
 
 
@@ -38,7 +36,5 @@ def without_tuned(params: Any, delta: Delta) -> Any:
     """Params with `Absent` for the leaves that the delta holds itself (`tune`), so that memory holds them once."""
     need_params(params, "without_tuned")
     flat, treedef = flatten(params, is_adapted)
-    return jax.tree.unflatten(
-        treedef,
-        [Absent(leaf.shape, leaf.dtype) if "value" in delta.get(path, ()) else leaf for path, leaf in flat],
-    )
+    absent = {path: Absent(leaf.shape, leaf.dtype) for path, leaf in flat if "value" in delta.get(path, ())}
+    return jax.tree.unflatten(treedef, [absent.get(path, leaf) for path, leaf in flat])

@@ -7,10 +7,8 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from lora_jax.core.selection import Selection, matches
-from lora_jax.core.transforms.transform import ParamTransform, chain
-
-Spec = dict[str, Any]
+from lora_jax.core.selection import Selection, matches, strings
+from lora_jax.core.transforms.transform import ParamTransform, Spec, chain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,10 +24,8 @@ class Traits:
         before, and the gradient of the padding is zero. None: a sweep cannot vary the rank.
       decays: globs of the factors that decay where vectors do not (`optimizer.decay = ("matrices",)`).
       fast: names of the factors that LoRA+ gives a higher learning rate.
-      inserts: `spec -> (prefix, infix)`, how many placeholder tokens, with ids from the vocabulary's size on, the data
-        insert before a context and after it.
-      sharding: `{glob: PartitionSpec}` of factors that follow no axis of their weight; `PartitionSpec()` is replicated.
-        Those that follow one (`Adapted.layout`) are sharded as the weight is.
+      inserts: `spec -> (prefix, infix)`, how many placeholder tokens the data insert before a context and after it.
+      sharding: `{glob: PartitionSpec}` of factors that follow no axis of their weight (`Adapted.layout`).
       aliases: other names of the method in specs and configs.
     """
 
@@ -47,13 +43,10 @@ _TRAITS: dict[str, Traits] = {}
 
 
 def register(name: str, factory: Callable[..., ParamTransform], traits: Traits | None = None) -> None:
-    """Makes a method known by this name to `from_spec` and to configs, with its traits.
+    """Makes a method known to `from_spec` and to configs, with its traits, by this name: the "method" of its specs.
 
-    Args:
-      name: the "method" of its specs.
-      factory: `factory(selection, **options)`, the options JSON, returns the transform. It gets a selection where the
-        spec has "select".
-      traits: `Traits()` where None.
+    `factory(selection, **options)`, the options JSON, returns the transform; without a selection where the spec has no
+    "select".
     """
     traits = traits or Traits()
     for known_as in (name, *traits.aliases):
@@ -61,8 +54,7 @@ def register(name: str, factory: Callable[..., ParamTransform], traits: Traits |
 
 
 def traits_of(spec: Mapping[str, Any]) -> list[tuple[Spec, Traits]]:
-    """`[(spec, traits)]` of a method; of each part, in order, of a chain or a bank. A method that is not registered has
-    the default traits.
+    """`[(spec, traits)]` of a method, the default traits where it is not registered; of each part of a chain or a bank.
 
     >>> import lora_jax as lj
     >>> [(spec["method"], traits.fast) for spec, traits in traits_of({"method": "chain", "of": [{"method": "vera"}]})]
@@ -76,28 +68,26 @@ def traits_of(spec: Mapping[str, Any]) -> list[tuple[Spec, Traits]]:
 def owners(spec: Mapping[str, Any], path: str) -> list[Traits]:
     """The traits of the part of a chain that has this path in its delta; for `@shared/...`, which does not tell it, of
     every part."""
+
+    def owns(part: Spec) -> bool:
+        if path.startswith("@"):
+            return path.endswith(f"/{part.get('method')}")
+        selected, excluded = (any(matches(glob, path) for glob in part.get(key) or ()) for key in ("select", "exclude"))
+        return selected and not excluded
+
     parts = traits_of(spec)
-    owning = [traits for part, traits in parts if _owns(part, path)]
+    owning = [traits for part, traits in parts if owns(part)]
     return owning if len(parts) > 1 and owning else [traits for _, traits in parts]
 
 
-def _owns(part: Spec, path: str) -> bool:
-    if path.startswith("@"):
-        return path.endswith(f"/{part.get('method')}")
-    selected, excluded = (any(matches(glob, path) for glob in part.get(key) or ()) for key in ("select", "exclude"))
-    return selected and not excluded
-
-
 def inserted_tokens(spec: Mapping[str, Any]) -> tuple[int, int]:
-    """How many prefix and infix tokens the data insert for a method: (0, 0) for most. A ValueError for a chain in which
-    two parts insert some.
+    """How many prefix and infix tokens the data insert for a method; a ValueError where two parts of a chain do.
 
     >>> prefix = {"method": "prefix_layer", "prefix": 3, "infix": 1}
     >>> inserted_tokens({"method": "chain", "of": [{"method": "tune"}, prefix]})
     (3, 1)
     """
-    counts = [traits.inserts(part) for part, traits in traits_of(spec) if traits.inserts]
-    counts = [count for count in counts if count != (0, 0)]
+    counts = [n for part, traits in traits_of(spec) if traits.inserts and (n := traits.inserts(part)) != (0, 0)]
     if len(counts) > 1:
         raise ValueError("a chain has room for one prefix: the vectors of prefix_layer hide prefix_embedding's")
     return counts[0] if counts else (0, 0)
@@ -124,12 +114,9 @@ def from_spec(spec: dict[str, Any]) -> ParamTransform:
         raise ValueError(f"the spec's method {name!r} is not known; {hint}")
     selection = []
     if "select" in options:
-        globs = options.pop("select")
-        globs = [globs] if isinstance(globs, str) else globs
-        layers, exclude = options.pop("layers", None), options.pop("exclude", ())
-        layers = None if layers is None else tuple(layers)
-        exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude or ())
-        selection = [Selection(tuple(globs), options.pop("axes", None), layers, exclude)]
+        globs, exclude = strings(options.pop("select")), strings(options.pop("exclude", ()) or ())
+        layers = options.pop("layers", None)
+        selection = [Selection(globs, options.pop("axes", None), None if layers is None else tuple(layers), exclude)]
     try:
         method = _METHODS[name](*selection, **options)
     except TypeError as error:

@@ -1,13 +1,12 @@
 """What a method would train, as a table."""
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lora_jax.core.selection import flatten
 from lora_jax.core.transforms.registry import from_spec
-from lora_jax.core.transforms.transform import ParamTransform, shapes_of
+from lora_jax.core.transforms.transform import ParamTransform, keys_of, shapes_of
 
 
 class Row(NamedTuple):
@@ -28,18 +27,21 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         header = ("path", "shape", "axes", "method", "factors", "trained", "share")
-        lines = [(*map(str, row[:-1]), f"{row.trained:,}", f"{row.trained / self.total:.4%}") for row in self.rows]
-        lines = [header, *lines]
+        rows = [(*map(str, row[:-1]), f"{row.trained:,}", f"{row.trained / self.total:.4%}") for row in self.rows]
+        lines = [header, *rows]
         widths = [max(len(line[n]) for line in lines) for n in range(len(header))]
         table = ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-        share = f"{self.trained / self.total:.4%}"
-        return "\n".join([*table, f"trained: {self.trained:,} of {self.total:,} parameters ({share})"])
+        trained = f"trained: {self.trained:,} of {self.total:,} parameters ({self.trained / self.total:.4%})"
+        return "\n".join([*table, trained])
 
 
 def check(method: ParamTransform, params: Any) -> Report:
     """What a method would train on these params (arrays or ShapeDtypeStructs); raises on what cannot work."""
     delta, adapted = shapes_of(method, params)
-    names = {path: name for name, paths in _methods(method, params) for path in paths}
+    names: dict[str, str] = {}
+    for spec in method.spec["of"] if method.spec["method"] == "chain" else [method.spec]:
+        part = method if spec is method.spec else from_spec(spec)
+        names |= dict.fromkeys(keys_of(part, params), spec["method"])
     rows = []
     for path, factors in delta.items():
         w = adapted.get(path)
@@ -49,10 +51,3 @@ def check(method: ParamTransform, params: Any) -> Report:
         rows.append(Row(path, shape, axes, names.get(path, ""), shown, trained))
     sizes = (int(np.prod(leaf.shape)) for _, leaf in flatten(params)[0] if hasattr(leaf, "shape"))
     return Report(rows, sum(row.trained for row in rows), max(sum(sizes), 1))
-
-
-def _methods(method: ParamTransform, params: Any) -> Iterable[tuple[str, Iterable[str]]]:
-    """(name, paths) of a transform, or of each in a chain."""
-    for spec in method.spec["of"] if method.spec["method"] == "chain" else [method.spec]:
-        part = from_spec(spec) if spec is not method.spec else method
-        yield spec["method"], shapes_of(part, params)[0]

@@ -23,41 +23,33 @@ class Delta(dict):
     """What trains: `{path: {factor: array}}`, a pytree. Keys are paths of adapted leaves, or begin with "@"."""
 
     def __repr__(self) -> str:
-        rows = [
-            f"  {path}: " + ", ".join(f"{name} {_shown(x)}" for name, x in sorted(factors.items()))
-            for path, factors in sorted(self.items())
-            if isinstance(factors, dict)
-        ]
+        def shown(leaf: Any) -> str:
+            return f"{leaf.dtype}{tuple(leaf.shape)}" if hasattr(leaf, "shape") else repr(leaf)
+
+        by_path = {path: factors for path, factors in sorted(self.items()) if isinstance(factors, dict)}
+        rows = {path: ", ".join(f"{n} {shown(x)}" for n, x in sorted(by_path[path].items())) for path in by_path}
         count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self) if hasattr(leaf, "shape"))
-        return "\n".join([f"Delta: {len(self)} paths, {count:,} numbers", *rows])
-
-
-def _shown(leaf: Any) -> str:
-    return f"{leaf.dtype}{tuple(leaf.shape)}" if hasattr(leaf, "shape") else repr(leaf)
+        head = f"Delta: {len(self)} paths, {count:,} numbers"
+        return "\n".join([head, *(f"  {path}: {row}" for path, row in rows.items())])
 
 
 jax.tree_util.register_pytree_with_keys(
     Delta,
-    lambda delta: (
-        [(jax.tree_util.DictKey(path), delta[path]) for path in sorted(delta)],
-        tuple(sorted(delta)),
-    ),
+    lambda delta: ([(jax.tree_util.DictKey(path), delta[path]) for path in sorted(delta)], tuple(sorted(delta))),
     lambda paths, factors: Delta(zip(paths, factors, strict=True)),
 )
 
 
 class Init(Protocol):
-    """`init` of a transform: random numbers and the base's params to what trains at first."""
+    """`init` of a transform: what trains at first."""
 
     def __call__(self, key: Array, params: Params) -> Delta: ...
 
 
 class Apply(Protocol):
-    """`apply` of a transform: the base's params and what trains to adapted params."""
+    """`apply` of a transform: adapted params."""
 
-    def __call__(
-        self, params: Params, delta: Delta, *, key: Array | None = None, strength: Any = 1.0
-    ) -> Params | Tapped: ...
+    def __call__(self, params: Params, delta: Delta, *, key: Array | None = None, strength: Any = 1.0) -> Params: ...
 
 
 class ParamTransform(NamedTuple):
@@ -65,8 +57,7 @@ class ParamTransform(NamedTuple):
 
     init: `(key, params) -> Delta`. Keys are folded with the path: order and mesh do not matter.
     apply: `(params, delta, *, key=None, strength=1.0) -> adapted params`; without a key there is no dropout; strength 0
-      is the base, 1 the trained adapter, and may be traced.
-    spec: JSON; `from_spec(spec)` gives an equal transform.
+      is the base, 1 the trained adapter, and may be traced. spec: JSON; `from_spec(spec)` gives an equal transform.
     keys: `params -> the keys of the delta`, without computing it. Where None, `keys_of` traces `init` instead.
     """
 
@@ -100,27 +91,24 @@ def need_params(params: Params, what: str) -> None:
         raise TypeError(f"{what} takes params here, got tapped ones: put transforms together with chain")
 
 
-def need_delta(delta: Any) -> None:
-    """A TypeError for what is no Delta."""
+def need_delta(delta: Any, keys: set[str] | None = None) -> None:
+    """A TypeError for what is no Delta, a ValueError for one with other keys."""
     if not isinstance(delta, Delta):
         raise TypeError(f"apply takes a Delta (from init) as second argument, got {type(delta).__name__}")
+    if keys is not None and (wrong := keys ^ set(delta)):
+        raise ValueError(f"the delta is not this method's: it lacks, or has besides, {sorted(wrong)[:3]}")
 
 
 def shapes_of(method: ParamTransform, params: Params) -> tuple[Delta, dict[str, Adapted]]:
     """Delta and adapted leaves as shapes, without touching a weight."""
     flat, treedef = jax.tree.flatten(params, is_leaf=lambda leaf: isinstance(leaf, Absent))
-    arrays = {
-        n: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        for n, leaf in enumerate(flat)
-        if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-    }
-
-    def rebuilt(arrays: dict[int, Any]) -> Any:
-        return jax.tree.unflatten(treedef, [arrays.get(n, leaf) for n, leaf in enumerate(flat)])
+    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in flat]
+    arrays = {n: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for n, leaf in enumerate(flat) if is_array[n]}
 
     def both(key: Array, arrays: dict[int, Any]) -> tuple[Delta, dict[str, Adapted]]:
-        delta = method.init(key, rebuilt(arrays))
-        adapted, _ = flatten(untapped(method.apply(rebuilt(arrays), delta))[0], is_adapted)
+        params = jax.tree.unflatten(treedef, [arrays.get(n, leaf) for n, leaf in enumerate(flat)])
+        delta = method.init(key, params)
+        adapted, _ = flatten(untapped(method.apply(params, delta))[0], is_adapted)
         return delta, {path: leaf for path, leaf in adapted if is_adapted(leaf)}
 
     return jax.eval_shape(both, jax.random.key(0), arrays)
@@ -144,18 +132,18 @@ def chain(*methods: ParamTransform) -> ParamTransform:
             united.update(part)
         return united
 
-    def apply(params: Params, delta: Delta, *, key: Array | None = None, strength: Any = 1.0) -> Params | Tapped:
+    def apply(params: Params, delta: Delta, *, key: Array | None = None, strength: Any = 1.0) -> Params:
         need_params(params, "apply")
         need_delta(delta)
         base, rest = params, Delta(delta)
-        taps: list[Tap] = []
+        taps: tuple[Tap, ...] = ()
         for method in methods:
             part = Delta({path: rest.pop(path) for path in keys_of(method, base) if path in rest})
-            params, own_taps = untapped(method.apply(params, part, key=key, strength=strength))
-            taps += own_taps
+            params, method_taps = untapped(method.apply(params, part, key=key, strength=strength))
+            taps += method_taps
         if rest:
             raise ValueError(f"the delta is not this method's: it has besides {sorted(rest)[:3]}")
-        return Tapped(params, tuple(taps)) if taps else params
+        return Tapped(params, taps) if taps else params
 
     def keys(params: Params) -> set[str]:
         return set().union(*(keys_of(method, params) for method in methods))
