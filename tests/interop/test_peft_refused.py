@@ -192,7 +192,7 @@ def test_tensors_that_do_not_fit_are_named(copy, good):
 
     with pytest.raises(ValueError, match=rf"{A0} is missing"):
         load(spoil(copy, lambda t: {name: x for name, x in t.items() if name != A0}))
-    with pytest.raises(ValueError, match=r"lora_C\.weight is no part of the adapter"):
+    with pytest.raises(ValueError, match=r"lora_C\.weight is not part of the adapter"):
         load(spoil(again(), lambda t: t | {A0.replace("_A", "_C"): t[A0]}))
     with pytest.raises(ValueError, match=r"has shape \(12, 2\), not \(2, 12\).*another size"):
         load(spoil(again(), lambda t: t | {A0: np.ascontiguousarray(t[A0].T)}))
@@ -224,7 +224,7 @@ def test_adapters_of_other_bases_are_named(good, tmp_path):
         peft.load(encoder, params)
     with pytest.raises(ValueError, match=r"begin with 'roberta\.', these params' with 'bert\.'"):
         load(encoder, "bert")
-    with pytest.raises(ValueError, match=r'classifier\.dense\.bias is no part.*head="classification"'):
+    with pytest.raises(ValueError, match=r'classifier\.dense\.bias is not part.*head="classification"'):
         load(encoder, "roberta bare")
     with pytest.raises(ValueError, match="begin with 'transformer"):
         load(good, "bert")
