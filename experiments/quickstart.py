@@ -16,7 +16,7 @@ import lora_jax as lj
 from experiments import cli
 from lora_jax import checkpoints
 from lora_jax.models import gpt2
-from lora_jax.runs import example
+from lora_jax.runs import example, tables
 from lora_jax.runs.example import Row, Size
 
 # The token embedding is the output head too: the lively style has words that the base never says.
@@ -37,7 +37,8 @@ def run(workdir: Path, size: Size) -> list[Row]:
     plain, lively = (example.make_style(name, tokenizer, size) for name in ("plain", "lively"))
     model, start = example.make_model(tokenizer, size)
     print(f"\n1. A base: GPT-2 of {size.layers} layers, trained on the plain style")
-    params = lj.merge(example.train(workdir / "base", FULL, model, start, plain, 3e-3, size.base_steps).params)
+    delta, _ = example.train(workdir / "base", FULL, model, start, plain, 3e-3, size.base_steps)
+    params = lj.merge(FULL.apply(start, delta))
     before = checkpoints.identity(params, "runs/quickstart/base")
     rows = [Row("frozen base", 0, 0, example.score(model, params, tokenizer, lively))]
     ways = (("LoRA", LORA, workdir / "lora", 1e-2), ("full fine-tuning", FULL, workdir / "full", 2e-3))
@@ -46,7 +47,7 @@ def run(workdir: Path, size: Size) -> list[Row]:
         report = lj.check(method, params)
         if name == "LoRA":
             print(report)
-        _, delta, base = example.train(folder, method, model, params, lively, learning_rate, size.steps)
+        delta, base = example.train(folder, method, model, params, lively, learning_rate, size.steps)
         file = checkpoints.save_adapter(folder / "adapter", method, delta, base)
         method, delta, _ = checkpoints.load_adapter(file)  # what is scored is the file's
         adapted = method.apply(params, delta)
@@ -61,7 +62,8 @@ def run(workdir: Path, size: Size) -> list[Row]:
     print(f"base before: {before['content']}\nbase after:  {after['content']}")
     if before != after:
         raise ValueError("the base changed")
-    example.plot(workdir, rows[0].score.loss)
+    runs = {name: folder for name, _, folder, _ in ways}
+    tables.plot_losses(workdir / "quickstart.png", runs, frozen=rows[0].score.loss)
     print(f"\nloss curves: {workdir / 'quickstart.png'}\nadapter:     {workdir / 'lora' / 'adapter'}")
     return rows
 

@@ -18,24 +18,19 @@ NAMES = "v5e:16x16 (or v4, v5p, v6e, tpu7x), cpu:8, gpu:1x16GB"
 
 
 class Topology(NamedTuple):
-    """Devices that a program can be compiled for.
-
-    Attributes:
-      limit: bytes that a program may use on each device; None: unknown.
-      asks: whether the compiler itself refuses a program that does not fit.
-    """
+    """Devices that a program can be compiled for."""
 
     name: str
     devices: list[Any]
     chips: int
-    limit: float | None
-    asks: bool
+    limit: float | None  # bytes that a program may use on each device; None: unknown
+    asks: bool  # whether the compiler itself refuses a program that does not fit
 
 
 def prepare(names: list[str]) -> None:
     """Sets up JAX, before its first use, to compile for these topologies: CPU devices for the largest of them, and a
     libtpu that looks for no TPU."""
-    if counts := [_generic(name)[0] for name in names if _is_generic(name)]:
+    if counts := [generic[0] for generic in map(_generic, names) if generic]:
         jax.config.update("jax_num_cpu_devices", max(counts))
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_compilation_cache_dir", None)  # what is compiled for other devices cannot be read again
@@ -52,13 +47,10 @@ def slices(name: str) -> list[str]:
 
 
 def named(name: str) -> Topology:
-    """The devices of "v5e:4x8", "cpu:8" or "gpu:2x16GB" (GB of 10^9 bytes; their compiler is the CPU's).
-
-    Raises:
-      ValueError: no such topology, or one of a TPU without libtpu.
-    """
-    if _is_generic(name):
-        count, limit = _generic(name)
+    """The devices of "v5e:4x8", "cpu:8" or "gpu:2x16GB" (GB of 10^9 bytes; their compiler is the CPU's); a ValueError
+    where there is no such topology, or no libtpu for it."""
+    if generic := _generic(name):
+        count, limit = generic
         return Topology(name, jax.devices("cpu")[:count], count, limit, False)
     family, _, size = name.partition(":")
     if family not in SLICES or not re.fullmatch(r"\d+(x\d+){1,2}", size):
@@ -78,12 +70,10 @@ def named(name: str) -> Topology:
     return Topology(name, list(description.devices), math.prod(dims), HBM[family] * GIB, True)
 
 
-def _is_generic(name: str) -> bool:
-    return name.partition(":")[0] in ("cpu", "gpu")
-
-
-def _generic(name: str) -> tuple[int, float | None]:
-    """The number of devices, and the bytes of each."""
+def _generic(name: str) -> tuple[int, float | None] | None:
+    """The number of devices, and the bytes of each, of CPUs or GPUs; None of TPUs."""
+    if name.partition(":")[0] not in ("cpu", "gpu"):
+        return None
     written = re.fullmatch(r"cpu:(\d+)|gpu:(\d+)x(\d+)GB", name)
     if not written:
         raise ValueError(f"no topology {name!r}: name one such as {NAMES}")

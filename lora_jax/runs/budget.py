@@ -14,19 +14,17 @@ from lora_jax import training
 from lora_jax.checkpoints import write_atomically
 from lora_jax.core.extras import extra
 from lora_jax.data import pairs, tasks
-from lora_jax.generation import complete, end_tokens
 from lora_jax.metrics import bleu
 from lora_jax.models.family import family_of
 from lora_jax.runs import bases, methods, run
+from lora_jax.runs.evaluation import complete
 from lora_jax.runs.reload import load
+from lora_jax.runs.tables import write_json
 
 
 def write_pairs(task: str, source: str, folder: Path, counts: Mapping[str, int | None]) -> None:
-    """Writes the first pairs of each split of a task into folder/SPLIT.txt, in E2E's form.
-
-    Args:
-      counts: split -> the number of pairs; None: all.
-    """
+    """Writes the first pairs of each split of a task, as many as it counts (None: all), into folder/SPLIT.txt, in E2E's
+    form."""
     for split, count in counts.items():
         data = tasks.named(task).load(source, split)[:count]
         lines = (f"{context}||{text}\n" for context, text in zip(data["context"], data["completion"], strict=True))
@@ -41,15 +39,9 @@ def trained(config: ConfigDict, base: bases.Base) -> int:
 
 
 def resize(config: ConfigDict, option: str, sizes: Sequence[int], *, like: ConfigDict) -> int:
-    """Sets the option of a config, such as "lora.rank", to the size with which it trains the number of parameters
-    nearest to that of another config; returns the size, of several with that number the smallest.
-
-    The method's alpha, where it has one, becomes the size, so that its scale is 1.
-
-    Args:
-      sizes: to choose from, smallest first.
-      like: the other config, of the same base.
-    """
+    """Sets the option of a config, such as "lora.rank", to the size, of those given (smallest first), with which it
+    trains the number of parameters nearest to that of another config of the same base; returns the size, of several
+    with that number the smallest. The method's alpha, where it has one, becomes the size, so that its scale is 1."""
     base = bases.load(config)
     wanted = trained(like, base)
 
@@ -68,30 +60,22 @@ def resize(config: ConfigDict, option: str, sizes: Sequence[int], *, like: Confi
 
 
 def best_rate(config: ConfigDict, folder: Path, rates: Sequence[float], steps: int) -> tuple[ConfigDict, Path]:
-    """Trains the first steps of a run with each learning rate, in folder/rate_RATE, where that is not done yet.
+    """Trains the first steps of a run with each learning rate, in folder/rate_RATE, where that is not done yet; an
+    InterruptedError where it is stopped.
 
-    Returns:
-      The config with the rate whose validation loss is then the lowest, and its workdir, in which `runs.train` resumes.
-
-    Raises:
-      InterruptedError: training was stopped; the same call resumes it.
+    Returns: the config with the rate whose validation loss is then the lowest, and its workdir, in which `runs.train`
+      resumes.
     """
     losses = {}
     for rate in rates:
         member, workdir = config.copy_and_resolve_references(), folder / f"rate_{rate:g}"
         member.optimizer.learning_rate = rate
-        losses[_loss_after(steps, member, workdir)] = member, workdir
+        training.claim(workdir, member)  # another config's results are refused
+        if steps not in _validated(workdir):
+            if not training.train(run.prepare(member, workdir).job._replace(total=steps)).finished:
+                raise InterruptedError(f"{workdir} was stopped: the same command resumes it")
+        losses[_validated(workdir)[steps]] = member, workdir
     return losses[min(losses)]
-
-
-def _loss_after(steps: int, config: ConfigDict, workdir: Path) -> float:
-    """The validation loss of a run after its first steps."""
-    training.claim(workdir, config)  # another config's results are refused
-    if steps not in _validated(workdir):
-        job = run.prepare(config, workdir).job
-        if not training.train(job._replace(total=steps)).finished:
-            raise InterruptedError(f"{workdir} was stopped: the same command resumes it")
-    return _validated(workdir)[steps]
 
 
 def _validated(workdir: Path) -> dict[int, float]:
@@ -107,11 +91,8 @@ def finish(
     the workdir.
 
     Args:
-      train: trains the run, or resumes it; False where it was stopped.
+      train: trains the run, or resumes it; False where it was stopped, which is an InterruptedError.
       contexts: of a text task, BLEU of greedy texts for so many is in the summary too.
-
-    Raises:
-      InterruptedError: training was stopped; the same call resumes it.
     """
     file = workdir / "study.json"
     training.claim(workdir, config)
@@ -123,35 +104,23 @@ def finish(
     summary["method_trained"] = trained(config, bases.load(config))
     if contexts:
         summary["bleu"] = greedy_bleu(workdir, contexts)
-    write_atomically(file, (json.dumps(summary, indent=2) + "\n").encode())
+    write_json(file, summary)
     return summary
 
 
 def greedy_bleu(workdir: Path, contexts: int) -> float:
     """BLEU of a run's greedy texts for the first contexts of its test set."""
     loaded = load(workdir)
+    loaded.config.decode = {"max_new_tokens": 64}  # and no beams
     examples = tasks.named(loaded.config.data.name).load(loaded.config.data.path, "test")
     references = dict(islice(pairs.contexts(examples).items(), contexts))
-    eos = loaded.model.config.eos_token_id
-    inserted = methods.placeholders(loaded.spec, loaded.model)
-    texts = complete(
-        loaded.model,
-        loaded.params,
-        loaded.tokenizer,
-        pairs.prompts(list(references), loaded.tokenizer, eos=eos, **inserted),
-        max_new_tokens=64,
-        eos=end_tokens(loaded.tokenizer, eos),
-        batch_size=50,
-    )
+    texts = complete(loaded, list(references), batch_size=50)
     return bleu(texts, [[pairs.clean(text) for text in descriptions] for descriptions in references.values()])
 
 
 def plot(rows: Sequence[dict[str, Any]], titles: Mapping[str, str], file: Path) -> None:
-    """Draws figures of rows, such as `experiments.study` writes, against trained parameters, as the paper's Figure 2.
-
-    Args:
-      titles: of each figure that gets a diagram: its name in a row -> what stands beside the axis.
-    """
+    """Draws figures of rows, such as `experiments.study` writes, against trained parameters, as the paper's Figure 2: a
+    diagram for each of the titles, {name in a row: what stands beside the axis}."""
     with extra("train"):
         from matplotlib.figure import Figure  # slow to import
 

@@ -11,19 +11,14 @@ from lora_jax.core.selection import flatten, matches
 from lora_jax.data import glue
 from lora_jax.interop import hf
 from lora_jax.models import encoder, gpt2
-from lora_jax.models.family import family_of
+from lora_jax.models.family import dimensions_of, family_of
 from lora_jax.planning import asking
 from lora_jax.runs import bases, methods
 
 # The shapes of public bases by their names on the Hub, and of GPT-3, whose weights are not public.
-PUBLIC: dict[str, Any] = {
-    "gpt2": gpt2.SIZES["small"],
-    "gpt2-medium": gpt2.SIZES["medium"],
-    "gpt2-large": gpt2.SIZES["large"],
-    "gpt3": gpt2.SIZES["gpt3"],
-    "FacebookAI/roberta-base": encoder.SIZES["roberta-base"],
-    "FacebookAI/roberta-large": encoder.SIZES["roberta-large"],
-}
+_GPT2 = {"gpt2": "small", "gpt2-medium": "medium", "gpt2-large": "large", "gpt3": "gpt3"}
+PUBLIC: dict[str, Any] = {name: gpt2.SIZES[size] for name, size in _GPT2.items()}
+PUBLIC |= {f"FacebookAI/{size}": encoder.SIZES[size] for size in ("roberta-base", "roberta-large")}
 
 
 class Count(NamedTuple):
@@ -34,54 +29,40 @@ class Count(NamedTuple):
 
 
 def count(config: ConfigDict) -> Count:
-    """What a config trains.
-
-    Raises:
-      ValueError: the shape of its base is not known or of another family than its task needs; the method does not fit.
-    """
+    """What a config trains; a ValueError where the shape of its base is not known, or of another family than its task
+    needs, or the method does not fit."""
     model = model_of(config)
     params, heads = asking.param_shapes(model), config.get("head", ())
-    in_head = lambda path: any(matches(glob, path) for glob in heads)  # noqa: E731
-    rows: list[Any] = []
-    if config.method != "none":
-        rows = lj.check(lj.from_spec(methods.spec(config, model)), params).rows
-    below_head = [row for row in rows if not in_head(row.path)]
-    total = sum(leaf.size for path, leaf in flatten(params)[0] if not in_head(path))
-    trained = sum(row.trained for row in below_head)
-    return Count(lj.Report(below_head, trained, total), sum(row.trained for row in rows) - trained)
+    below_head = lambda path: not any(matches(glob, path) for glob in heads)  # noqa: E731
+    nothing = config.method == "none"
+    rows = [] if nothing else lj.check(lj.from_spec(methods.spec(config, model)), params).rows
+    kept = [row for row in rows if below_head(row.path)]
+    total = sum(leaf.size for path, leaf in flatten(params)[0] if below_head(path))
+    trained = sum(row.trained for row in kept)
+    return Count(lj.Report(kept, trained, total), sum(row.trained for row in rows) - trained)
 
 
 def workload(config: ConfigDict) -> asking.Workload:
     """A config's training step as `lora_jax.planning` takes it: its token table padded, each example as long as the
     config and the model allow."""
     model = asking.padded(model_of(config))
-    return asking.Workload(
-        model,
-        lj.from_spec(methods.spec(config, model)),
-        config.optimizer,
-        config.data.batch_size,
-        min(config.data.length, family_of(model).dimensions(model.config).max_length),
-        config.get("label_smoothing", 0.0),
-    )
+    method, length = lj.from_spec(methods.spec(config, model)), min(config.data.length, dimensions_of(model).max_length)
+    smoothing = config.get("label_smoothing", 0.0)
+    return asking.Workload(model, method, config.optimizer, config.data.batch_size, length, smoothing)
 
 
 def model_of(config: ConfigDict) -> Any:
-    """The model of a config's base, with the options of the config's `model` and the head of its task."""
-    shape, task = model_config(config.base), glue.TASKS.get(config.data.name)
+    """The model of a config's base, a folder with its config.json or the name of a public one, with the options of the
+    config's `model` and the head of its task."""
+    base, task = config.base, glue.TASKS.get(config.data.name)
+    if not Path(base).is_dir() and base not in PUBLIC:
+        raise ValueError(
+            f"the shape of the base {base!r} is not known: give a folder with its config.json (--config.base=FOLDER), "
+            f"or one of {', '.join(PUBLIC)}"
+        )
+    shape = hf.without_weights(base).config if Path(base).is_dir() else PUBLIC[base]
     family = family_of(shape)
-    bases.check_task(shape, config.data.name, config.base)
+    bases.check_task(shape, config.data.name, base)
     if family.with_head and task:
         shape = family.with_head(shape, "classification" if task.labels else "regression", task.outputs)
     return family.model(dataclasses.replace(shape, **config.model.to_dict()))
-
-
-def model_config(base: str) -> Any:
-    """The model config of a base: that of its folder's config.json, or of a public base by its name."""
-    if Path(base).is_dir():
-        return hf.without_weights(base).config
-    if base in PUBLIC:
-        return PUBLIC[base]
-    raise ValueError(
-        f"the shape of the base {base!r} is not known: give a folder with its config.json (--config.base=FOLDER), "
-        f"or one of {', '.join(PUBLIC)}"
-    )

@@ -5,12 +5,17 @@ import json
 import os
 import platform
 import re
+import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from lora_jax.checkpoints import write_atomically
+from lora_jax.core.extras import extra
+from lora_jax.training import read_metrics
 
 # A row is a dict. Of its entries the table shows those named here, in this order: the title, and the format of a number
 # or of each part of {"score", "low", "high"}.
@@ -83,17 +88,40 @@ LEFT_ALIGNED = {"config", "verdict"}
 Row = dict[str, Any]
 
 
+def summarize(config: ConfigDict, workdir: Path, *, command: str | None = None, **numbers: Any) -> Row:
+    """The run of a workdir in one row, which is written to its summary.json: the numbers given, the size of the
+    adapter, and validation's figures of the best epoch where the config says what is best, else of the last."""
+    entries = read_metrics(workdir)
+    speeds = [entry["tokens_per_second"] for entry in entries if "tokens_per_second" in entry]
+    validated = [entry for entry in entries if "validation_loss" in entry]
+    best = config.get("best")
+    chosen = max(validated, key=lambda entry: entry[best]) if best else validated[-1]
+    figures = {name: value for name, value in chosen.items() if name != "step"}
+    adapter = workdir / "adapter" / "adapter.safetensors"
+    row = {
+        **({"command": command} if command else {}),
+        "method": config.method,
+        "base": config.base,
+        "seed": config.seed,
+        **numbers,
+        "adapter_bytes": adapter.stat().st_size if adapter.is_file() else 0,
+        **figures,
+        "validation": list(figures),
+        "tokens_per_second": round(statistics.median(speeds)) if speeds else None,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+    }
+    write_json(workdir / "summary.json", row)
+    return row
+
+
 def rows_of(label: str, workdir: str | Path) -> list[Row]:
     """A run's summary.json with the scores of its evaluation on test, if there is one; after it a row for each part of
-    the test set (seen, unseen) with scores of its own.
-
-    Raises:
-      FileNotFoundError: the run is not done.
-    """
-    summary = Path(workdir) / "summary.json"
-    if not summary.is_file():
-        raise FileNotFoundError(f"{summary} does not exist: experiments.train writes it at its end")
-    row = {"label": label} | json.loads(summary.read_text())
+    the test set (seen, unseen) with scores of its own. A FileNotFoundError where the run is not done."""
+    file = Path(workdir) / "summary.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: experiments.train writes it at its end")
+    row = {"label": label} | json.loads(file.read_text())
     del row["tokens_per_second"]  # runs share the machine with whatever else it does: experiments.speed compares
     kind = "test-base*" if row["method"] == "none" else "test-[!b]*"
     results = [json.loads(file.read_text()) for file in Path(workdir, "evaluation").glob(f"{kind}/evaluate.json")]
@@ -109,11 +137,7 @@ def rows_of(label: str, workdir: str | Path) -> list[Row]:
 
 def fill(text: str, folder: Path) -> str:
     """The text with each marked table made again: after `<!-- results: NAME -->`, up to `<!-- end -->`, the rows of
-    folder/NAME.json; after `<!-- results: NAME START -->` those whose labels begin so.
-
-    Raises:
-      FileNotFoundError: such a file is not there.
-    """
+    folder/NAME.json; after `<!-- results: NAME START -->` those whose labels begin so."""
 
     def table_of(match: re.Match) -> str:
         file = folder / f"{match[1]}.json"
@@ -155,6 +179,11 @@ def _cell(value: Any, form: str) -> str:
     return form.format(value)
 
 
+def write_json(file: str | Path, value: Any) -> None:
+    """Writes a value as JSON, all of it or nothing."""
+    write_atomically(file, (json.dumps(value, indent=2) + "\n").encode())
+
+
 def read_rows(file: Path) -> list[Row]:
     """The rows of a file of results; none where there is no file."""
     return json.loads(file.read_text())["rows"] if file.is_file() else []
@@ -162,13 +191,32 @@ def read_rows(file: Path) -> list[Row]:
 
 def write_rows(file: Path, rows: list[Row]) -> None:
     """Writes a file of results."""
-    write_atomically(file, (json.dumps({"rows": rows}, indent=2) + "\n").encode())
+    write_json(file, {"rows": rows})
 
 
 def add_rows(file: Path, rows: list[Row]) -> None:
     """Writes rows into a file of results, in place of those with the same labels."""
     labels = {row["label"] for row in rows}
     write_rows(file, [row for row in read_rows(file) if row["label"] not in labels] + rows)
+
+
+def plot_losses(file: Path, workdirs: Mapping[str, Path], frozen: float | None = None) -> None:
+    """Draws the losses of runs by their names, of training and of validation, there beside that of a frozen base."""
+    with extra("train"):
+        from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    for axes, measured, style in zip(figure.subplots(1, 2), ("loss", "validation_loss"), ("-", "o-"), strict=True):
+        for name, workdir in workdirs.items():
+            entries = [entry for entry in read_metrics(workdir) if measured in entry]
+            steps, losses = ([entry[key] for entry in entries] for key in ("step", measured))
+            axes.plot(steps, losses, style, label=name, markersize=4)
+        axes.set(xlabel="step", ylabel=f"{measured.replace('_', ' ')} per label")
+        axes.grid(alpha=0.3)
+    if frozen is not None:
+        axes.axhline(frozen, color="gray", linestyle="--", label="frozen base")
+    axes.legend(fontsize="small")
+    figure.savefig(file, dpi=120)
 
 
 def machine(*packages: str) -> Row:

@@ -54,11 +54,8 @@ def register_task(name: str, task: Task) -> None:
 
 
 def task_named(name: str) -> Task:
-    """The task of that name: registered, of GLUE, of `data.tasks`, or "FILE.py:NAME", a Task in a Python file.
-
-    Raises:
-      ValueError: there is none; shows those there are.
-    """
+    """The task of that name: registered, of GLUE, of `data.tasks`, or "FILE.py:NAME", a Task in a Python file. Where
+    there is none, a ValueError shows those there are."""
     if ".py:" in name:
         task = methods.from_file(name)
         if not isinstance(task, Task):
@@ -77,22 +74,21 @@ def task_named(name: str) -> Task:
 def generation(text: TextTask) -> Task:
     """Completing contexts, by a model that predicts the next token."""
 
+    def objective(config: ConfigDict, model: Any) -> training.Objective:
+        return training.language_model(model, config.label_smoothing)
+
     def schedule(examples: Dataset, config: ConfigDict, base: Any, spec: Mapping[str, Any]) -> Schedule:
         encoded = encode_pairs(examples, config, base, spec)
         return batches.bucketed(encoded, config.data.batch_size, config.seed, buckets=config.data.buckets)
-
-    def objective(config: ConfigDict, model: Any) -> training.Objective:
-        return training.language_model(model, config.label_smoothing)
 
     return Task(text.load, schedule, objective, text=text)
 
 
 def encode_pairs(examples: Dataset, config: ConfigDict, base: Any, spec: Mapping[str, Any]) -> pairs.Encoded:
     """Tokens of contexts and completions, as a config says, with the placeholders of a method of that spec."""
-    model, data = base.model, config.data
-    eos, length = model.config.eos_token_id, min(data.length, dimensions_of(model).max_length)
-    inserted = methods.placeholders(spec, model)
-    return pairs.encode(examples, base.tokenizer, eos=eos, length=length, long=data.long, **inserted)
+    model, length = base.model, min(config.data.length, dimensions_of(base.model).max_length)
+    options = {"eos": model.config.eos_token_id, "length": length, "long": config.data.long}
+    return pairs.encode(examples, base.tokenizer, **options | methods.placeholders(spec, model))
 
 
 def classification(
@@ -117,15 +113,7 @@ def classification(
         encoded = sentences.encode(examples, base.tokenizer, **options)
         return batches.classified(encoded, config.data.batch_size, config.seed, buckets=config.data.buckets)
 
-    def objective(config: ConfigDict, model: Any) -> training.Objective:
-        return training.classifier(model, metrics)
-
-    return Task(load, schedule, objective, head)
-
-
-def predictions(task: Task, outputs: np.ndarray) -> np.ndarray:
-    """What a classifier's outputs (N, labels) say: the ids of classes, or the numbers of a regression."""
-    return outputs[:, 0] if task.head["head"] == "regression" else outputs.argmax(-1)
+    return Task(load, schedule, lambda config, model: training.classifier(model, metrics), head)
 
 
 def _accuracy(outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
