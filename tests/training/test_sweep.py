@@ -111,7 +111,7 @@ def test_a_member_without_alpha_has_its_rank(tmp_path: Path) -> None:
 
     state = job.state._replace(delta=jax.tree.map(filled, job.state.delta))
     without, two, eight = (figures["validation_loss"] for figures in job.validate(state) if figures)
-    assert without == pytest.approx(two, rel=1e-6) and without != pytest.approx(eight, rel=1e-3)
+    assert without == pytest.approx(two, rel=1e-6) and without != pytest.approx(eight, rel=1e-4)
 
 
 def test_batches_of_other_seeds_are_stacked_and_padded() -> None:
