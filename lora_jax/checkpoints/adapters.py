@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from lora_jax.checkpoints.files import as_json, digest, named, nested, raw_bytes, table_of, write_atomically
+from lora_jax.checkpoints.files import digest, named, nested, raw_bytes, table_of, write_atomically
 from lora_jax.core.transforms import Delta, ParamTransform, from_spec
 from lora_jax.distributed import processes
 
@@ -24,29 +24,19 @@ def _adapter_file(path: str | Path) -> Path:
 
 
 def save_adapter(path: str | Path, method: ParamTransform, delta: Delta, base_id: Mapping[str, str]) -> Path:
-    """Writes an adapter as one file; equal adapters give equal bytes.
+    """Writes an adapter as one file, which it returns; equal adapters give equal bytes. `path` is a folder (for
+    `adapter.safetensors`) or a file that ends in `.safetensors`, `base_id` comes from `identity`.
 
     With several processes all of them call it, and the first one writes. One factor at a time is in their memory.
-
-    Args:
-      path: a folder (for `adapter.safetensors`) or a file that ends in `.safetensors`.
-      method: the transform; its spec is stored.
-      delta: its trained delta, on any mesh.
-      base_id: of `identity`.
-
-    Returns: the file.
     """
     arrays, table = named(delta), {}
     for name in sorted(arrays):
         x = processes.on_host(arrays[name])
-        if x.dtype.name not in _DTYPES:
-            raise ValueError(f"{path}: {name} is {x.dtype}; an adapter is floating-point")
-        if not np.isfinite(x.astype(np.float32)).all():
-            raise ValueError(f"{path}: {name} is not finite; an adapter like that is not saved")
+        _check_finite(path, name, x)
         table[name] = [list(x.shape), str(x.dtype), digest(x)]
     info = {"format": 1, "spec": method.spec, "base": dict(base_id)}
-    info["digest"] = digest(as_json([info, table]))
-    pieces = _pieces(arrays, table, as_json(info))
+    info["digest"] = digest(json.dumps([info, table]))
+    pieces = _pieces(arrays, table, json.dumps(info))
     file = _adapter_file(path)
     if processes.is_primary():
         write_atomically(file, pieces)
@@ -57,16 +47,22 @@ def save_adapter(path: str | Path, method: ParamTransform, delta: Delta, base_id
     return file
 
 
+def _check_finite(path: str | Path, name: str, array: np.ndarray) -> None:
+    if array.dtype.name not in _DTYPES:
+        raise ValueError(f"{path}: {name} is {array.dtype}; an adapter is floating-point")
+    if not np.isfinite(array.astype(np.float32)).all():
+        raise ValueError(f"{path}: {name} is not finite; an adapter like that is neither saved nor loaded")
+
+
 def _pieces(arrays: Mapping[str, Any], table: Mapping[str, list], info: str) -> Iterator[bytes | memoryview]:
     """A safetensors file, as the library writes it (https://huggingface.co/docs/safetensors), an array at a time."""
     order = sorted(table, key=lambda name: (list(_DTYPES).index(table[name][1]), name))
     header: dict[str, Any] = {"__metadata__": {"lora_jax": info}}
-    at = 0
+    end = 0
     for name in order:
         shape, dtype, _ = table[name]
-        end = at + math.prod(shape) * jnp.dtype(dtype).itemsize
-        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [at, end]}
-        at = end
+        begin, end = end, end + math.prod(shape) * jnp.dtype(dtype).itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
     head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)
     yield len(head).to_bytes(8, "little") + head
@@ -78,8 +74,8 @@ def load_adapter(path: str | Path) -> tuple[ParamTransform, Delta, dict[str, Any
     """`(method, delta, info)` of a file of `save_adapter`; info has format, spec, base, digest.
 
     Raises:
-      FileNotFoundError: no such file. ValueError: cut off, changed, of another kind, or an array
-      is not floating-point or not finite.
+      FileNotFoundError: no such file.
+      ValueError: it is cut off, changed, of another kind, or an array is not floating-point or not finite.
     """
     file = _adapter_file(path)
     if not file.is_file():
@@ -93,25 +89,15 @@ def load_adapter(path: str | Path) -> tuple[ParamTransform, Delta, dict[str, Any
     if text is None:
         raise ValueError(f"{file} was not written by save_adapter: its metadata lacks 'lora_jax'")
     for name, array in arrays.items():
-        if array.dtype.name not in _DTYPES:
-            raise ValueError(f"{file}: {name} is {array.dtype}; an adapter is floating-point")
-        if not np.isfinite(array.astype(np.float32)).all():
-            raise ValueError(f"{file}: {name} is not finite")
-    info = _checked(text, arrays, file)
-    delta = nested({name: jnp.asarray(x) for name, x in arrays.items()})
-    return from_spec(info["spec"]), delta, info
-
-
-def _checked(text: str, arrays: Mapping[str, np.ndarray], file: Path) -> dict[str, Any]:
-    """The metadata of an adapter's file; a ValueError where it or the arrays are not as they were written."""
+        _check_finite(file, name, array)
     try:
         info = json.loads(text)
         stored = info.pop("digest")
     except (ValueError, KeyError, TypeError, AttributeError):
         stored = info = None
-    table = table_of(arrays)
-    if stored is None or stored != digest(as_json([info, table])):
+    if stored is None or stored != digest(json.dumps([info, table_of(arrays)])):
         raise ValueError(f"{file} differs from its digest: it was changed or damaged")
     if info["format"] != 1:
         raise ValueError(f"{file} is of format {info['format']}; this version reads format 1")
-    return info | {"digest": stored}
+    delta = nested({name: jnp.asarray(x) for name, x in arrays.items()})
+    return from_spec(info["spec"]), delta, info | {"digest": stored}

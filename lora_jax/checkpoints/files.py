@@ -1,4 +1,4 @@
-"""What checkpoints and adapters share: digests, the identity of a base, files written all or not at all."""
+"""What checkpoints and adapters share: digests, checksums, the identity of a base, files written all or not at all."""
 
 import hashlib
 import json
@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array, NamedSharding, P, lax
 
 from lora_jax.core.transforms import Delta
 from lora_jax.distributed import processes
 
 
 def digest(content: str | np.ndarray) -> str:
-    """blake2b of a string, or of an array's bytes, as hex."""
+    """blake2b, as hex, of a string (JSON with unsorted keys: the order of globs counts), or of an array's bytes."""
     raw = content.encode() if isinstance(content, str) else raw_bytes(content)
     return hashlib.blake2b(raw, digest_size=16).hexdigest()
 
@@ -26,14 +28,10 @@ def raw_bytes(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def as_json(value: Any) -> str:
-    return json.dumps(value)  # unsorted: the order of a spec's globs counts
-
-
 def named(tree: Any) -> dict[str, Any]:
     """`{name: leaf}`; a name is the leaf's path."""
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator=":"): leaf for path, leaf in flat}
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator=":"): leaf for path, leaf in leaves}
 
 
 def nested(flat: Mapping[str, Any]) -> Delta:
@@ -55,29 +53,74 @@ def table_of(arrays: Mapping[str, Any]) -> dict[str, list]:
 
 
 def identity(params: Any, source: str) -> dict[str, str]:
-    """What tells one base from another: where it came from, its shapes and its contents.
+    """What tells one base from another: `{"source", "shapes", "content"}`, of which "shapes" is a digest of all paths,
+    shapes and dtypes, and "content" one of all bytes.
 
     Args:
       params: the base as `interop.hf.load` gives it (the layout counts: loop is not scanned), on any mesh.
       source: the folder or the hub's name it was loaded from, for messages only.
-
-    Returns: `{"source", "shapes", "content"}`: the source, a digest of all paths, shapes and
-      dtypes, and a digest of all bytes.
     """
     table = table_of(named(params))
     shapes = {name: [shape, dtype] for name, (shape, dtype, _) in table.items()}
-    return {"source": str(source), "shapes": digest(as_json(shapes)), "content": digest(as_json(table))}
+    return {"source": str(source), "shapes": digest(json.dumps(shapes)), "content": digest(json.dumps(table))}
+
+
+def checksums(arrays: Mapping[str, Array]) -> dict[str, str]:
+    """Of each array 16 hex digits that its values, bit by bit, and their positions determine; of any dtype but keys.
+
+    They are computed where the arrays are, equal on every mesh; with several processes all of them call this. Each
+    element's bits are mixed with a hash of its position in the array, and the results added up modulo 2^32: a sum does
+    not depend on how the elements are spread over devices. A change of one element always changes the first sum (the
+    mixing is one-to-one); for all else two sums leave a chance of 2^-64.
+    """
+    hexes = {}
+    for name, x in arrays.items():
+        sharding = getattr(x, "sharding", None)
+        replicated = NamedSharding(sharding.mesh, P()) if isinstance(sharding, NamedSharding) else None
+        # one after the other: CPU devices of several processes deadlock in many small programs at once
+        pair = jax.device_get(jax.jit(_sums, out_shardings=replicated)(x))
+        hexes[name] = "".join(f"{part:08x}" for part in pair.tolist())
+    return hexes
+
+
+def _sums(x: Array) -> Array:
+    """(2,) uint32."""
+    words = _words(x)
+    position = jnp.full(words.shape, 0x9E3779B9, jnp.uint32)
+    for axis in range(words.ndim):
+        position = _mixed(position + lax.broadcasted_iota(jnp.uint32, words.shape, axis))
+    one, other = _mixed(words + position), _mixed((words ^ position) * np.uint32(0x2C1B3C6D))
+    return jnp.stack([jnp.sum(one, dtype=jnp.uint32), jnp.sum(other, dtype=jnp.uint32)])
+
+
+def _words(x: Array) -> Array:
+    """The bits of the elements as uint32, of wider ones as several along a last axis."""
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x = jnp.stack([x.real, x.imag], axis=-1)
+    if x.dtype == jnp.bool_:
+        return x.astype(jnp.uint32)
+    bits = jnp.iinfo(x.dtype).bits if jnp.issubdtype(x.dtype, jnp.integer) else jnp.finfo(x.dtype).bits
+    if bits < 8:  # a float32 holds them all
+        return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    if bits < 32:
+        return lax.bitcast_convert_type(x, jnp.uint8 if bits == 8 else jnp.uint16).astype(jnp.uint32)
+    return lax.bitcast_convert_type(x, jnp.uint32)
+
+
+def _mixed(x: Array) -> Array:
+    """MurmurHash3's finalizer (Appleby 2011), which is one-to-one."""
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> np.uint32(16))
 
 
 def check_base(expected: Mapping[str, str], actual: Mapping[str, str], where: str | Path) -> None:
     """A ValueError that shows the difference, where `actual` is not the base that `where` needs."""
     for part, what in (("shapes", "other shapes"), ("content", "other weights of the same shapes")):
         if expected[part] != actual[part]:
-            raise ValueError(
-                f"{where} belongs to the base {expected['source']!r} ({part} "
-                f"{expected[part][:12]}), but {actual['source']!r} has {what} "
-                f"({actual[part][:12]}): give the base it was trained on"
-            )
+            needed = f"{where} belongs to the base {expected['source']!r} ({part} {expected[part][:12]})"
+            given = f"{actual['source']!r} has {what} ({actual[part][:12]})"
+            raise ValueError(f"{needed}, but {given}: give the base it was trained on")
 
 
 def write_atomically(path: str | Path, content: bytes | Iterable[bytes | memoryview]) -> None:

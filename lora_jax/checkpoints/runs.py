@@ -1,10 +1,9 @@
 """Checkpoints of a run, which resume it on any mesh and by any number of processes.
 
-A checkpoint (orbax) holds the delta and the rest of the training state, the transform's spec, the
-identity of the base and a checksum of every array, never the base's weights. Each process writes
-and reads what its devices hold. Orbax keeps no checksum of array data: a flipped bit would be
-read silently, so every reader here compares the checksums, warns of what is damaged
-(`logging.warning`) and takes the checkpoint before it.
+A checkpoint (orbax) holds the delta and the rest of the training state, the transform's spec, the identity of the base
+and a checksum of every array, never the base's weights. Each process writes and reads what its devices hold. Orbax
+keeps no checksum of array data: a flipped bit would be read silently, so every reader here compares the checksums,
+warns of what is damaged (`logging.warning`) and takes the checkpoint before it.
 """
 
 import contextlib
@@ -21,8 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lora_jax.checkpoints.checksums import checksums
-from lora_jax.checkpoints.files import as_json, check_base, digest, named, nested
+from lora_jax.checkpoints.files import check_base, checksums, digest, named, nested
 from lora_jax.core.transforms import Delta, ParamTransform, from_spec
 from lora_jax.distributed import processes
 
@@ -38,11 +36,8 @@ class Run(NamedTuple):
     config: dict[str, Any]
 
 
-# --- writing ----------------------------------------------------------------------------------
-
-
 class _Manager(ocp.CheckpointManager):
-    """Leaves it to the training loop to ask whether the run has been told to end (`training.loop`).
+    """Leaves it to the training loop to ask JAX whether the run has to end (`training.loop`).
 
     JAX's service plans the stop for the step after the last number that it was asked with. Orbax asks too, with the
     step that it saves, also late and from another thread: the stop could then be planned for a step that is past.
@@ -53,10 +48,10 @@ class _Manager(ocp.CheckpointManager):
 
 
 def manager(workdir: str | Path, *, keep: int = 3) -> ocp.CheckpointManager:
-    """Orbax's manager of `workdir/checkpoints` for writing: saves in the background, keeps `keep`.
+    """Orbax's manager of `workdir/checkpoints` for writing: saves in the background, keeps the newest `keep`.
 
-    What earlier writers left unfinished is removed: one run at a time writes a workdir. With several
-    processes all of them make one, of one folder that all of them can read and write.
+    What earlier writers left unfinished is removed: one run at a time writes a workdir. With several processes all of
+    them call this, with one folder that all of them can read and write.
     """
     folder = _folder(workdir)
 
@@ -65,8 +60,7 @@ def manager(workdir: str | Path, *, keep: int = 3) -> ocp.CheckpointManager:
             shutil.rmtree(unfinished, ignore_errors=True)
 
     processes.on_primary(clear)
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-    return _Manager(folder, options=options)
+    return _Manager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
 
 
 @contextlib.contextmanager
@@ -74,22 +68,27 @@ def opened(workdir: str | Path, *, keep: int = 3) -> Iterator[ocp.CheckpointMana
     """`manager` for a block, at whose end it waits for what is being written.
 
     Raises:
-      OSError: it could not be written; names the newest complete checkpoint.
+      OSError: it, or another file that the block writes, could not be written; names the newest complete checkpoint.
     """
-    made = manager(workdir, keep=keep)
     try:
-        yield made
-    except BaseException:
-        with contextlib.suppress(Exception):  # the first error is the one to see
-            made.close()
-        raise
+        writer = manager(workdir, keep=keep)
+        try:
+            yield writer
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first error is the one to see
+                writer.close()
+            raise
+    except OSError as error:
+        if error.errno is None:  # names the checkpoint already
+            raise
+        _raise_unwritten(workdir, error)
     try:
-        made.close()
+        writer.close()
     except Exception as error:  # whatever orbax and tensorstore raise
-        raise_unwritten(workdir, error)
+        _raise_unwritten(workdir, error)
 
 
-def raise_unwritten(workdir: str | Path, error: Exception) -> NoReturn:
+def _raise_unwritten(workdir: str | Path, error: Exception) -> NoReturn:
     """Raises an OSError that names the newest complete checkpoint of a run of which something could not be written."""
     step = latest_step(workdir)
     kept = "there is no checkpoint yet" if step is None else f"the checkpoint of step {step} is complete"
@@ -110,12 +109,10 @@ def save(
     With several processes all of them call it; each writes what its devices hold.
 
     Args:
-      manager: of `manager(workdir)`.
       step: must be larger than every step that is there.
-      state: a NamedTuple of pytrees with a field `delta`, on any mesh; everything in it comes back.
-        Keys in it are raw data (`jax.random.key_data`).
-      spec: of the transform.
-      base: of `identity`.
+      state: a NamedTuple of pytrees with a field `delta`, on any mesh; everything in it comes back. Keys in it are raw
+        data (`jax.random.key_data`).
+      spec, base: of the transform, and of `identity`.
       position: in the data (epoch, batch), for the reader.
 
     Raises:
@@ -123,22 +120,21 @@ def save(
     """
     parts = {"delta": named(state.delta), "rest": named(state._replace(delta=None))}
     parts = {part: {name: jnp.asarray(x) for name, x in arrays.items()} for part, arrays in parts.items()}
-    meta: dict[str, Any] = {"step": step, "spec": dict(spec), "base": dict(base)}
-    meta["position"] = list(position)
-    meta["arrays"] = {part: _table(arrays) for part, arrays in parts.items()}
+    meta: dict[str, Any] = {"step": step, "spec": dict(spec), "base": dict(base), "position": list(position)}
+    meta["arrays"] = {}
+    for part, arrays in parts.items():  # [shape, dtype, checksum]
+        sums = checksums(arrays)
+        meta["arrays"][part] = {
+            n: [list(arrays[n].shape), str(arrays[n].dtype), checksum] for n, checksum in sums.items()
+        }
     items = {part: ocp.args.StandardSave(arrays) for part, arrays in parts.items()}
-    items["meta"] = ocp.args.JsonSave(meta | {"digest": digest(as_json(meta))})
+    items["meta"] = ocp.args.JsonSave(meta | {"digest": digest(json.dumps(meta))})
     try:
         saved = manager.save(step, args=ocp.args.Composite(**items))
     except Exception as error:  # whatever orbax and tensorstore raise, of this save or the one before
-        raise_unwritten(Path(manager.directory).parent, error)
+        _raise_unwritten(Path(manager.directory).parent, error)
     if not saved:  # orbax only returns False
         raise ValueError(f"{manager.directory}: step {step} cannot be saved after step {manager.latest_step()}")
-
-
-def _table(arrays: Mapping[str, jax.Array]) -> dict[str, list]:
-    """`{name: [shape, dtype, checksum]}`."""
-    return {n: [list(arrays[n].shape), str(arrays[n].dtype), checksum] for n, checksum in checksums(arrays).items()}
 
 
 def forget_after(manager: ocp.CheckpointManager, step: int) -> None:
@@ -148,18 +144,13 @@ def forget_after(manager: ocp.CheckpointManager, step: int) -> None:
             manager.delete(later)
 
 
-# --- reading ----------------------------------------------------------------------------------
-
-
 def restore(workdir: str | Path, like: S, *, base: Mapping[str, str] | None = None) -> S:
     """The newest good checkpoint as a state to resume from.
 
     With several processes all of them call it, and each reads what its devices will hold.
 
     Args:
-      workdir: of the run.
-      like: a state of the same structure, of arrays or ShapeDtypeStructs; their shardings say
-        where each array goes (any mesh).
+      like: a state of the same structure, of arrays or ShapeDtypeStructs, on whose shardings (any mesh) the arrays go.
       base: the identity of the base at hand; another than the checkpoint's is a ValueError.
 
     Raises:
@@ -183,14 +174,17 @@ def load(workdir: str | Path, *, step: int | None = None) -> Run:
     >>> run = load("runs/e2e")  # doctest: +SKIP
     >>> adapted = run.method.apply(params, run.delta)  # doctest: +SKIP
     """
-    config = json.loads(_required(Path(workdir) / "config.json").read_text())
+    file = Path(workdir) / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{file} does not exist: is {workdir} the workdir of a run?")
+    config = json.loads(file.read_text())
     for good_step, meta in _good_steps(workdir, step):
         table = meta["arrays"]["delta"]
         wanted = {n: np.empty(shape, jnp.dtype(dtype)) for n, (shape, dtype, _) in table.items()}
         arrays = _read(workdir, good_step, meta, {"delta": wanted})
         if arrays is not None:
             return Run(from_spec(meta["spec"]), nested(arrays["delta"]), good_step, config)
-    raise ValueError(f"{_folder(workdir)}: no checkpoint is readable{_of(step)}")
+    raise ValueError(f"{_folder(workdir)}: no checkpoint is readable{'' if step is None else f' at step {step}'}")
 
 
 def meta_of(workdir: str | Path) -> dict[str, Any]:
@@ -213,22 +207,13 @@ def _steps(workdir: str | Path) -> list[int]:
     return [int(path.name) for path in _folder(workdir).glob("*") if path.name.isdecimal()]
 
 
-def _of(step: int | None) -> str:
-    return "" if step is None else f" at step {step}"
-
-
-def _required(path: Path) -> Path:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: is {path.parent} the workdir of a run?")
-    return path
-
-
 def _good_steps(workdir: str | Path, step: int | None = None) -> Iterator[tuple[int, dict]]:
     """`(step, meta)` of the checkpoints whose metadata are good, newest first; the same on all processes."""
     folder = _folder(workdir)
     steps = processes.on_primary(lambda: sorted(_steps(workdir), reverse=True))
-    if not steps or (step is not None and step not in steps):
-        raise FileNotFoundError(f"{folder}: no checkpoint{_of(step)}; there are steps {steps}")
+    if not steps or step not in (None, *steps):
+        at = "" if step is None else f" at step {step}"
+        raise FileNotFoundError(f"{folder}: no checkpoint{at}; there are steps {steps}")
     for candidate in steps if step is None else [step]:
         meta = processes.on_primary(functools.partial(_meta, folder / str(candidate)))
         if meta is not None:
@@ -239,17 +224,16 @@ def _meta(folder: Path) -> dict | None:
     """The metadata of a checkpoint, or None (and a warning) where they are damaged."""
     try:
         meta = dict(json.loads((folder / "meta" / "metadata").read_text()))
-        if meta.pop("digest", "") != digest(as_json(meta)):
-            raise ValueError("its meta differs from its digest")
+        if meta.pop("digest", "") == digest(json.dumps(meta)):
+            return meta
+        raise ValueError("its meta differs from its digest")
     except (ValueError, TypeError, OSError) as error:
         _warn(folder, error)
         return None
-    return meta
 
 
 def _read(workdir: str | Path, step: int, meta: dict, wanted: dict[str, dict[str, Any]]) -> Any:
-    """`{part: {name: array}}` as wanted, or None (and a warning) where the checkpoint is damaged; one process that
-    finds it so is enough."""
+    """`{part: {name: array}}` as wanted, or None (and a warning) where one process finds the checkpoint damaged."""
     folder, read, error = _folder(workdir) / str(step), {}, None
     for part, arrays in wanted.items():
         try:
@@ -259,27 +243,24 @@ def _read(workdir: str | Path, step: int, meta: dict, wanted: dict[str, dict[str
             read[part] = ocp.StandardCheckpointHandler().restore(folder / part, args=ocp.args.StandardRestore(arrays))
         except Exception as caught:  # whatever orbax and tensorstore raise on damaged files
             error = error or ValueError(f"its {part}: {caught}")
-    if error is None and processes.everywhere(True):
+    if processes.everywhere(error is None):
         read = {part: {name: jnp.asarray(read[part][name]) for name in arrays} for part, arrays in wanted.items()}
         bad = [f"{part}/{n}" for part in read for n in _differing(read[part], meta["arrays"][part])]
         if not bad:
             return read
         error = ValueError(f"{len(bad)} arrays differ from their checksums, {bad[0]} first")
-    elif error is not None:
-        processes.everywhere(False)
     _warn(folder, error or ValueError("another process cannot read its part"))
     return None
 
 
 def _differing(arrays: Mapping[str, jax.Array], table: Mapping[str, list]) -> list[str]:
     """The names of the arrays that are not what was saved."""
-    if other := [
-        n for n, (shape, dtype, _) in table.items() if (list(arrays[n].shape), str(arrays[n].dtype)) != (shape, dtype)
-    ]:
+    if other := [n for n, x in arrays.items() if [list(x.shape), str(x.dtype)] != table[n][:2]]:
         return other
-    if any(len(stored) == 32 for _, _, stored in table.values()):  # written before 2026-11-29: digests of whole arrays
-        return [n for n, (_, _, stored) in table.items() if digest(processes.on_host(arrays[n])) != stored]
-    sums = checksums(arrays)
+    if any(len(stored) == 32 for _, _, stored in table.values()):  # written before 2026-11-29: digests of the bytes
+        sums = {n: digest(processes.on_host(x)) for n, x in arrays.items()}
+    else:
+        sums = checksums(arrays)
     return [n for n, (_, _, stored) in table.items() if sums[n] != stored]
 
 
@@ -296,17 +277,16 @@ def _wanted(like: Any, table: Mapping[str, list], where: Any) -> dict[str, jax.S
     """What to read, by name, in the order, dtypes and shardings of `like`, where the checkpoint has it."""
     leaves = named(like)
     if leaves.keys() != table.keys():
+        lacks, excess = sorted(leaves.keys() - table.keys())[:5], sorted(table.keys() - leaves.keys())[:5]
         raise ValueError(
-            f"{where}: the checkpoint lacks {sorted(leaves.keys() - table.keys())[:5]} and has in "
-            f"excess {sorted(table.keys() - leaves.keys())[:5]}: another method or optimizer"
+            f"{where}: the checkpoint lacks {lacks} and has in excess {excess}: another method or optimizer"
         )
     wanted = {}
     for name, leaf in leaves.items():
         shape, dtype, _ = table[name]
         if (tuple(shape), dtype) != (leaf.shape, str(leaf.dtype)):
-            raise ValueError(
-                f"{where}: {name} is {dtype}{shape} in the checkpoint, {leaf.dtype}{list(leaf.shape)} in this run"
-            )
+            here = f"{leaf.dtype}{list(leaf.shape)}"
+            raise ValueError(f"{where}: {name} is {dtype}{shape} in the checkpoint, {here} in this run")
         sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         wanted[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     return wanted

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, Sharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, Sharding
+
+from lora_jax.distributed.sharding import batch_sharding
 
 T = TypeVar("T")
 # What one process raises, all raise; the first of these that it is.
@@ -20,19 +21,13 @@ _PIECE = 1024  # sizes are rounded up to it: each size of what is sent is a comp
 
 
 def connect(
-    coordinator: str | None,
-    processes: int | None,
-    process: int | None,
-    *,
-    auto: bool = False,
-    heartbeat: int = 10,
+    coordinator: str | None, processes: int | None, process: int | None, *, auto: bool = False, heartbeat: int = 10
 ) -> None:
     """Makes this process one of several; before anything uses a device. Nothing happens where nothing is given.
 
     Args:
       coordinator: "HOST:PORT" of process 0.
-      processes: how many there are.
-      process: which of them this one is, from 0.
+      processes, process: how many there are, and which of them this one is, from 0.
       auto: the three are found (Slurm, Open MPI, TPU pods).
       heartbeat: seconds of silence after which a process counts as dead.
 
@@ -58,18 +53,13 @@ def connect(
         raise ValueError(f"the processes do not find each other: {reason}.{hint}") from error
 
 
-# --- agreement --------------------------------------------------------------------------------
-
-
 def is_primary() -> bool:
     """Whether this process is the one that writes files and prints."""
     return jax.process_index() == 0
 
 
 def on_primary(function: Callable[[], T]) -> T:
-    """What the function gives on the first process, on all of them; it can be written as JSON.
-
-    No process returns before the function has ended.
+    """What the function gives on the first process, JSON, on all of them; none returns before the function has ended.
 
     Raises: the function's ValueError, TypeError or OSError, with its message, on every process.
     """
@@ -110,48 +100,34 @@ def _padded(size: int) -> int:
     return -(-size // _PIECE) * _PIECE
 
 
-def check_mesh(mesh: jax.sharding.Mesh) -> None:
+def check_mesh(mesh: Mesh) -> None:
     """A ValueError where a process has no device on the mesh: all of them take part in every step."""
-    left_out = set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}
-    if left_out:
-        raise ValueError(
-            f"the mesh {dict(mesh.shape)} leaves out the devices of process {min(left_out)}: spread data, fsdp and "
-            f"tensor over all {jax.device_count()} devices of the {jax.process_count()} processes"
-        )
-
-
-# --- arrays -----------------------------------------------------------------------------------
+    if left_out := set(range(jax.process_count())) - {device.process_index for device in mesh.devices.flat}:
+        problem = f"the mesh {dict(mesh.shape)} leaves out the devices of process {min(left_out)}"
+        devices = f"all {jax.device_count()} devices of the {jax.process_count()} processes"
+        raise ValueError(f"{problem}: spread data, fsdp and tensor over {devices}")
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """`jax.device_put` of arrays that every process has in full, or that lie on the mesh already.
-
-    Args:
-      shardings: one, or one for each leaf. Each process puts there what its devices hold.
-    """
+    """`jax.device_put`, to one sharding or one for each leaf, of arrays that every process has in full, or that are on
+    the mesh already. Each process puts there what its devices hold."""
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
+
+    def put(leaf: Any, sharding: Sharding) -> jax.Array:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
     if isinstance(shardings, Sharding):
-        return jax.tree.map(lambda leaf: _place(leaf, shardings), tree)
-    return jax.tree.map(_place, tree, shardings)
-
-
-def _place(leaf: Any, sharding: Sharding) -> jax.Array:
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return jax.device_put(leaf, sharding)
-    array = np.asarray(leaf)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+        return jax.tree.map(lambda leaf: put(leaf, shardings), tree)
+    return jax.tree.map(put, tree, shardings)
 
 
 def own_rows(sharding: Sharding, shape: tuple[int, ...]) -> np.ndarray | None:
-    """Which rows of a batch this process's devices hold; None for all, with one process.
-
-    Args:
-      sharding: of an array of the batch.
-      shape: the first axes of the array, over which its rows lie in order.
-
-    Returns: (rows,) their numbers, ascending. Two processes may hold the same ones.
-    """
+    """The numbers, (rows,) ascending, of the rows that this process's devices hold of an array whose first axes, over
+    which its rows lie in order, have this shape; with one process None, for all. Two processes may hold the same."""
     if jax.process_count() == 1:
         return None
     held = np.zeros(shape, bool)
@@ -160,25 +136,37 @@ def own_rows(sharding: Sharding, shape: tuple[int, ...]) -> np.ndarray | None:
     return np.flatnonzero(held)
 
 
-def put_rows(batch: Mapping[str, np.ndarray], sharding: Sharding, axis: int, rows: int) -> dict[str, jax.Array]:
-    """The batch on the mesh, made of the rows that each process has.
+def batch_placer(
+    mesh: Mesh, size: int, micro: int | None = None, members: int | None = None
+) -> tuple[Callable[[Mapping[str, np.ndarray]], dict[str, jax.Array]], np.ndarray | None]:
+    """What puts a batch of `size` rows on the mesh, its rows over the devices, and `own_rows` that each process makes.
 
-    Args:
-      batch: arrays with this process's rows along `axis`; with one process all rows.
-      rows: of the batch, of all processes together, along `axis`.
+    Arrays there are (b, ...); with `micro` (k, b, ...), k micro-batches of equal size; with `members` (members, k, b,
+    ...), made of one batch of each member.
     """
-    if jax.process_count() == 1:
-        return jax.device_put(batch, sharding)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, x, (*x.shape[:axis], rows, *x.shape[axis + 1 :]))
-        for name, x in batch.items()
-    }
+    devices, spec = mesh.shape["data"] * mesh.shape["fsdp"], batch_sharding(mesh).spec
+    if micro is not None and (micro < 1 or size % (micro * devices)):
+        parts = f"accumulate={micro} micro-batches over {devices} devices (data x fsdp)"
+        raise ValueError(f"a batch of {size} does not divide into {parts}")
+    of_member, rows = (() if micro is None else (micro,)), size // (micro or 1)
+    lead = of_member if members is None else (members, *of_member)
+    axis = len(lead) - len(of_member)  # of the rows in a batch
+    by_rows, sharding = (jax.NamedSharding(mesh, jax.P(*(None for _ in x), *spec)) for x in (of_member, lead))
+
+    def put(batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        parts = {n: x.reshape(*lead, x.shape[axis] // (micro or 1), *x.shape[axis + 1 :]) for n, x in batch.items()}
+        if jax.process_count() == 1:
+            return jax.device_put(parts, sharding)
+        shapes = {name: (*lead, rows, *x.shape[len(lead) + 1 :]) for name, x in parts.items()}
+        return {n: jax.make_array_from_process_local_data(sharding, x, shapes[n]) for n, x in parts.items()}
+
+    return put, own_rows(by_rows, (*of_member, rows))
 
 
 def replicate(tree: Any) -> Any:
     """Arrays of one mesh, replicated on every device of it, so that each process can fetch them."""
     sharding = jax.tree.leaves(tree)[0].sharding
-    replicated = jax.jit(_same, out_shardings=NamedSharding(sharding.mesh, P()))(tree)
+    replicated = jax.jit(_same, out_shardings=jax.NamedSharding(sharding.mesh, jax.P()))(tree)
     # CPU devices of several processes may deadlock where small programs that wait for each other run at once
     return jax.block_until_ready(replicated) if jax.default_backend() == "cpu" else replicated
 

@@ -6,9 +6,8 @@
     params = jax.device_put(params, shardings(params, mesh, rules))
     delta = jax.device_put(delta, shardings(delta, mesh, rules, adapted))
 
-A low-rank A takes the input sharding of its kernel, B the output sharding, and the optimizer's
-state follows the delta. The compiler adds the communication; nothing here does. `table` shows what
-lies where.
+A low-rank A takes the input sharding of its kernel, B the output sharding, and the optimizer's state follows the delta.
+The compiler adds the communication; nothing here does. `table` shows what lies where.
 """
 
 import dataclasses
@@ -18,8 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax import NamedSharding, P
+from jax.sharding import AxisType, Mesh
 
 from lora_jax.core.arrays import factor_axes, is_adapted
 from lora_jax.core.lifting.taps import untapped
@@ -33,14 +32,11 @@ Rules = Mapping[str, P]  # glob -> PartitionSpec, the first match wins
 
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes `data`, `fsdp` and `tensor` over the first devices.
-
-    Args:
-      shape: the size of each axis; an axis that is left out has size 1.
-      devices: all of this process group's, unless said.
+    """A mesh with the axes `data`, `fsdp` and `tensor` over the first devices (of all, if none are given). `shape` has
+    their sizes; an axis that is left out has size 1.
 
     Raises:
-      ValueError: an axis of another name, a size below 1, or more devices asked for than there are.
+      ValueError: an axis of another name, a size below 1, or more devices than there are.
     """
     devices = jax.devices() if devices is None else devices
     if unknown := set(shape) - set(AXES):
@@ -50,8 +46,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     if min(sizes) < 1 or count > len(devices):
         named = dict(zip(AXES, sizes, strict=True))
         raise ValueError(f"a mesh {named} needs {count} devices, there are {len(devices)}")
-    # Auto: the compiler propagates shardings through models that name none.
-    types = (AxisType.Auto,) * len(AXES)
+    types = (AxisType.Auto,) * len(AXES)  # the compiler propagates shardings through models that name none
     return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices[:count])
 
 
@@ -82,12 +77,10 @@ def shardings(
 
     Args:
       tree: parameters, adapted parameters, a delta, an optimizer's state, or what holds such.
-      mesh: from `make_mesh`.
-      rules: glob -> PartitionSpec of a parameter, the first match wins. Scalars are replicated, and so is, with a
-        warning, what a method keeps under a weight's path along no axis of it, where no rule names it.
-      adapted: `method.apply(params, delta)`, of which shapes suffice (`jax.eval_shape`): says how
-        the factors of a delta, and what has their path in an optimizer's state, follow the
-        weights. Not needed for parameters.
+      rules: of parameters. Scalars are replicated, and so is, with a warning, what a method keeps under a weight's path
+        along no axis of it, where no rule names it.
+      adapted: `method.apply(params, delta)`, of which shapes suffice (`jax.eval_shape`): says how the factors of a
+        delta, and what has their path in an optimizer's state, follow the weights. Not needed for parameters.
       misfits: what becomes of an axis that does not divide over the devices of its rule. "replicate": it stays whole,
         and a warning says so.
 
@@ -139,12 +132,10 @@ def _specs(tree: Any, rules: Rules) -> Iterator[tuple[str, P]]:
         yield path, spec
         if not is_adapted(leaf):
             continue
-        yield f"{path}/base", spec
-        yield f"{path}/value", spec
+        yield from ((f"{path}/{name}", spec) for name in ("base", "value"))
         of_axis: dict[Any, Any] = dict(enumerate(spec))
         for name, layout in leaf.layout.items():
-            axes = factor_axes(layout, leaf.axes)
-            yield f"{path}/{name}", P(*(of_axis.get(axis) for axis in axes))
+            yield f"{path}/{name}", P(*(of_axis.get(axis) for axis in factor_axes(layout, leaf.axes)))
 
 
 def _find(path: str, specs: Mapping[str, P], rules: Rules, mesh: Mesh) -> P:
@@ -180,20 +171,13 @@ def _fitting(path: str, shape: Sequence[int], spec: P, mesh: Mesh, misfits: str)
 
 
 def table(tree: Any, places: Any) -> str:
-    """What lies where, for reading: path, type and shape, spec, and bytes on each device, with their sum.
-
-    Args:
-      tree: arrays or ShapeDtypeStructs.
-      places: their NamedShardings, as `shardings` gives them.
-    """
-    rows, total = [], 0
+    """What lies where, for reading: path, type and shape, spec, and bytes on each device, with their sum, of a tree of
+    arrays or ShapeDtypeStructs and their `shardings`."""
+    rows, total = [("path", "array", "spec", "bytes per device")], 0
     for (path, leaf), place in zip(flatten(tree)[0], jax.tree.leaves(places), strict=True):
         size = math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         total += size
         rows.append((path, f"{leaf.dtype}{tuple(leaf.shape)}", str(tuple(place.spec)), f"{size:,}"))
     rows.append(("all", "", "", f"{total:,}"))
-    rows.insert(0, ("path", "array", "spec", "bytes per device"))
-    widths = [max(len(row[n]) for row in rows) for n in range(3)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows
-    )
+    widths = [*(max(len(row[n]) for row in rows) for n in range(3)), 0]
+    return "\n".join("  ".join(map(str.ljust, row, widths)) for row in rows)

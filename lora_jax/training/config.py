@@ -20,34 +20,23 @@ RENAMED = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW under a schedule.
+    """AdamW under a schedule; `lora_jax.training.optimizer` makes it."""
 
-    Attributes:
-      learning_rate: the peak.
-      schedule: after the warm-up: "linear" or "cosine" down to `end_lr_ratio`, or "constant".
-      warmup_steps: steps of linear warm-up from 0; None: `warmup_ratio` of all steps, rounded up.
-      warmup_ratio: the share of all steps that warms up, where `warmup_steps` is None.
-      end_lr_ratio: the rate at the last step, over the peak.
-      b1, b2, eps: Adam's.
-      weight_decay: decoupled, times the rate.
-      decay: globs of the delta's `path` or `path/factor` that decay; "matrices": what the method's traits name. The
-        default, all that trains, is the authors'.
-      clip_norm: the largest global norm of the gradient; None: no clipping.
-      loraplus_lr_ratio: the rate, and with it the decay, of LoRA's B, or what the method's traits name instead, over
-        that of the other factors (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
-    """
-
-    learning_rate: float = 2e-4
-    schedule: str = "linear"
-    warmup_steps: int | None = None
+    learning_rate: float = 2e-4  # the peak
+    schedule: str = "linear"  # after the warm-up: "linear" or "cosine" down to `end_lr_ratio`, or "constant"
+    warmup_steps: int | None = None  # steps of linear warm-up from 0; None: `warmup_ratio` of all steps, rounded up
     warmup_ratio: float = 0.0
-    end_lr_ratio: float = 0.0
+    end_lr_ratio: float = 0.0  # the rate at the last step, over the peak
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
-    weight_decay: float = 0.01
+    weight_decay: float = 0.01  # decoupled, times the rate
+    # Globs of the delta's `path` or `path/factor` that decay; "matrices": what the method's traits name. The default,
+    # all that trains, is the authors'.
     decay: tuple[str, ...] = ("**",)
-    clip_norm: float | None = None
+    clip_norm: float | None = None  # the largest global norm of the gradient; None: no clipping
+    # The rate, and with it the decay, of LoRA's B, or what the method's traits name instead, over that of the other
+    # factors (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
     loraplus_lr_ratio: float = 1.0
 
     @classmethod
@@ -64,40 +53,24 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A run, besides what trains and on what.
+    """A run, besides what trains and on what."""
 
-    Attributes:
-      seed: of the delta's start, of dropout and of the order of the data.
-      epochs: how often each example comes.
-      steps: the length of the run, instead of `epochs`; the rate decays until then.
-      accumulate: micro-batches that a batch is split into.
-      label_smoothing: of a language model's loss in training.
-      metrics: names of `register_metric`: metrics of validation besides those of the objective.
-      best: the validation metric whose highest value's delta is kept in adapter/; None or "": the last delta.
-      log_every: steps between two entries of the training loss.
-      eval_every: steps between two validations, besides each epoch's end.
-      save_every: steps between two checkpoints, besides each epoch's end.
-      max_to_keep: checkpoints, the newest ones.
-      optimizer: AdamW and its schedule.
-    """
-
-    seed: int = 0
-    epochs: int = 1
-    steps: int | None = None
-    accumulate: int = 1
-    label_smoothing: float = 0.0
-    metrics: tuple[str, ...] = ()
-    best: str | None = None
-    log_every: int = 100
-    eval_every: int | None = None
-    save_every: int | None = 1000
-    max_to_keep: int = 3
+    seed: int = 0  # of the delta's start, of dropout and of the order of the data
+    epochs: int = 1  # how often each example comes
+    steps: int | None = None  # the length of the run, instead of `epochs`; the rate decays until then
+    accumulate: int = 1  # micro-batches that a batch is split into
+    label_smoothing: float = 0.0  # of a language model's loss in training
+    metrics: tuple[str, ...] = ()  # of `register_metric`: metrics of validation besides those of the objective
+    best: str | None = None  # the validation metric whose highest value's delta is kept in adapter/; None: the last
+    log_every: int = 100  # steps between two entries of the training loss
+    eval_every: int | None = None  # steps between two validations, besides each epoch's end
+    save_every: int | None = 1000  # steps between two checkpoints, besides each epoch's end
+    max_to_keep: int = 3  # checkpoints, the newest ones
     optimizer: OptimizerConfig = OptimizerConfig()
 
     @classmethod
     def of(cls, config: Any) -> "TrainConfig":
-        """What training reads of a config (a ConfigDict or mapping), which may have old names, and keys besides that
-        others read."""
+        """What training reads of a config, a ConfigDict or mapping that may have old names and other keys besides."""
         if isinstance(config, cls):
             return config
         values = with_new_names(config)
@@ -108,13 +81,13 @@ class TrainConfig:
 
 def as_config_dict(config: Any) -> ConfigDict:
     """A dataclass as a ConfigDict, whose keys keep their types."""
-    made, hints = ConfigDict(), typing.get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value, kind = getattr(config, field.name), hints[field.name]
+    result = ConfigDict()
+    for name, kind in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
         if isinstance(kind, types.UnionType):  # may be None
-            made[field.name] = config_dict.placeholder(typing.get_args(kind)[0])
-        made[field.name] = as_config_dict(value) if dataclasses.is_dataclass(value) else value
-    return made
+            result[name] = config_dict.placeholder(typing.get_args(kind)[0])
+        result[name] = as_config_dict(value) if dataclasses.is_dataclass(value) else value
+    return result
 
 
 def as_json(config: Any) -> dict[str, Any]:

@@ -1,23 +1,30 @@
 """What a run writes while it goes: metrics.jsonl, TensorBoard events, loss.png."""
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from tqdm import tqdm
 
 from lora_jax.checkpoints import write_atomically
 from lora_jax.core.extras import extra
+from lora_jax.data.batches import Batch
 from lora_jax.distributed import processes
+from lora_jax.training.step import METRICS, State
 
 # What differs between two runs of one config: everything else in metrics.jsonl is equal.
 TIMES = ("seconds", "tokens_per_second")
 
 
-def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
-    """The entries of metrics.jsonl; a half-written last line is left out."""
+def read_metrics(workdir: str | Path, last_step: float = math.inf) -> list[dict[str, Any]]:
+    """The entries of metrics.jsonl up to a step; a half-written last line is left out."""
     path = Path(workdir) / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     entries = []
@@ -26,7 +33,7 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
             entries.append(json.loads(line))
         except ValueError as error:
             raise ValueError(f"{path}:{number}: not JSON: {line[:80]!r}") from error
-    return entries
+    return [entry for entry in entries if entry["step"] <= last_step]
 
 
 class Logger(Protocol):
@@ -44,8 +51,8 @@ class JsonLines:
 
     def __init__(self, workdir: str | Path, step: int) -> None:
         path = Path(workdir) / "metrics.jsonl"
-        entries = [entry for entry in read_metrics(workdir) if entry["step"] <= step]
-        write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
+        lines = [json.dumps(entry) + "\n" for entry in read_metrics(workdir, step)]
+        write_atomically(path, "".join(lines).encode())
         self._file = path.open("a")
 
     def write(self, step: int, entries: Mapping[str, float]) -> None:
@@ -89,20 +96,14 @@ class Prefixed(NamedTuple):
 
 
 class Log:
-    """The metrics of a workdir: on resuming from `step`, what came after it is dropped first.
-
-    Of several processes the first one writes; each knows all entries.
-
-    Args:
-      loggers: get every entry as well; the caller closes them.
-    """
+    """The metrics of a workdir: on resuming from `step`, what came after it is dropped first. Of several processes the
+    first one writes; each knows all entries. The `loggers` get every entry as well; the caller closes them."""
 
     def __init__(self, workdir: str | Path, step: int, loggers: Sequence[Logger] = ()) -> None:
-        self.entries = [entry for entry in read_metrics(workdir) if entry["step"] <= step]
-        self._files: list[Logger] = []
-        if processes.is_primary():
-            self._files = [JsonLines(workdir, step), TensorBoard(workdir, step)]
-        self._loggers = [*self._files, *loggers] if processes.is_primary() else []
+        self.entries = read_metrics(workdir, step)
+        writes = processes.is_primary()
+        self._files: list[Logger] = [JsonLines(workdir, step), TensorBoard(workdir, step)] if writes else []
+        self._loggers = [*self._files, *loggers] if writes else []
 
     def write(self, step: int, **values: float) -> None:
         """One entry, on disk before this returns."""
@@ -121,9 +122,98 @@ class Log:
     def __enter__(self) -> "Log":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         for file in self._files:
             file.close()
+
+
+def fetch(state: State) -> list[dict[str, float]]:
+    """The metrics of a run, or of each member of a sweep, in one transfer. This waits for the device."""
+    rows = np.atleast_2d(jax.device_get(state.metrics)).tolist()
+    return [dict(zip(METRICS, row, strict=True)) for row in rows]
+
+
+class LabelCount:
+    """Finds a batch without labels. Each of several processes has only its rows of a batch; asking the others at every
+    step would mean waiting for them: they are asked before something is written."""
+
+    def __init__(self, workdir: Path, epoch_steps: int, start: int) -> None:
+        self._workdir, self._epoch_steps, self._checked = workdir, epoch_steps, start
+        self._has_labels: list[bool] = []
+
+    def note(self, batch: Batch) -> None:
+        """Of every step's batch, in order."""
+        self._has_labels.append(bool(batch["weights"].any()))
+        if jax.process_count() == 1:
+            self.check()
+
+    def check(self) -> None:
+        """A ValueError on all processes that names the first batch without labels since the last check."""
+        has_labels = processes.anywhere(self._has_labels)
+        if not all(has_labels):
+            step = self._checked + has_labels.index(False)
+            epoch, index = divmod(step, self._epoch_steps)
+            problem = f"step {step + 1}: batch {index} of epoch {epoch} has no labels"
+            raise ValueError(f"{problem}; the checkpoints from before stay in {self._workdir}")
+        self._checked += len(self._has_labels)
+        self._has_labels = []
+
+
+class Meter:
+    """Writes entries of the log, or of the logs of a sweep's members, and keeps the time."""
+
+    def __init__(self, logs: Sequence[Log], bar: tqdm, epoch_steps: int, state: State) -> None:
+        self._logs, self._bar, self._epoch_steps = logs, bar, epoch_steps
+        self._begin = self._since = time.perf_counter()
+        self._before = sum(metrics["real_tokens"] for metrics in fetch(state))  # of this interval, before resuming
+        self._tokens = [log.last("tokens") for log in logs]
+        # The members, by number, whose loss or gradient was not finite, and the step: no more is logged of them.
+        self.bad: dict[int, int] = {}
+
+    def write(self, done: int, state: State) -> State:
+        """Logs what was summed since the last time; returns the state with the sums at zero."""
+        by_member = fetch(state)
+        now = time.perf_counter()
+        speed = (sum(metrics["real_tokens"] for metrics in by_member) - self._before) / (now - self._since)
+        losses = []
+        for number, (log, metrics) in enumerate(zip(self._logs, by_member, strict=True)):
+            if metrics["bad_step"]:
+                self.bad.setdefault(number, int(metrics["bad_step"]))
+                continue
+            self._tokens[number] += int(metrics["real_tokens"])
+            losses.append(metrics["loss"] / metrics["labels"])
+            log.write(
+                done,
+                epoch=round(done / self._epoch_steps, 6),
+                loss=losses[-1],
+                learning_rate=metrics["learning_rate"],
+                gradient_norm=metrics["gradient_norm"],
+                tokens=self._tokens[number],
+                real_share=metrics["real_tokens"] / metrics["tokens"],
+                tokens_per_second=speed,
+                seconds=now - self._begin,
+            )
+        low, high = min(losses, default=math.nan), max(losses, default=math.nan)
+        shown = f"loss {low:.4f}" if len(by_member) == 1 else f"losses {low:.4f} to {high:.4f}"
+        self._bar.set_postfix_str(f"{shown}, {speed:,.0f} tokens/s")
+        self._before, self._since = 0.0, now
+        zeros = np.zeros(state.metrics.shape, np.float32)
+        for number, step in self.bad.items():
+            np.atleast_2d(zeros)[number, METRICS.index("bad_step")] = step
+        return state._replace(metrics=processes.place(zeros, state.metrics.sharding))
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if processes.is_primary():
+            self._bar.write(text)
+
+    @contextlib.contextmanager
+    def paused(self, state: State) -> Iterator[None]:
+        """What happens inside does not count for the speed."""
+        jax.block_until_ready(state.metrics)
+        begin = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begin
 
 
 def plot_loss(workdir: str | Path) -> None:
@@ -137,8 +227,7 @@ def plot_loss(workdir: str | Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, style in (("loss", "-"), ("validation_loss", "o-")):
-        points = [(e["step"], e[name]) for e in entries if name in e]
-        if points:
+        if points := [(entry["step"], entry[name]) for entry in entries if name in entry]:
             axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "))
     axes.set(xlabel="step", ylabel="loss per label")
     if axes.lines:

@@ -4,6 +4,7 @@ Nothing in it waits for the device: metrics are summed there and fetched once a 
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import signal
@@ -15,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from lora_jax import checkpoints
@@ -25,9 +25,7 @@ from lora_jax.distributed import processes
 from lora_jax.distributed.sharding import Placement
 from lora_jax.training import step as steps
 from lora_jax.training.config import TrainConfig
-from lora_jax.training.feeding import Put, batch_placer
-from lora_jax.training.logging import Log, Logger, Prefixed, plot_loss
-from lora_jax.training.meter import LabelCount, Meter, fetch
+from lora_jax.training.logging import LabelCount, Log, Logger, Meter, Prefixed, fetch, plot_loss
 from lora_jax.training.objectives import Objective, language_model, with_metrics
 from lora_jax.training.optimizers import optimizer, schedule
 from lora_jax.training.validation import Figures, validator
@@ -37,68 +35,44 @@ _SYNC_POINTS = itertools.count(1)
 
 
 class Member(NamedTuple):
-    """A run, alone or of a sweep.
+    """A run, alone or of a sweep."""
 
-    Attributes:
-      name: of its folder in the workdir of a sweep; "" of a run alone.
-      config: a TrainConfig, or a ConfigDict with its keys and others besides.
-      method: what trains.
-      params: the base, with the head that its seed draws where there is a new one; None in a job.
-      batches: the schedule of its seed, in which alone those of a sweep's members differ.
-    """
-
-    name: str
-    config: Any
-    method: ParamTransform
-    params: Any
-    batches: Schedule
+    name: str  # of its folder in the workdir of a sweep; "" of a run alone
+    config: Any  # a TrainConfig, or a ConfigDict with its keys and others besides
+    method: ParamTransform  # what trains
+    params: Any  # the base, with the head that its seed draws where there is a new one; None in a job
+    batches: Schedule  # of its seed, in which alone those of a sweep's members differ
 
 
 class Job(NamedTuple):
-    """A run, or a sweep of several, made ready by `prepare` or `sweep.prepare`.
+    """A run, or a sweep of several, made ready by `prepare` or `sweep.prepare`."""
 
-    Attributes:
-      settings: of the loop.
-      workdir: with the checkpoints.
-      members: the run, or those of the sweep.
-      base: the base's `checkpoints.identity`.
-      params: the base, without the leaves that the delta holds.
-      state: new, or of the newest checkpoint; of a sweep stacked and padded. `drive` uses it up.
-      start, total: the steps done, and the steps of the run.
-      batches: `batches(epoch)[i]` is one for `step`, once `put` has placed it.
-      step: (state, params, batch) -> state.
-      validate: state -> the figures of each run, None where the loss is not finite.
-      put: places a batch.
-      shapes: of a sweep, each run's state without the leading axis and the padding; None of a run alone.
-      loggers: written to besides the files.
-    """
-
-    settings: TrainConfig
-    workdir: Path
-    members: tuple[Member, ...]
-    base: dict[str, str]
-    params: Any
-    state: steps.State
-    start: int
-    total: int
-    batches: Schedule | Stacked
-    step: Callable[[steps.State, Any, Any], steps.State]
-    validate: Callable[[steps.State], Sequence[Figures | None]] | None
-    put: Put
-    shapes: tuple[steps.State, ...] | None = None
-    loggers: tuple[Logger, ...] = ()
+    settings: TrainConfig  # of the loop
+    workdir: Path  # with the checkpoints
+    members: tuple[Member, ...]  # the run, or those of the sweep
+    base: dict[str, str]  # the base's `checkpoints.identity`
+    params: Any  # the base, without the leaves that the delta holds
+    state: steps.State  # new, or of the newest checkpoint; of a sweep stacked and padded. `drive` uses it up
+    start: int  # the steps done
+    total: int  # the steps of the run
+    batches: Schedule | Stacked  # `batches(epoch)[i]` is one for `step`, once `put` has placed it
+    step: Callable[[steps.State, Any, Any], steps.State]  # (state, params, batch) -> state
+    validate: Callable[[steps.State], Sequence[Figures | None]] | None  # of each run, None where its loss is not finite
+    put: Callable[[Batch], dict[str, jax.Array]]  # places a batch
+    shapes: tuple[steps.State, ...] | None = None  # of a sweep: each run's state without leading axis and padding
+    loggers: tuple[Logger, ...] = ()  # written to besides the files
 
     @property
     def method(self) -> ParamTransform:
         """What trains, in the first member."""
         return self.members[0].method
 
-    def part(self, stacked: Any, number: int, of_shapes: Callable[[steps.State], Any] = lambda shapes: shapes) -> Any:
-        """One run's part of the state, or of what `of_shapes` takes out of it, without padding."""
+    def part(self, state: steps.State, number: int) -> steps.State:
+        """One run's part of the state, without padding."""
         if self.shapes is None:
-            return stacked
-        like = of_shapes(self.shapes[number])
-        return jax.tree.map(lambda x, like: x[number][tuple(slice(0, n) for n in like.shape)], stacked, like)
+            return state
+        shapes = self.shapes[number]
+        return jax.tree.map(lambda x, like: x[number][tuple(slice(0, n) for n in like.shape)], state, shapes)
 
 
 class Result(NamedTuple):
@@ -130,24 +104,17 @@ def prepare(
     (`jax.distributed`) all of them call this with the same arguments, and a workdir that all of them can write.
 
     Args:
-      config: a TrainConfig, or a ConfigDict with its keys and others besides. Where it has `best`, the delta with the
-        highest validation metric of that name is kept in adapter/.
-      workdir: created where it does not exist.
-      method: what trains.
-      model: a GPT-2 of `lora_jax.models`; with an objective any. Where its `config.dtype` is float16, the loss is
-        scaled.
-      params: the base.
-      base: its `checkpoints.identity`.
-      batches, validation: schedules of `lora_jax.data`.
+      config: a TrainConfig, or a ConfigDict with its keys and others besides.
+      model: a GPT-2 of `lora_jax.models`; with an objective any. In float16 (`config.dtype`) the loss is scaled.
+      params, base: the base and its `checkpoints.identity`.
       objective: what the model is trained for; a language model without it.
       initial: entries of the delta that start from given values, not anew.
       placement: the mesh and the rules for it; one device without.
       loggers: written to besides metrics.jsonl and TensorBoard's events; the caller closes them.
 
     Raises:
-      ValueError: the workdir holds another config's run or another base's or method's, no checkpoint
-        of it is good, the batch does not divide over micro-batches and devices, or a process has no
-        device on the mesh.
+      ValueError: the workdir holds another config's run or another base's or method's, no checkpoint of it is good, the
+        batch does not divide over micro-batches and devices, or a process has no device on the mesh.
     """
     workdir, settings = Path(workdir).absolute(), TrainConfig.of(config)
     claim(workdir, config)
@@ -157,7 +124,8 @@ def prepare(
     rate = schedule(settings.optimizer, total)
     tx = optimizer(settings.optimizer, rate, spec=method.spec)
     params = processes.place(params, placement.shardings(params))
-    put, batches = batch_placer(placement.mesh, batches, settings.accumulate)
+    put, held = processes.batch_placer(placement.mesh, batches.batch_size, settings.accumulate)
+    batches = dataclasses.replace(batches, held=held)
     dtype = getattr(getattr(model, "config", None), "dtype", "float32")
 
     def start(params: Any) -> steps.State:
@@ -171,6 +139,7 @@ def prepare(
         of_delta = validator(jax.jit(steps.make_validation(objective, method)), objective, validation, placement)
         validate = lambda state: of_delta(state.delta, params)  # noqa: E731
     step = steps.make_step(objective, method, tx, rate)
+    shardings = jax.tree.map(lambda x: x.sharding, state)  # else the compiler chooses others, and compiles again
     return Job(
         settings=settings,
         workdir=workdir,
@@ -181,25 +150,15 @@ def prepare(
         start=int(state.step),
         total=total,
         batches=batches,
-        step=jax.jit(step, donate_argnums=0, out_shardings=shardings_of(state)),
+        step=jax.jit(step, donate_argnums=0, out_shardings=shardings),
         validate=validate,
         put=put,
         loggers=tuple(loggers),
     )
 
 
-def shardings_of(state: Any) -> Any:
-    """The shardings of a state, in which a step leaves it: else the compiler chooses others, and compiles again."""
-    return jax.tree.map(lambda x: x.sharding, state)
-
-
 def _state(
-    workdir: Path,
-    method: ParamTransform,
-    start: Callable[[Any], steps.State],
-    params: Any,
-    base: dict[str, str],
-    placement: Placement,
+    workdir: Path, method: ParamTransform, start: Callable, params: Any, base: dict[str, str], placement: Placement
 ) -> steps.State:
     """The newest good checkpoint, or where there is none the start; placed on the mesh."""
     shapes = jax.eval_shape(start, params)
@@ -207,11 +166,8 @@ def _state(
     state_shardings = steps.state_shardings(shapes, placement, adapted)
     if processes.on_primary(lambda: checkpoints.latest_step(workdir)) is None:
         return jax.jit(start, out_shardings=state_shardings)(params)
-
-    def placed(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    state = checkpoints.restore(workdir, jax.tree.map(placed, shapes, state_shardings), base=base)
+    like = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), shapes, state_shardings)
+    state = checkpoints.restore(workdir, like, base=base)
     spec = checkpoints.meta_of(workdir)["spec"]
     if json.dumps(spec) != json.dumps(method.spec):  # equal also of a method that no name makes again
         then, now = from_spec(spec).apply(params, state.delta), method.apply(params, state.delta)
@@ -224,8 +180,7 @@ def train(job: Job) -> Result:
     """Trains a run to the end, or to SIGTERM, and leaves metrics, checkpoints and loss.png in the workdir.
 
     Raises:
-      ValueError: a batch has no labels, or loss or gradient are not finite; names the step. The
-        checkpoints before it stay.
+      ValueError: a batch has no labels, or loss or gradient are not finite; names the step. The checkpoints stay.
       OSError: the workdir cannot be written; names the newest complete checkpoint.
     """
     state, done = drive(job)
@@ -243,11 +198,11 @@ def drive(job: Job) -> tuple[steps.State, int]:
         return state, done
     epoch_steps = len(job.batches)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_unwritten(job.workdir))
         stopping = stack.enter_context(_sigterm())
         manager = stack.enter_context(checkpoints.opened(job.workdir, keep=settings.max_to_keep))
         logs = [stack.enter_context(_log(job, member)) for member in job.members]
-        bar = stack.enter_context(_progress(done, job.total))
+        hidden = not processes.is_primary()
+        bar = stack.enter_context(tqdm(total=job.total, initial=done, unit="step", mininterval=1.0, disable=hidden))
         checkpoints.forget_after(manager, done)
         labels, meter = LabelCount(job.workdir, epoch_steps, done), Meter(logs, bar, epoch_steps, state)
         for done, batch in enumerate(_batches(job, labels), job.start + 1):
@@ -255,9 +210,9 @@ def drive(job: Job) -> tuple[steps.State, int]:
             bar.update()
             stop = stopping(done)
             epoch_ends = done == job.total or done % epoch_steps == 0
-            logs_now = done == job.total or _due(done, settings.log_every)
-            validates = epoch_ends or _due(done, settings.eval_every)
-            saves = stop or epoch_ends or _due(done, settings.save_every)
+            logs_now = done == job.total or done % settings.log_every == 0
+            validates = epoch_ends or done % (settings.eval_every or job.total) == 0
+            saves = stop or epoch_ends or done % (settings.save_every or job.total) == 0
             if logs_now or validates or saves:
                 labels.check()
             if logs_now:
@@ -295,10 +250,6 @@ def _batches(job: Job, labels: LabelCount) -> Iterator[Batch]:
         yield batch
 
 
-def _due(done: int, every: int | None) -> bool:
-    return every is not None and done % every == 0
-
-
 def _validate(
     job: Job, figures: Sequence[Figures | None], logs: Sequence[Log], meter: Meter, done: int, state: steps.State
 ) -> None:
@@ -312,7 +263,7 @@ def _validate(
         if best and best not in values:
             raise ValueError(f"best={best!r} is no metric of validation: it has {', '.join(values)}")
         if best and processes.on_primary(partial(bool, values[best] > log.highest(best))):
-            delta = job.part(state.delta, number, lambda shapes: shapes.delta)
+            delta = job.part(state, number).delta
             checkpoints.save_adapter(job.workdir / member.name / "adapter", member.method, delta, job.base)
         log.write(done, **values)
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
@@ -322,43 +273,27 @@ def _validate(
 def _check_finite(job: Job, state: steps.State) -> None:
     """A ValueError where every run had a step whose loss or gradient was not finite; what is saved stays."""
     bad = {number: int(metrics["bad_step"]) for number, metrics in enumerate(fetch(state))}
-    if all(bad.values()) and job.shapes is not None:
+    if not all(bad.values()):
+        return
+    if job.shapes is not None:
         raise ValueError(f"every member of {job.workdir} diverged: {bad}")
-    if all(bad.values()):
-        raise ValueError(
-            f"step {bad[0]}: the loss or its gradient is not finite; the checkpoints from before stay in {job.workdir}"
-        )
-
-
-@contextlib.contextmanager
-def _unwritten(workdir: Path) -> Iterator[None]:
-    """An error inside because a file cannot be written (the disk is full) names the newest good checkpoint."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:  # names it already
-            raise
-        checkpoints.raise_unwritten(workdir, error)
-
-
-def _progress(done: int, total: int) -> tqdm:
-    """The bar of a run, shown by the first process."""
-    return tqdm(total=total, initial=done, unit="step", mininterval=1.0, disable=not processes.is_primary())
+    problem = f"step {bad[0]}: the loss or its gradient is not finite"
+    raise ValueError(f"{problem}; the checkpoints from before stay in {job.workdir}")
 
 
 @contextlib.contextmanager
 def _sigterm() -> Iterator[Callable[[int], bool]]:
-    """`stopping(step)`, to be asked after each step: whether the run has been told to end. Of several processes one may
-    have been told: then it is true for all of them, after the same step."""
+    """`stopping(step)`, called after each step: whether the run, or one of its processes, has got SIGTERM; true for all
+    processes after the same step."""
     if jax.distributed.is_initialized():  # its preemption service takes the signal
-        # It wants numbers that grow as long as the process lives, whichever run a step is of, and from one asker: the
-        # stop is planned for the step after the largest last number (`checkpoints.manager` keeps orbax from asking).
+        # It wants numbers that grow as long as the process lives, whichever run a step is of, and from one caller (the
+        # manager of checkpoints does not): the stop is planned for the step after the largest last number.
         yield lambda step: multihost_utils.reached_preemption_sync_point(next(_SYNC_POINTS))
         return
-    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # no signals arrive elsewhere
         yield lambda step: False
         return
+    received: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     try:
         yield lambda step: bool(received)

@@ -19,19 +19,11 @@ def cross_entropy(
     weights: Float[Array, "*positions"],
     smoothing: float = 0.0,
 ) -> tuple[Sum, Sum]:
-    """Weighted sum of the label-smoothed negative log-likelihood, and the sum of the weights.
+    """Weighted sum of the label-smoothed negative log-likelihood in nats, and the sum of the weights.
 
-    A token costs `(1 - smoothing) * nll + smoothing * mean over the vocabulary of -log p`, as in
-    the authors' code (their mean gives the gold token its share of the smoothing too). Sums, not a
-    mean: micro-batches and devices add up, and the caller divides once.
-
-    Args:
-      logits: any float dtype; computed in float32.
-      labels: ids of the vocabulary.
-      weights: 0 leaves a position out.
-      smoothing: 0 is the plain negative log-likelihood, in nats.
-
-    Returns: (sum, count).
+    A token costs `(1 - smoothing) * nll + smoothing * mean over the vocabulary of -log p`, as in the authors' code
+    (their mean gives the gold token its share of the smoothing too), computed in float32; a weight of 0 leaves a
+    position out. Sums, not a mean: micro-batches and devices add up, and the caller divides once.
     """
     logits = logits.astype(jnp.float32)
     weights = weights.astype(jnp.float32)
@@ -67,21 +59,13 @@ def chunked_loss(
 
     Args:
       fn: gives a float32 scalar, 0 where all of `along` is 0; closes over no traced array.
-      weights: a pytree; of its leaves those get a gradient that are differentiated.
-      x: what is cut, along axis 1.
-      along: cut as x is; without gradients.
+      weights: a pytree; of its leaves those get a gradient that are differentiated. `along` has none.
       chunks: at most so many of equal size, the last one filled up with zeros.
     """
     if chunks <= 1 or not x.shape[1]:
         return fn(weights, x, *along)
     leaves, treedef = jax.tree.flatten(weights)
     size = -(-x.shape[1] // chunks)
-    chunks = -(-x.shape[1] // size)
-
-    def split(array: Array) -> Array:
-        padding = [(0, chunks * size - n if axis == 1 else 0) for axis, n in enumerate(array.shape)]
-        parts = jnp.pad(array, padding).reshape(array.shape[0], chunks, size, *array.shape[2:])
-        return jnp.moveaxis(parts, 1, 0)
 
     def value(leaves: list[Any], x: Array, *along: Array) -> Array:
         return fn(jax.tree.unflatten(treedef, leaves), x, *along)
@@ -91,7 +75,7 @@ def chunked_loss(
         def add(total: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
             return total + value(leaves, *chunk), None
 
-        return lax.scan(add, jnp.zeros((), jnp.float32), tuple(map(split, (x, *along))))[0]
+        return lax.scan(add, jnp.zeros((), jnp.float32), _split((x, *along), size))[0]
 
     def forward(leaves: list[Any], x: Any, along: tuple[Any, ...]) -> tuple[Array, Any]:
         plain = [w.value for w in leaves]
@@ -107,8 +91,8 @@ def chunked_loss(
             return jax.tree.map(jnp.add, sums, (loss, grads)), x_grad
 
         start = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trained)
-        (loss, grads), x_grads = lax.scan(add, start, tuple(map(split, (x.value, *(each.value for each in along)))))
-        x_grad = jnp.moveaxis(x_grads, 0, 1).reshape(x.value.shape[0], chunks * size, *x.value.shape[2:])
+        (loss, grads), x_grads = lax.scan(add, start, _split((x.value, *(array.value for array in along)), size))
+        x_grad = jnp.moveaxis(x_grads, 0, 1).reshape(x.value.shape[0], -1, *x.value.shape[2:])
         return loss, ([grads.get(i) for i in range(len(plain))], x_grad[:, : x.value.shape[1]])
 
     def backward(grads: Any, scale: Array) -> tuple[Any, Any, None]:
@@ -116,3 +100,15 @@ def chunked_loss(
 
     total.defvjp(forward, backward, symbolic_zeros=True)
     return total(leaves, x, along)
+
+
+def _split(arrays: tuple[Array, ...], size: int) -> tuple[Array, ...]:
+    """(b, n, ...) as (chunks, b, size, ...), filled up with zeros."""
+
+    def split(array: Array) -> Array:
+        chunks = -(-array.shape[1] // size)
+        padding = [(0, chunks * size - n if axis == 1 else 0) for axis, n in enumerate(array.shape)]
+        parts = jnp.pad(array, padding).reshape(array.shape[0], chunks, size, *array.shape[2:])
+        return jnp.moveaxis(parts, 1, 0)
+
+    return tuple(map(split, arrays))

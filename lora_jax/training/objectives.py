@@ -1,7 +1,7 @@
 """What a model is trained for: how a batch becomes outputs, and outputs a loss."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,26 +15,16 @@ from lora_jax.core.transforms import stable_hash
 from lora_jax.training.loss import chunked_loss, cross_entropy, squared_error
 
 
-class Forward(Protocol):
-    """Outputs of a batch from parameters, plain or adapted; with a key the model's own dropout acts."""
-
-    def __call__(self, params: Any, batch: dict[str, Array], key: Array | None = None) -> Array: ...
-
-
 class Objective(NamedTuple):
-    """What `make_step` and validation need to know of a task.
+    """What `make_step` and validation need to know of a task."""
 
-    Attributes:
-      forward: (params, batch, key=None) -> outputs.
-      loss: (params, batch, key=None) -> (sum, count), two float32 scalars, in training.
-      validation: (params, batch, with_outputs=False) -> (sum, count, outputs), which smooths nothing. Outputs are an
-        array with an entry for each label, or None where they are not asked for: there are no metrics.
-      metrics: (outputs of all validation, their labels) -> {name: value}, where there is more than the loss to tell.
-    """
-
-    forward: Forward
-    loss: Callable[..., tuple[Array, Array]]
+    # (params, batch, key=None) -> outputs; params are plain or adapted, with a key the model's own dropout acts
+    forward: Callable[..., Array]
+    loss: Callable[..., tuple[Array, Array]]  # (params, batch, key=None) -> (sum, count), float32 scalars, in training
+    # (params, batch, with_outputs=False) -> (sum, count, outputs), which smooths nothing. Outputs are an array with an
+    # entry for each label, or None where they are not asked for: there are no metrics.
     validation: Callable[..., tuple[Array, Array, Array | None]]
+    # (outputs of all validation, their labels) -> {name: value}, where there is more than the loss to tell
     metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]] | None = None
 
 
@@ -48,11 +38,8 @@ def register_metric(name: str, metric: Metric) -> None:
 
 
 def with_metrics(objective: Objective, metrics: Mapping[str, Metric] | Sequence[str]) -> Objective:
-    """The objective with further metrics, given or registered, besides its own.
-
-    Raises:
-      ValueError: no metric of that name is registered.
-    """
+    """The objective with further metrics, given or registered, besides its own; a name that is not registered is a
+    ValueError."""
     if not metrics:
         return objective
     if not isinstance(metrics, Mapping):
@@ -77,23 +64,20 @@ def language_model(model: Any, smoothing: float = 0.0) -> Objective:
     validation are the likeliest tokens, (b, n) int32."""
     apply = lift(model.apply)
 
-    def inputs(batch: dict[str, Array]) -> dict[str, Array]:
+    def forward(params: Any, batch: dict[str, Array], key: Array | None = None, **options: Any) -> Array:
         names = {"tokens", "mask", "labelled", "positions", "segments"}
-        return {name: x for name, x in batch.items() if name in names}
+        return apply({"params": params}, **{name: x for name, x in batch.items() if name in names}, **options)
 
-    def forward(params: Any, batch: dict[str, Array], key: Array | None = None) -> Array:
-        return apply({"params": params}, **inputs(batch))
+    def logits_of(top: Any, x: Array) -> Array:
+        return apply({"params": top}, x, method="head")
 
     def summed(
         params: Any, batch: dict[str, Array], smoothing: float, with_outputs: bool = False
     ) -> tuple[Array, Array, Array | None]:
-        def logits_of(top: Any, x: Array) -> Array:
-            return apply({"params": top}, x, method="head")
-
         def loss_of(top: Any, x: Array, labels: Array, weights: Array) -> Array:
             return cross_entropy(logits_of(top, x), labels, weights, smoothing)[0]
 
-        x = apply({"params": params}, **inputs(batch), method="hidden")
+        x = forward(params, batch, method="hidden")
         name = "wte" if model.config.tie else "lm_head"
         top = map_adapted(lambda w: w.ready(), {name: untapped(params)[0][name]})
         drops = any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(top))  # once for all x
@@ -112,8 +96,7 @@ def language_model(model: Any, smoothing: float = 0.0) -> Objective:
 
 def classifier(model: Any, metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]] | None = None) -> Objective:
     """One label a sequence: cross-entropy of logits (b, labels), or of a regression head the squared error."""
-    apply = lift(model.apply)
-    config = model.config
+    apply, config = lift(model.apply), model.config
     drops = config.dropout > 0 or config.attention_dropout > 0
 
     def forward(params: Any, batch: dict[str, Array], key: Array | None = None) -> Array:

@@ -15,33 +15,23 @@ from lora_jax.core.transforms import Delta, ParamTransform
 from lora_jax.distributed.sharding import Placement
 from lora_jax.training.objectives import Objective
 
-# What a step adds up on the device since the metrics were last fetched, all at once: the loss and
-# the labels (sums), the tokens computed and those that are not padding (sums), the newest gradient norm and
-# learning rate, and the first step with a non-finite loss or gradient (0: none).
+# What steps add up on the device until the metrics are fetched: the sums of losses, labels, tokens computed and tokens
+# that are not padding, the newest gradient norm and learning rate, and the first step with a non-finite loss or
+# gradient (0: none).
 METRICS = ("loss", "labels", "tokens", "real_tokens", "gradient_norm", "learning_rate", "bad_step")
-
-
 Sums = Float32[Array, " 2"]  # of losses, and of weights
 
 
 class State(NamedTuple):
-    """All that a run needs to resume; every leaf is a device array.
+    """All that a run needs to resume; every leaf is a device array."""
 
-    Attributes:
-      step: the steps done; the position in the data follows from it.
-      delta: float32.
-      optimizer: the state of the optimizer, for the trainable half of the delta.
-      key: the data of the run's key; step i draws from `fold_in(key, i)`.
-      metrics: see METRICS.
-      scaler: in float16, whose gradients would vanish else: what the loss is multiplied by (Micikevicius et al. 2018,
-        arXiv 1710.03740). A step that overflows halves it and changes nothing else. None: no scaling.
-    """
-
-    step: Int32[Array, ""]
-    delta: Delta
-    optimizer: Any
-    key: UInt32[Array, " 2"]
-    metrics: Float32[Array, " 7"]
+    step: Int32[Array, ""]  # the steps done; the position in the data follows from it
+    delta: Delta  # float32
+    optimizer: Any  # the state of the optimizer, for the trainable half of the delta
+    key: UInt32[Array, " 2"]  # the data of the run's key; step i draws from `fold_in(key, i)`
+    metrics: Float32[Array, " 7"]  # see METRICS
+    # In float16, whose gradients would vanish else: what the loss is multiplied by (Micikevicius et al. 2018, arXiv
+    # 1710.03740). A step that overflows halves it and changes nothing else. None: no scaling.
     scaler: DynamicScale | None = None
 
 
@@ -54,12 +44,8 @@ def new_state(
     *,
     dtype: Any = jnp.float32,
 ) -> State:
-    """The state before the first step.
-
-    Args:
-      initial: entries of the delta that start where another run ended.
-      dtype: the model's; in float16 the loss is scaled.
-    """
+    """The state before the first step. `initial` are entries of the delta that start where another run ended; `dtype`
+    is the model's: in float16 the loss is scaled."""
     for_init, for_steps = jax.random.split(key)
     delta = Delta({**method.init(for_init, params), **initial})
     half = jnp.dtype(dtype) == jnp.float16
@@ -81,17 +67,14 @@ def state_shardings(state: State, placement: Placement, adapted: Any) -> State:
 
 
 def make_step(
-    objective: Objective,
-    method: ParamTransform,
-    tx: optax.GradientTransformation,
-    rate: optax.Schedule,
+    objective: Objective, method: ParamTransform, tx: optax.GradientTransformation, rate: optax.Schedule
 ) -> Callable[[State, Any, dict[str, Array]], State]:
     """`step(state, params, batch) -> state`.
 
-    Each array of the batch is (k, b, ...): k micro-batches of b rows. Their losses and gradients
-    are summed and divided once by all their labels, so that k micro-batches are one big batch
-    however the labels spread over them. Only the delta is differentiated. Where a batch has a
-    `strength` (b,) or (b, K), each row trains those adapters of a bank that it selects (`lora_jax.bank`).
+    Each array of the batch is (k, b, ...): k micro-batches of b rows. Their losses and gradients are summed and divided
+    once by all their labels, so that k micro-batches are one big batch however the labels spread over them. Only the
+    delta is differentiated. Where a batch has a `strength` (b,) or (b, K), each row trains those adapters of a bank
+    that it selects (`lora_jax.bank`).
     """
 
     def step(state: State, params: Any, batch: dict[str, Array]) -> State:
@@ -111,11 +94,24 @@ def make_step(
         if scaler is None:
             finite = jnp.isfinite(norm)
         else:  # a step that overflowed is left out
-            old = trainable, state.optimizer, _norm_before(state)
+            old = trainable, state.optimizer, state.metrics[METRICS.index("gradient_norm")]
             new, optimizer, norm = jax.tree.map(lambda x, y: jnp.where(finite, x, y), (new, optimizer, norm), old)
             finite |= scaler.scale >= 1  # else it is not the scale that overflows
-        metrics = _metrics(state, loss, count, batch, norm, new_rate, finite)
-        return State(state.step + 1, combine(new, fixed), optimizer, state.key, metrics, scaler)
+        metrics = dict(zip(METRICS, state.metrics, strict=True))
+        finite = jnp.isfinite(loss) & finite
+        number = (state.step + 1).astype(jnp.float32)
+        bad = jnp.where(finite, jnp.zeros_like(number), number)
+        metrics |= {
+            "loss": metrics["loss"] + loss,
+            "labels": metrics["labels"] + count,
+            "tokens": metrics["tokens"] + batch["mask"].size,
+            "real_tokens": metrics["real_tokens"] + jnp.sum(batch["mask"], dtype=jnp.float32),
+            "gradient_norm": norm,
+            "learning_rate": new_rate,
+            "bad_step": jnp.where(metrics["bad_step"] > 0, metrics["bad_step"], bad),
+        }
+        summed = jnp.stack([jnp.asarray(metrics[name], jnp.float32) for name in METRICS])
+        return State(state.step + 1, combine(new, fixed), optimizer, state.key, summed, scaler)
 
     return step
 
@@ -141,38 +137,12 @@ def _summed(
     finite = None if scaler is None else jnp.array(True)
     sums = (jnp.zeros((), jnp.int32), scaler, finite, zero, zero, jax.tree.map(jnp.zeros_like, trainable))
     if batch["tokens"].shape[0] == 1:
-        sums, _ = add(sums, jax.tree.map(lambda x: x[0], batch))
-    else:
-        sums, _ = jax.lax.scan(add, sums, batch)
-    return sums[1:]
+        return add(sums, jax.tree.map(lambda x: x[0], batch))[0][1:]
+    return jax.lax.scan(add, sums, batch)[0][1:]
 
 
 def _strength(batch: dict[str, Array]) -> dict[str, Array]:
     return {"strength": batch["strength"]} if "strength" in batch else {}
-
-
-def _norm_before(state: State) -> Array:
-    return state.metrics[METRICS.index("gradient_norm")]
-
-
-def _metrics(
-    state: State, loss: Array, count: Array, batch: dict[str, Array], norm: Array, rate: Any, finite: Array
-) -> Array:
-    old = dict(zip(METRICS, state.metrics, strict=True))
-    mask = batch["mask"]
-    finite = jnp.isfinite(loss) & finite
-    number = (state.step + 1).astype(jnp.float32)
-    bad = jnp.where(finite, jnp.zeros_like(number), number)
-    new = {
-        "loss": old["loss"] + loss,
-        "labels": old["labels"] + count,
-        "tokens": old["tokens"] + mask.size,
-        "real_tokens": old["real_tokens"] + jnp.sum(mask, dtype=jnp.float32),
-        "gradient_norm": norm,
-        "learning_rate": rate,
-        "bad_step": jnp.where(old["bad_step"] > 0, old["bad_step"], bad),
-    }
-    return jnp.stack([jnp.asarray(new[name], jnp.float32) for name in METRICS])
 
 
 def make_validation(

@@ -1,5 +1,6 @@
 """Validation: loss and metrics of parameters over all batches of a schedule."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +12,6 @@ from lora_jax.core.transforms import Delta
 from lora_jax.data.batches import Batch, Schedule
 from lora_jax.distributed import processes
 from lora_jax.distributed.sharding import Placement
-from lora_jax.training.feeding import gathered, validation_placer
 from lora_jax.training.objectives import Objective
 from lora_jax.training.step import make_validation
 
@@ -19,14 +19,8 @@ Figures = dict[str, float]  # {"validation_loss": nats per label, ...} and the o
 
 
 def validate(objective: Objective, params: Any, validation: Schedule, *, placement: Placement | None = None) -> Figures:
-    """Loss and metrics of parameters that do not train (a frozen base). Every label weighs the same, without smoothing
-    or dropout.
-
-    Args:
-      objective: what the parameters are validated for.
-      params: plain or adapted.
-      validation: the batches.
-      placement: of the parameters; one device without.
+    """Loss and metrics of parameters, plain or adapted, that do not train, on one device without a placement. Every
+    label weighs the same, without smoothing or dropout.
 
     Raises:
       ValueError: the loss is not finite, or no batch has labels.
@@ -45,12 +39,10 @@ def validator(
     measure: Callable, objective: Objective, validation: Schedule, placement: Placement, members: int | None = None
 ) -> Callable[..., list[Figures | None]]:
     """`validate(*arguments)`: the figures of each run over all of validation, None where its loss is not finite.
-
-    Args:
-      measure: `(sums, *arguments, batch) -> (sums, outputs)`, as `make_validation` gives it; compiled.
-      members: of how many runs sums and outputs are, along a leading axis; None: of one, without the axis.
-    """
-    put, schedule = validation_placer(placement.mesh, validation)
+    `measure(sums, *arguments, batch) -> (sums, outputs)` is what `make_validation` gives, compiled; of several members
+    sums and outputs have a leading axis."""
+    put, held = processes.batch_placer(placement.mesh, validation.batch_size)
+    schedule = dataclasses.replace(validation, held=held)
 
     def validate(*arguments: Any) -> list[Figures | None]:
         shape = (2,) if members is None else (members, 2)
@@ -59,12 +51,14 @@ def validator(
         for batch in schedule(0):
             placed = put(batch)
             sums, output = measure(sums, *arguments, placed)
-            outputs.append(gathered(output, batch, placed))
+            if output is not None and jax.process_count() > 1:  # metrics need the rows of other processes too
+                output, batch = processes.replicate((output, {n: placed[n] for n in ("labels", "weights")}))
+            outputs.append((output, batch))
         sums, outputs = jax.device_get(sums), jax.device_get(outputs)
         if members is None:
             return [figures(objective, sums, outputs)]
-        each = [[(None if x is None else x[number], batch) for x, batch in outputs] for number in range(members)]
-        return [figures(objective, *of_member) for of_member in zip(sums, each, strict=True)]
+        by_member = [[(None if x is None else x[number], batch) for x, batch in outputs] for number in range(members)]
+        return [figures(objective, *of_member) for of_member in zip(sums, by_member, strict=True)]
 
     return validate
 

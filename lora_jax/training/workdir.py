@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from lora_jax.checkpoints import latest_step, write_atomically
 from lora_jax.core.arrays import is_adapted
@@ -28,38 +29,33 @@ _OLD_MATRICES = [
 
 
 def claim(workdir: str | Path, config: Any) -> None:
-    """Writes config.json, the resolved config (a ConfigDict or a TrainConfig), into the workdir.
-
-    A config that left nothing else there (it failed at once) is replaced. Of several processes the first one does it.
+    """Writes config.json, the resolved config (a ConfigDict or a TrainConfig), into the workdir; one that left nothing
+    else there (it failed at once) is replaced. Of several processes the first one does it.
 
     Raises:
       ValueError: the workdir holds a run of another config; shows every difference; on all processes.
     """
-    processes.on_primary(lambda: _claim(workdir, config))
+    path, new = Path(workdir) / "config.json", as_json(config)
 
+    def write() -> None:
+        if path.exists() and (latest_step(workdir) is not None or read_metrics(workdir)):
+            here, there = _comparable(new), _comparable(with_new_names(json.loads(path.read_text())))
+            different = [
+                f"{key} is {there.get(key, 'absent')!r} there and {here.get(key, 'absent')!r} here"
+                for key in sorted(here.keys() | there.keys())
+                if key.split(".")[0] not in MAY_CHANGE and here.get(key) != there.get(key)
+            ]
+            if different:
+                problem = f"{workdir} holds the run of another config: {'; '.join(different)}"
+                raise ValueError(f"{problem}. Give another --workdir, or the config it began with")
+        write_atomically(path, (json.dumps(new, indent=2) + "\n").encode())
 
-def _claim(workdir: str | Path, config: Any) -> None:
-    path = Path(workdir) / "config.json"
-    new = as_json(config)
-    if path.exists() and (latest_step(workdir) is not None or read_metrics(workdir)):
-        here, there = _comparable(new), _comparable(with_new_names(json.loads(path.read_text())))
-        keys = sorted(here.keys() | there.keys())
-        different = [
-            f"{key} is {there.get(key, 'absent')!r} there and {here.get(key, 'absent')!r} here"
-            for key in keys
-            if key.split(".")[0] not in MAY_CHANGE and here.get(key) != there.get(key)
-        ]
-        if different:
-            raise ValueError(
-                f"{workdir} holds the run of another config: {'; '.join(different)}. "
-                "Give another --workdir, or the config it began with"
-            )
-    write_atomically(path, (json.dumps(new, indent=2) + "\n").encode())
+    processes.on_primary(write)
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     """A config's values by their full keys, with the defaults of the keys that it does not have."""
-    values = _flat(as_json(TrainConfig())) | _flat(config)
+    values = flatten_dict(as_json(TrainConfig()), sep=".") | flatten_dict(config, sep=".")
     if values["optimizer.decay"] == _OLD_MATRICES:
         values["optimizer.decay"] = ["matrices"]
     return values
@@ -85,13 +81,3 @@ def difference(first: Any, second: Any, among: Container[str] | None = None) -> 
             if np.shape(a) != np.shape(b) or not (a == b if field.metadata else np.allclose(a, b, 1e-6, 0)):
                 return f"{path} has {field.name} {a} in one, {b} in the other"
     return ""
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

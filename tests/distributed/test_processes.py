@@ -44,7 +44,7 @@ def never() -> Any:
     raise AssertionError("the second process does not call it")
 
 
-@pytest.mark.parametrize("value", [None, 3, "text", {"a": [1.5, None]}, "x" * 1500])
+@pytest.mark.parametrize("value", [None, 3, "text", {"a": [1.5, None]}, "x" * 900, "x" * 1500])
 def test_both_have_what_the_first_finds(two: Two, value: Any) -> None:
     assert two.first(lambda: processes.on_primary(lambda: value)) == value
     assert two.second(lambda: processes.on_primary(never)) == value

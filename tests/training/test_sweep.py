@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -98,6 +99,19 @@ def test_ranks_rules_rates_and_seeds(tmp_path: Path) -> None:
         for saved in (checkpoints.load_adapter(folder / "adapter")[1], checkpoints.load(folder).delta):
             jax.tree.map(np.testing.assert_array_equal, saved, result.delta)
         compare(without_times(folder), without_times(tmp_path / "alone" / member.name))
+
+
+def test_a_member_without_alpha_has_its_rank(tmp_path: Path) -> None:
+    """Of equal deltas: alpha None, which is the rank, as alpha 2; 1e-6 for sums in another order."""
+    job = ready(tmp_path, members([{"alpha": None}, {"alpha": 2.0}, {"alpha": 8.0}]), together=True)
+    assert job.validate is not None
+
+    def filled(x: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(jnp.sin(jnp.arange(x[0].size, dtype=x.dtype)).reshape(x.shape[1:]), x.shape)
+
+    state = job.state._replace(delta=jax.tree.map(filled, job.state.delta))
+    without, two, eight = (figures["validation_loss"] for figures in job.validate(state) if figures)
+    assert without == pytest.approx(two, rel=1e-6) and without != pytest.approx(eight, rel=1e-4)
 
 
 def test_batches_of_other_seeds_are_stacked_and_padded() -> None:
