@@ -30,8 +30,10 @@ os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
 # Where libtpu is installed, the processes that a test starts would look for a TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-# The shapes in these modules' annotations are checked when they are called, in the tests alone.
-install_import_hook(["lora_jax.training.loss", "lora_jax.training.step"], "beartype.beartype")
+# The shapes in the annotations of these modules are checked when they are called, in the tests alone.
+install_import_hook(
+    ["lora_jax.generation", "lora_jax.models", "lora_jax.training.loss", "lora_jax.training.step"], "beartype.beartype"
+)
 
 # Before the first use of a device: the sharding tests need eight.
 jax.config.update("jax_platforms", "cpu")
