@@ -100,7 +100,7 @@ def step(workload: Workload, layout: Layout, mesh: Mesh) -> Step:
     method = workload.method
     model = type(workload.model)(dataclasses.replace(workload.model.config, remat=layout.remat))
     on_mesh = sharding.on_mesh(model, mesh)
-    if family_of(model).generates:
+    if family_of(model).output_head:
         objective = training.language_model(on_mesh, workload.label_smoothing)
     else:
         objective = training.classifier(on_mesh)
@@ -133,7 +133,7 @@ def _batch(workload: Workload, layout: Layout) -> dict[str, jax.ShapeDtypeStruct
     rows = (layout.accumulate, size // layout.accumulate)
     dtypes: dict[str, Any] = {"tokens": jnp.int32, "mask": jnp.bool_}
     of_rows: dict[str, Any] = {}  # one a row; the others are one a token
-    if family_of(model).generates:
+    if family_of(model).output_head:
         dtypes |= {"labelled": jnp.int32, "labels": jnp.int32, "weights": jnp.float32}
     else:
         dtypes |= {"token_types": jnp.int32}

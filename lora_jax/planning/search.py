@@ -113,15 +113,14 @@ def size_of(workload: Workload, topology: Topology, layout: Layout) -> Size:
     summed over micro-batches), the activations that the backward pass needs of each layer, those inside one layer, its
     gathered weights, and a chunk of the logits."""
     step = asking.step(workload, layout, layout.mesh(topology))
-    config, length = workload.model.config, workload.length
-    layers, width, heads, inner, _ = dimensions_of(workload.model)
-    vocabulary = config.vocab_size if family_of(workload.model).generates else 0
+    config, family, length = workload.model.config, family_of(workload.model), workload.length
+    layers, width, heads, inner, _, query_block = family.dimensions(config)
+    vocabulary = config.vocab_size if family.output_head else 0
     rows = layout.examples(workload) / (layout.accumulate * layout.data * layout.fsdp)
     itemsize = 4 if config.dtype == "float32" else 2
-    query_block = getattr(config, "query_block", None) or length
     between_layers = rows * length * width * itemsize / layout.tensor
     inside_layer = rows * length * (8 * width + 2 * inner) * itemsize / layout.tensor
-    inside_layer += rows * heads / layout.tensor * query_block * length * 6
+    inside_layer += rows * heads / layout.tensor * (query_block or length) * length * 6
     gathered = (4 * width * width + 2 * width * inner) * itemsize / layout.tensor * (2 if layout.fsdp > 1 else 0)
     activations = layers * between_layers + inside_layer * (1 if layout.remat else layers)
     logits = rows * length / 8 * vocabulary * 8 / layout.tensor

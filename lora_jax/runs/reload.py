@@ -14,6 +14,7 @@ import lora_jax as lj
 from lora_jax import Delta, ParamTransform, checkpoints, training
 from lora_jax.distributed import sharding
 from lora_jax.interop import hf, peft
+from lora_jax.models.family import family_of
 from lora_jax.models.layouts import to_loop
 from lora_jax.runs import bases, methods
 from lora_jax.runs.config import is_sweep
@@ -112,7 +113,8 @@ def adapter(path: str | Path, base: bases.Base) -> tuple[ParamTransform, Delta]:
     config = base.model.config
     if config.scan_layers:
         raise ValueError(f"{path}: a merged model is imported with --config.model.scan_layers=False")
-    head: dict[str, Any] = {"head": config.head, "labels": config.labels} if getattr(config, "head", None) else {}
+    classifies = family_of(base.model).with_head and config.head
+    head = {"head": config.head, "labels": config.labels} if classifies else {}
     params, method = hf.load(path, **head)[1], lj.tune(lj.select("**"))
     if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, base.params):
         raise ValueError(f"{path} is no model of the shapes of the base {base.identity['source']}")
