@@ -150,8 +150,8 @@ def _joined(adapters: list[tuple[int, LowRank]], strength: Array) -> Gated:
         gate = w.scale[..., None] * jnp.broadcast_to(strength[:, k], (*w.scale.shape, len(strength)))  # (s.., n)
         gates.append(jnp.broadcast_to(gate[..., None], (*gate.shape, w.a.shape[-1])))
     a, b = [w.a for _, w in adapters], [w.b for _, w in adapters]
-    factors = {"a": jnp.concatenate(a, -1), "b": jnp.concatenate(b, w.scale.ndim), "scale": jnp.concatenate(gates, -1)}
-    return Gated(**factors, **_common_fields(adapters))
+    joined_b, scale = jnp.concatenate(b, w.scale.ndim), jnp.concatenate(gates, -1)
+    return Gated(a=jnp.concatenate(a, -1), b=joined_b, scale=scale, **_common_fields(adapters))
 
 
 def _stacked(adapters: list[tuple[int, LowRank]], ids: Array) -> Chosen:
@@ -165,9 +165,9 @@ def _stacked(adapters: list[tuple[int, LowRank]], ids: Array) -> Chosen:
     here = jnp.array([k for k, _ in adapters], jnp.int32)[None] == ids[:, None]  # an adapter may leave this leaf alone
     ids = jnp.where(here, jnp.arange(len(adapters), dtype=jnp.int32)[None], -1).max(1)
     ids = jnp.broadcast_to(ids, (*adapters[0][1].scale.shape, len(ids)))
-    a, b, scale = zip(*((filled(w.a, -1), filled(w.b, stacked), w.scale) for _, w in adapters), strict=True)
-    factors = {name: jnp.stack(x, stacked) for name, x in (("a", a), ("b", b), ("scale", scale))}
-    return Chosen(**factors, ids=ids, **common)
+    parts = zip(*((filled(w.a, -1), filled(w.b, stacked), w.scale) for _, w in adapters), strict=True)
+    a, b, scale = (jnp.stack(x, stacked) for x in parts)
+    return Chosen(a=a, b=b, scale=scale, ids=ids, **common)
 
 
 def _common_fields(adapters: list[tuple[int, LowRank]]) -> dict[str, Any]:

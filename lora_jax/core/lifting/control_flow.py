@@ -42,8 +42,8 @@ def _scan(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[A
     closed = p["jaxpr"]
     body = closed.jaxpr
     # by rank, since the parameters' names differ between versions of JAX: a carry keeps it, xs have one more outside
-    carries = sum(i.aval.ndim == o.aval.ndim for i, o in zip(body.outvars, eqn.outvars, strict=True))
-    stacked = sum(i.aval.ndim + 1 == o.aval.ndim for i, o in zip(body.invars, eqn.invars, strict=True))
+    carries = sum(_rank(i) == _rank(o) for i, o in zip(body.outvars, eqn.outvars, strict=True))
+    stacked = sum(_rank(i) + 1 == _rank(o) for i, o in zip(body.invars, eqn.invars, strict=True))
     n = len(values) - carries - stacked
     consts, init, xs = values[:n], values[n : n + carries], values[n + carries :]
     xs = [x if is_adapted(x) and x.axes[0] == "s" else _dense(eqn, [x], state)[0] for x in xs]
@@ -62,6 +62,10 @@ def _scan(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[A
     taps = state.sites.stacked(counts, p["length"], p["reverse"])
     carry, ys = lax.scan(step, moving, (xs, taps), length=p["length"], **options)
     return [*_combined(kept, carry), *ys]
+
+
+def _rank(variable: Any) -> int:
+    return variable.aval.ndim
 
 
 @rule("while")
