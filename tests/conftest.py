@@ -30,8 +30,8 @@ os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
 # Where libtpu is installed, the processes that a test starts would look for a TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-# The shapes in these modules' annotations are checked when they are called, in the tests alone.
-CHECKED = ["data.batches", "data.encoded", "training.loss", "training.step"]
+# The shapes in the annotations of these modules are checked when they are called, in the tests alone.
+CHECKED = ["data.batches", "data.encoded", "generation", "models", "training.loss", "training.step"]
 install_import_hook([f"lora_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 # Before the first use of a device: the sharding tests need eight.

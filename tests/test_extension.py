@@ -28,7 +28,7 @@ from lora_jax.core.transforms import traits_of
 from lora_jax.distributed import sharding
 from lora_jax.interop import hf, peft
 from lora_jax.models.family import family_of
-from lora_jax.runs import bases
+from lora_jax.runs import bases, tasks
 from lora_jax.runs import shapes as run_shapes
 from tests.helpers.runs import model_and_params
 
@@ -145,6 +145,24 @@ def test_a_run_of_the_packages_parts(extended: Extended) -> None:
     merged = logits(model, runs.load(result.workdir, params="merged").params)
     np.testing.assert_allclose(merged, adapted, rtol=0, atol=1e-5 * np.abs(adapted).max())
     assert np.abs(adapted - logits(model, params)).max() > 1e-3
+
+
+@pytest.mark.usefixtures("logits_in_pieces")
+def test_the_librarys_loss_trains_the_family(extended: Extended, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the output head that the family names: a run with `language_model` is that with the package's objective."""
+    task, config = extended.modules["next_word"], extended.config.copy_and_resolve_references()
+    librarys = runs.Task(task.load, task.batches, lambda config, model: training.language_model(model))
+    monkeypatch.setitem(tasks._TASKS, "next_word", librarys)
+    config.metrics = ()
+    result = runs.train(config, extended.folder / "librarys_loss")
+    losses = [
+        [entry["validation_loss"] for entry in training.read_metrics(workdir) if "validation_loss" in entry]
+        for workdir in (result.workdir, extended.result.workdir)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(result.delta), jax.tree.leaves(extended.result.delta), strict=True):
+        # 2e-5 of the largest entry: the same sums in another order
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
 
 
 def test_the_familys_folder_in_both_layouts(extended: Extended) -> None:

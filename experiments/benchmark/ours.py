@@ -54,7 +54,7 @@ def lora_of(model: Any, work: dict[str, Any]) -> lj.ParamTransform:
     family = family_of(model)
     selection = lj.select(TARGETS[work["targets"]], axes=family.axes)
     lora = lj.lora(selection, rank=shapes.RANK, dropout=work.get("dropout", 0.0))
-    return lj.chain(lora, lj.tune(lj.select("classifier/**"))) if family.classifies else lora
+    return lj.chain(lora, lj.tune(lj.select("classifier/**"))) if family.with_head else lora
 
 
 def batch_of(work: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def step(work: dict[str, Any]) -> Parts:
     params, method = params_of(model, work), lora_of(model, work)
     options = e2e.get_config("small").optimizer
     options.update(learning_rate=shapes.RATE, schedule="constant", warmup_steps=0)
-    objective = training.classifier(model) if family_of(model).classifies else training.language_model(model)
+    objective = training.classifier(model) if family_of(model).with_head else training.language_model(model)
     delta = jax.eval_shape(method.init, jax.random.key(0), params)
     factors = jax.tree.leaves({path: factors for path, factors in delta.items() if "a" in factors})
     assert sum(x.size for x in factors) == shapes.trained(work)

@@ -8,13 +8,9 @@ from jaxtyping import Float, Int
 def ban_repeats(
     logits: Float[Array, "rows vocabulary"], tokens: Int[Array, "rows length"], end: Int[Array, ""], size: int
 ) -> Float[Array, "rows vocabulary"]:
-    """The logits with -inf at every token that would complete an n-gram that the row already has.
+    """The logits of the next token with -inf at every one that would complete an n-gram that the row already has.
 
-    Args:
-      logits: (rows, vocabulary) of the next token.
-      tokens: (rows, length) int32, of which the first `end` are written.
-      end: () int32.
-      size: n; 0 bans nothing.
+    The first `end` of `tokens` are written; `size` is n, 0 bans nothing.
     """
     length = tokens.shape[1]
     if not 0 < size <= length:

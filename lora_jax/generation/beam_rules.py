@@ -5,65 +5,65 @@ each beam and the number `count` of tokens that the beams have; it returns the b
 the finished ones.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int, Shaped
 
 Count = Int[Array, ""]
+Ban = Callable[[Array], Array]
 
 _GROUP = 32  # logits in a group of `top_k`: the fastest size for 8,192 and for 50,257 (docs/performance.md)
-_NEVER = -1e9  # transformers' score of what must not be chosen
+_NEVER = -1e9  # transformers' lowest score
 
 
 class Finished(NamedTuple):
-    """The n best beams that ended, best first: k by transformers' rule, 1 by the authors'.
-
-    Attributes:
-      scores: with the length penalty.
-      exists: whether there is such a beam yet.
-      improvable: whether a better one may come.
-    """
+    """The n best beams that ended, best first: k by transformers' rule, 1 by the authors'."""
 
     tokens: Int[Array, "b n T"]
-    scores: Float[Array, "b n"]
-    exists: Bool[Array, "b n"]
-    improvable: Bool[Array, " b"]
+    scores: Float[Array, "b n"]  # with the length penalty
+    exists: Bool[Array, "b n"]  # whether there is such a beam yet
+    improvable: Bool[Array, " b"]  # whether a better one may come
 
 
-class Transformers(NamedTuple):
-    """`transformers.GenerationMixin._beam_search` (5.24), token for token."""
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What both have in common."""
 
     eos: Array
     length_penalty: Array
     max_new_tokens: int
-    early_stopping: bool | str
+    early_stopping: bool | str = False
+    lowest: ClassVar[float]  # the score of what must not be chosen
+    finished: ClassVar[int | None]  # beams that are kept of those that ended; None: as many as run
+    bans_prompt: ClassVar[bool]  # whether the prompt's n-grams are banned too, or those of the new tokens alone
 
-    def start(self, batch: int, k: int) -> Float[Array, "b k"]:
-        """The scores of k beams without tokens, which are all the same, so that one counts."""
-        return jnp.tile(jnp.where(jnp.arange(k) == 0, 0.0, _NEVER)[None], (batch, 1))
+    def start(self, tokens: Int[Array, "b k T"]) -> tuple[Float[Array, "b k"], Finished]:
+        """The scores of k beams without tokens, which are all the same, so that one counts; and no finished ones."""
+        b, k, _ = tokens.shape
+        n = self.finished or k
+        scores = jnp.tile(jnp.where(jnp.arange(k) == 0, 0.0, self.lowest)[None], (b, 1))
+        lowest = jnp.full((b, n), self.lowest, jnp.float32)
+        return scores, Finished(tokens[:, :n], lowest, jnp.zeros((b, n), bool), jnp.ones(b, bool))
 
-    def none_finished(self, beams: Any) -> Finished:
-        """No finished beams yet."""
-        shape = beams.scores.shape
-        return Finished(beams.tokens, jnp.full(shape, _NEVER), jnp.zeros(shape, bool), jnp.ones(shape[:1], bool))
 
-    def __call__(
-        self, ban: Callable, logits: Array, count: Count, beams: Any, finished: Finished
-    ) -> tuple[Any, Finished]:
+class Transformers(Rule):
+    """`transformers.GenerationMixin._beam_search` (5.24), token for token."""
+
+    lowest, finished, bans_prompt = _NEVER, None, True
+
+    def __call__(self, ban: Ban, logits: Array, count: Count, beams: Any, finished: Finished) -> tuple[Any, Finished]:
         k = beams.scores.shape[1]
         keep = max(2, 1 + len(self.eos)) * k  # so that k continue even if every beam's best are end tokens
         # the banned tokens keep their share of the probability
-        scores, parents, chosen = _continuations(ban(logits), _log_total(logits), beams.scores, keep)
+        scores, parents, chosen = _continuations(ban(logits), logits, beams.scores, keep)
         candidates = _extended(beams, parents, chosen, count, scores)
         stopped = jnp.isin(chosen, self.eos) | (count + 1 >= self.max_new_tokens)
-        running = scores + jnp.where(stopped, _NEVER, 0.0)
-        running, at = lax.top_k(running, k)
-        beams = candidates._replace(
-            tokens=_pick(candidates.tokens, at), attends=_pick(candidates.attends, at), scores=running
-        )
+        running, at = lax.top_k(scores + jnp.where(stopped, _NEVER, 0.0), k)
+        beams = type(beams)(_pick(candidates.tokens, at), _pick(candidates.attends, at), running)
 
         # Only the k best may finish: those after them are there to be continued.
         ends = stopped & (jnp.arange(keep) < k)[None]
@@ -73,20 +73,14 @@ class Transformers(NamedTuple):
         final += jnp.where(finished.improvable, 0.0, _NEVER)[:, None]
         final += jnp.where(ends, 0.0, _NEVER)
         best, at = lax.top_k(jnp.concatenate([finished.scores, final], 1), k)
-        finished = Finished(
-            _pick(jnp.concatenate([finished.tokens, candidates.tokens], 1), at),
-            best,
-            _pick(jnp.concatenate([finished.exists, ends], 1), at),
-            finished.improvable,
-        )
-        return beams, finished._replace(improvable=finished.improvable & self._improvable(count + 1, beams, finished))
+        tokens = _pick(jnp.concatenate([finished.tokens, candidates.tokens], 1), at)
+        exists = _pick(jnp.concatenate([finished.exists, ends], 1), at)
 
-    def _improvable(self, count: Count, beams: Any, finished: Finished) -> Bool[Array, " b"]:
-        longest = self.early_stopping == "never"
-        length = jnp.where(longest & (self.length_penalty > 0), self.max_new_tokens, count).astype(jnp.float32)
+        longest = (self.early_stopping == "never") & (self.length_penalty > 0)
+        length = jnp.where(longest, self.max_new_tokens, count + 1).astype(jnp.float32)
         possible = beams.scores[:, 0] / length**self.length_penalty
-        worst = jnp.where(finished.exists, finished.scores.min(1, keepdims=True), _NEVER)
-        return (possible[:, None] > worst).any(1)
+        worst = jnp.where(exists, best.min(1, keepdims=True), _NEVER)
+        return beams, Finished(tokens, best, exists, finished.improvable & (possible[:, None] > worst).any(1))
 
     def unfinished(self, count: Count, beams: Any, finished: Finished) -> Bool[Array, " b"]:
         """Which prompts need more steps."""
@@ -97,31 +91,18 @@ class Transformers(NamedTuple):
         return finished.tokens[:, 0]
 
 
-class Authors(NamedTuple):
+class Authors(Rule):
     """The search of the LoRA authors (microsoft/LoRA, examples/NLG/src/gpt2_beam.py).
 
     It takes all T steps. Here a prompt is done once no running beam can win: scores fall with every token, so a beam's
     score bounds those of its continuations.
     """
 
-    eos: Array
-    length_penalty: Array
-    max_new_tokens: int
+    lowest, finished, bans_prompt = -jnp.inf, 1, False
 
-    def start(self, batch: int, k: int) -> Float[Array, "b k"]:
-        """The scores of k beams without tokens, which are all the same, so that one counts."""
-        return jnp.tile(jnp.where(jnp.arange(k) == 0, 0.0, -jnp.inf)[None], (batch, 1))
-
-    def none_finished(self, beams: Any) -> Finished:
-        """No finished beam yet."""
-        scores = jnp.full_like(beams.scores[:, :1], -jnp.inf)
-        return Finished(beams.tokens[:, :1], scores, scores > 0, scores[:, 0] < 0)
-
-    def __call__(
-        self, ban: Callable, logits: Array, count: Count, beams: Any, finished: Finished
-    ) -> tuple[Any, Finished]:
+    def __call__(self, ban: Ban, logits: Array, count: Count, beams: Any, finished: Finished) -> tuple[Any, Finished]:
         logits = ban(logits)
-        scores, parents, chosen = _continuations(logits, _log_total(logits), beams.scores, beams.scores.shape[1])
+        scores, parents, chosen = _continuations(logits, logits, beams.scores, beams.scores.shape[1])
         beams = _extended(beams, parents, chosen, count, scores)
         ended = jnp.isin(chosen, self.eos)
         finished = self._better(finished, beams.tokens, jnp.where(ended, scores, -jnp.inf), count + 1)
@@ -145,20 +126,21 @@ class Authors(NamedTuple):
         return self._better(finished, beams.tokens, scores, count).tokens[:, 0]
 
 
-def _log_total(logits: Float[Array, "rows v"]) -> tuple[Float[Array, "rows 1"], Float[Array, "rows 1"]]:
-    """The largest logit, and the logarithm of the sum of exp(logits - largest)."""
-    largest = logits.max(1, keepdims=True)
-    return largest, jnp.log(jnp.exp(logits - largest).sum(1, keepdims=True))
+RULES: dict[str, type[Transformers | Authors]] = {"hf": Transformers, "lora_paper": Authors}
 
 
 def _continuations(
-    logits: Float[Array, "rows v"], total: tuple[Array, Array], scores: Float[Array, "b k"], keep: int
+    allowed: Float[Array, "rows v"], logits: Float[Array, "rows v"], scores: Float[Array, "b k"], keep: int
 ) -> tuple[Float[Array, "b keep"], Int[Array, "b keep"], Int[Array, "b keep"]]:
-    """The `keep` best of all beams' next tokens: scores, parent beams and tokens, best first."""
+    """The `keep` best of all beams' next tokens: scores, parent beams and tokens, best first.
+
+    They are chosen by the `allowed` logits, and have the probabilities of `logits`.
+    """
     b, k = scores.shape
     per_beam = min(keep, logits.shape[1])
-    values, tokens = top_k(logits, per_beam)  # first within each beam: k * v numbers need no sorting
-    largest, rest = total
+    largest = logits.max(1, keepdims=True)
+    rest = jnp.log(jnp.exp(logits - largest).sum(1, keepdims=True))
+    values, tokens = top_k(allowed, per_beam)  # first within each beam: k * v numbers need no sorting
     log_p = jnp.where(jnp.isneginf(values), values, (values - largest) - rest)  # all may be banned: no NaN
     all_scores = log_p.reshape(b, k, per_beam) + scores[:, :, None]
     best, at = lax.top_k(all_scores.reshape(b, k * per_beam), keep)
@@ -172,8 +154,7 @@ def top_k(x: Shaped[Array, "rows n"], k: int) -> tuple[Shaped[Array, "rows k"], 
     grouped = n - n % _GROUP
     groups = x[:, :grouped].reshape(rows, -1, _GROUP)
     if groups.shape[1] <= 2 * k:
-        values, indices = lax.top_k(x, k)
-        return values, indices
+        return tuple(lax.top_k(x, k))
     chosen = jnp.sort(lax.top_k(groups.max(2), k)[1], axis=1)
     indices = (chosen[:, :, None] * _GROUP + jnp.arange(_GROUP, dtype=jnp.int32)[None, None]).reshape(rows, -1)
     rest = jnp.broadcast_to(jnp.arange(grouped, n, dtype=jnp.int32)[None], (rows, n - grouped))

@@ -52,29 +52,21 @@ def search(
     tokens, mask = tokens.astype(jnp.int32), mask.astype(bool)
     forward = functools.partial(lift(model.apply), {"params": params})
     batch, length = tokens.shape
-    shape = (batch, num_beams, max_new_tokens)
-    advance: beam_rules.Transformers | beam_rules.Authors = (
-        beam_rules.Transformers(eos, length_penalty, max_new_tokens, early_stopping)
-        if rule == "hf"
-        else beam_rules.Authors(eos, length_penalty, max_new_tokens)
-    )
-    # the tokens whose n-grams are banned: the authors count those of the new tokens alone
-    banned_in = tokens if rule == "hf" else tokens[:, :0]
+    advance = beam_rules.RULES[rule](eos, length_penalty, max_new_tokens, early_stopping)
+    banned_in = tokens if advance.bans_prompt else tokens[:, :0]
     history = jnp.broadcast_to(banned_in[:, None], (batch, num_beams, banned_in.shape[1]))
 
     def choose(logits: Array, count: Array, beams: Beams, finished: Any) -> tuple[Beams, Any]:
         """The beams after another token, from the logits (b, k, vocabulary) of each."""
         text = jnp.concatenate([history, beams.tokens], 2).reshape(batch * num_beams, -1)
-        flat = logits.reshape(batch * num_beams, -1)
         ban = functools.partial(ban_repeats, tokens=text, end=history.shape[2] + count, size=no_repeat)
-        return advance(ban, flat, count, beams, finished)
+        return advance(ban, logits.reshape(batch * num_beams, -1), count, beams, finished)
 
     def unfinished(state: tuple) -> Array:
+        """Whether a prompt needs another step, and the cache has room for it."""
         count, _, beams, finished, _ = state
-        return (count < max_new_tokens) & advance.unfinished(count, beams, finished).any()
-
-    def room(state: tuple) -> Array:
-        return ((~state[2].attends.any(1)).sum(1) >= num_beams).all()
+        room = ((~beams.attends.any(1)).sum(1) >= num_beams).all()
+        return (count < max_new_tokens) & advance.unfinished(count, beams, finished).any() & room
 
     def step(state: tuple) -> tuple:
         count, cache, beams, finished, has_nan = state
@@ -87,21 +79,18 @@ def search(
         beams, finished = choose(logits, count, beams, finished)
         return count + 1, cache, beams, finished, has_nan
 
-    cache = new_cache(model, batch, length)
     last = jnp.full((batch, 1), length - 1, jnp.int32)
-    logits, cache = forward(tokens, mask, cache=cache, labelled=last)
-    has_nan = jnp.isnan(logits.max(2)).any(1)
-    start = jnp.zeros((), jnp.int32)
+    logits, cache = forward(tokens, mask, cache=new_cache(model, batch, length), labelled=last)
+    empty = jnp.full((batch, num_beams, max_new_tokens), pad, jnp.int32)
     attends = jnp.broadcast_to(mask[:, None], (batch, num_beams, length))
-    beams = Beams(jnp.full(shape, pad, jnp.int32), attends, advance.start(batch, num_beams))
-    finished = advance.none_finished(beams)
+    scores, finished = advance.start(empty)
+    beams, start = Beams(empty, attends, scores), jnp.zeros((), jnp.int32)
     beams, finished = choose(jnp.broadcast_to(logits, (batch, num_beams, logits.shape[2])), start, beams, finished)
-    state = (start + 1, {**cache, "index": jnp.zeros((batch, num_beams), jnp.int32)}, beams, finished, has_nan)
-    slots = 0
+    cache = {**cache, "index": jnp.zeros((batch, num_beams), jnp.int32)}
+    state, slots = (start + 1, cache, beams, finished, jnp.isnan(logits.max(2)).any(1)), 0
     while slots < num_beams * max_new_tokens:
         slots = min(max(2 * slots, _ROOM * num_beams), num_beams * max_new_tokens)
-        state = _grown(state, length + slots)
-        state = lax.while_loop(lambda state: unfinished(state) & room(state), step, state)
+        state = lax.while_loop(unfinished, step, _grown(state, length + slots))
     count, _, beams, finished, has_nan = state
     return advance.best(count, beams, finished), has_nan
 

@@ -5,23 +5,20 @@ from typing import Any, SupportsIndex
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Int
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from lora_jax.generation.decode import generate
 from lora_jax.models.family import dimensions_of
 
+Prompts = Sequence[Sequence[SupportsIndex]]  # token ids
+
 _WIDTH = 16  # prompts are padded to multiples of it: a few shapes, little padding
 
 
 def complete(
-    model: Any,
-    params: Any,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[SupportsIndex]],
-    *,
-    progress: bool = True,
-    **options: Any,
+    model: Any, params: Any, tokenizer: Tokenizer, prompts: Prompts, *, progress: bool = True, **options: Any
 ) -> list[str]:
     """The text that follows each prompt, in the order of the prompts; with a progress bar.
 
@@ -40,7 +37,7 @@ def completions(
     model: Any,
     params: Any,
     tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[SupportsIndex]],
+    prompts: Prompts,
     *,
     max_new_tokens: int,
     eos: int | Sequence[int],
@@ -50,15 +47,13 @@ def completions(
 ) -> Iterator[dict[int, str]]:
     """The texts that follow the prompts, a batch at a time: `{number of the prompt: text}`.
 
-    Prompts of about equal length go together, in batches of one fixed shape per length. What is in
-    a batch depends on the prompts alone, so a run that resumes another one gives the same texts.
+    Prompts of about equal length go together, in batches of one fixed shape per length. What is in a batch depends on
+    the prompts alone, so a run that resumes another one gives the same texts.
 
     Args:
-      model, params: as for `generate`.
+      model, params, max_new_tokens, eos: as for `generate`; `end_tokens` are the authors'.
       tokenizer: decodes.
       prompts: token ids, for example of `data.pairs.prompts`.
-      max_new_tokens: the most tokens of a text.
-      eos: the end token, or several (`end_tokens`).
       batch_size: prompts in a batch.
       done: numbers of prompts that have a text already: a batch of these alone is left out.
       options: of `generate`: beams, penalties, sampling (`key` is folded with each batch's first prompt).
@@ -84,8 +79,8 @@ def completions(
 
 
 def batches_of(
-    prompts: Sequence[Sequence[SupportsIndex]], batch_size: int, room: int
-) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    prompts: Prompts, batch_size: int, room: int
+) -> Iterator[tuple[list[int], Int[np.ndarray, "batch length"], Bool[np.ndarray, "batch length"]]]:
     """The prompts by length in batches of few shapes: their numbers, and tokens and mask (batch, length).
 
     Padded on the left to multiples of 16, at most `room`. A short batch, the first, repeats its last prompt, so that
@@ -98,7 +93,12 @@ def batches_of(
     order = np.argsort(widths, kind="stable")
     for batch in np.split(order, range(len(order) % size or size, len(order), size)) if size else ():
         filled = np.pad(batch, (0, size - len(batch)), mode="edge")
-        yield batch.tolist(), *_left_padded([prompts[row] for row in filled], int(widths[batch[-1]]))
+        tokens = np.zeros((size, widths[batch[-1]]), np.int32)
+        mask = np.zeros(tokens.shape, bool)
+        for row, number in enumerate(filled):
+            start = tokens.shape[1] - len(prompts[number])
+            tokens[row, start:], mask[row, start:] = prompts[number], True
+        yield batch.tolist(), tokens, mask
 
 
 def clean(ids: Sequence[int], tokenizer: Tokenizer, eos: int | Sequence[int]) -> str:
@@ -114,12 +114,3 @@ def end_tokens(tokenizer: Tokenizer, eos: int) -> list[int]:
     """The authors' end tokens: eos, and a blank line where that is one token (GPT-2's 628)."""
     blank = tokenizer.encode("\n\n", add_special_tokens=False).ids
     return [eos, *blank] if len(blank) == 1 else [eos]
-
-
-def _left_padded(prompts: Sequence[Sequence[SupportsIndex]], width: int) -> tuple[np.ndarray, np.ndarray]:
-    tokens = np.zeros((len(prompts), width), np.int32)
-    mask = np.zeros((len(prompts), width), bool)
-    for row, prompt in enumerate(prompts):
-        tokens[row, width - len(prompt) :] = prompt
-        mask[row, width - len(prompt) :] = True
-    return tokens, mask

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import Sharding
 
 from lora_jax.core.extras import extra
 
@@ -15,15 +14,11 @@ with extra("train"):
 Queries = Float[Array, "batch heads length size"]
 Keys = Float[Array, "batch heads slots size"]
 Mask = Bool[Array, "#batch #heads #length #slots"]
+Drop = Callable[[Array], Array]
 
 
 def attend(
-    query: Queries,
-    key: Keys,
-    value: Keys,
-    mask: Mask | None = None,
-    drop_weights: Callable[[Array], Array] = lambda weights: weights,
-    block: int = 0,
+    query: Queries, key: Keys, value: Keys, mask: Mask | None = None, drop: Drop | None = None, block: int = 0
 ) -> Queries:
     """Scaled dot-product attention, with scores and softmax in float32.
 
@@ -31,17 +26,16 @@ def attend(
     XLA transposes operands and results on a CPU (8 x 128 positions, 12 heads of 64, with gradients: 24 ms, here 14).
 
     Args:
-      query: (batch, heads, length, size).
-      key, value: (batch, heads, slots, size).
+      query, key, value: (batch, heads, length, size), and of keys and values (batch, heads, slots, size).
       mask: bool, broadcasts to (batch, heads, length, slots): the slots that each query attends to.
-      drop_weights: dropout of the weights (batch, heads, length, slots).
+      drop: dropout of the weights (batch, heads, length, slots).
       block: the number of queries at a time: scores are (batch, heads, block, slots) at most, in the backward pass too,
-        which computes them again (Rabe & Staats 2021, arXiv 2112.05682). 0: all at once. `drop_weights` is called for
-        each block.
+        which computes them again (Rabe & Staats 2021, arXiv 2112.05682). 0: all at once. `drop` is called for each
+        block.
     """
     length = query.shape[2]
     if not block or length <= block:
-        return _attend(query, key, value, mask, drop_weights)
+        return _attend(query, key, value, mask, drop)
     blocks = -(-length // block)
     size = -(-length // blocks)
 
@@ -51,16 +45,14 @@ def attend(
         return jnp.moveaxis(x.reshape(*x.shape[:2], blocks, size, x.shape[3]), 2, 0)
 
     def attend_block(args: tuple[Array, Array | None]) -> Array:
-        return _attend(args[0], key, value, mask if args[1] is None else args[1], drop_weights)
+        return _attend(args[0], key, value, mask if args[1] is None else args[1], drop)
 
     block_masks = None if mask is None or mask.shape[2] == 1 else split(mask)
     out = jnp.moveaxis(lax.map(jax.checkpoint(attend_block), (split(query), block_masks)), 0, 2)
     return out.reshape(*query.shape[:2], blocks * size, -1)[:, :, :length]
 
 
-def _attend(
-    query: Queries, key: Keys, value: Keys, mask: Mask | None, drop_weights: Callable[[Array], Array]
-) -> Queries:
+def _attend(query: Queries, key: Keys, value: Keys, mask: Mask | None, drop: Drop | None) -> Queries:
     wide = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
     # without it the gradients would be products of float32 and bfloat16 (jax issue 24047)
     precision = lax.DotAlgorithmPreset.BF16_BF16_F32 if query.dtype == jnp.bfloat16 else None
@@ -68,8 +60,8 @@ def _attend(
     scores *= query.shape[-1] ** -0.5
     if mask is not None:  # finite, so that a query that attends to nothing gives no NaN
         scores = jnp.where(mask, scores, 0.7 * jnp.finfo(wide).min)
-    weights = drop_weights(jax.nn.softmax(scores, axis=-1).astype(value.dtype))
-    return jnp.einsum("bhns,bhsd->bhnd", weights, value)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bhns,bhsd->bhnd", drop(weights) if drop else weights, value)
 
 
 def split_heads(x: Float[Array, "batch length width"], heads: int) -> Queries:
@@ -80,8 +72,3 @@ def split_heads(x: Float[Array, "batch length width"], heads: int) -> Queries:
 def joined_heads(x: Queries) -> Float[Array, "batch length width"]:
     """The inverse of `split_heads`."""
     return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1)
-
-
-def placed(x: Array, sharding: Sharding | None) -> Array:
-    """x with that sharding; None: with the one that the compiler chooses."""
-    return x if sharding is None else lax.with_sharding_constraint(x, sharding)

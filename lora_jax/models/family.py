@@ -19,21 +19,29 @@ Sites = dict[str, tuple[int, tuple[int, ...], str]]
 
 
 class Dimensions(NamedTuple):
-    """The size of a model.
+    """The size of a model."""
+
+    depth: int  # layers
+    width: int  # features between the layers
+    heads: int  # attention heads of a layer
+    inner: int  # features inside an MLP
+    max_length: int  # tokens of the longest input
+    query_block: int = 0  # queries that attention takes at a time; 0: all
+
+
+class OutputHead(NamedTuple):
+    """The output head of a language model, by itself: a loss computes the logits in chunks.
 
     Attributes:
-      depth: layers.
-      width: features between the layers.
-      heads: attention heads of a layer.
-      inner: features inside an MLP.
-      max_length: tokens of the longest input.
+      params: `(config) -> names` of the top-level parameters that the head reads.
+      hidden: the model's method `(tokens, mask, *, labelled, ...) -> hidden states`, as `gpt2.GPT2.hidden`; what else
+        a batch has (positions, segments of packed sequences) is passed too.
+      logits: the model's method `(hidden states) -> logits`, float32.
     """
 
-    depth: int
-    width: int
-    heads: int
-    inner: int
-    max_length: int
+    params: Callable[[Any], tuple[str, ...]]
+    hidden: str = "hidden"
+    logits: str = "head"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +56,9 @@ class Family:
       sharding_rules: `(config, mesh) -> {glob: PartitionSpec}` of every parameter, the first match wins.
       dimensions: `(config) -> Dimensions`.
       init_cache: `(config, batch, length) -> cache`, as `gpt2.init_cache`'s; None: the model generates no text.
-      with_head: `(config, head, labels) -> config` with that head, "classification" or "regression"; None: the model
-        does not classify.
+      output_head: what `training.language_model` asks for; None: the model is trained for something else.
+      with_head: `(config, head, labels) -> config` with those values of its fields `head`, "classification" or
+        "regression", and `labels`; None: the model does not classify.
       head_params: the top-level parameters that belong to a task's head rather than to the pretrained base.
     """
 
@@ -60,18 +69,9 @@ class Family:
     sharding_rules: Callable[[Any, Mesh], Mapping[str, PartitionSpec]]
     dimensions: Callable[[Any], Dimensions]
     init_cache: Callable[..., dict] | None = None
+    output_head: OutputHead | None = None
     with_head: Callable[[Any, str, int], Any] | None = None
     head_params: tuple[str, ...] = ()
-
-    @property
-    def generates(self) -> bool:
-        """Whether the model predicts the next token, and so can write text."""
-        return self.init_cache is not None
-
-    @property
-    def classifies(self) -> bool:
-        """Whether the model can have a head that classifies a sequence."""
-        return self.with_head is not None
 
 
 _FAMILIES: dict[str, Family] = {}
@@ -89,7 +89,7 @@ def family_of(model: Any) -> Family:
     Raises:
       TypeError: the model names no family. ValueError: no family of that name is registered.
     """
-    name = model if isinstance(model, str) else getattr(_config(model), "family", None)
+    name = model if isinstance(model, str) else getattr(getattr(model, "config", model), "family", None)
     if not isinstance(name, str):
         raise TypeError(f"{type(model).__name__} has no config that names its family (lora_jax.models.family)")
     if name not in _FAMILIES:
@@ -102,20 +102,12 @@ def family_of(model: Any) -> Family:
 
 def dimensions_of(model: Any) -> Dimensions:
     """The size of a model, or of the model of that config."""
-    return family_of(model).dimensions(_config(model))
+    return family_of(model).dimensions(getattr(model, "config", model))
 
 
 def new_cache(model: Any, batch: int, length: int) -> dict:
-    """An empty KV cache of a model for `length` tokens a row, padding included.
-
-    Raises:
-      ValueError: the model generates no text, or has fewer positions.
-    """
+    """An empty KV cache of a model for `length` tokens a row; a ValueError where the model generates no text."""
     family = family_of(model)
     if family.init_cache is None:
         raise ValueError(f"a {family.name} generates no text")
     return family.init_cache(model.config, batch, length)
-
-
-def _config(model: Any) -> Any:
-    return getattr(model, "config", model)

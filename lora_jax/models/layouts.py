@@ -1,8 +1,9 @@
-"""Two layouts of a model's layers: looped (`h_0`, `h_1`, ...) or scanned (`h`, one more axis).
+"""Two layouts of a model's layers: looped (`h_0`, `h_1`, ...) or scanned (`h`, one more axis). The axes and sharding
+rules, in both, of what our models have in common, and conversions.
 
-Both conversions take any pytree: parameters, deltas, optimizer states, whole training states. In
-every dict of it they change the keys that name layers, by themselves (`h_3`, in params) or at the
-beginning of a path (`h_3/attn/query/kernel`, `@shared/h_3/attn`, in deltas). All else stays as it is.
+Both conversions take any pytree: parameters, deltas, optimizer states, whole training states. In every dict of it they
+change the keys that name layers, by themselves (`h_3`, in params) or at the beginning of a path
+(`h_3/attn/query/kernel`, `@shared/h_3/attn`, in deltas). All else stays as it is.
 """
 
 import re
@@ -12,17 +13,49 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+AXES = {
+    "h_*/**/kernel": "io",
+    "h_*/**/{bias,scale}": "o",
+    "h/**/kernel": "sio",
+    "h/**/{bias,scale}": "so",
+    "**/embedding": "vo",
+}
+
+# Kernels shard one axis over the mesh's `fsdp` and the other over `tensor`: query, key, value and up end in `tensor`,
+# out and down begin with it (Shoeybi et al. 2019, Megatron-LM, section 3).
+_BLOCK = {
+    "attn/{query,key,value}/kernel": P("fsdp", "tensor"),
+    "attn/{query,key,value}/bias": P("tensor"),
+    "attn/out/kernel": P("tensor", "fsdp"),
+    "mlp/up/kernel": P("fsdp", "tensor"),
+    "mlp/up/bias": P("tensor"),
+    "mlp/down/kernel": P("tensor", "fsdp"),
+}
+# Biases and norms after a row-parallel product are replicated.
+RULES = (
+    {f"**/h_*/{glob}": spec for glob, spec in _BLOCK.items()}
+    | {f"**/h/{glob}": P(None, *spec) for glob, spec in _BLOCK.items()}
+    | dict.fromkeys(("**/{ln_*,norm}/{scale,bias}", "**/{out,down}/bias"), P())
+)
+FEATURES = P(None, ("fsdp", "tensor"))  # of a table (rows, features)
 
 _LAYER = re.compile(r"(@shared/)?h_(\d+)(/.*)?")
 _STACK = re.compile(r"(@shared/)?h(/.*)?")
 
 
+def table_spec(rows: int, mesh: Mesh) -> P:
+    """The spec of an embedding (rows, features): rows over `tensor` where they divide (a padded vocabulary; GPT-2's
+    50,257 does not), else its features."""
+    return P("tensor", "fsdp") if rows % mesh.shape["tensor"] == 0 else FEATURES
+
+
 def to_scanned(tree: Any, stack: Callable[[list], Any] = jnp.stack) -> Any:
     """The tree with its layers stacked along a leading axis, as a model with `scan_layers` has it.
 
-    Args:
-      tree: see above.
-      stack: makes one leaf of those of all layers, in order; for leaves that are no arrays.
+    `stack` makes one leaf of those of all layers, in order; for leaves that are no arrays.
 
     Raises:
       ValueError: layers are missing (a delta for some of them only), or differ in their leaves.
@@ -49,13 +82,11 @@ def to_loop(tree: Any) -> Any:
     depths: set[int] = set()
 
     def note(node: dict) -> dict:
-        for key, value in node.items():
-            if _is_stack(key, value):
-                depths.update(leaf.shape[0] for leaf in jax.tree.leaves(value))
+        stacks = [value for key, value in node.items() if _stack_name(key, value)]
+        depths.update(leaf.shape[0] for leaf in jax.tree.leaves(stacks))
         return node
 
-    # The whole tree is asked first: an optimizer state may hold no array in one of its stacks.
-    _map_dicts(note, tree)
+    _map_dicts(note, tree)  # of the whole tree first: an optimizer state may hold no array in one of its stacks
     if len(depths) > 1:
         raise ValueError(f"stacked leaves have different numbers of layers: {sorted(depths)}")
     return _map_dicts(lambda node: _unstack(node, max(depths, default=None)), tree)
@@ -80,7 +111,7 @@ def _stack(node: dict, stack: Callable[[list], Any]) -> dict:
             changed[key] = value
         else:
             stacks.setdefault(name, {})[layer] = value
-    depth = 1 + max((max(layers) for layers in stacks.values()), default=-1)
+    depth = 1 + max((layer for layers in stacks.values() for layer in layers), default=-1)
     for key, layers in stacks.items():
         if missing := sorted(set(range(depth)) - set(layers)):
             raise ValueError(f"{key} has layers {sorted(layers)} but not {missing}: only all can be stacked")
@@ -91,20 +122,20 @@ def _stack(node: dict, stack: Callable[[list], Any]) -> dict:
     return type(node)(changed)
 
 
-def _is_stack(key: Any, value: Any) -> bool:
+def _stack_name(key: Any, value: Any) -> re.Match | None:
     # A leaf that happens to be called `h` is no stack of layers.
-    return bool(_STACK.fullmatch(str(key))) and not jax.tree_util.all_leaves([value])
+    return None if jax.tree_util.all_leaves([value]) else _STACK.fullmatch(str(key))
 
 
 def _unstack(node: dict, depth: int | None) -> dict:
     changed: dict[str, Any] = {}
     for key, value in node.items():
-        if not _is_stack(key, value):
+        if (name := _stack_name(key, value)) is None:
             changed[key] = value
-        elif depth is None:
+            continue
+        if depth is None:
             raise ValueError(f"{key} holds no array that tells the number of layers")
-        else:
-            start, end = key.removesuffix(rest := key.removeprefix("@shared/")), rest[1:]
-            for i in range(depth):
-                changed[f"{start}h_{i}{end}"] = jax.tree.map(lambda leaf, i=i: leaf[i], value)
+        start, end = name.groups("")
+        for i in range(depth):
+            changed[f"{start}h_{i}{end}"] = jax.tree.map(lambda leaf, i=i: leaf[i], value)
     return type(node)(changed)

@@ -1,4 +1,4 @@
-"""The shapes of a model's inputs, parameters and named activations."""
+"""The shapes of a model's inputs, parameters and activations."""
 
 from typing import Any
 
@@ -12,10 +12,11 @@ from lora_jax.core.extras import extra
 with extra("train"):
     from flax import linen as nn
     from flax.traverse_util import flatten_dict
-    from jaxtyping import Int, Shaped
+    from jaxtyping import Float, Int, Shaped
 
 Tokens = Int[Array | np.ndarray, "batch length"]  # and whatever else has an integer for each of them
 Mask = Shaped[Array | np.ndarray, "batch length"]  # bool or int, 1 at the tokens that are no padding
+Hidden = Float[Array, "batch length width"]
 
 
 def of_params(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -25,13 +26,7 @@ def of_params(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def of_sites(layers: int, width: int, dtype: str) -> dict[str, tuple[int, tuple[int, ...], str]]:
-    """`{name: (occurrences, shape, dtype)}` of the activations that our models name, without batch and length."""
-    ids, features = ((), "int32"), ((width,), dtype)
-    return {
-        "tokens": (1, *ids),
-        "positions": (1, *ids),
-        "embeddings": (1, *features),
-        "attention_out": (layers, *features),
-        "mlp_out": (layers, *features),
-        "block_out": (layers, *features),
-    }
+    """`{name: (occurrences, shape, dtype)}` of the activations that our models name: without batch and length, in the
+    order of the layers."""
+    once = dict.fromkeys(("tokens", "positions"), (1, (), "int32")) | {"embeddings": (1, (width,), dtype)}
+    return once | dict.fromkeys(("attention_out", "mlp_out", "block_out"), (layers, (width,), dtype))

@@ -112,7 +112,7 @@ def step(workload: Workload, layout: Layout, mesh: Mesh) -> Step:
     method = workload.method
     model = type(workload.model)(dataclasses.replace(workload.model.config, remat=layout.remat))
     placed = sharding.on_mesh(model, mesh)
-    if family_of(model).generates:
+    if family_of(model).output_head:
         objective = training.language_model(placed, workload.label_smoothing)
     else:
         objective = training.classifier(placed)
@@ -146,7 +146,7 @@ def _batch(workload: Workload, layout: Layout) -> dict[str, jax.ShapeDtypeStruct
     rows = (layout.accumulate, size // layout.accumulate)
     model, sequences = workload.model, (*rows, workload.length)
     inputs: dict[str, Any] = {"tokens": (sequences, jnp.int32), "mask": (sequences, jnp.bool_)}
-    if not family_of(model).generates:
+    if not family_of(model).output_head:
         target = jnp.float32 if model.config.head == "regression" else jnp.int32
         inputs |= {"token_types": (sequences, jnp.int32), "labels": (rows, target), "weights": (rows, jnp.float32)}
     else:

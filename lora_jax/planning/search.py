@@ -125,14 +125,13 @@ def size_of(workload: Workload, topology: Topology, layout: Layout) -> Size:
     gathered weights, and a chunk of the logits."""
     step = asking.step(workload, layout, layout.mesh(topology))
     config, family, length = workload.model.config, family_of(workload.model), workload.length
-    layers, width, heads, inner, _ = family.dimensions(config)
-    vocabulary = config.vocab_size if family.generates else 0
+    layers, width, heads, inner, _, query_block = family.dimensions(config)
+    vocabulary = config.vocab_size if family.output_head else 0
     rows = layout.examples(workload) / (layout.accumulate * layout.data * layout.fsdp)
     itemsize = 4 if config.dtype == "float32" else 2
-    query_block = getattr(config, "query_block", None) or length
     between_layers = rows * length * width * itemsize / layout.tensor
     inside_layer = rows * length * (8 * width + 2 * inner) * itemsize / layout.tensor
-    inside_layer += rows * heads / layout.tensor * query_block * length * 6
+    inside_layer += rows * heads / layout.tensor * (query_block or length) * length * 6
     gathered = (4 * width * width + 2 * width * inner) * itemsize / layout.tensor * (2 if layout.fsdp > 1 else 0)
     activations = layers * between_layers + inside_layer * (1 if layout.remat else layers)
     logits = rows * length / 8 * vocabulary * 8 / layout.tensor

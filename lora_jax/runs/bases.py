@@ -85,7 +85,7 @@ def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None
 def check_task(model: Any, name: str, source: str, task: Task | None = None) -> None:
     """A ValueError unless the model, or the one of that config, can be trained for the task, or that of that name."""
     family, task = family_of(model), task or task_named(name)
-    if (task.text and not family.generates) or (task.head and not family.classifies):
+    if (task.text and not family.init_cache) or (task.head and not family.with_head):
         needed = "generates text" if task.text else "classifies"
         raise ValueError(f"{source} is a {family.name}, but {name} needs a model that {needed}")
 

@@ -12,6 +12,7 @@ import lora_jax as lj
 from lora_jax import Delta, ParamTransform, checkpoints, training
 from lora_jax.distributed import sharding
 from lora_jax.interop import hf, peft
+from lora_jax.models.family import family_of
 from lora_jax.models.layouts import to_loop
 from lora_jax.runs import bases, methods
 from lora_jax.runs.reload import read_config, trained
@@ -107,7 +108,7 @@ def read_source(source: Path, base: bases.Base) -> tuple[ParamTransform, Delta]:
 def _merged(source: Path, base: bases.Base) -> tuple[ParamTransform, Delta]:
     """A model as a delta that replaces every leaf of the base."""
     head: dict[str, Any] = {}
-    if kind := getattr(base.model.config, "head", None):
+    if family_of(base.model).with_head and (kind := base.model.config.head):
         head = {"head": kind, "labels": base.model.config.labels}
     params = hf.load(source, **head)[1]
     if base.model.config.scan_layers:

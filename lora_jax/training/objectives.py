@@ -12,6 +12,7 @@ from lora_jax.core.arrays import map_adapted
 from lora_jax.core.lifting.interpreter import lift
 from lora_jax.core.lifting.taps import untapped
 from lora_jax.core.transforms import stable_hash
+from lora_jax.models.family import family_of
 from lora_jax.training.loss import chunked_loss, cross_entropy, squared_error
 
 
@@ -74,8 +75,14 @@ CHUNKS, LEAST = 8, 256
 
 def language_model(model: Any, smoothing: float = 0.0) -> Objective:
     """Next tokens: logits (b, n, vocabulary) of labelled positions, which the loss has in chunks. The outputs of
-    validation are the likeliest tokens, (b, n) int32."""
-    apply = lift(model.apply)
+    validation are the likeliest tokens, (b, n) int32.
+
+    Raises:
+      ValueError: the model's family has no `output_head`.
+    """
+    apply, family = lift(model.apply), family_of(model)
+    if (head := family.output_head) is None:
+        raise ValueError(f"a {family.name} is no language model: its family has no output_head")
 
     def inputs(batch: dict[str, Array]) -> dict[str, Array]:
         names = {"tokens", "mask", "labelled", "positions", "segments"}
@@ -88,14 +95,14 @@ def language_model(model: Any, smoothing: float = 0.0) -> Objective:
         params: Any, batch: dict[str, Array], smoothing: float, with_outputs: bool = False
     ) -> tuple[Array, Array, Array | None]:
         def logits_of(top: Any, x: Array) -> Array:
-            return apply({"params": top}, x, method="head")
+            return apply({"params": top}, x, method=head.logits)
 
         def loss_of(top: Any, x: Array, labels: Array, weights: Array) -> Array:
             return cross_entropy(logits_of(top, x), labels, weights, smoothing)[0]
 
-        x = apply({"params": params}, **inputs(batch), method="hidden")
-        name = "wte" if model.config.tie else "lm_head"
-        top = map_adapted(lambda w: w.ready(), {name: untapped(params)[0][name]})
+        x = apply({"params": params}, **inputs(batch), method=head.hidden)
+        plain = untapped(params)[0]
+        top = map_adapted(lambda w: w.ready(), {name: plain[name] for name in head.params(model.config)})
         drops = any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(top))  # once for all x
         chunks = 1 if drops else min(CHUNKS, x.shape[0] * x.shape[1] // LEAST)
         weights = batch["weights"].astype(jnp.float32)

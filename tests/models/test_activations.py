@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.models import activations
+from lora_jax.models import layers
 
 X = np.concatenate([np.linspace(-12, 12, 2001), [0.0, 1e-6, -1e-6, 100.0, -100.0]]).astype(np.float32)
 THEIRS = {
@@ -19,7 +19,7 @@ THEIRS = {
 @pytest.mark.parametrize("name", THEIRS)
 def test_value_and_derivative(name):
     """To 2e-6: float32's rounding of 1 + erf where that is near 0."""
-    ours, theirs = (lambda f: jax.vjp(f, X))(activations.ACTIVATIONS[name]), jax.vjp(THEIRS[name], X)
+    ours, theirs = (lambda f: jax.vjp(f, X))(layers.ACTIVATIONS[name]), jax.vjp(THEIRS[name], X)
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-6, atol=2e-6)
     np.testing.assert_allclose(ours[1](X)[0], theirs[1](X)[0], rtol=1e-5, atol=5e-5)
 
@@ -27,8 +27,8 @@ def test_value_and_derivative(name):
 def test_gelu_is_torch_s():
     torch = pytest.importorskip("torch")
     x = torch.from_numpy(X)
-    np.testing.assert_allclose(activations.ACTIVATIONS["gelu"](X), torch.nn.functional.gelu(x), rtol=1e-6, atol=1e-6)
-    half = activations.ACTIVATIONS["gelu"](jnp.asarray(X, jnp.bfloat16))
+    np.testing.assert_allclose(layers.ACTIVATIONS["gelu"](X), torch.nn.functional.gelu(x), rtol=1e-6, atol=1e-6)
+    half = layers.ACTIVATIONS["gelu"](jnp.asarray(X, jnp.bfloat16))
     expected = torch.nn.functional.gelu(x.bfloat16()).float()
     np.testing.assert_allclose(np.asarray(half, np.float32), expected, rtol=2**-7, atol=1e-6)
 
@@ -36,13 +36,13 @@ def test_gelu_is_torch_s():
 @pytest.mark.parametrize("name", THEIRS)
 def test_only_the_input_is_kept(name):
     x = jnp.ones((4, 5))
-    kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(activations.ACTIVATIONS[name], x)[1], x))
+    kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(layers.ACTIVATIONS[name], x)[1], x))
     assert [leaf.shape for leaf in kept if leaf.shape] == [(4, 5)]
 
 
 def test_float64_and_forward_mode():
     with jax.enable_x64(True):
         x = jnp.linspace(-3.0, 3.0, 7, dtype=jnp.float64)
-        ours = jax.jvp(activations.ACTIVATIONS["gelu"], (x,), (x,))
+        ours = jax.jvp(layers.ACTIVATIONS["gelu"], (x,), (x,))
         theirs = jax.jvp(THEIRS["gelu"], (x,), (x,))
     np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-14)

@@ -70,7 +70,7 @@ def test_the_sites_and_dimensions_of_a_family_are_the_models(model: Any) -> None
     traced = lj.sites(model.apply, {"params": shapes_of(model)}, tokens)
     published = family.sites(model.config)
     assert {name: (count, shape[2:], str(dtype)) for name, (count, shape, dtype) in traced.items()} == published
-    depth, width, heads, inner, most = family.dimensions(model.config)
+    depth, width, heads, inner, most, _ = family.dimensions(model.config)
     assert published["block_out"] == (depth, (width,), "float32")
     assert heads in (2, 4) and most == 32
     up = next(leaf for path, leaf in flatten(shapes_of(model))[0] if path.endswith("mlp/up/kernel"))
@@ -80,10 +80,10 @@ def test_the_sites_and_dimensions_of_a_family_are_the_models(model: Any) -> None
 
 
 def test_what_a_family_can_do() -> None:
-    assert (family_of("gpt2").generates, family_of("gpt2").classifies) == (True, False)
+    assert family_of("gpt2").init_cache and family_of("gpt2").output_head and not family_of("gpt2").with_head
     for config in (ROBERTA, BERT):
         family = family_of(config)
-        assert family.name == config.family and (family.generates, family.classifies) == (False, True)
+        assert family.name == config.family and not (family.init_cache or family.output_head)
         headed = family.with_head(config, "classification", 3)
         params = shapes_of(family.model(headed))
         assert headed.labels == 3 and headed.pooler == (config.family == "bert")

@@ -18,7 +18,7 @@ ARCHITECTURE = hf.Architecture(
     embedding="words",
     backbone={"words": ("Embedding", "words"), "last": ("LayerNorm", "last")},
     layers=("blocks", {"norm": ("LayerNorm", "norm"), **{name: ("Linear", name) for name in "qkvo"}}),
-    lm_head=hf.Head("body.", {"head": ("Linear", "head")}, "head/kernel"),
+    lm_head=hf.Head("body.", {"guess": ("Linear", "guess")}, "guess/kernel"),
     lora_targets=("q", "v"),
 )
 

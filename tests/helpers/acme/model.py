@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, Sharding
 from jax.sharding import PartitionSpec as P
 
-from lora_jax.models.family import Dimensions, Family, register_family
+from lora_jax.models.family import Dimensions, Family, OutputHead, register_family
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,21 +50,33 @@ class Acme(nn.Module):
 
     config: AcmeConfig
 
-    @nn.compact
-    def __call__(self, tokens: Array, mask: Array | None = None) -> Array:
-        c, length = self.config, tokens.shape[1]
-        seen = jnp.tril(jnp.ones((1, length, length), bool))
-        seen = seen if mask is None else jnp.logical_and(seen, mask[:, None, :])
-        x = nn.Embed(c.vocab_size, c.width, param_dtype=c.param_dtype, name="words")(tokens)
+    def setup(self) -> None:
+        c = self.config
+        self.words = nn.Embed(c.vocab_size, c.width, param_dtype=c.param_dtype)
         block = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat else Block
         if c.scan_layers:
             axes: dict[str, Any] = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
-            x, _ = nn.scan(block, **axes, in_axes=nn.broadcast, length=c.depth)(c, name="h")(x, seen)
+            self.h: Any = nn.scan(block, **axes, in_axes=nn.broadcast, length=c.depth)(c)
         else:
-            for n in range(c.depth):
-                x, _ = block(c, name=f"h_{n}")(x, seen)
-        x = nn.LayerNorm(param_dtype=c.param_dtype, name="last")(x)
-        return nn.Dense(c.vocab_size, use_bias=False, param_dtype=c.param_dtype, name="head")(x)
+            self.h = [block(c) for _ in range(c.depth)]
+        self.last = nn.LayerNorm(param_dtype=c.param_dtype)
+        self.guess = nn.Dense(c.vocab_size, use_bias=False, param_dtype=c.param_dtype)
+
+    def __call__(self, tokens: Array, mask: Array | None = None, labelled: Array | None = None) -> Array:
+        return self.predict(self.states(tokens, mask, labelled))
+
+    def states(self, tokens: Array, mask: Array | None = None, labelled: Array | None = None) -> Array:
+        length = tokens.shape[1]
+        seen = jnp.tril(jnp.ones((1, length, length), bool))
+        seen = seen if mask is None else jnp.logical_and(seen, mask[:, None, :])
+        x = self.words(tokens)
+        for block in [self.h] if self.config.scan_layers else self.h:
+            x, _ = block(x, seen)
+        x = x if labelled is None else jnp.take_along_axis(x, labelled[..., None], axis=1)
+        return self.last(x)
+
+    def predict(self, x: Array) -> Array:
+        return self.guess(x)
 
 
 AXES = {
@@ -73,7 +85,7 @@ AXES = {
     "h_*/**/{scale,bias}": "o",
     "h/**/kernel": "sio",
     "h/**/{scale,bias}": "so",
-    "head/kernel": "io",
+    "guess/kernel": "io",
     "last/{scale,bias}": "o",
 }
 
@@ -83,7 +95,7 @@ def sharding_rules(config: AcmeConfig, mesh: Mesh) -> dict[str, P]:
     return (
         {f"**/h_*/{glob}": spec for glob, spec in layer.items()}
         | {f"**/h/{glob}": P(None, *spec) for glob, spec in layer.items()}
-        | {"**/words/embedding": P("tensor", "fsdp"), "**/head/kernel": P("fsdp", "tensor")}
+        | {"**/words/embedding": P("tensor", "fsdp"), "**/guess/kernel": P("fsdp", "tensor")}
         | {"**/last/{scale,bias}": P()}
     )
 
@@ -96,5 +108,6 @@ register_family(
         sites=lambda config: {"mixed": (config.depth, (config.width,), config.dtype)},
         sharding_rules=sharding_rules,
         dimensions=lambda config: Dimensions(config.depth, config.width, 1, config.width, config.max_length),
+        output_head=OutputHead(lambda config: ("guess",), hidden="states", logits="predict"),
     )
 )
