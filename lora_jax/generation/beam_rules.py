@@ -154,7 +154,8 @@ def top_k(x: Shaped[Array, "rows n"], k: int) -> tuple[Shaped[Array, "rows k"], 
     grouped = n - n % _GROUP
     groups = x[:, :grouped].reshape(rows, -1, _GROUP)
     if groups.shape[1] <= 2 * k:
-        return tuple(lax.top_k(x, k))
+        values, indices = lax.top_k(x, k)
+        return values, indices
     chosen = jnp.sort(lax.top_k(groups.max(2), k)[1], axis=1)
     indices = (chosen[:, :, None] * _GROUP + jnp.arange(_GROUP, dtype=jnp.int32)[None, None]).reshape(rows, -1)
     rest = jnp.broadcast_to(jnp.arange(grouped, n, dtype=jnp.int32)[None], (rows, n - grouped))

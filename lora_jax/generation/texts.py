@@ -101,7 +101,7 @@ def batches_of(
         yield batch.tolist(), tokens, mask
 
 
-def clean(ids: Sequence[int], tokenizer: Tokenizer, eos: int | Sequence[int]) -> str:
+def clean(ids: Sequence[int] | Int[np.ndarray, " length"], tokenizer: Tokenizer, eos: int | Sequence[int]) -> str:
     """The text of generated tokens, as the authors clean it (microsoft/LoRA, examples/NLG): up to the first end
     token or blank line, stripped."""
     ends = np.flatnonzero(np.isin(ids, eos))

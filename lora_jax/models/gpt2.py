@@ -106,7 +106,7 @@ class GPT2(nn.Module):
         self.h = layers.stack(Block, config, config.n_layer, shared=2)
         self.ln_f = _norm(config, "ln_f")
         if not config.tie:
-            options = {"use_bias": False, "dot_general": _exact_product}
+            options: dict[str, Any] = {"use_bias": False, "dot_general": _exact_product}
             self.lm_head = layers.dense(config, config.vocab_size, "lm_head", **options)
 
     def __call__(
@@ -171,7 +171,7 @@ class GPT2(nn.Module):
         if labelled is not None:
             x = jnp.take_along_axis(x, labelled[:, :, None], axis=1)
         x = self.ln_f(x)
-        return x if cache is None else (x, {"index": index + length, "mask": cached, "layers": written})
+        return x if cache is None else (x, {"index": cache["index"] + length, "mask": cached, "layers": written})
 
 
 _exact_product = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)

@@ -145,7 +145,8 @@ def stack(block: Any, config: Any, depth: int, shared: int) -> Any:
         block = nn.remat(block, prevent_cse=not config.scan_layers)
     if not config.scan_layers:
         return [block(config, name=f"h_{i}") for i in range(depth)]
-    rngs, in_axes = {"params": True, "dropout": True}, (0, *[nn.broadcast] * shared)
+    rngs: Any = {"params": True, "dropout": True}
+    in_axes = (0, *[nn.broadcast] * shared)
     return nn.scan(block, variable_axes={"params": 0}, split_rngs=rngs, in_axes=in_axes, length=depth)(config, name="h")
 
 

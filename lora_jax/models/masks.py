@@ -21,7 +21,7 @@ Slots = Shaped[Array | np.ndarray, "batch length slots"]
 
 def causal_inputs(
     tokens: shapes.Tokens, mask: Any, positions: Any, segments: Any, cache: dict[str, Any] | None
-) -> tuple[Int[Array, "batch length"], Bool[Array, "#batch 1 #length slots"], Bool[Array, "batch slots"] | None]:
+) -> tuple[Int[Array, "batch length"], Bool[Array, "#batch 1 #length slots"] | None, Bool[Array, "batch slots"] | None]:
     """Positions, attention mask and the cache's new mask for tokens that attend to themselves and to those before.
 
     Arguments and errors are those of `gpt2.GPT2.hidden`.

@@ -28,5 +28,6 @@ def of_params(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def of_sites(layers: int, width: int, dtype: str) -> dict[str, tuple[int, tuple[int, ...], str]]:
     """`{name: (occurrences, shape, dtype)}` of the activations that our models name: without batch and length, in the
     order of the layers."""
-    once = dict.fromkeys(("tokens", "positions"), (1, (), "int32")) | {"embeddings": (1, (width,), dtype)}
-    return once | dict.fromkeys(("attention_out", "mlp_out", "block_out"), (layers, (width,), dtype))
+    features: tuple[int, ...] = (width,)
+    once = {"tokens": (1, (), "int32"), "positions": (1, (), "int32"), "embeddings": (1, features, dtype)}
+    return once | dict.fromkeys(("attention_out", "mlp_out", "block_out"), (layers, features, dtype))

@@ -293,7 +293,7 @@ def test_bad_input(pair: tuple[Any, Any, Any]) -> None:
     check("no_repeat_ngram_size=-1", no_repeat_ngram_size=-1)
     check("temperature, top_p are for sampling, which needs a key", temperature=0.5, top_p=0.5)
     check("beam search does not sample", num_beams=2, key=jax.random.key(0))
-    check("temperature=0", temperature=0, key=jax.random.key(0))
+    check("temperature=0", temperature=0.0, key=jax.random.key(0))
     check("top_k=0", top_k=0, key=jax.random.key(0))
     check("top_p=1.5", top_p=1.5, key=jax.random.key(0))
     check("length_penalty=nan", num_beams=2, length_penalty=np.nan)
