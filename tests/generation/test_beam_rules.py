@@ -63,9 +63,12 @@ def test_the_authors_search_ends_only_when_no_beam_can_win(penalty: float) -> No
     rule = Authors(jnp.array([END]), jnp.float32(penalty), 9)
     for running, ended, count in itertools.product((-0.1, -1.0, -4.0), (-0.05, -0.3, -2.0), (1, 4, 8)):
         beams = Beams(jnp.zeros((1, 1, 9), jnp.int32), jnp.ones((1, 1, 3), bool), jnp.array([[running]]))
-        finished = Finished(beams.tokens, jnp.array([[ended]]), jnp.ones((1, 1), bool), jnp.ones(1, bool))
+        finished = Finished(beams.tokens + 1, jnp.array([[ended]]), jnp.ones((1, 1), bool), jnp.ones(1, bool))
         best = max(running / length**penalty for length in range(count + 1, 10))
         assert bool(rule.unfinished(jnp.int32(count), beams, finished)[0]) == (best > ended)
+        # before the full length a running beam wins by no score
+        assert rule.best(jnp.int32(count), beams, finished).tolist() == [[1] * 9]
+        assert rule.best(jnp.int32(9), beams, finished).tolist() == [[int(running / 9**penalty <= ended)] * 9]
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3])
