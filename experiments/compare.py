@@ -13,7 +13,7 @@ from absl import flags
 
 from experiments import cli
 from lora_jax.metrics import paired
-from lora_jax.runs import scoring
+from lora_jax.runs.evaluation import prepared, read_predictions
 from lora_jax.runs.tasks import task_named
 
 flags.DEFINE_list("runs", None, "Two workdirs.")
@@ -28,13 +28,13 @@ def main() -> None:
     if len(values.runs) != 2:
         raise ValueError(f"--runs={','.join(values.runs)}: give two workdirs with a comma between")
     folders = [Path(run) / "evaluation" / f"{values.split or 'test'}-{values.params}" for run in values.runs]
-    first, second = (scoring.read(folder) for folder in folders)
+    first, second = (read_predictions(folder) for folder in folders)
     if [row["context"] for row in first] != [row["context"] for row in second]:
         raise ValueError(f"{folders[0]} and {folders[1]} are of other contexts")
     task = task_named(json.loads((Path(values.runs[0]) / "config.json").read_text())["data"]["name"]).text
     if task is None:
         raise ValueError(f"{values.runs[0]} is a run that writes no texts")
-    (hypotheses, references), (others, _) = scoring.prepared(first, task), scoring.prepared(second, task)
+    (hypotheses, references), (others, _) = prepared(first, task), prepared(second, task)
     for name, row in paired(hypotheses, others, references, style=task.style, missing=values.missing).items():
         print(f"{name:10}{row['difference']:+.4f}  [{row['low']:+.4f}, {row['high']:+.4f}]  p = {row['p']:.4f}")
 

@@ -22,7 +22,7 @@ from experiments import cli, train
 from experiments.benchmark.parity import by_turns, difference, our_step, without_dropout
 from lora_jax import training
 from lora_jax.interop import hf, peft
-from lora_jax.runs import setups, tables
+from lora_jax.runs import run, tables
 
 flags.DEFINE_integer("steps", 50, "Steps of both.", lower_bound=1)
 flags.declare_key_flag("config")
@@ -37,7 +37,7 @@ def main() -> None:
         raise ValueError(f"{error}: pip install torch transformers peft") from error
     config = train.CONFIG.value
     config.update_from_flattened_dict(without_dropout(config))
-    setup = setups.load(config)
+    setup = run.load_setup(config)
     batches = setup.batches["train"](0)[: flags.FLAGS.steps]
     method = setup.method
     if method is None:

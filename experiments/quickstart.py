@@ -37,7 +37,8 @@ def run(workdir: Path, size: Size) -> list[Row]:
     plain, lively = (example.make_style(name, tokenizer, size) for name in ("plain", "lively"))
     model, start = example.make_model(tokenizer, size)
     print(f"\n1. A base: GPT-2 of {size.layers} layers, trained on the plain style")
-    params = lj.merge(example.train(workdir / "base", FULL, model, start, plain, 3e-3, size.base_steps).params)
+    delta, _ = example.train(workdir / "base", FULL, model, start, plain, 3e-3, size.base_steps)
+    params = lj.merge(FULL.apply(start, delta))
     before = checkpoints.identity(params, "runs/quickstart/base")
     rows = [Row("frozen base", 0, 0, example.score(model, params, tokenizer, lively))]
     ways = (("LoRA", LORA, workdir / "lora", 1e-2), ("full fine-tuning", FULL, workdir / "full", 2e-3))
@@ -46,7 +47,7 @@ def run(workdir: Path, size: Size) -> list[Row]:
         report = lj.check(method, params)
         if name == "LoRA":
             print(report)
-        _, delta, base = example.train(folder, method, model, params, lively, learning_rate, size.steps)
+        delta, base = example.train(folder, method, model, params, lively, learning_rate, size.steps)
         file = checkpoints.save_adapter(folder / "adapter", method, delta, base)
         method, delta, _ = checkpoints.load_adapter(file)  # what is scored is the file's
         adapted = method.apply(params, delta)

@@ -13,7 +13,7 @@ from configs import dart, e2e, nlg, webnlg
 from lora_jax.data import text
 from lora_jax.interop import hf
 from lora_jax.models import gpt2
-from lora_jax.runs import methods, setups
+from lora_jax.runs import methods, run
 
 CONFIGS = {"e2e": e2e, "webnlg": webnlg, "dart": dart}
 
@@ -122,7 +122,7 @@ def test_training_takes_the_task_of_the_config(base: Path, tmp_path: Path) -> No
     def rows(module: Any, name: str) -> tuple[int, int]:
         config = module.get_config("small")
         config.base, config.data.path, config.data.name = str(base), str(tmp_path), name
-        schedules = setups.load(config).batches
+        schedules = run.load_setup(config).batches
         return tuple(sum(map(len, schedules[split].buckets)) for split in ("train", "valid"))
 
     assert rows(webnlg, "webnlg") == (9, 3)

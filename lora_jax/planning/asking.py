@@ -27,21 +27,13 @@ Answer = dict[str, Any]  # JSON, see `ask`
 
 
 class Workload(NamedTuple):
-    """A model, what of it trains, and the batch of a step.
+    """A model, what of it trains, and the batch of a step."""
 
-    Attributes:
-      model: one of `lora_jax.models`; the layout decides on its `remat`.
-      method: the transform whose delta trains.
-      optimizer: the options that `training.optimizer` and `training.schedule` take.
-      batch_size: examples of a step, all micro-batches together; 0: one for each part of the axes data and fsdp.
-      length: tokens of each example.
-    """
-
-    model: Any
-    method: lj.ParamTransform
-    optimizer: Any
-    batch_size: int
-    length: int
+    model: Any  # one of `lora_jax.models`; the layout decides on its `remat`
+    method: lj.ParamTransform  # whose delta trains
+    optimizer: Any  # the options that `training.optimizer` and `training.schedule` take
+    batch_size: int  # examples of a step, of all micro-batches; 0: one for each part of the axes data and fsdp
+    length: int  # tokens of each example
     label_smoothing: float = 0.0
 
 
@@ -55,16 +47,15 @@ class Layout(NamedTuple):
     accumulate: int
 
     def mesh(self, topology: Topology) -> Mesh:
-        return Mesh(np.array(topology.devices).reshape(self.data, self.fsdp, self.tensor), sharding.AXES)
+        return Mesh(np.array(topology.devices).reshape(self[:3]), sharding.AXES)
 
     def examples(self, workload: Workload) -> int:
         """Examples of a step."""
         return workload.batch_size or self.data * self.fsdp
 
     def __str__(self) -> str:
-        remat = "remat" if self.remat else "no remat"
         axes = f"data {self.data} x fsdp {self.fsdp} x tensor {self.tensor}"
-        return f"{axes}, {remat}, {self.accumulate} micro-batches"
+        return f"{axes}, {'remat' if self.remat else 'no remat'}, {self.accumulate} micro-batches"
 
 
 class Step(NamedTuple):
@@ -74,6 +65,9 @@ class Step(NamedTuple):
     state: training.State
     params: Any
     batch: dict[str, jax.ShapeDtypeStruct]
+
+    def trace(self) -> Any:
+        return self.run.trace(self.state, self.params, self.batch)
 
 
 @functools.cache
@@ -97,10 +91,10 @@ def layout_on(topology: Topology, mesh: Sequence[str], *, remat: bool, accumulat
     devices, written = len(topology.devices), ",".join(mesh)
     if len(mesh) != 3 or not all(size.isdecimal() for size in mesh):
         raise ValueError(f"mesh={written}: three numbers, data,fsdp,tensor")
-    data, fsdp, tensor = map(int, mesh)
-    if data * fsdp * tensor != devices:
-        raise ValueError(f"mesh={written} has {data * fsdp * tensor} devices, {topology.name} has {devices}")
-    return Layout(data, fsdp, tensor, remat, accumulate)
+    sizes = [int(size) for size in mesh]
+    if math.prod(sizes) != devices:
+        raise ValueError(f"mesh={written} has {math.prod(sizes)} devices, {topology.name} has {devices}")
+    return Layout(*sizes, remat, accumulate)
 
 
 def step(workload: Workload, layout: Layout, mesh: Mesh) -> Step:
@@ -111,15 +105,14 @@ def step(workload: Workload, layout: Layout, mesh: Mesh) -> Step:
     """
     method = workload.method
     model = type(workload.model)(dataclasses.replace(workload.model.config, remat=layout.remat))
-    placed = sharding.on_mesh(model, mesh)
+    on_mesh = sharding.on_mesh(model, mesh)
     if family_of(model).generates:
-        objective = training.language_model(placed, workload.label_smoothing)
+        objective = training.language_model(on_mesh, workload.label_smoothing)
     else:
-        objective = training.classifier(placed)
+        objective = training.classifier(on_mesh)
     rate = training.schedule(workload.optimizer, 10_000)
     tx = training.optimizer(workload.optimizer, rate, spec=method.spec)
-    params = param_shapes(model)
-    placement = sharding.Placement.of(model, mesh)
+    params, placement = param_shapes(model), sharding.Placement.of(model, mesh)
 
     def start(params: Any) -> training.State:
         return training.new_state(method, tx, params, jax.random.key(0), dtype=model.config.dtype)
@@ -127,12 +120,12 @@ def step(workload: Workload, layout: Layout, mesh: Mesh) -> Step:
     state = jax.eval_shape(start, params)
     adapted = jax.eval_shape(method.apply, params, state.delta)
     params = lj.without_tuned(params, state.delta)
-    places = training.state_shardings(state, placement, adapted)
+    of_state = training.state_shardings(state, placement, adapted)
     batch = _batch(workload, layout)
     over_rows = NamedSharding(mesh, P(None, *sharding.batch_sharding(mesh).spec))
     return Step(
-        jax.jit(training.make_step(objective, method, tx, rate), donate_argnums=0, out_shardings=places),
-        _with_shardings(state, places),
+        jax.jit(training.make_step(objective, method, tx, rate), donate_argnums=0, out_shardings=of_state),
+        _with_shardings(state, of_state),
         _with_shardings(params, placement.shardings(params)),
         _with_shardings(batch, dict.fromkeys(batch, over_rows)),
     )
@@ -140,19 +133,20 @@ def step(workload: Workload, layout: Layout, mesh: Mesh) -> Step:
 
 def _batch(workload: Workload, layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
     """Arrays (micro-batches, rows, ...); of a language model every position has a target."""
-    shards, size = layout.data * layout.fsdp, layout.examples(workload)
+    model, shards, size = workload.model, layout.data * layout.fsdp, layout.examples(workload)
     if size % (layout.accumulate * shards):
         raise ValueError(f"a batch of {size} does not divide into {layout.accumulate} x {shards} rows")
     rows = (layout.accumulate, size // layout.accumulate)
-    model, sequences = workload.model, (*rows, workload.length)
-    inputs: dict[str, Any] = {"tokens": (sequences, jnp.int32), "mask": (sequences, jnp.bool_)}
-    if not family_of(model).generates:
-        target = jnp.float32 if model.config.head == "regression" else jnp.int32
-        inputs |= {"token_types": (sequences, jnp.int32), "labels": (rows, target), "weights": (rows, jnp.float32)}
+    dtypes = {"tokens": jnp.int32, "mask": jnp.bool_}
+    of_rows: dict[str, Any] = {}  # one a row; the others are one a token
+    if family_of(model).generates:
+        dtypes |= {"labelled": jnp.int32, "labels": jnp.int32, "weights": jnp.float32}
     else:
-        inputs |= dict.fromkeys(("labelled", "labels"), (sequences, jnp.int32))
-        inputs |= {"weights": (sequences, jnp.float32)}
-    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in inputs.items()}
+        dtypes |= {"token_types": jnp.int32}
+        target = jnp.float32 if model.config.head == "regression" else jnp.int32
+        of_rows = {"labels": target, "weights": jnp.float32}
+    arrays = {name: jax.ShapeDtypeStruct((*rows, workload.length), dtype) for name, dtype in dtypes.items()}
+    return arrays | {name: jax.ShapeDtypeStruct(rows, dtype) for name, dtype in of_rows.items()}
 
 
 def _with_shardings(tree: Any, shardings: Any) -> Any:
@@ -175,7 +169,7 @@ def ask(workload: Workload, topology: Topology, layout: Layout) -> Answer:
     answer["texts"] = layout.examples(workload)
     try:
         one = step(workload, layout, layout.mesh(topology))
-        traced = one.run.trace(one.state, one.params, one.batch)
+        traced = one.trace()
     except ValueError as error:
         return answer | {"fits": False, "why": str(error)}
     parts = {"base": one.params, "delta": one.state.delta, "optimizer": one.state.optimizer}
@@ -189,22 +183,17 @@ def ask(workload: Workload, topology: Topology, layout: Layout) -> Answer:
     memory = compiled.memory_analysis()
     arrays = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = (topology.asks and memory.peak_memory_in_bytes) or arrays + memory.temp_size_in_bytes
+    fits = topology.asks or topology.limit is None or peak <= topology.limit
+    answer |= {"fits": fits, "temporary": memory.temp_size_in_bytes, "peak": peak, "wanted": peak}
     sent = collectives.of_program(compiled.as_text(), dict(zip(sharding.AXES, layout[:3], strict=True)))
-    return answer | {
-        "fits": topology.asks or topology.limit is None or peak <= topology.limit,
-        "temporary": memory.temp_size_in_bytes,
-        "peak": peak,
-        "wanted": peak,
-        "collectives": collectives.summary(sent),
-        "seconds": round(time.monotonic() - begin, 1),
-    }
+    return answer | {"collectives": collectives.summary(sent), "seconds": round(time.monotonic() - begin, 1)}
 
 
 def step_flops(workload: Workload, layout: Layout) -> int:
     """FLOPs of a step's matrix products, counted from its jaxpr; nothing is compiled."""
     workload = workload._replace(batch_size=layout.examples(workload))
     one = step(workload, layout._replace(data=1, fsdp=1, tensor=1), sharding.make_mesh({}))
-    return flops.of_jaxpr(one.run.trace(one.state, one.params, one.batch).jaxpr.jaxpr)
+    return flops.of_jaxpr(one.trace().jaxpr.jaxpr)
 
 
 def bytes_wanted(message: str) -> int | None:
@@ -217,16 +206,14 @@ def shown(answer: Answer) -> str:
     """An answer as text."""
     layout = Layout(*(answer[name] for name in Layout._fields))
     lines = [f"{answer['topology']} ({answer['chips']} chips), {layout}, {answer['texts']} texts a step"]
-    for name in ("base", "delta", "optimizer", "temporary", "peak"):
-        if name in answer:
-            lines.append(f"  {name:<10} {answer[name] / GIB:10.3f} GiB on each device")
+    parts = [name for name in ("base", "delta", "optimizer", "temporary", "peak") if name in answer]
+    lines += [f"  {name:<10} {answer[name] / GIB:10.3f} GiB on each device" for name in parts]
     if "flops" in answer:
         lines.append(f"  {'products':<10} {answer['flops']:10.3e} FLOPs a step")
     for sent in answer.get("collectives", ()):
         along, size = " and ".join(sent["axes"]), sent["bytes"] / GIB
         lines.append(f"  {sent['kind']} over {along}: {sent['times']:,} a step, {size:.3f} GiB sent by each device")
-    lines.append(f"fits: {'yes' if answer['fits'] else 'no'}{needed(answer)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"fits: {'yes' if answer['fits'] else 'no'}{needed(answer)}"])
 
 
 def needed(answer: Answer) -> str:

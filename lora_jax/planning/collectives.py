@@ -20,31 +20,19 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
 class Collective(NamedTuple):
-    """One instruction of the program.
-
-    Attributes:
-      axes: of the mesh, along which devices exchange; () where each is alone.
-      bytes: of its result on one device (of a reduce-scatter: of its operand).
-      sent: bytes that one device sends each time, on a ring.
-      times: how often a run of the program gets there.
-      shapes: of its result.
-      name: of its computation.
-    """
+    """One instruction of the program."""
 
     kind: str
-    axes: tuple[str, ...]
-    bytes: int
-    sent: float
-    times: int
-    shapes: tuple[tuple[int, ...], ...]
-    name: str
+    axes: tuple[str, ...]  # of the mesh, along which devices exchange; () where each is alone
+    bytes: int  # of its result on one device (of a reduce-scatter: of its operand)
+    sent: float  # bytes that one device sends each time, on a ring
+    times: int  # how often a run of the program gets there
+    shapes: tuple[tuple[int, ...], ...]  # of its result
+    name: str  # of its computation
 
 
 def of_program(text: str, mesh: Mapping[str, int]) -> list[Collective]:
-    """The collectives of a compiled program (`compiled.as_text()`).
-
-    Args:
-      mesh: the size of each axis, in the order of the mesh's devices.
+    """The collectives of a compiled program (`compiled.as_text()`) on a mesh of those axes, in the devices' order.
 
     The CPU's compiler says how often a loop runs; of others' loops the number is taken from their condition. A TPU's
     program may hold the same gather in several fusions (start, update, end), which have one channel: it counts once.
@@ -54,14 +42,12 @@ def of_program(text: str, mesh: Mapping[str, int]) -> list[Collective]:
     distinct: dict[Any, Collective] = {}
     for name, lines in computations.items():
         for line in lines:
-            if not times[name] or not (collective := _collective(line, name, times[name], mesh)):
-                continue
-            channel = re.search(r"channel_id=(\d+)", line)
-            key = (collective.kind, channel[1]) if channel else len(distinct)
-            if (
-                key not in distinct or distinct[key].times < collective.times
-            ):  # of a loop's prologue and its body, the body
-                distinct[key] = collective
+            if times[name] and (collective := _collective(line, name, times[name], mesh)):
+                channel = re.search(r"channel_id=(\d+)", line)
+                key = (collective.kind, channel[1]) if channel else len(distinct)
+                # of a loop's prologue and its body, the body
+                if key not in distinct or distinct[key].times < collective.times:
+                    distinct[key] = collective
     return list(distinct.values())
 
 
@@ -103,9 +89,7 @@ def _times(computations: Mapping[str, Sequence[str]], entry: str) -> Counter:
             called = _CALLED.findall(line)
             if branches := _BRANCHES.search(line):
                 called += re.findall(r"%?([\w.\-]+)", branches[1])
-            if not called:
-                continue
-            trips = _trips(line, computations) if " while(" in line else 1
+            trips = _trips(line, computations) if called and " while(" in line else 1
             for callee in called:
                 reach(callee, count * trips)
 
@@ -128,57 +112,47 @@ def _trips(line: str, computations: Mapping[str, Sequence[str]]) -> int:
 
 def _collective(line: str, name: str, times: int, mesh: Mapping[str, int]) -> Collective | None:
     instruction = _INSTRUCTION.match(line)
-    if not instruction:
+    kind = instruction[3].removesuffix("-start") if instruction else ""
+    if not instruction or kind not in KINDS:
         return None
-    kind = instruction[3].removesuffix("-start")
-    if kind not in KINDS:
-        return None
-    shapes = [
-        (tuple(int(n) for n in dims.split(",") if n), _BYTES[dtype])
-        for dtype, dims in _SHAPE.findall(instruction[2])
-        if dtype in _BYTES
-    ]
+    found = [(dims, _BYTES[dtype]) for dtype, dims in _SHAPE.findall(instruction[2]) if dtype in _BYTES]
+    shapes = [(_numbers(dims), width) for dims, width in found]
     if instruction[3].endswith("-start") and len(shapes) > 1:  # operands stand beside the results
         if kind == "collective-permute":
             shapes = shapes[1:2]
         elif kind != "all-reduce":
             shapes = shapes[len(shapes) // 2 :]
     axes, size = _along(line, mesh)
-    scattered = kind == "all-reduce" and name.startswith("all-reduce-scatter")  # a fusion, in which a slice follows
     result = sum(math.prod(shape) * width for shape, width in shapes)
     share = (size - 1) / size
     gathered = result * size if kind == "reduce-scatter" else result
-    kind = "reduce-scatter" if scattered else kind
+    if kind == "all-reduce" and name.startswith("all-reduce-scatter"):  # a fusion, in which a slice follows
+        kind = "reduce-scatter"
     sent = {"all-reduce": 2 * share * gathered, "collective-permute": float(gathered)}.get(kind, share * gathered)
     return Collective(kind, axes, gathered, sent, times, tuple(shape for shape, _ in shapes), name)
 
 
 def _along(line: str, mesh: Mapping[str, int]) -> tuple[tuple[str, ...], int]:
     """The axes along which the devices of a group differ, and how many they are."""
-    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
-        groups = [[int(a), int(b)] for a, b in re.findall(r"\{(\d+),(\d+)", pairs[0] + "}")]
-    else:
-        groups = _groups(line, math.prod(mesh.values()))
-    places = [np.unravel_index(group, tuple(mesh.values())) for group in groups]
-    varying = [any(len(set(at[axis].tolist())) > 1 for at in places) for axis in range(len(mesh))]
+    sizes = tuple(mesh.values())
+    groups = _groups(line, math.prod(sizes))
+    positions = [np.unravel_index(group, sizes) for group in groups]
+    varying = [any(len(set(at[axis].tolist())) > 1 for at in positions) for axis in range(len(mesh))]
     return tuple(itertools.compress(mesh, varying)), max(map(len, groups), default=1)
 
 
 def _groups(line: str, devices: int) -> list[list[int]]:
-    """The groups of devices, in any of the three ways they are written."""
-    if listed := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", line):
-        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+    """The groups of devices, in any of the ways they are written."""
+    if listed := re.search(r"(?:source_target_pairs|replica_groups)=\{(\{[\d,{}]*\})\}", line):
+        return [list(_numbers(group)) for group in re.findall(r"\{([\d,]+)\}", listed[1])]
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        shape, dims, order = ([int(n) for n in part.split(",")] if part else None for part in iota.groups())
-        return _iota(dims or [], order).reshape(shape or []).tolist()
+        return _iota(iota[2], iota[3]).reshape(_numbers(iota[1])).tolist()
     named = re.search(
         r"replica_groups=\{?mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}", line
     )
     if named:
-        axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-        dims = [int(n) for n in named[2].split(",")] if named[2] else list(axes.values())
-        order = [int(n) for n in named[3].split(",")] if named[3] else None
-        ids = _iota(dims, order).reshape(tuple(axes.values()))
+        axes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        ids = _iota(named[2] or ",".join(axes.values()), named[3]).reshape([int(size) for size in axes.values()])
         along = [list(axes).index(name) for name in re.findall(r"'(\w+)'", named[4])]
         rest = [axis for axis in range(len(axes)) if axis not in along]
         size = math.prod(ids.shape[axis] for axis in along)
@@ -186,6 +160,12 @@ def _groups(line: str, devices: int) -> list[list[int]]:
     return [list(range(devices))]
 
 
-def _iota(dims: Sequence[int], order: Sequence[int] | None) -> np.ndarray:
-    ids = np.arange(math.prod(dims)).reshape(dims)
-    return ids.transpose(order) if order else ids
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    """Ids from 0 of those dimensions, then transposed."""
+    ids = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
+    return ids.transpose(_numbers(order)) if order else ids
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Those of "4,2"; none of ""."""
+    return tuple(int(number) for number in text.split(",") if number)

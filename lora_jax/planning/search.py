@@ -1,8 +1,10 @@
 """The smallest slice that a training step fits, and the layout that sends the fewest bytes on it."""
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import time
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_jax.checkpoints import write_atomically
-from lora_jax.models.family import family_of
+from lora_jax.models.family import dimensions_of, family_of
 from lora_jax.planning import asking, topologies
 from lora_jax.planning.asking import Answer, Layout, Workload
 from lora_jax.planning.topologies import Topology
@@ -23,27 +25,22 @@ MARGIN = 1.5  # the estimate may be too high by this factor
 def smallest(
     workload: Workload, names: Sequence[str], seconds: float, cache: "Cache", log: Callable[[str], None]
 ) -> Answer | None:
-    """The answer for the first of these topologies on which some layout fits.
+    """The answer for the first of these topologies, smallest first, on which some layout fits.
 
     Of the layouts of that topology that were compiled in the time, it is the one whose devices send the fewest bytes an
     example. Where no layout fits, or the time is over before, it is the answer that wants the least memory, or None if
-    nothing was compiled.
-
-    Args:
-      names: topologies, smallest first.
-      seconds: no compilation begins later.
-      log: gets a line for each answer.
+    nothing was compiled. No compilation begins after those seconds; `log` gets a line for each answer.
     """
     until, nearest = time.monotonic() + seconds, None
     for name in names:
         topology = topologies.named(name)
         best = None
-        for number, layout in enumerate(possible(workload, topology)):
+        for number, layout in enumerate(_possible(workload, topology)):
             if (best is None and number >= TRIES) or time.monotonic() > until:
                 break
             answer = cache.ask(workload, topology, layout)
             log(f"{name}, {layout}: {'fits' if answer['fits'] else 'does not fit'}{asking.needed(answer)}")
-            if answer["fits"] and (best is None or sent(answer) < sent(best)):
+            if answer["fits"] and (best is None or _sent(answer) < _sent(best)):
                 best = answer
             if answer.get("wanted") and (nearest is None or answer["wanted"] < nearest["wanted"]):
                 nearest = answer
@@ -55,12 +52,12 @@ def smallest(
     return nearest
 
 
-def sent(answer: Answer) -> float:
+def _sent(answer: Answer) -> float:
     """Bytes that a device sends for each example."""
     return sum(collective["bytes"] for collective in answer["collectives"]) / answer["texts"]
 
 
-def possible(workload: Workload, topology: Topology) -> list[Layout]:
+def _possible(workload: Workload, topology: Topology) -> list[Layout]:
     """The layouts that may fit, those with the least memory first: neither what a device holds from step to step, which
     is exact, nor the estimate with its margin is above the limit."""
     limit = math.inf if topology.limit is None else topology.limit
@@ -69,16 +66,11 @@ def possible(workload: Workload, topology: Topology) -> list[Layout]:
 
 
 def least(workload: Workload, topology: Topology) -> Layout:
-    """The layout with the smallest estimate.
-
-    Raises:
-      ValueError: no layout divides the batch and the model.
-    """
-    sizes = ordered(workload, topology)
-    if not sizes:
-        devices = len(topology.devices)
-        raise ValueError(f"no layout of {devices} devices divides a batch of {workload.batch_size} and the model")
-    return sizes[0].layout
+    """The layout with the smallest estimate; a ValueError where none divides the batch and the model."""
+    if sizes := ordered(workload, topology):
+        return sizes[0].layout
+    devices = len(topology.devices)
+    raise ValueError(f"no layout of {devices} devices divides a batch of {workload.batch_size} and the model")
 
 
 class Size(NamedTuple):
@@ -92,27 +84,24 @@ class Size(NamedTuple):
 def ordered(workload: Workload, topology: Topology) -> list[Size]:
     """All layouts that divide the model and the batch, those with the least memory first."""
     sizes = []
-    for layout in layouts(workload, len(topology.devices)):
-        try:
+    for layout in _layouts(workload, len(topology.devices)):
+        with contextlib.suppress(ValueError):  # an axis does not divide
             sizes.append(size_of(workload, topology, layout))
-        except ValueError:  # an axis does not divide
-            continue
     return sorted(sizes)
 
 
-def layouts(workload: Workload, devices: int) -> Iterator[Layout]:
+def _layouts(workload: Workload, devices: int) -> Iterator[Layout]:
     """The layouts of a number of devices whose tensor axis divides the heads, and whose data and fsdp axes and
     micro-batches divide the batch."""
-    heads = family_of(workload.model).dimensions(workload.model.config).heads
+    heads = dimensions_of(workload.model).heads
     for tensor in _divisors(devices):
         shards = devices // tensor
-        if heads % tensor or (workload.batch_size or shards) % shards:
+        rows, rest = divmod(workload.batch_size or shards, shards)
+        if heads % tensor or rest:
             continue
-        rows = (workload.batch_size or shards) // shards
-        for fsdp in _divisors(shards):
-            for accumulate in sorted({rows, max(rows // 4, 1), 1} & set(_divisors(rows))):
-                for remat in (True, False):
-                    yield Layout(shards // fsdp, fsdp, tensor, remat, accumulate)
+        micro_batches = sorted({rows, max(rows // 4, 1), 1} & set(_divisors(rows)))
+        for fsdp, accumulate, remat in itertools.product(_divisors(shards), micro_batches, (True, False)):
+            yield Layout(shards // fsdp, fsdp, tensor, remat, accumulate)
 
 
 def _divisors(number: int) -> list[int]:
@@ -124,9 +113,9 @@ def size_of(workload: Workload, topology: Topology, layout: Layout) -> Size:
     summed over micro-batches), the activations that the backward pass needs of each layer, those inside one layer, its
     gathered weights, and a chunk of the logits."""
     step = asking.step(workload, layout, layout.mesh(topology))
-    config, family, length = workload.model.config, family_of(workload.model), workload.length
-    layers, width, heads, inner, _ = family.dimensions(config)
-    vocabulary = config.vocab_size if family.generates else 0
+    config, length = workload.model.config, workload.length
+    layers, width, heads, inner, _ = dimensions_of(workload.model)
+    vocabulary = config.vocab_size if family_of(workload.model).generates else 0
     rows = layout.examples(workload) / (layout.accumulate * layout.data * layout.fsdp)
     itemsize = 4 if config.dtype == "float32" else 2
     query_block = getattr(config, "query_block", None) or length
@@ -155,14 +144,14 @@ class Cache:
         versions = [_version(name) for name in ("jax", "libtpu", "lora_jax")]
         text = json.dumps([question, versions, _digest_of_package()])
         key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-        if key not in self.answers:
-            answer = asking.ask(workload, topology, layout)
-            if "limit" in answer and answer.get("wanted") is None:  # the compiler failed otherwise: not kept
-                return answer
+        if key in self.answers:
+            return self.answers[key]
+        answer = asking.ask(workload, topology, layout)
+        if "limit" not in answer or answer.get("wanted") is not None:  # else the compiler failed otherwise: not kept
             self.answers[key] = answer
             if self.file:
                 write_atomically(self.file, (json.dumps(self.answers, indent=1) + "\n").encode())
-        return self.answers[key]
+        return answer
 
 
 @functools.cache

@@ -18,18 +18,13 @@ NAMES = "v5e:16x16 (or v4, v5p, v6e, tpu7x), cpu:8, gpu:1x16GB"
 
 
 class Topology(NamedTuple):
-    """Devices that a program can be compiled for.
-
-    Attributes:
-      limit: bytes that a program may use on each device; None: unknown.
-      asks: whether the compiler itself refuses a program that does not fit.
-    """
+    """Devices that a program can be compiled for."""
 
     name: str
     devices: list[Any]
     chips: int
-    limit: float | None
-    asks: bool
+    limit: float | None  # bytes that a program may use on each device; None: unknown
+    asks: bool  # whether the compiler itself refuses a program that does not fit
 
 
 def prepare(names: list[str]) -> None:

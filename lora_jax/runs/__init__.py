@@ -8,42 +8,16 @@ runs.evaluate(loaded).result["scores"]
 from lora_jax.core.extras import extra
 
 with extra("train,hf,data"):
-    from lora_jax.runs.config import default_config
+    from lora_jax.runs.config import default_config, is_sweep
     from lora_jax.runs.evaluation import Evaluation, complete, evaluate, predict
-    from lora_jax.runs.exchange import Imported, export_run, import_run
     from lora_jax.runs.pretraining import Pretrained, pretrain
-    from lora_jax.runs.reload import Loaded, load
+    from lora_jax.runs.reload import Imported, Loaded, export_run, import_run, load
     from lora_jax.runs.run import Prepared, RunResult, prepare, train
-    from lora_jax.runs.sweeps import SweepResult, is_sweep, sweep
+    from lora_jax.runs.sweeps import SweepResult, sweep
     from lora_jax.runs.tasks import Task, TextTask, classification, generation, register_task, task_named
     from lora_jax.training import Logger, register_metric
 
-__all__ = [
-    "Evaluation",
-    "Imported",
-    "Loaded",
-    "Logger",
-    "Prepared",
-    "Pretrained",
-    "RunResult",
-    "SweepResult",
-    "Task",
-    "TextTask",
-    "classification",
-    "complete",
-    "default_config",
-    "evaluate",
-    "export_run",
-    "generation",
-    "import_run",
-    "is_sweep",
-    "load",
-    "predict",
-    "prepare",
-    "pretrain",
-    "register_metric",
-    "register_task",
-    "sweep",
-    "task_named",
-    "train",
-]
+__all__ = ["Evaluation", "Imported", "Loaded", "Logger", "Prepared", "Pretrained", "RunResult", "SweepResult", "Task"]
+__all__ += ["TextTask", "classification", "complete", "default_config", "evaluate", "export_run", "generation"]
+__all__ += ["import_run", "is_sweep", "load", "predict", "prepare", "pretrain", "register_metric", "register_task"]
+__all__ += ["sweep", "task_named", "train"]

@@ -1,7 +1,7 @@
 """The base of a config: what train, evaluate and generate begin with."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,9 +43,8 @@ def mesh_of(config: ConfigDict) -> Mesh:
 
 
 def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None, task: Task | None = None) -> Base:
-    """The base at `source`, or where the config says; with the head of the task, new unless it is there.
-
-    The task is the config's, if it is not given.
+    """The base at `source`, or where the config says; with the head of the task, or of the config's, new unless it is
+    there.
 
     With a mesh of several devices each device's part of a parameter is read from the files by itself, by
     its family's rules: no process holds all of a parameter. The identity is the same whatever the mesh, the
@@ -57,29 +56,28 @@ def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None
     source, task = source or config.base, task or task_named(config.data.name)
     head = {**task.head, "key": jax.random.key(config.seed)} if task.head else {}
     try:
-        model, stored, tokenizer = hf.unread(source, **head)
+        stored_model, stored, tokenizer = hf.unread(source, **head)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}. The paper's bases are public: {PUBLIC}") from error
     if tokenizer is None:
         raise FileNotFoundError(f"{source} has no tokenizer.json: put that of the base there")
-    check_task(model, config.data.name, source, task)
-    new = hf.untrained(model, source)
-    base = model
-    model = type(model)(dataclasses.replace(model.config, **config.model.to_dict()))
+    check_task(stored_model, config.data.name, source, task)
+    new = hf.untrained(stored_model, source)
     mesh = sharding.make_mesh({}) if mesh is None else mesh
-    one = mesh.size == 1
-    model = model if one else sharding.on_mesh(model, mesh)
+    settings = dataclasses.replace(stored_model.config, **config.model.to_dict())
+    model = sharding.on_mesh(type(stored_model)(settings), mesh)
     placement = sharding.Placement.of(model, mesh)
-    scan, dtype = model.config.scan_layers, model.config.param_dtype
-    params = hf.read(stored, scan_layers=scan, dtype=dtype, place=None if one else _places(placement))
+
+    def place(path: str, shape: tuple[int, ...]) -> Sharding:
+        return placement.shardings({path: jax.ShapeDtypeStruct(shape, jnp.float32)})[path]
+
+    layout = {"scan_layers": settings.scan_layers, "dtype": settings.param_dtype}
+    params = hf.read(stored, **layout, place=None if mesh.size == 1 else place)
     # Digests are of the loop layout in float32: what was read otherwise is read again for them, tensor by tensor.
-    as_digested = one and not scan and dtype == "float32"
-
-    def identify() -> dict[str, str]:
-        return _identity(base, params if as_digested else stored, source, new)
-
-    identity = processes.on_primary(identify)  # no other process reads all of it
-    return Base(model, params, tokenizer, identity, placement, new)
+    as_digested = mesh.size == 1 and layout == {"scan_layers": False, "dtype": "float32"}
+    # no other process reads all of it
+    digests = processes.on_primary(lambda: identity(stored_model, params if as_digested else stored, source, new))
+    return Base(model, params, tokenizer, digests, placement, new)
 
 
 def check_task(model: Any, name: str, source: str, task: Task | None = None) -> None:
@@ -90,22 +88,10 @@ def check_task(model: Any, name: str, source: str, task: Task | None = None) -> 
         raise ValueError(f"{source} is a {family.name}, but {name} needs a model that {needed}")
 
 
-def _places(placement: sharding.Placement) -> Callable[[str, tuple[int, ...]], Sharding]:
-    """Where the parameters go, for `hf.read`."""
-
-    def place(path: str, shape: tuple[int, ...]) -> Sharding:
-        return placement.shardings({path: jax.ShapeDtypeStruct(shape, jnp.float32)})[path]
-
-    return place
-
-
-def identity(model: Any, params: Any, source: str) -> dict[str, str]:
+def identity(model: Any, params: Any, source: str, new: Sequence[str] | None = None) -> dict[str, str]:
     """`checkpoints.identity` of what stands below the heads: a head trains, and so is part of the delta; the same base
-    is the same with whatever head it was loaded, and without."""
-    return _identity(model, params, source, hf.untrained(model, source))
-
-
-def _identity(model: Any, params: Any, source: str, new: Sequence[str]) -> dict[str, str]:
+    is the same with whatever head it was loaded, and without. `new`: of `Base`, if it is known."""
+    new = hf.untrained(model, source) if new is None else new
     heads = {*family_of(model).head_params, *(glob.partition("/")[0] for glob in new)}
     return checkpoints.identity({name: part for name, part in params.items() if name not in heads}, source)
 

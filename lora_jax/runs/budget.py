@@ -14,11 +14,12 @@ from lora_jax import training
 from lora_jax.checkpoints import write_atomically
 from lora_jax.core.extras import extra
 from lora_jax.data import pairs, tasks
-from lora_jax.generation import complete, end_tokens
 from lora_jax.metrics import bleu
 from lora_jax.models.family import family_of
 from lora_jax.runs import bases, methods, run
+from lora_jax.runs.evaluation import complete
 from lora_jax.runs.reload import load
+from lora_jax.runs.tables import write_json
 
 
 def write_pairs(task: str, source: str, folder: Path, counts: Mapping[str, int | None]) -> None:
@@ -80,18 +81,12 @@ def best_rate(config: ConfigDict, folder: Path, rates: Sequence[float], steps: i
     for rate in rates:
         member, workdir = config.copy_and_resolve_references(), folder / f"rate_{rate:g}"
         member.optimizer.learning_rate = rate
-        losses[_loss_after(steps, member, workdir)] = member, workdir
+        training.claim(workdir, member)  # another config's results are refused
+        if steps not in _validated(workdir):
+            if not training.train(run.prepare(member, workdir).job._replace(total=steps)).finished:
+                raise InterruptedError(f"{workdir} was stopped: the same command resumes it")
+        losses[_validated(workdir)[steps]] = member, workdir
     return losses[min(losses)]
-
-
-def _loss_after(steps: int, config: ConfigDict, workdir: Path) -> float:
-    """The validation loss of a run after its first steps."""
-    training.claim(workdir, config)  # another config's results are refused
-    if steps not in _validated(workdir):
-        job = run.prepare(config, workdir).job
-        if not training.train(job._replace(total=steps)).finished:
-            raise InterruptedError(f"{workdir} was stopped: the same command resumes it")
-    return _validated(workdir)[steps]
 
 
 def _validated(workdir: Path) -> dict[int, float]:
@@ -123,26 +118,17 @@ def finish(
     summary["method_trained"] = trained(config, bases.load(config))
     if contexts:
         summary["bleu"] = greedy_bleu(workdir, contexts)
-    write_atomically(file, (json.dumps(summary, indent=2) + "\n").encode())
+    write_json(file, summary)
     return summary
 
 
 def greedy_bleu(workdir: Path, contexts: int) -> float:
     """BLEU of a run's greedy texts for the first contexts of its test set."""
     loaded = load(workdir)
+    loaded.config.decode = {"max_new_tokens": 64}  # and no beams
     examples = tasks.named(loaded.config.data.name).load(loaded.config.data.path, "test")
     references = dict(islice(pairs.contexts(examples).items(), contexts))
-    eos = loaded.model.config.eos_token_id
-    inserted = methods.placeholders(loaded.spec, loaded.model)
-    texts = complete(
-        loaded.model,
-        loaded.params,
-        loaded.tokenizer,
-        pairs.prompts(list(references), loaded.tokenizer, eos=eos, **inserted),
-        max_new_tokens=64,
-        eos=end_tokens(loaded.tokenizer, eos),
-        batch_size=50,
-    )
+    texts = complete(loaded, list(references), batch_size=50)
     return bleu(texts, [[pairs.clean(text) for text in descriptions] for descriptions in references.values()])
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +17,16 @@ from lora_jax import Delta, ParamTransform, checkpoints, training
 from lora_jax.data import glue
 from lora_jax.data.batches import bucketed, in_order
 from lora_jax.data.pairs import contexts, prompts
-from lora_jax.generation import complete as generate_texts
+from lora_jax.data.tasks import TextTask, references
 from lora_jax.generation import completions, end_tokens
+from lora_jax.metrics import report
 from lora_jax.metrics.scores import FILLED
-from lora_jax.runs import bases, methods, scoring, tasks
-from lora_jax.runs.reload import Loaded, check_writes, load
+from lora_jax.runs import bases, methods, tasks
+from lora_jax.runs.reload import Loaded, load, text_task
+from lora_jax.runs.tables import write_json
 
-TextMetric = scoring.TextMetric
+TextMetric = Callable[[list[str], list[list[str]]], float]  # (predictions, references of each) -> a figure
+Rows = list[dict[str, Any]]  # of predictions.jsonl
 SAMPLING = ("temperature", "top_k", "top_p")
 
 
@@ -47,20 +50,17 @@ def evaluate(
     metrics: Mapping[str, TextMetric] = {},
     command: str | None = None,
 ) -> Evaluation:
-    """Scores a run: one text for every distinct context of a split, by the official scores of its data.
+    """Scores a run, of `load` or in a workdir: one text for every distinct context of a split, by the official scores
+    of its data, with 95% bootstrap intervals.
 
     Writes evaluation/SPLIT-PARAMS/ into the workdir: predictions.jsonl (context, prediction, references) and
-    evaluate.json, the result, with 95% bootstrap intervals. What a stopped call had written is resumed.
+    evaluate.json, the result. What a stopped call had written is resumed.
 
     Args:
-      run: of `load`, or a workdir.
-      split: of the data.
       data: where they are, if not where the run's config says.
       limit: only so many contexts, the first ones.
       missing: WebNLG and DART: what stands for references that a context lacks, "first" or "empty" (`metrics.score`).
-      decoding: options of `generation.generate` instead of those of the run's config.
-      batch_size: contexts that are completed together.
-      seed: of sampling.
+      decoding, batch_size, seed: as for `complete`.
       metrics: scores besides the official ones.
       command: the command line that makes the result again, kept in it.
 
@@ -68,44 +68,28 @@ def evaluate(
       FileNotFoundError: the data are not there. ValueError: the run classifies, or `missing` has no meaning here.
     """
     loaded = run if isinstance(run, Loaded) else load(run)
-    config, task = loaded.config.data, loaded.task.text
-    check_writes(loaded.task, loaded.config, loaded.workdir, text=True)
-    assert task is not None
-    if missing and task.style not in FILLED:
-        raise ValueError(f"--missing={missing}: references of {config.name} are not filled, leave it out")
-    examples = _first_contexts(task.load(data or config.path, split), limit)
-    groups = contexts(examples)
+    task = text_task(loaded.task, loaded.config, loaded.workdir)
     folder = loaded.workdir / "evaluation" / (f"{split}-{loaded.kind}" + (f"-first{limit}" if limit else ""))
+    if missing and task.style not in FILLED:
+        raise ValueError(f"--missing={missing}: references of {loaded.config.data.name} are not filled, leave it out")
+    examples = task.load(data or loaded.config.data.path, split)
+    groups = dict(list(contexts(examples).items())[:limit])
+    examples = examples.select([i for i, context in enumerate(examples["context"]) if context in groups])
     kept = folder / "predictions.jsonl.part"
     resumed, started = kept.exists(), time.perf_counter()
-    predictions = complete(loaded, list(groups), decoding=decoding, batch_size=batch_size, seed=seed, kept=kept)
-    seconds = time.perf_counter() - started
-    rows = [
-        {"context": context, "prediction": prediction, "references": references}
-        for (context, references), prediction in zip(groups.items(), predictions, strict=True)
-    ]
+    texts = complete(loaded, list(groups), decoding=decoding, batch_size=batch_size, seed=seed, kept=kept)
+    seconds = None if resumed else time.perf_counter() - started
+    rows = [{"context": c, "prediction": text, "references": groups[c]} for c, text in zip(groups, texts, strict=True)]
     if "seen" in examples.column_names:
         seen = dict(zip(examples["context"], examples["seen"], strict=True))
         rows = [row | {"seen": seen[row["context"]]} for row in rows]
     checkpoints.write_atomically(folder / "predictions.jsonl", json_lines(rows))
-    loss, skipped = _validation_loss(loaded, examples)
-    result = {
-        "command": command,
-        "split": split,
-        "params": loaded.kind,
-        "step": loaded.step,
-        "decoding": decoding_options(loaded.config, decoding),
-        "missing": missing,
-        "contexts": len(groups),
-        "references": len(examples),
-        "skipped": skipped,
-        "loss": loss,
-        "perplexity": math.exp(loss),
-        "scores": scoring.scores(rows, task, missing, metrics),
-        "seconds": None if resumed else seconds,
-        "device": jax.devices()[0].device_kind,
-    }
-    _write_json(folder / "evaluate.json", result)
+    result: dict[str, Any] = {"command": command, "split": split, "params": loaded.kind, "step": loaded.step}
+    result |= {"decoding": decoding_options(loaded.config, decoding), "missing": missing}
+    result |= {"contexts": len(groups), "references": len(examples), **_validate(loaded, examples)}
+    result |= {"scores": scores(rows, task, missing, metrics)}
+    result |= {"seconds": seconds, "device": jax.devices()[0].device_kind}
+    write_json(folder / "evaluate.json", result)
     kept.unlink()
     return Evaluation(folder, result)
 
@@ -113,26 +97,29 @@ def evaluate(
 def predict(
     run: Loaded | str | Path, *, split: str = "valid", data: str | Path | None = None, command: str | None = None
 ) -> Evaluation:
-    """Predicts the labels of a split: scores them, or writes what GLUE's server takes.
+    """Predicts the labels of a split with a run, of `load` or in a workdir: scores them, or writes what GLUE's server
+    takes.
 
     Writes predictions/SPLIT-PARAMS/ into the workdir: of a split with labels predictions.tsv (index, prediction,
     label) and predict.json, the result; of a test split the file for the server, the result's "file".
 
     Args:
-      run: of `load`, or a workdir.
       split: of MNLI also valid_mismatched and test_mismatched.
       data: where they are, if not where the run's config says.
       command: the command line that makes the result again, kept in it.
     """
     loaded = run if isinstance(run, Loaded) else load(run)
-    config, task = loaded.config.data, loaded.task
-    check_writes(task, loaded.config, loaded.workdir, text=False)
-    name = config.name
-    examples = task.load(data or config.path, split)
-    outputs = _outputs(loaded, examples)
+    task, name, workdir = loaded.task, loaded.config.data.name, loaded.workdir
+    if task.text:
+        raise ValueError(f"{workdir} is a run of {name}: give it to experiments.evaluate and experiments.generate")
+    examples = task.load(data or loaded.config.data.path, split)
+    epoch = task.batches(examples, loaded.config, loaded, loaded.spec)(0)
+    objective = task.objective(loaded.config, loaded.model)
+    forward = jax.jit(objective.forward)
+    parts = [forward(loaded.params, batch) for batch in tqdm(epoch, unit="batch", desc="predict")]
+    outputs = in_order(epoch, jax.device_get(parts))
     predicted = tasks.predictions(task, outputs)
-    metrics = task.objective(loaded.config, loaded.model).metrics
-    folder = loaded.workdir / "predictions" / f"{split}-{loaded.kind}"
+    folder = workdir / "predictions" / f"{split}-{loaded.kind}"
     if name in glue.TASKS and "label" not in examples.column_names:
         file, text = glue.submission(name, split, examples, predicted)
         checkpoints.write_atomically(folder / file, text.encode())
@@ -141,16 +128,10 @@ def predict(
     rows = zip(index, predicted.tolist(), examples["label"], strict=True)
     text = "".join("\t".join(map(str, row)) + "\n" for row in [("index", "prediction", "label"), *rows])
     checkpoints.write_atomically(folder / "predictions.tsv", text.encode())
-    result = {
-        "command": command,
-        "task": name,
-        "split": split,
-        "params": loaded.kind,
-        "step": loaded.step,
-        "examples": len(examples),
-        **(metrics(outputs, np.asarray(examples["label"])) if metrics else {}),
-    }
-    _write_json(folder / "predict.json", result)
+    result = {"command": command, "task": name, "split": split, "params": loaded.kind, "step": loaded.step}
+    figures = objective.metrics(outputs, np.asarray(examples["label"])) if objective.metrics else {}
+    result |= {"examples": len(examples), **figures}
+    write_json(folder / "predict.json", result)
     return Evaluation(folder, result)
 
 
@@ -191,20 +172,12 @@ def complete(
       ValueError: the file holds completions of other contexts or settings.
     """
     options = decoding_options(loaded.config, decoding)
-    settings: dict[str, Any] = {"params": loaded.kind, "seed": seed, "batch_size": batch_size}
+    settings = options | {"params": loaded.kind, "seed": seed, "batch_size": batch_size, "contexts": list(texts)}
     settings |= {"workdir": str(loaded.workdir.resolve()), "step": loaded.step, "base": loaded.base}
-    done = completed(kept, settings | options | {"contexts": list(texts)}) if kept else {}
-    eos = loaded.model.config.eos_token_id
-    batches = completions(
-        loaded.model,
-        loaded.params,
-        loaded.tokenizer,
-        prompts(texts, loaded.tokenizer, eos=eos, **methods.placeholders(loaded.spec, loaded.model)),
-        eos=end_tokens(loaded.tokenizer, eos),
-        batch_size=batch_size,
-        done=done.copy(),
-        **options | sampling_key(options, seed),
-    )
+    done = completed(kept, settings) if kept else {}
+    tokens, ends = _prompts(loaded, loaded.spec, texts)
+    options |= {"eos": ends, "batch_size": batch_size, "done": done.copy(), **sampling_key(options, seed)}
+    batches = completions(loaded.model, loaded.params, loaded.tokenizer, tokens, **options)
     with tqdm(total=len(texts), initial=len(done), unit="text", desc="generate") as bar:
         for batch in batches:
             if kept:
@@ -227,13 +200,19 @@ def answer(
     Raises:
       ValueError: the context is too long.
     """
-    eos = base.model.config.eos_token_id
     params = method.apply(base.params, delta, strength=np.float32(strength))
-    inserted = methods.placeholders(method.spec, base.model)
-    tokens = prompts([context], base.tokenizer, eos=eos, **inserted)
-    ends = end_tokens(base.tokenizer, eos)
-    (text,) = generate_texts(base.model, params, base.tokenizer, tokens, eos=ends, progress=False, **decoding)
-    return text
+    tokens, ends = _prompts(base, method.spec, [context])
+    (texts,) = completions(base.model, params, base.tokenizer, tokens, eos=ends, **decoding)
+    return texts[0]
+
+
+def _prompts(
+    base: Loaded | bases.Base, spec: Mapping[str, Any], texts: Sequence[str]
+) -> tuple[list[list[int]], list[int]]:
+    """The tokens of contexts, with the placeholders of a method of that spec, and the tokens that end a completion."""
+    eos = base.model.config.eos_token_id
+    inserted = methods.placeholders(spec, base.model)
+    return prompts(texts, base.tokenizer, eos=eos, **inserted), end_tokens(base.tokenizer, eos)
 
 
 def completed(kept: Path, settings: Mapping[str, Any]) -> dict[int, str]:
@@ -255,27 +234,44 @@ def json_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def _first_contexts(examples: Dataset, limit: int | None) -> Dataset:
-    """The pairs of the first contexts only."""
-    kept = set(list(contexts(examples))[:limit])
-    return examples.select([i for i, context in enumerate(examples["context"]) if context in kept])
+def read_predictions(folder: Path) -> Rows:
+    """The rows (context, prediction, references) of an evaluation's folder."""
+    file = folder / "predictions.jsonl"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: experiments.evaluate writes it")
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
-def _validation_loss(loaded: Loaded, examples: Dataset) -> tuple[float, int]:
+def scores(
+    rows: Rows, task: TextTask, missing: str | None = None, metrics: Mapping[str, TextMetric] = {}
+) -> dict[str, dict]:
+    """The scores of all rows, and of those of seen and unseen categories where the data tell them apart: of the task's
+    style with their intervals, and of further metrics without."""
+    parts = {"all": rows}
+    if "seen" in rows[0]:
+        parts |= {"seen": [row for row in rows if row["seen"]], "unseen": [row for row in rows if not row["seen"]]}
+    result = {}
+    for name, part in parts.items():
+        if part:
+            texts = prepared(part, task)
+            further = {metric: float(score(*texts)) for metric, score in metrics.items()}
+            result[name] = report(*texts, style=task.style, missing=missing)
+            result[name] |= {
+                metric: dict.fromkeys(("score", "low", "high"), value) for metric, value in further.items()
+            }
+    return result
+
+
+def prepared(rows: Rows, task: TextTask) -> tuple[list[str], list[list[str]]]:
+    """Predictions and references as the task's scorer gets them."""
+    write = task.normalize or str
+    return [write(row["prediction"]) for row in rows], [references(task, row["references"]) for row in rows]
+
+
+def _validate(loaded: Loaded, examples: Dataset) -> dict[str, float]:
     """Nats per label of the pairs, as in training, and how many were too long to count."""
     data, objective = loaded.config.data, training.language_model(loaded.model)
     encoded = tasks.encode_pairs(examples, loaded.config, loaded, loaded.spec)
     batches = bucketed(encoded, data.batch_size, buckets=data.buckets)
-    return training.validate(objective, loaded.params, batches)["validation_loss"], encoded.skipped
-
-
-def _outputs(loaded: Loaded, examples: Dataset) -> np.ndarray:
-    """The model's outputs (N, labels), in the order of the examples."""
-    epoch = loaded.task.batches(examples, loaded.config, loaded, loaded.spec)(0)
-    forward = jax.jit(loaded.task.objective(loaded.config, loaded.model).forward)
-    outputs = [forward(loaded.params, batch) for batch in tqdm(epoch, unit="batch", desc="predict")]
-    return in_order(epoch, jax.device_get(outputs))
-
-
-def _write_json(file: Path, result: Mapping[str, Any]) -> None:
-    checkpoints.write_atomically(file, (json.dumps(result, indent=2) + "\n").encode())
+    loss = training.validate(objective, loaded.params, batches)["validation_loss"]
+    return {"skipped": encoded.skipped, "loss": loss, "perplexity": math.exp(loss)}

@@ -42,14 +42,6 @@ class Style(NamedTuple):
     references: dict[str, list[str]]  # context -> all its descriptions
 
 
-class Trained(NamedTuple):
-    """A delta, the base with it, and the base's identity."""
-
-    params: Any
-    delta: lj.Delta
-    base: dict[str, str]
-
-
 class Score(NamedTuple):
     """What a model makes of a style's validation restaurants."""
 
@@ -80,14 +72,10 @@ def make_tokenizer(workdir: Path, size: Size) -> Tokenizer:
 
 def make_style(name: str, tokenizer: Tokenizer, size: Size) -> Style:
     """Batches and references of one style, "plain" or "lively"."""
-
-    def batches(split: str, count: int) -> Schedule:
-        examples = restaurants.pairs(name, split, count)
-        encoded = pairs.encode(examples, tokenizer, eos=EOS, length=LENGTH)
-        return bucketed(encoded, size.batch_size, buckets=1)
-
-    valid = restaurants.pairs(name, "valid", size.contexts)
-    return Style(batches("train", size.restaurants), batches("valid", size.contexts), pairs.contexts(valid))
+    train, valid = restaurants.pairs(name, "train", size.restaurants), restaurants.pairs(name, "valid", size.contexts)
+    encoded = [pairs.encode(examples, tokenizer, eos=EOS, length=LENGTH) for examples in (train, valid)]
+    schedules = [bucketed(split, size.batch_size, buckets=1) for split in encoded]
+    return Style(schedules[0], schedules[1], pairs.contexts(valid))
 
 
 def make_model(tokenizer: Tokenizer, size: Size) -> tuple[gpt2.GPT2, Any]:
@@ -99,48 +87,18 @@ def make_model(tokenizer: Tokenizer, size: Size) -> tuple[gpt2.GPT2, Any]:
     return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
 
 
-def make_config(steps: int, learning_rate: float) -> TrainConfig:
-    """What `training.prepare` reads."""
-    return TrainConfig(
-        steps=steps,
-        log_every=max(steps // 20, 1),
-        eval_every=max(steps // 5, 1),
-        save_every=steps,
-        max_to_keep=1,
-        optimizer=OptimizerConfig(
-            learning_rate=learning_rate,
-            schedule="cosine",
-            warmup_steps=steps // 20,
-            end_lr_ratio=0.05,
-            b2=0.98,
-            clip_norm=1.0,
-        ),
-    )
-
-
 def train(
-    workdir: Path,
-    method: lj.ParamTransform,
-    model: gpt2.GPT2,
-    params: Any,
-    style: Style,
-    learning_rate: float,
-    steps: int,
-) -> Trained:
-    """Trains the method's delta on a style, in a workdir."""
+    workdir: Path, method: lj.ParamTransform, model: gpt2.GPT2, params: Any, style: Style, rate: float, steps: int
+) -> tuple[lj.Delta, dict[str, str]]:
+    """The method's delta, trained on a style in a workdir at that learning rate, and the identity of its base."""
+    options: dict[str, Any] = {"schedule": "cosine", "warmup_steps": steps // 20, "end_lr_ratio": 0.05, "b2": 0.98}
+    optimizer = OptimizerConfig(learning_rate=rate, clip_norm=1.0, **options)
+    often: dict[str, Any] = {"log_every": max(steps // 20, 1), "eval_every": max(steps // 5, 1), "save_every": steps}
+    config = TrainConfig(steps=steps, max_to_keep=1, optimizer=optimizer, **often)
     base = checkpoints.identity(params, "runs/quickstart/base")
-    job = training.prepare(
-        make_config(steps, learning_rate),
-        workdir,
-        method=method,
-        model=model,
-        params=params,
-        base=base,
-        batches=style.train,
-        validation=style.valid,
-    )
-    delta = training.train(job).delta
-    return Trained(method.apply(params, delta), delta, base)
+    parts: dict[str, Any] = {"method": method, "model": model, "params": params, "base": base}
+    job = training.prepare(config, workdir, **parts, batches=style.train, validation=style.valid)
+    return training.train(job).delta, base
 
 
 def score(model: gpt2.GPT2, params: Any, tokenizer: Tokenizer, style: Style) -> Score:

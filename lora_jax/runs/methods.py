@@ -3,9 +3,8 @@
 import importlib.util
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -18,8 +17,7 @@ from lora_jax.models.family import family_of
 
 def filled(method: lj.ParamTransform, params: Any, seed: int = 1) -> lj.Delta:
     """A delta that is nowhere zero, for what is timed and not trained."""
-    delta = jax.jit(method.init)(jax.random.key(seed), params)
-    return jax.tree.map(lambda x: x + 0.01, delta)
+    return jax.tree.map(lambda x: x + 0.01, jax.jit(method.init)(jax.random.key(seed), params))
 
 
 def spec(config: ConfigDict, model: Any, new: Sequence[str] = ()) -> dict[str, Any]:
@@ -41,7 +39,7 @@ def spec(config: ConfigDict, model: Any, new: Sequence[str] = ()) -> dict[str, A
 def _part(name: str, config: ConfigDict, model: Any) -> dict[str, Any]:
     """The spec of one method."""
     if ".py:" in name:
-        return _own(name)(model).spec
+        return _function(name)(model).spec
     if name not in config:
         raise ValueError(f"method is {config.method!r}, but the config has no options for {name!r}")
     # By way of JSON: to_dict sorts keys, and of a mapping from globs the first match wins.
@@ -62,17 +60,29 @@ def _part(name: str, config: ConfigDict, model: Any) -> dict[str, Any]:
 
 
 def from_file(name: str) -> Any:
-    """The object of "FILE.py:OBJECT"; the file, run once, registers its methods, as reloading needs too."""
-    file, _, name_there = name.rpartition(":")
-    return getattr(_module(Path(file)), name_there, None)
+    """The object of "FILE.py:OBJECT", or None; the file, run once, registers its methods, as reloading needs too."""
+    path, _, attribute = name.rpartition(":")
+    file = Path(path)
+    module_name = f"own_file_{file.resolve()}"
+    if module_name not in sys.modules:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} does not exist: FILE.py:NAME names an object in a Python file")
+        location: Any = importlib.util.spec_from_file_location(module_name, file)
+        sys.modules[module_name] = importlib.util.module_from_spec(location)
+        try:
+            location.loader.exec_module(sys.modules[module_name])
+        except BaseException:
+            del sys.modules[module_name]
+            raise
+    return getattr(sys.modules[module_name], attribute, None)
 
 
-def _own(name: str) -> Any:
-    """The function of "FILE.py:FUNCTION"."""
+def _function(name: str) -> Callable[[Any], lj.ParamTransform]:
+    """The function of "FILE.py:FUNCTION", from a model to a method."""
     function = from_file(name)
     if not callable(function):
-        file, _, name_there = name.rpartition(":")
-        raise ValueError(f"method is {name!r}, but {file} has no function {name_there!r}")
+        file, _, attribute = name.rpartition(":")
+        raise ValueError(f"method is {name!r}, but {file} has no function {attribute!r}")
     return function
 
 
@@ -80,23 +90,7 @@ def register_own(config: ConfigDict) -> None:
     """Registers the methods that a config names by FILE.py:FUNCTION, so that `from_spec` can make them."""
     for name in config.method.split("+"):
         if ".py:" in name:
-            _own(name)
-
-
-def _module(file: Path) -> ModuleType:
-    name = f"own_file_{file.resolve()}"
-    if name in sys.modules:
-        return sys.modules[name]
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist: FILE.py:NAME names an object in a Python file")
-    location: Any = importlib.util.spec_from_file_location(name, file)
-    module = sys.modules[name] = importlib.util.module_from_spec(location)
-    try:
-        location.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+            _function(name)
 
 
 def placeholders(spec: Mapping[str, Any], model: Any) -> dict[str, Sequence[int]]:

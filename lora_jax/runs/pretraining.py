@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 import lora_jax as lj
 from lora_jax import checkpoints, training
 from lora_jax.data import text
-from lora_jax.data.batches import Schedule, packed
+from lora_jax.data.batches import packed
 from lora_jax.distributed import processes, sharding
 from lora_jax.interop import hf
 from lora_jax.models import gpt2
@@ -22,20 +22,13 @@ from lora_jax.runs.run import Prepared, ignore
 
 
 class Pretrained(NamedTuple):
-    """What `pretrain` returns.
+    """What `pretrain` returns."""
 
-    Attributes:
-      finished: False where SIGTERM ended it; all is saved, and the same call resumes it.
-      step, total: the steps done, and the steps of the run.
-      model: the Hugging Face folder; None where not all is done.
-      loss: nats per token of validation, and `perplexity`, its exponential.
-    """
-
-    finished: bool
-    step: int
-    total: int
-    model: Path | None = None
-    loss: float = math.nan
+    finished: bool  # False where SIGTERM ended it; all is saved, and the same call resumes it
+    step: int  # the steps done
+    total: int  # the steps of the run
+    model: Path | None = None  # the Hugging Face folder; None where not all is done
+    loss: float = math.nan  # of validation, nats per token
 
     @property
     def perplexity(self) -> float:
@@ -54,26 +47,29 @@ def pretrain(config: ConfigDict, workdir: str | Path, *, started: Callable[[Prep
     """
     workdir = Path(workdir)
     training.claim(workdir, config)
-    tokenizer, eos, batches = _read(config, workdir)
+    tokenizer, eos = _tokenizer(config, workdir)
     shape = gpt2.GPT2Config(vocab_size=tokenizer.get_vocab_size(), eos_token_id=eos, **config.model.to_dict())
-    model = gpt2.GPT2(shape)
-    run = _prepare(config, workdir, model, batches)
+    run = _prepare(config, workdir, gpt2.GPT2(shape), tokenizer)
     started(run)
     job = run.job
     result = training.train(job)
     if not result.finished:
         return Pretrained(False, result.step, job.total)
     folder = workdir / "model"
-    hf.save(folder, model, job.method.apply(job.params, result.delta), tokenizer, merge=True)
+    hf.save(folder, gpt2.GPT2(shape), job.method.apply(job.params, result.delta), tokenizer, merge=True)
     entries = processes.on_primary(lambda: training.read_metrics(workdir))
     loss = next(entry["validation_loss"] for entry in reversed(entries) if "validation_loss" in entry)
     return Pretrained(True, result.step, job.total, folder, loss)
 
 
-def _read(config: ConfigDict, workdir: Path) -> tuple[Tokenizer, int, dict[str, Schedule]]:
-    """The tokenizer, given or learnt, its end of text, and the schedules of "train" and "valid"."""
+def _files(config: ConfigDict) -> dict[str, list[Path]]:
+    """The texts of "train" and "valid"."""
     held_out = text.files(config.data.validation)
-    paths = [path for path in text.files(config.data.path) if path not in held_out]
+    return {"train": [path for path in text.files(config.data.path) if path not in held_out], "valid": held_out}
+
+
+def _tokenizer(config: ConfigDict, workdir: Path) -> tuple[Tokenizer, int]:
+    """The tokenizer, given or learnt, and its end of text."""
     kept = workdir / "tokenizer.json"
     if config.tokenizer and not Path(config.tokenizer).is_file():
         raise FileNotFoundError(f"{config.tokenizer}: no such file; GPT-2's is in the hub's gpt2")
@@ -81,7 +77,7 @@ def _read(config: ConfigDict, workdir: Path) -> tuple[Tokenizer, int, dict[str, 
     def make() -> None:
         if checkpoints.latest_step(workdir) is None:
             given = Tokenizer.from_file(config.tokenizer) if config.tokenizer else None
-            made = given or text.train_tokenizer(paths, config.vocab_size)
+            made = given or text.train_tokenizer(_files(config)["train"], config.vocab_size)
             checkpoints.write_atomically(kept, made.to_str().encode())
 
     processes.on_primary(make)
@@ -89,16 +85,15 @@ def _read(config: ConfigDict, workdir: Path) -> tuple[Tokenizer, int, dict[str, 
     eos = tokenizer.token_to_id(text.END)
     if eos is None:
         raise ValueError(f"{config.tokenizer} has no token {text.END!r}, which parts documents")
-    sizes = config.data.batch_size, config.data.length, config.seed
-    schedules = {
-        name: packed(text.encode(files, tokenizer, eos=eos), *sizes, eos=eos)
-        for name, files in (("train", paths), ("valid", held_out))
-    }
-    return tokenizer, eos, schedules
+    return tokenizer, eos
 
 
-def _prepare(config: ConfigDict, workdir: Path, model: gpt2.GPT2, batches: dict[str, Schedule]) -> Prepared:
+def _prepare(config: ConfigDict, workdir: Path, model: gpt2.GPT2, tokenizer: Tokenizer) -> Prepared:
     """The run, ready to train: the base is random weights, all of which are tuned."""
+    eos, sizes = model.config.eos_token_id, (config.data.batch_size, config.data.length, config.seed)
+    batches = {
+        name: packed(text.encode(paths, tokenizer, eos=eos), *sizes, eos=eos) for name, paths in _files(config).items()
+    }
     mesh = bases.mesh_of(config)
     model = sharding.on_mesh(model, mesh)
     placement = sharding.Placement.of(model, mesh)
@@ -108,16 +103,7 @@ def _prepare(config: ConfigDict, workdir: Path, model: gpt2.GPT2, batches: dict[
 
     key = jax.random.key(config.seed)
     params = jax.jit(init, out_shardings=placement.shardings(jax.eval_shape(init, key)))(key)
-    method = lj.tune(lj.select("**"))
-    job = training.prepare(
-        config,
-        workdir,
-        method=method,
-        model=model,
-        params=params,
-        base=checkpoints.identity(params, f"random weights of seed {config.seed}"),
-        batches=batches["train"],
-        validation=batches["valid"],
-        placement=placement,
-    )
+    method, base = lj.tune(lj.select("**")), checkpoints.identity(params, f"random weights of seed {config.seed}")
+    parts: dict[str, Any] = {"method": method, "model": model, "params": params, "base": base, "placement": placement}
+    job = training.prepare(config, workdir, **parts, batches=batches["train"], validation=batches["valid"])
     return Prepared(workdir, job, lj.check(method, params))

@@ -1,46 +1,41 @@
-"""A run from its workdir, ready to use."""
+"""A run from its workdir, ready to use; and out to folders of other forms, and in from them."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 import lora_jax as lj
 from lora_jax import Delta, ParamTransform, checkpoints, training
+from lora_jax.distributed import sharding
+from lora_jax.interop import hf, peft
+from lora_jax.models.layouts import to_loop
 from lora_jax.runs import bases, methods
-from lora_jax.runs.tasks import Task, task_named
+from lora_jax.runs.config import is_sweep
+from lora_jax.runs.tasks import Task, TextTask, task_named
 
 Kind = Literal["base", "adapted", "merged"]
+Form = Literal["merged", "peft", "native"]
 
 
 class Loaded(NamedTuple):
-    """A run's model.
-
-    Attributes:
-      workdir: of the run.
-      config: of the run, as it resolved.
-      model: of `lora_jax.models`.
-      params: of the base alone, adapted, or merged, as `kind` says.
-      tokenizer: the base's.
-      method, delta: what was trained; None for the base alone.
-      step: of the checkpoint; 0 for the base alone.
-      base: the base's `checkpoints.identity`.
-      task: what the run learnt.
-      kind: "base", "adapted" or "merged".
-    """
+    """A run's model."""
 
     workdir: Path
-    config: ConfigDict
-    model: Any
-    params: Any
-    tokenizer: Tokenizer
-    method: ParamTransform | None
+    config: ConfigDict  # of the run, as it resolved
+    model: Any  # of `lora_jax.models`
+    params: Any  # of the base alone, adapted, or merged, as `kind` says
+    tokenizer: Tokenizer  # the base's
+    method: ParamTransform | None  # None for the base alone, as the delta
     delta: Delta | None
-    step: int
-    base: dict[str, str]
-    task: Task
+    step: int  # of the checkpoint; 0 for the base alone
+    base: dict[str, str]  # its `checkpoints.identity`
+    task: Task  # what the run learnt
     kind: Kind
 
     @property
@@ -80,7 +75,7 @@ def load(workdir: str | Path, *, params: Kind = "adapted", base: str | None = No
 def trained(workdir: Path, config: ConfigDict) -> tuple[ParamTransform, Delta, int, dict[str, str]]:
     """Method, delta, step and base's identity of a run: of its best epoch, where its config says what is best, or else
     of its newest checkpoint."""
-    if config.get("seeds") or any((config.get("sweep") or {}).values()):
+    if config.get("seeds") or is_sweep(config):
         runs = sorted(str(path.parent) for path in workdir.glob("*/config.json"))
         raise ValueError(f"{workdir} holds several runs: name one, --workdir={' or '.join(runs)}")
     if not config.get("best"):
@@ -95,18 +90,33 @@ def trained(workdir: Path, config: ConfigDict) -> tuple[ParamTransform, Delta, i
 
 
 def adapter(path: str | Path, base: bases.Base) -> tuple[ParamTransform, Delta]:
-    """Method and delta of a workdir's newest checkpoint, or of an adapter's file or folder, for that base.
+    """Method and delta, for that base, of a workdir's newest checkpoint, or of a folder of any form of `export_run`, of
+    which a model is a delta that replaces every leaf of the base.
 
     Raises:
-      FileNotFoundError: there is none. ValueError: it is damaged, or another base's.
+      FileNotFoundError: it is not there. ValueError: it is of no form, damaged, or another base's.
     """
     path = Path(path)
-    if not (path / "config.json").is_file():
+    file = path / "config.json"
+    if file.is_file() and "model_type" not in json.loads(file.read_text()):  # of a run, not of a model
+        read_config(path)  # registers a method from a file
+        run = checkpoints.load(path)
+        checkpoints.check_base(checkpoints.meta_of(path)["base"], base.identity, path)
+        return run.method, run.delta
+    if (path / "adapter_config.json").is_file():
+        return peft.load(path, base.params)
+    if (path / "adapter.safetensors").is_file() or not path.is_dir():
         return bases.adapter(path, base)
-    read_config(path)  # registers a method from a file
-    run = checkpoints.load(path)
-    checkpoints.check_base(checkpoints.meta_of(path)["base"], base.identity, path)
-    return run.method, run.delta
+    if not file.is_file():
+        raise ValueError(f"{path} holds no adapter.safetensors, adapter_config.json or config.json")
+    config = base.model.config
+    if config.scan_layers:
+        raise ValueError(f"{path}: a merged model is imported with --config.model.scan_layers=False")
+    head: dict[str, Any] = {"head": config.head, "labels": config.labels} if getattr(config, "head", None) else {}
+    params, method = hf.load(path, **head)[1], lj.tune(lj.select("**"))
+    if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, base.params):
+        raise ValueError(f"{path} is no model of the shapes of the base {base.identity['source']}")
+    return method, method.init(jax.random.key(0), params)
 
 
 def read_config(workdir: str | Path) -> ConfigDict:
@@ -119,8 +129,74 @@ def read_config(workdir: str | Path) -> ConfigDict:
     return config
 
 
-def check_writes(task: Task, config: ConfigDict, workdir: str | Path, *, text: bool) -> None:
-    """A ValueError where the run of a task that writes text should classify, or the reverse."""
-    if text != (task.text is not None):
-        others = "experiments.predict" if text else "experiments.evaluate and experiments.generate"
-        raise ValueError(f"{workdir} is a run of {config.data.name}: give it to {others}")
+def text_task(task: Task, config: ConfigDict, workdir: str | Path) -> TextTask:
+    """How the run's texts are scored; a ValueError where it writes none."""
+    if task.text is None:
+        raise ValueError(f"{workdir} is a run of {config.data.name}: give it to experiments.predict")
+    return task.text
+
+
+class Imported(NamedTuple):
+    """What `import_run` made: the delta, and the file that holds it besides the workdir's checkpoint of step 0."""
+
+    delta: Delta
+    adapter: Path
+
+
+def export_run(workdir: str | Path, form: Form, out: str | Path, *, base: str | None = None) -> tuple[Path, int]:
+    """Writes the delta of a run, or what it makes of the base.
+
+    Args:
+      workdir: of a run; of its best epoch, where its config says what is best.
+      form: "merged", a Hugging Face folder that transformers loads, of the base's speed; "peft", one for
+        `PeftModel.from_pretrained`; "native", what `checkpoints.load_adapter` reads.
+      out: the folder.
+      base: where the base is, if no longer where the run's config says.
+
+    Returns: what was written, and the step that it is of.
+    """
+    workdir, out = Path(workdir), Path(out)
+    config = read_config(workdir)
+    method, delta, step, trained_on = trained(workdir, config)
+    if form == "native":
+        return checkpoints.save_adapter(out, method, delta, trained_on), step
+    shape = config.mesh.to_dict() if config.get("mesh") else {}
+    # The mesh of the run where it has several devices and they are there: its base may be too large for one.
+    mesh = sharding.make_mesh(shape) if 1 < math.prod(shape.values()) <= jax.device_count() else None
+    loaded = bases.load(config, base, mesh)
+    checkpoints.check_base(trained_on, loaded.identity, workdir)
+    if form == "merged":
+        if mesh is not None:
+            adapted = jax.eval_shape(method.apply, loaded.params, delta)
+            delta = jax.device_put(delta, loaded.placement.shardings(delta, adapted))
+        hf.save(out, loaded.model, method.apply(loaded.params, delta), loaded.tokenizer, merge=True)
+    else:
+        peft.save(out, method, to_loop(delta), params=to_loop(loaded.params))
+    return out, step
+
+
+def import_run(source: str | Path, config: ConfigDict, workdir: str | Path) -> Imported:
+    """Makes a workdir whose run is at step 0, with the delta of a folder of any form of `export_run`.
+
+    `load` takes it as it takes a trained run, and `train` resumes it where the config's method has the same factors.
+
+    Raises:
+      ValueError: the folder is of no form, or of another base; the workdir holds a run already.
+    """
+    workdir = Path(workdir)
+    if config.get("seeds"):
+        config = config.copy_and_resolve_references()
+        config.seeds = ()  # one delta is one run
+    methods.register_own(config)
+    base = bases.load(config)
+    method, delta = adapter(source, base)
+    training.claim(workdir, config)
+    if checkpoints.latest_step(workdir) is not None:
+        raise ValueError(f"{workdir} holds a run already: give a new --workdir")
+    method.apply(lj.without_tuned(base.params, delta), delta)  # an error where it does not fit
+    tx = training.optimizer(config.optimizer, lambda step: 0.0, spec=method.spec)
+    key, dtype = jax.random.key(config.seed), base.model.config.dtype
+    state = training.new_state(method, tx, base.params, key, delta, dtype=dtype)
+    with checkpoints.manager(workdir) as manager:
+        checkpoints.save(manager, 0, state, spec=method.spec, base=base.identity)
+    return Imported(delta, checkpoints.save_adapter(workdir / "adapter", method, delta, base.identity))

@@ -3,58 +3,82 @@
 import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import lora_jax as lj
 from lora_jax import Delta, checkpoints, training
+from lora_jax.core.selection import flatten
+from lora_jax.data.batches import Schedule
 from lora_jax.distributed import processes
 from lora_jax.metrics.statistics import spread
-from lora_jax.runs import bases, setups
-from lora_jax.runs.summary import summarize, write_summary
-from lora_jax.runs.tasks import Task
+from lora_jax.runs import bases, methods, tables
+from lora_jax.runs.config import is_sweep
+from lora_jax.runs.tasks import Task, task_named
+
+
+class Setup(NamedTuple):
+    """All that a run needs."""
+
+    base: bases.Base
+    method: lj.ParamTransform | None  # what trains; None of method "none"
+    batches: dict[str, Schedule]  # of "train" and "valid"
+    objective: training.Objective  # with its metrics
+
+
+def load_setup(
+    config: ConfigDict,
+    mesh: Mesh | None = None,
+    *,
+    task: Task | None = None,
+    method: lj.ParamTransform | None = None,
+    metrics: Mapping[str, training.Metric] = {},
+) -> Setup:
+    """The setup of a config; with a mesh its base is read straight onto it.
+
+    Args:
+      task, method: instead of those that the config names.
+      metrics: of validation, besides the task's own.
+
+    Raises:
+      FileNotFoundError: no base or no data where the config says.
+    """
+    task = task or task_named(config.data.name)
+    data = {split: task.load(config.data.path, split) for split in ("train", "valid")}
+    base = bases.load(config, mesh=mesh, task=task)
+    if method is None and config.method != "none":
+        method = lj.from_spec(methods.spec(config, base.model, base.new))
+    spec = method.spec if method else {}
+    schedules = {split: task.batches(examples, config, base, spec) for split, examples in data.items()}
+    return Setup(base, method, schedules, training.with_metrics(task.objective(config, base.model), metrics))
 
 
 class Prepared(NamedTuple):
-    """A run, ready to train.
-
-    Attributes:
-      workdir: of the run.
-      job: what `training.train` takes.
-      report: the table of what trains.
-      warm_start: what it starts from, in words; "" where it starts anew.
-    """
+    """A run, ready to train."""
 
     workdir: Path
-    job: training.Job
-    report: lj.Report
-    warm_start: str = ""
+    job: training.Job  # what `training.train` takes
+    report: lj.Report  # the table of what trains
+    warm_start: str = ""  # what it starts from, in words; "" where it starts anew
 
 
 class RunResult(NamedTuple):
-    """What `train` returns.
-
-    Attributes:
-      workdir: of the run.
-      finished: False where SIGTERM ended it; all is saved, and the same call resumes it.
-      step, total: the steps done, and the steps of the run.
-      delta: trained; None of method "none", and of several seeds.
-      adapter: the file of the delta; None where nothing trained or not all is done.
-      summary: what summary.json holds; None on all but the first process, and where not all is done.
-      members: of a config with several seeds, each seed's; those whose summary was there already are not among them.
-    """
+    """What `train` returns."""
 
     workdir: Path
-    finished: bool
-    step: int = 0
-    total: int = 0
-    delta: Delta | None = None
-    adapter: Path | None = None
-    summary: dict[str, Any] | None = None
-    members: tuple["RunResult", ...] = ()
+    finished: bool  # False where SIGTERM ended it; all is saved, and the same call resumes it
+    step: int = 0  # the steps done
+    total: int = 0  # the steps of the run
+    delta: Delta | None = None  # trained; None of method "none", and of several seeds
+    adapter: Path | None = None  # the file of the delta; None where nothing trained or not all is done
+    summary: dict[str, Any] | None = None  # of summary.json; None where not all is done, and on all other processes
+    members: tuple["RunResult", ...] = ()  # of several seeds, each seed's run, but for those that were done before
 
 
 def ignore(_: Any) -> None:
@@ -72,33 +96,22 @@ def prepare(
 ) -> Prepared:
     """A run of this config in this workdir, from its start or from its newest good checkpoint.
 
-    Args: as for `train`, which closes the loggers; this does not.
+    The arguments are those of `train`, which closes the loggers; this does not.
 
     Raises:
       FileNotFoundError: no base or no data where the config says.
       ValueError: the workdir holds another config's run, or the config names what there is not.
     """
-    setup = setups.load(config, bases.mesh_of(config), task=task, method=method, metrics=metrics)
+    setup = load_setup(config, bases.mesh_of(config), task=task, method=method, metrics=metrics)
     base = setup.base
     if setup.method is None:
         raise ValueError(f"{workdir}: method 'none' trains nothing; runs.train evaluates the base")
     report = lj.check(setup.method, base.params)
-    initial, note = setups.warm_start(config, setup.method, base)
-    job = training.prepare(
-        config,
-        workdir,
-        method=setup.method,
-        model=base.model,
-        params=base.params,
-        base=base.identity,
-        batches=setup.batches["train"],
-        validation=setup.batches["valid"],
-        objective=setup.objective,
-        initial=initial,
-        placement=base.placement,
-        loggers=loggers,
-    )
-    return Prepared(Path(workdir), job, report, note)
+    initial, note = _warm_start(config, setup.method, base)
+    parts: dict[str, Any] = {"method": setup.method, "objective": setup.objective, "initial": initial}
+    parts |= {"model": base.model, "params": base.params, "base": base.identity, "placement": base.placement}
+    parts |= {"batches": setup.batches["train"], "validation": setup.batches["valid"], "loggers": loggers}
+    return Prepared(Path(workdir), training.prepare(config, workdir, **parts), report, note)
 
 
 def train(
@@ -126,76 +139,105 @@ def train(
       metrics: of validation, besides the task's own: name -> (outputs, labels) -> figure.
       loggers: get every entry of the metrics too, of several seeds with "seed_0/" before each name; closed at the end.
       command: the command line that makes the run again, for summary.json.
-      started: called with each run before it trains.
-      ended: called with each run's result.
+      started, ended: called with each run before it trains, and with each run's result.
 
     Raises:
       FileNotFoundError, ValueError, OSError: as `prepare` and `training.train`.
     """
-    workdir = Path(workdir)
-    if any((config.get("sweep") or {}).values()):
+    if is_sweep(config):
         raise ValueError("the config has values to sweep: runs.sweep trains them")
-    parts = {"task": task, "method": method, "metrics": metrics}
+    run = partial(_train, task=task, method=method, metrics=metrics, command=command, started=started, ended=ended)
     with contextlib.ExitStack() as stack:
         for logger in loggers:
             stack.callback(logger.close)
-        options = _Options(parts, tuple(loggers), command, started, ended)
-        return (_train_seeds if config.get("seeds") else _train)(config, workdir, options)
+        if not config.get("seeds"):
+            return run(config, Path(workdir), loggers)
+        result = _train_seeds(config, Path(workdir), loggers, run, command)
+        if result.finished:
+            ended(result)
+        return result
 
 
-class _Options(NamedTuple):
-    """What `train` was given for each of its runs."""
+def _warm_start(config: ConfigDict, method: lj.ParamTransform, base: bases.Base) -> tuple[dict[str, Any], str]:
+    """The entries of the adapter that the config starts from, those which fit; and a line that names the others.
 
-    parts: dict[str, Any]
-    loggers: tuple[training.Logger, ...]
-    command: str | None
-    started: Callable[[Prepared], None]
-    ended: Callable[[RunResult], None]
+    Raises:
+      ValueError: another base's adapter, one that the config's method scales otherwise, or nothing of it fits.
+    """
+    if not config.get("warm_start"):
+        return {}, ""
+    path = Path(config.warm_start)
+    folder = path / "adapter" if (path / "adapter").is_dir() else path
+    if folder == path and (path / "config.json").is_file():
+        seeds = sorted(str(seed) for seed in path.glob("seed_*"))
+        why = f"name one of its seeds: {', '.join(seeds)}" if seeds else "it was stopped before its adapter was written"
+        raise FileNotFoundError(f"warm_start={path} is a run without an adapter: {why}")
+    their_method, delta = bases.adapter(folder, base)
+    wanted = jax.eval_shape(method.init, jax.random.key(0), base.params)
+    shapes = {name: jax.tree.map(np.shape, factors) for name, factors in delta.items()}
+    fitting = {n: delta[n] for n, factors in wanted.items() if shapes.get(n) == jax.tree.map(np.shape, factors)}
+    if not fitting:
+        raise ValueError(f"{path}: nothing of this adapter fits the method of the config")
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), wanted)
+    flat, treedef = flatten(base.params)  # a tuned leaf may have another shape there: a head
+    their_base = jax.tree.unflatten(treedef, [delta.get(path, {}).get("value", leaf) for path, leaf in flat])
+    adapted = method.apply(base.params, lj.Delta(zeros | fitting))
+    if other := training.difference(their_method.apply(their_base, delta), adapted, among=fitting):
+        raise ValueError(f"{path} is of another method than the config's: {other}")
+    left = sorted(set(delta) - set(fitting))
+    note = f"starts from {path}: {len(fitting)} entries" + (f"; these do not fit: {', '.join(left)}" if left else "")
+    return fitting, note
 
 
-def _train(config: ConfigDict, workdir: Path, options: _Options) -> RunResult:
+def _train(
+    config: ConfigDict,
+    workdir: Path,
+    loggers: Sequence[training.Logger],
+    *,
+    command: str | None,
+    started: Callable[[Prepared], None],
+    ended: Callable[[RunResult], None],
+    **parts: Any,
+) -> RunResult:
+    """One run, with the task, method and metrics that `train` was given."""
     training.claim(workdir, config)
-    nothing = config.method == "none" and options.parts["method"] is None
-    result = (_train_base if nothing else _train_delta)(config, workdir, options)
-    options.ended(result)
+    if config.method == "none" and parts["method"] is None:
+        result, trained, total = RunResult(workdir, True), 0, _validate_base(config, workdir, loggers, parts)
+    else:
+        run = prepare(config, workdir, loggers=loggers, **parts)
+        started(run)
+        job, (_, trained, total) = run.job, run.report
+        delta, step, finished = training.train(job)
+        file = workdir / "adapter" / "adapter.safetensors"
+        if finished and not config.get("best"):  # else the best is there already
+            checkpoints.save_adapter(file, job.method, delta, job.base)
+        result = RunResult(workdir, finished, step, job.total, delta, file if finished else None)
+    if result.finished and processes.is_primary():
+        numbers = {"trained": trained, "total": total, "steps": result.step}
+        result = result._replace(summary=tables.summarize(config, workdir, command=command, **numbers))
+    ended(result)
     return result
 
 
-def _train_delta(config: ConfigDict, workdir: Path, options: _Options) -> RunResult:
-    run = prepare(config, workdir, **options.parts, loggers=options.loggers)
-    options.started(run)
-    job = run.job
-    result = training.train(job)
-    if not result.finished:
-        return RunResult(workdir, False, result.step, job.total, result.delta)
-    file, summary = workdir / "adapter" / "adapter.safetensors", None
-    if not config.get("best"):  # else the best is there already
-        checkpoints.save_adapter(file, job.method, result.delta, job.base)
-    if processes.is_primary():
-        numbers = {"trained": run.report.trained, "total": run.report.total}
-        numbers |= {"adapter_bytes": file.stat().st_size, "steps": result.step}
-        summary = summarize(config, workdir, command=options.command, **numbers)
-        write_summary(workdir, summary)
-    return RunResult(workdir, True, result.step, job.total, result.delta, file, summary)
-
-
-def _train_base(config: ConfigDict, workdir: Path, options: _Options) -> RunResult:
-    """Method "none": the validation loss, and the task's metrics, of the base."""
-    setup = setups.load(config, bases.mesh_of(config), **options.parts)
-    params, placement = setup.base.params, setup.base.placement
-    objective = training.with_metrics(setup.objective, config.get("metrics", ()))
-    figures = training.validate(objective, params, setup.batches["valid"], placement=placement)
-    with training.Log(workdir, -1, options.loggers) as log:
+def _validate_base(
+    config: ConfigDict, workdir: Path, loggers: Sequence[training.Logger], parts: Mapping[str, Any]
+) -> int:
+    """Method "none": logs validation's loss and metrics of the base; returns the base's number of parameters."""
+    base, _, batches, objective = load_setup(config, bases.mesh_of(config), **parts)
+    objective = training.with_metrics(objective, config.get("metrics", ()))
+    figures = training.validate(objective, base.params, batches["valid"], placement=base.placement)
+    with training.Log(workdir, -1, loggers) as log:
         log.write(0, **figures)
-    summary = None
-    if processes.is_primary():
-        total = sum(leaf.size for leaf in jax.tree.leaves(params))
-        summary = summarize(config, workdir, command=options.command, trained=0, total=total, adapter_bytes=0, steps=0)
-        write_summary(workdir, summary)
-    return RunResult(workdir, True, summary=summary)
+    return sum(leaf.size for leaf in jax.tree.leaves(base.params))
 
 
-def _train_seeds(config: ConfigDict, workdir: Path, options: _Options) -> RunResult:
+def _train_seeds(
+    config: ConfigDict,
+    workdir: Path,
+    loggers: Sequence[training.Logger],
+    run: Callable[..., RunResult],
+    command: str | None,
+) -> RunResult:
     """A run for each of the config's seeds; their medians and ranges go into summary.json."""
     configs = {}
     for seed in config.seeds:
@@ -209,18 +251,14 @@ def _train_seeds(config: ConfigDict, workdir: Path, options: _Options) -> RunRes
     for folder, member in configs.items():
         file = folder / "summary.json"
         if not processes.on_primary(file.is_file):
-            loggers = tuple(training.Prefixed(logger, f"{folder.name}/") for logger in options.loggers)
-            members.append(_train(member, folder, options._replace(loggers=loggers)))
+            members.append(run(member, folder, [training.Prefixed(logger, f"{folder.name}/") for logger in loggers]))
             if not members[-1].finished:
                 return RunResult(workdir, False, members=tuple(members))
         summaries.append(json.loads(processes.on_primary(file.read_text)))
     summary = None
     if processes.is_primary():
-        scores = {name: [each[name] for each in summaries] for name in summaries[0]["validation"]}
-        spreads = {name: spread(values) for name, values in scores.items()}
-        summary = summaries[0] | spreads | {"seed": list(config.seeds)}
-        summary |= {"command": options.command} if options.command else {}
-        write_summary(workdir, summary)
-    result = RunResult(workdir, True, summary=summary, members=tuple(members))
-    options.ended(result)
-    return result
+        names = summaries[0]["validation"]
+        summary = summaries[0] | {name: spread([row[name] for row in summaries]) for name in names}
+        summary |= {"seed": list(config.seeds)} | ({"command": command} if command else {})
+        tables.write_json(workdir / "summary.json", summary)
+    return RunResult(workdir, True, summary=summary, members=tuple(members))

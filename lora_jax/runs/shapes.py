@@ -11,7 +11,7 @@ from lora_jax.core.selection import flatten, matches
 from lora_jax.data import glue
 from lora_jax.interop import hf
 from lora_jax.models import encoder, gpt2
-from lora_jax.models.family import family_of
+from lora_jax.models.family import dimensions_of, family_of
 from lora_jax.planning import asking
 from lora_jax.runs import bases, methods
 
@@ -41,28 +41,22 @@ def count(config: ConfigDict) -> Count:
     """
     model = model_of(config)
     params, heads = asking.param_shapes(model), config.get("head", ())
-    in_head = lambda path: any(matches(glob, path) for glob in heads)  # noqa: E731
-    rows: list[Any] = []
-    if config.method != "none":
-        rows = lj.check(lj.from_spec(methods.spec(config, model)), params).rows
-    below_head = [row for row in rows if not in_head(row.path)]
-    total = sum(leaf.size for path, leaf in flatten(params)[0] if not in_head(path))
-    trained = sum(row.trained for row in below_head)
-    return Count(lj.Report(below_head, trained, total), sum(row.trained for row in rows) - trained)
+    below_head = lambda path: not any(matches(glob, path) for glob in heads)  # noqa: E731
+    nothing = config.method == "none"
+    rows = [] if nothing else lj.check(lj.from_spec(methods.spec(config, model)), params).rows
+    kept = [row for row in rows if below_head(row.path)]
+    total = sum(leaf.size for path, leaf in flatten(params)[0] if below_head(path))
+    trained = sum(row.trained for row in kept)
+    return Count(lj.Report(kept, trained, total), sum(row.trained for row in rows) - trained)
 
 
 def workload(config: ConfigDict) -> asking.Workload:
     """A config's training step as `lora_jax.planning` takes it: its token table padded, each example as long as the
     config and the model allow."""
     model = asking.padded(model_of(config))
-    return asking.Workload(
-        model,
-        lj.from_spec(methods.spec(config, model)),
-        config.optimizer,
-        config.data.batch_size,
-        min(config.data.length, family_of(model).dimensions(model.config).max_length),
-        config.get("label_smoothing", 0.0),
-    )
+    method, length = lj.from_spec(methods.spec(config, model)), min(config.data.length, dimensions_of(model).max_length)
+    smoothing = config.get("label_smoothing", 0.0)
+    return asking.Workload(model, method, config.optimizer, config.data.batch_size, length, smoothing)
 
 
 def model_of(config: ConfigDict) -> Any:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,10 +10,11 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 import lora_jax as lj
-from lora_jax import checkpoints, training
+from lora_jax import training
+from lora_jax.core.extras import extra
 from lora_jax.distributed import processes
-from lora_jax.runs import bases, methods, setups
-from lora_jax.runs.summary import summarize, write_summary
+from lora_jax.runs import bases, methods, tables
+from lora_jax.runs.run import load_setup
 from lora_jax.runs.tasks import Task
 from lora_jax.training import sweep as training_sweep
 
@@ -22,26 +22,13 @@ KEYS = {"learning_rate": "optimizer.learning_rate", "weight_decay": "optimizer.w
 
 
 class SweepResult(NamedTuple):
-    """What `sweep` returns.
-
-    Attributes:
-      workdir: of the sweep.
-      finished: False where SIGTERM ended it; all is saved, and the same call resumes it.
-      total: the steps of the sweep.
-      members: the result of each member by the name of its folder; None for one that diverged.
-      rows: a row of a table for each member, as in sweep.json; none on all but the first process.
-    """
+    """What `sweep` returns."""
 
     workdir: Path
-    finished: bool
-    total: int
-    members: dict[str, training.Result | None]
-    rows: list[dict[str, Any]]
-
-
-def is_sweep(config: ConfigDict) -> bool:
-    """Whether a config has values to sweep."""
-    return any((config.get("sweep") or {}).values())
+    finished: bool  # False where SIGTERM ended it; all is saved, and the same call resumes it
+    total: int  # the steps of the sweep
+    members: dict[str, training.Result | None]  # by the names of their folders; None for one that diverged
+    rows: list[dict[str, Any]]  # of sweep.json, one for each member; none on all but the first process
 
 
 def sweep(
@@ -60,28 +47,34 @@ def sweep(
 
     Args:
       config: of `default_config` or a config file, with values under `sweep`.
-      workdir: made where there is none.
-      task: what to learn, instead of the task that the config names.
-      metrics: of validation, besides the task's own: name -> (outputs, labels) -> figure.
+      task, metrics, command: as for `train`.
       loggers: get every entry of the metrics too, with the member's folder before each name; closed at the end.
-      command: the command line that makes the sweep again, for the summaries.
       started: called, before it trains, with the table of what trains in the first member, and the names of all.
 
     Raises:
       FileNotFoundError, ValueError, OSError: as `training.sweep.prepare` and `train`.
     """
+    workdir = Path(workdir)
     with contextlib.ExitStack() as stack:
         for logger in loggers:
             stack.callback(logger.close)
-        job, configs, reports = _prepare(config, Path(workdir), task, metrics, loggers)
-        started(reports[0], list(configs))
+        job, reports = _prepare(config, workdir, task, metrics, loggers)
+        names = [member.name for member in job.members]
+        started(reports[0], names)
         results = training_sweep.train(job)
-    workdir = Path(workdir)
     if results is None:
         return SweepResult(workdir, False, job.total, {}, [])
-    done = dict(zip(configs, results, strict=True))
-    rows = _write(workdir, configs, reports, done, command) if processes.is_primary() else []
-    return SweepResult(workdir, True, job.total, done, rows)
+    rows: list[dict[str, Any]] = []
+    if processes.is_primary():
+        for member, report, result in zip(job.members, reports, results, strict=True):
+            row = {"label": member.name, "trained": report.trained}
+            if result is not None:
+                numbers = {**row, "total": report.total, "steps": result.step}
+                row = tables.summarize(member.config, workdir / member.name, command=command, **numbers)
+            rows.append(row)
+        tables.write_rows(workdir / "sweep.json", rows)
+        _plot(workdir, names)
+    return SweepResult(workdir, True, job.total, dict(zip(names, results, strict=True)), rows)
 
 
 def _prepare(
@@ -90,59 +83,26 @@ def _prepare(
     task: Task | None,
     metrics: Mapping[str, training.Metric],
     loggers: Sequence[training.Logger],
-) -> tuple[training.Job, dict[str, ConfigDict], list[lj.Report]]:
-    """The sweep, ready to train, the config of each member by its name, and the tables of what trains."""
+) -> tuple[training.Job, list[lj.Report]]:
+    """The sweep, ready to train, and the tables of what trains in each member."""
     if config.method == "none" or config.get("warm_start"):
         raise ValueError("a sweep trains new adapters: no method 'none', no warm_start")
     configs = members(config)
     first, *_ = configs.values()
     mesh = bases.mesh_of(config)
-    setup = setups.load(first, mesh, task=task, metrics=metrics)
-    base = setup.base
+    base, _, batches, objective = load_setup(first, mesh, task=task, metrics=metrics)
     params = {first.seed: base.params}
     prepared = []
     for name, member in configs.items():
         if member.seed not in params:  # another seed draws another head, where the head is new
             params[member.seed] = bases.load(member, mesh=mesh, task=task).params if member.get("head") else base.params
         method = lj.from_spec(methods.spec(member, base.model, base.new))
-        batches = dataclasses.replace(setup.batches["train"], seed=member.seed)
-        prepared.append(training_sweep.Member(name, member, method, params[member.seed], batches))
+        schedule = dataclasses.replace(batches["train"], seed=member.seed)
+        prepared.append(training_sweep.Member(name, member, method, params[member.seed], schedule))
+    parts: dict[str, Any] = {"base": base.identity, "objective": objective, "validation": batches["valid"]}
+    parts |= {"placement": base.placement, "dtype": base.model.config.dtype, "loggers": loggers}
     reports = [lj.check(member.method, base.params) for member in prepared]
-    job = training_sweep.prepare(
-        config,
-        workdir,
-        prepared,
-        base=base.identity,
-        objective=setup.objective,
-        validation=setup.batches["valid"],
-        placement=base.placement,
-        dtype=base.model.config.dtype,
-        loggers=loggers,
-    )
-    return job, configs, reports
-
-
-def _write(
-    workdir: Path,
-    configs: dict[str, ConfigDict],
-    reports: list[lj.Report],
-    results: dict[str, training.Result | None],
-    command: str | None,
-) -> list[dict[str, Any]]:
-    """Writes the members' summaries, sweep.json and sweep.png; returns the rows."""
-    rows = []
-    for (name, config), report in zip(configs.items(), reports, strict=True):
-        folder = workdir / name
-        row: dict[str, Any] = {"label": name, "trained": report.trained}
-        if (result := results[name]) is not None:
-            size = (folder / "adapter" / "adapter.safetensors").stat().st_size
-            numbers = {"trained": report.trained, "total": report.total, "adapter_bytes": size, "steps": result.step}
-            row |= summarize(config, folder, command=command, **numbers)
-            write_summary(folder, row)
-        rows.append(row)
-    checkpoints.write_atomically(workdir / "sweep.json", (json.dumps({"rows": rows}, indent=2) + "\n").encode())
-    _plot(workdir, list(configs))
-    return rows
+    return training_sweep.prepare(config, workdir, prepared, **parts), reports
 
 
 def members(config: ConfigDict) -> dict[str, ConfigDict]:
@@ -178,14 +138,15 @@ def _key(name: str, config: ConfigDict) -> str:
 
 def _plot(workdir: Path, names: list[str]) -> None:
     """The curves of all members: loss in training and validation."""
-    from matplotlib.figure import Figure
+    with extra("train"):
+        from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(12, 5), layout="constrained")
     for axes, measured in zip(figure.subplots(1, 2), ("loss", "validation_loss"), strict=True):
         for name in names:
-            entries = [entry for entry in training.read_metrics(workdir / name) if measured in entry]
-            steps, values = [entry["step"] for entry in entries], [entry[measured] for entry in entries]
-            axes.plot(steps, values, "o-" if measured == "validation_loss" else "-", label=name, markersize=4)
+            points = [(e["step"], e[measured]) for e in training.read_metrics(workdir / name) if measured in e]
+            style = "o-" if measured == "validation_loss" else "-"
+            axes.plot([step for step, _ in points], [loss for _, loss in points], style, label=name, markersize=4)
         axes.set(xlabel="step", ylabel=f"{measured.replace('_', ' ')} per label")
         axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

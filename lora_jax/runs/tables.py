@@ -5,12 +5,15 @@ import json
 import os
 import platform
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from lora_jax.checkpoints import write_atomically
+from lora_jax.training import read_metrics
 
 # A row is a dict. Of its entries the table shows those named here, in this order: the title, and the format of a number
 # or of each part of {"score", "low", "high"}.
@@ -83,6 +86,33 @@ LEFT_ALIGNED = {"config", "verdict"}
 Row = dict[str, Any]
 
 
+def summarize(config: ConfigDict, workdir: Path, *, command: str | None = None, **numbers: Any) -> Row:
+    """The run of a workdir in one row, which is written to its summary.json: the numbers given, the size of the
+    adapter, and validation's figures of the best epoch where the config says what is best, else of the last."""
+    entries = read_metrics(workdir)
+    speeds = [entry["tokens_per_second"] for entry in entries if "tokens_per_second" in entry]
+    validated = [entry for entry in entries if "validation_loss" in entry]
+    best = config.get("best")
+    chosen = max(validated, key=lambda entry: entry[best]) if best else validated[-1]
+    figures = {name: value for name, value in chosen.items() if name != "step"}
+    adapter = workdir / "adapter" / "adapter.safetensors"
+    row = {
+        **({"command": command} if command else {}),
+        "method": config.method,
+        "base": config.base,
+        "seed": config.seed,
+        **numbers,
+        "adapter_bytes": adapter.stat().st_size if adapter.is_file() else 0,
+        **figures,
+        "validation": list(figures),
+        "tokens_per_second": round(statistics.median(speeds)) if speeds else None,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+    }
+    write_json(workdir / "summary.json", row)
+    return row
+
+
 def rows_of(label: str, workdir: str | Path) -> list[Row]:
     """A run's summary.json with the scores of its evaluation on test, if there is one; after it a row for each part of
     the test set (seen, unseen) with scores of its own.
@@ -90,10 +120,10 @@ def rows_of(label: str, workdir: str | Path) -> list[Row]:
     Raises:
       FileNotFoundError: the run is not done.
     """
-    summary = Path(workdir) / "summary.json"
-    if not summary.is_file():
-        raise FileNotFoundError(f"{summary} does not exist: experiments.train writes it at its end")
-    row = {"label": label} | json.loads(summary.read_text())
+    file = Path(workdir) / "summary.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: experiments.train writes it at its end")
+    row = {"label": label} | json.loads(file.read_text())
     del row["tokens_per_second"]  # runs share the machine with whatever else it does: experiments.speed compares
     kind = "test-base*" if row["method"] == "none" else "test-[!b]*"
     results = [json.loads(file.read_text()) for file in Path(workdir, "evaluation").glob(f"{kind}/evaluate.json")]
@@ -155,6 +185,11 @@ def _cell(value: Any, form: str) -> str:
     return form.format(value)
 
 
+def write_json(file: str | Path, value: Any) -> None:
+    """Writes a value as JSON, all of it or nothing."""
+    write_atomically(file, (json.dumps(value, indent=2) + "\n").encode())
+
+
 def read_rows(file: Path) -> list[Row]:
     """The rows of a file of results; none where there is no file."""
     return json.loads(file.read_text())["rows"] if file.is_file() else []
@@ -162,7 +197,7 @@ def read_rows(file: Path) -> list[Row]:
 
 def write_rows(file: Path, rows: list[Row]) -> None:
     """Writes a file of results."""
-    write_atomically(file, (json.dumps({"rows": rows}, indent=2) + "\n").encode())
+    write_json(file, {"rows": rows})
 
 
 def add_rows(file: Path, rows: list[Row]) -> None:

@@ -77,22 +77,21 @@ def task_named(name: str) -> Task:
 def generation(text: TextTask) -> Task:
     """Completing contexts, by a model that predicts the next token."""
 
+    def objective(config: ConfigDict, model: Any) -> training.Objective:
+        return training.language_model(model, config.label_smoothing)
+
     def schedule(examples: Dataset, config: ConfigDict, base: Any, spec: Mapping[str, Any]) -> Schedule:
         encoded = encode_pairs(examples, config, base, spec)
         return batches.bucketed(encoded, config.data.batch_size, config.seed, buckets=config.data.buckets)
-
-    def objective(config: ConfigDict, model: Any) -> training.Objective:
-        return training.language_model(model, config.label_smoothing)
 
     return Task(text.load, schedule, objective, text=text)
 
 
 def encode_pairs(examples: Dataset, config: ConfigDict, base: Any, spec: Mapping[str, Any]) -> pairs.Encoded:
     """Tokens of contexts and completions, as a config says, with the placeholders of a method of that spec."""
-    model, data = base.model, config.data
-    eos, length = model.config.eos_token_id, min(data.length, dimensions_of(model).max_length)
-    inserted = methods.placeholders(spec, model)
-    return pairs.encode(examples, base.tokenizer, eos=eos, length=length, long=data.long, **inserted)
+    model, length = base.model, min(config.data.length, dimensions_of(base.model).max_length)
+    options = {"eos": model.config.eos_token_id, "length": length, "long": config.data.long}
+    return pairs.encode(examples, base.tokenizer, **options | methods.placeholders(spec, model))
 
 
 def classification(
@@ -117,10 +116,7 @@ def classification(
         encoded = sentences.encode(examples, base.tokenizer, **options)
         return batches.classified(encoded, config.data.batch_size, config.seed, buckets=config.data.buckets)
 
-    def objective(config: ConfigDict, model: Any) -> training.Objective:
-        return training.classifier(model, metrics)
-
-    return Task(load, schedule, objective, head)
+    return Task(load, schedule, lambda config, model: training.classifier(model, metrics), head)
 
 
 def predictions(task: Task, outputs: np.ndarray) -> np.ndarray:

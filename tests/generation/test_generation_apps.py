@@ -20,7 +20,7 @@ from lora_jax.generation import complete
 from lora_jax.interop import hf
 from lora_jax.metrics import bleu, java
 from lora_jax.models import gpt2
-from lora_jax.runs import bases, scoring
+from lora_jax.runs import bases, evaluation
 from lora_jax.runs.evaluation import answer, completed, json_lines
 from tests.helpers.cli import run_entry
 
@@ -181,12 +181,12 @@ def test_scores_of_seen_and_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
         {"context": "b", "prediction": "x y z w", "references": ["q", "x y z W"], "seen": False},
         {"context": "c", "prediction": "nothing of it here", "references": ["x y z w"], "seen": False},
     ]
-    found = scoring.scores(rows, named("webnlg"))
+    found = evaluation.scores(rows, named("webnlg"))
     assert list(found) == ["all", "seen", "unseen"]
     assert found["seen"]["bleu"]["score"] == pytest.approx(100)
     half = found["unseen"]["bleu"]["score"]
     assert 0 < half < found["all"]["bleu"]["score"] < 100
-    assert list(scoring.scores([{**row, "seen": True} for row in rows], named("webnlg"))) == ["all", "seen"]
+    assert list(evaluation.scores([{**row, "seen": True} for row in rows], named("webnlg"))) == ["all", "seen"]
 
 
 @pytest.mark.slow

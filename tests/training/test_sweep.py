@@ -11,7 +11,7 @@ import pytest
 from configs import glue
 from lora_jax import checkpoints, training
 from lora_jax.data.batches import Stacked
-from lora_jax.runs import sweeps
+from lora_jax.runs import is_sweep, sweeps
 from lora_jax.training import sweep
 from tests.helpers.cli import make_inputs, run, run_entry
 from tests.helpers.runs import QV, prepare, schedule, without_times
@@ -187,7 +187,7 @@ def test_every_combination_is_a_member() -> None:
     assert list(found) == [f"learning_rate=0.001,rank={rank},seed={seed}" for rank in (1, 8) for seed in (0, 5)]
     last = found["learning_rate=0.001,rank=8,seed=5"]
     assert (last.lora.rank, last.seed, last.seeds, last.optimizer.learning_rate) == (8, 5, (), 1e-3)
-    assert not sweeps.is_sweep(last)  # a run of its own
+    assert not is_sweep(last)  # a run of its own
     config.sweep.learning_rate = (1e-3, 1e-3)
     with pytest.raises(ValueError, match=r"learning_rate=0.001,rank=1,seed=0 is there twice"):
         sweeps.members(config)
