@@ -16,7 +16,7 @@ import lora_jax as lj
 from experiments import cli
 from lora_jax import checkpoints
 from lora_jax.models import gpt2
-from lora_jax.runs import example
+from lora_jax.runs import example, tables
 from lora_jax.runs.example import Row, Size
 
 # The token embedding is the output head too: the lively style has words that the base never says.
@@ -62,7 +62,8 @@ def run(workdir: Path, size: Size) -> list[Row]:
     print(f"base before: {before['content']}\nbase after:  {after['content']}")
     if before != after:
         raise ValueError("the base changed")
-    example.plot(workdir, rows[0].score.loss)
+    runs = {name: folder for name, _, folder, _ in ways}
+    tables.plot_losses(workdir / "quickstart.png", runs, frozen=rows[0].score.loss)
     print(f"\nloss curves: {workdir / 'quickstart.png'}\nadapter:     {workdir / 'lora' / 'adapter'}")
     return rows
 

@@ -21,7 +21,8 @@ from ml_collections import ConfigDict
 
 from configs import e2e
 from experiments import cli, train
-from lora_jax import checkpoints, runs, training
+from lora_jax import runs, training
+from lora_jax.runs import tables
 
 METHODS = {"lora": "LoRA r=4, q and v", "lora_all": "LoRA r=4, all matrices", "full": "full fine-tuning"}
 flags.DEFINE_integer("rounds", 15, "Rounds; each takes --steps steps of every method.")
@@ -43,10 +44,9 @@ def main() -> None:
         relative = statistics.median(full / own for own, full in zip(seconds[name], seconds["full"], strict=True))
         speed = round(tokens / statistics.median(seconds[name]))
         rows.append({"label": METHODS.get(name, name), "tokens_per_second": speed, "relative_speed": relative} | how)
-    content = json.dumps({"rows": rows}, indent=2) + "\n"
     if flags.FLAGS.out:
-        checkpoints.write_atomically(flags.FLAGS.out, content.encode())
-    print(content, end="")
+        tables.write_rows(Path(flags.FLAGS.out), rows)
+    print(json.dumps({"rows": rows}, indent=2))
 
 
 def job(config: ConfigDict, name: str, workdir: Path) -> training.Job:

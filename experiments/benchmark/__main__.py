@@ -82,12 +82,7 @@ def how() -> dict[str, Any]:
     if shutil.which("git"):
         command = ["git", "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return {
-        "command": cli.command("benchmark"),
-        **tables.machine(*PACKAGES),
-        "commit": commit,
-        "seed": 0,
-    }
+    return {"command": cli.command("benchmark"), **tables.machine(*PACKAGES), "commit": commit, "seed": 0}
 
 
 def measured(contest: Contest, share: float) -> dict[str, Any]:

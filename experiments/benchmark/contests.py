@@ -104,10 +104,7 @@ def decoding(base: str, data: str, folder: Path) -> list[Contest]:
             ("unit", "tokens"),
             rounds=5,
         )
-        for name, options in (
-            ("greedy", work | {"how": {"max_new_tokens": 64}}),
-            ("beams_10", work | {"how": beams}),
-        )
+        for name, options in (("greedy", work | {"how": {"max_new_tokens": 64}}), ("beams_10", work | {"how": beams}))
     ]
 
 

@@ -22,7 +22,6 @@ Topologies: v4, v5e, v5p, v6e, tpu7x with a size ("v5e:16x16"); cpu:8, so many d
 of so many bytes (10^9 each), both compiled for a CPU.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -30,10 +29,9 @@ import jax
 from absl import flags
 
 from experiments import cli, train
-from lora_jax.checkpoints import write_atomically
 from lora_jax.distributed import sharding
 from lora_jax.planning import asking, search, topologies
-from lora_jax.runs import shapes
+from lora_jax.runs import shapes, tables
 
 flags.DEFINE_string("topology", None, "What to compile for: v5e:4x8, cpu:8, gpu:1x16GB, or with --search v5e.")
 flags.DEFINE_list("mesh", [], "data,fsdp,tensor: their product is the number of devices.")
@@ -73,7 +71,7 @@ def main() -> None:
         answer = cache.ask(workload, topology, layout)
     print(asking.shown(answer))
     if values.out:
-        write_atomically(values.out, (json.dumps(answer, indent=2) + "\n").encode())
+        tables.write_json(values.out, answer)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Topology(NamedTuple):
 def prepare(names: list[str]) -> None:
     """Sets up JAX, before its first use, to compile for these topologies: CPU devices for the largest of them, and a
     libtpu that looks for no TPU."""
-    if counts := [_generic(name)[0] for name in names if _is_generic(name)]:
+    if counts := [generic[0] for generic in map(_generic, names) if generic]:
         jax.config.update("jax_num_cpu_devices", max(counts))
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_compilation_cache_dir", None)  # what is compiled for other devices cannot be read again
@@ -52,8 +52,8 @@ def named(name: str) -> Topology:
     Raises:
       ValueError: no such topology, or one of a TPU without libtpu.
     """
-    if _is_generic(name):
-        count, limit = _generic(name)
+    if generic := _generic(name):
+        count, limit = generic
         return Topology(name, jax.devices("cpu")[:count], count, limit, False)
     family, _, size = name.partition(":")
     if family not in SLICES or not re.fullmatch(r"\d+(x\d+){1,2}", size):
@@ -73,12 +73,10 @@ def named(name: str) -> Topology:
     return Topology(name, list(description.devices), math.prod(dims), HBM[family] * GIB, True)
 
 
-def _is_generic(name: str) -> bool:
-    return name.partition(":")[0] in ("cpu", "gpu")
-
-
-def _generic(name: str) -> tuple[int, float | None]:
-    """The number of devices, and the bytes of each."""
+def _generic(name: str) -> tuple[int, float | None] | None:
+    """The number of devices, and the bytes of each, of CPUs or GPUs; None of TPUs."""
+    if name.partition(":")[0] not in ("cpu", "gpu"):
+        return None
     written = re.fullmatch(r"cpu:(\d+)|gpu:(\d+)x(\d+)GB", name)
     if not written:
         raise ValueError(f"no topology {name!r}: name one such as {NAMES}")

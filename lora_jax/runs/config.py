@@ -57,12 +57,8 @@ def _generation(config: ConfigDict) -> None:
     config.data.long = "skip"  # examples longer than `length` are skipped and counted, or an "error"
     config.data.buckets = 8  # lengths, each compiled once: so many that 9 of 10 tokens computed are not padding
     config.model.query_block = 0  # attention takes so many queries at a time, for long texts; 0: all
-    config.decode = decode = ConfigDict()  # how `evaluate` and `complete` write texts
-    decode.num_beams = 10
-    decode.length_penalty = 0.8
-    decode.no_repeat_ngram_size = 4
-    decode.max_new_tokens = 64
-    decode.beam_rule = "lora_paper"
+    decode = {"num_beams": 10, "length_penalty": 0.8, "no_repeat_ngram_size": 4}  # how texts are written
+    config.decode = ConfigDict(decode | {"max_new_tokens": 64, "beam_rule": "lora_paper"})
 
 
 def _classification(config: ConfigDict) -> None:

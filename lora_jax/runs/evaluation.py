@@ -51,10 +51,10 @@ def evaluate(
     command: str | None = None,
 ) -> Evaluation:
     """Scores a run, of `load` or in a workdir: one text for every distinct context of a split, by the official scores
-    of its data, with 95% bootstrap intervals.
+    of its data, with 95% bootstrap intervals. What a stopped call had written is resumed.
 
     Writes evaluation/SPLIT-PARAMS/ into the workdir: predictions.jsonl (context, prediction, references) and
-    evaluate.json, the result. What a stopped call had written is resumed.
+    evaluate.json, the result.
 
     Args:
       data: where they are, if not where the run's config says.
@@ -118,7 +118,7 @@ def predict(
     forward = jax.jit(objective.forward)
     parts = [forward(loaded.params, batch) for batch in tqdm(epoch, unit="batch", desc="predict")]
     outputs = in_order(epoch, jax.device_get(parts))
-    predicted = tasks.predictions(task, outputs)
+    predicted = outputs[:, 0] if task.head["head"] == "regression" else outputs.argmax(-1)
     folder = workdir / "predictions" / f"{split}-{loaded.kind}"
     if name in glue.TASKS and "label" not in examples.column_names:
         file, text = glue.submission(name, split, examples, predicted)

@@ -10,7 +10,6 @@ from tokenizers import Tokenizer
 
 import lora_jax as lj
 from lora_jax import checkpoints, training
-from lora_jax.core.extras import extra
 from lora_jax.data import pairs, restaurants, text
 from lora_jax.data.batches import Schedule, bucketed
 from lora_jax.generation import complete
@@ -115,21 +114,3 @@ def merged_difference(model: gpt2.GPT2, adapted: Any, style: Style) -> tuple[flo
     forward = jax.jit(training.language_model(model).forward)
     of_adapted, of_merged = (np.asarray(forward(params, batch)) for params in (adapted, lj.merge(adapted)))
     return float(np.abs(of_adapted - of_merged).max()), float(np.abs(of_merged).max())
-
-
-def plot(workdir: Path, frozen: float) -> None:
-    """Draws quickstart.png: training and validation loss of the runs lora and full, and the loss of the frozen base."""
-    with extra("train"):
-        from matplotlib.figure import Figure  # slow to import
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for run, name, color in (("lora", "LoRA", "C0"), ("full", "full fine-tuning", "C1")):
-        entries = training.read_metrics(workdir / run)
-        for key, style, label in (("loss", "-", name), ("validation_loss", "o", None)):
-            points = [(entry["step"], entry[key]) for entry in entries if key in entry]
-            axes.plot(*zip(*points, strict=True), style, color=color, label=label)
-    axes.axhline(frozen, color="gray", linestyle="--", label="frozen base")
-    axes.set(xlabel="step", ylabel="nats per token (dots: validation)", yscale="log")
-    axes.legend()
-    figure.savefig(workdir / "quickstart.png", dpi=120)

@@ -1,12 +1,13 @@
 """A small GPT-2 from plain text, as a base for what is adapted where no pretrained one can be had."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
@@ -47,9 +48,12 @@ def pretrain(config: ConfigDict, workdir: str | Path, *, started: Callable[[Prep
     """
     workdir = Path(workdir)
     training.claim(workdir, config)
-    tokenizer, eos = _tokenizer(config, workdir)
+    held_out = text.files(config.data.validation)
+    train = [path for path in text.files(config.data.path) if path not in held_out]
+    tokenizer, eos = _tokenizer(config, workdir, train)
+    texts = {name: text.encode(files, tokenizer, eos=eos) for name, files in (("train", train), ("valid", held_out))}
     shape = gpt2.GPT2Config(vocab_size=tokenizer.get_vocab_size(), eos_token_id=eos, **config.model.to_dict())
-    run = _prepare(config, workdir, gpt2.GPT2(shape), tokenizer)
+    run = _prepare(config, workdir, gpt2.GPT2(shape), texts)
     started(run)
     job = run.job
     result = training.train(job)
@@ -62,13 +66,7 @@ def pretrain(config: ConfigDict, workdir: str | Path, *, started: Callable[[Prep
     return Pretrained(True, result.step, job.total, folder, loss)
 
 
-def _files(config: ConfigDict) -> dict[str, list[Path]]:
-    """The texts of "train" and "valid"."""
-    held_out = text.files(config.data.validation)
-    return {"train": [path for path in text.files(config.data.path) if path not in held_out], "valid": held_out}
-
-
-def _tokenizer(config: ConfigDict, workdir: Path) -> tuple[Tokenizer, int]:
+def _tokenizer(config: ConfigDict, workdir: Path, texts: Sequence[Path]) -> tuple[Tokenizer, int]:
     """The tokenizer, given or learnt, and its end of text."""
     kept = workdir / "tokenizer.json"
     if config.tokenizer and not Path(config.tokenizer).is_file():
@@ -77,7 +75,7 @@ def _tokenizer(config: ConfigDict, workdir: Path) -> tuple[Tokenizer, int]:
     def make() -> None:
         if checkpoints.latest_step(workdir) is None:
             given = Tokenizer.from_file(config.tokenizer) if config.tokenizer else None
-            made = given or text.train_tokenizer(_files(config)["train"], config.vocab_size)
+            made = given or text.train_tokenizer(texts, config.vocab_size)
             checkpoints.write_atomically(kept, made.to_str().encode())
 
     processes.on_primary(make)
@@ -88,12 +86,10 @@ def _tokenizer(config: ConfigDict, workdir: Path) -> tuple[Tokenizer, int]:
     return tokenizer, eos
 
 
-def _prepare(config: ConfigDict, workdir: Path, model: gpt2.GPT2, tokenizer: Tokenizer) -> Prepared:
+def _prepare(config: ConfigDict, workdir: Path, model: gpt2.GPT2, texts: Mapping[str, np.ndarray]) -> Prepared:
     """The run, ready to train: the base is random weights, all of which are tuned."""
-    eos, sizes = model.config.eos_token_id, (config.data.batch_size, config.data.length, config.seed)
-    batches = {
-        name: packed(text.encode(paths, tokenizer, eos=eos), *sizes, eos=eos) for name, paths in _files(config).items()
-    }
+    sizes, eos = (config.data.batch_size, config.data.length, config.seed), model.config.eos_token_id
+    batches = {name: packed(tokens, *sizes, eos=eos) for name, tokens in texts.items()}
     mesh = bases.mesh_of(config)
     model = sharding.on_mesh(model, mesh)
     placement = sharding.Placement.of(model, mesh)

@@ -16,14 +16,9 @@ from lora_jax.planning import asking
 from lora_jax.runs import bases, methods
 
 # The shapes of public bases by their names on the Hub, and of GPT-3, whose weights are not public.
-PUBLIC: dict[str, Any] = {
-    "gpt2": gpt2.SIZES["small"],
-    "gpt2-medium": gpt2.SIZES["medium"],
-    "gpt2-large": gpt2.SIZES["large"],
-    "gpt3": gpt2.SIZES["gpt3"],
-    "FacebookAI/roberta-base": encoder.SIZES["roberta-base"],
-    "FacebookAI/roberta-large": encoder.SIZES["roberta-large"],
-}
+_GPT2 = {"gpt2": "small", "gpt2-medium": "medium", "gpt2-large": "large", "gpt3": "gpt3"}
+PUBLIC: dict[str, Any] = {name: gpt2.SIZES[size] for name, size in _GPT2.items()}
+PUBLIC |= {f"FacebookAI/{size}": encoder.SIZES[size] for size in ("roberta-base", "roberta-large")}
 
 
 class Count(NamedTuple):
@@ -60,22 +55,17 @@ def workload(config: ConfigDict) -> asking.Workload:
 
 
 def model_of(config: ConfigDict) -> Any:
-    """The model of a config's base, with the options of the config's `model` and the head of its task."""
-    shape, task = model_config(config.base), glue.TASKS.get(config.data.name)
+    """The model of a config's base, a folder with its config.json or the name of a public one, with the options of the
+    config's `model` and the head of its task."""
+    base, task = config.base, glue.TASKS.get(config.data.name)
+    if not Path(base).is_dir() and base not in PUBLIC:
+        raise ValueError(
+            f"the shape of the base {base!r} is not known: give a folder with its config.json (--config.base=FOLDER), "
+            f"or one of {', '.join(PUBLIC)}"
+        )
+    shape = hf.without_weights(base).config if Path(base).is_dir() else PUBLIC[base]
     family = family_of(shape)
-    bases.check_task(shape, config.data.name, config.base)
+    bases.check_task(shape, config.data.name, base)
     if family.with_head and task:
         shape = family.with_head(shape, "classification" if task.labels else "regression", task.outputs)
     return family.model(dataclasses.replace(shape, **config.model.to_dict()))
-
-
-def model_config(base: str) -> Any:
-    """The model config of a base: that of its folder's config.json, or of a public base by its name."""
-    if Path(base).is_dir():
-        return hf.without_weights(base).config
-    if base in PUBLIC:
-        return PUBLIC[base]
-    raise ValueError(
-        f"the shape of the base {base!r} is not known: give a folder with its config.json (--config.base=FOLDER), "
-        f"or one of {', '.join(PUBLIC)}"
-    )

@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 
 import lora_jax as lj
 from lora_jax import training
-from lora_jax.core.extras import extra
 from lora_jax.distributed import processes
 from lora_jax.runs import bases, methods, tables
 from lora_jax.runs.run import load_setup
@@ -73,7 +72,7 @@ def sweep(
                 row = tables.summarize(member.config, workdir / member.name, command=command, **numbers)
             rows.append(row)
         tables.write_rows(workdir / "sweep.json", rows)
-        _plot(workdir, names)
+        tables.plot_losses(workdir / "sweep.png", {name: workdir / name for name in names})
     return SweepResult(workdir, True, job.total, dict(zip(names, results, strict=True)), rows)
 
 
@@ -134,20 +133,3 @@ def _key(name: str, config: ConfigDict) -> str:
         if part in config and name in config[part]:
             return f"{part}.{name}"
     raise ValueError(f"sweep.{name}: the method {config.method!r} has no {name}")
-
-
-def _plot(workdir: Path, names: list[str]) -> None:
-    """The curves of all members: loss in training and validation."""
-    with extra("train"):
-        from matplotlib.figure import Figure  # slow to import
-
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    for axes, measured in zip(figure.subplots(1, 2), ("loss", "validation_loss"), strict=True):
-        for name in names:
-            points = [(e["step"], e[measured]) for e in training.read_metrics(workdir / name) if measured in e]
-            style = "o-" if measured == "validation_loss" else "-"
-            axes.plot([step for step, _ in points], [loss for _, loss in points], style, label=name, markersize=4)
-        axes.set(xlabel="step", ylabel=f"{measured.replace('_', ' ')} per label")
-        axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(workdir / "sweep.png", dpi=120)

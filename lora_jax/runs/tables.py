@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from lora_jax.checkpoints import write_atomically
+from lora_jax.core.extras import extra
 from lora_jax.training import read_metrics
 
 # A row is a dict. Of its entries the table shows those named here, in this order: the title, and the format of a number
@@ -204,6 +206,25 @@ def add_rows(file: Path, rows: list[Row]) -> None:
     """Writes rows into a file of results, in place of those with the same labels."""
     labels = {row["label"] for row in rows}
     write_rows(file, [row for row in read_rows(file) if row["label"] not in labels] + rows)
+
+
+def plot_losses(file: Path, workdirs: Mapping[str, Path], frozen: float | None = None) -> None:
+    """Draws the losses of runs by their names, of training and of validation, there beside that of a frozen base."""
+    with extra("train"):
+        from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    for axes, measured, style in zip(figure.subplots(1, 2), ("loss", "validation_loss"), ("-", "o-"), strict=True):
+        for name, workdir in workdirs.items():
+            entries = [entry for entry in read_metrics(workdir) if measured in entry]
+            steps, losses = ([entry[key] for entry in entries] for key in ("step", measured))
+            axes.plot(steps, losses, style, label=name, markersize=4)
+        axes.set(xlabel="step", ylabel=f"{measured.replace('_', ' ')} per label")
+        axes.grid(alpha=0.3)
+    if frozen is not None:
+        axes.axhline(frozen, color="gray", linestyle="--", label="frozen base")
+    axes.legend(fontsize="small")
+    figure.savefig(file, dpi=120)
 
 
 def machine(*packages: str) -> Row:

@@ -119,11 +119,6 @@ def classification(
     return Task(load, schedule, lambda config, model: training.classifier(model, metrics), head)
 
 
-def predictions(task: Task, outputs: np.ndarray) -> np.ndarray:
-    """What a classifier's outputs (N, labels) say: the ids of classes, or the numbers of a regression."""
-    return outputs[:, 0] if task.head["head"] == "regression" else outputs.argmax(-1)
-
-
 def _accuracy(outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     return {"accuracy": float(np.mean(outputs.argmax(-1) == labels))}
 
