@@ -83,11 +83,8 @@ def padded(model: Any) -> Any:
 
 
 def layout_on(topology: Topology, mesh: Sequence[str], *, remat: bool, accumulate: int) -> Layout:
-    """The layout of a mesh written as data, fsdp, tensor.
-
-    Raises:
-      ValueError: these are not three numbers, or their product is not the topology's number of devices.
-    """
+    """The layout of a mesh written as data, fsdp, tensor; a ValueError unless these are three numbers whose product is
+    the topology's number of devices."""
     devices, written = len(topology.devices), ",".join(mesh)
     if len(mesh) != 3 or not all(size.isdecimal() for size in mesh):
         raise ValueError(f"mesh={written}: three numbers, data,fsdp,tensor")
@@ -98,11 +95,8 @@ def layout_on(topology: Topology, mesh: Sequence[str], *, remat: bool, accumulat
 
 
 def step(workload: Workload, layout: Layout, mesh: Mesh) -> Step:
-    """The step that `training.prepare` would compile.
-
-    Raises:
-      ValueError: an axis of an array, or the batch, does not divide over the mesh.
-    """
+    """The step that `training.prepare` would compile; a ValueError where an axis of an array, or the batch, does not
+    divide over the mesh."""
     method = workload.method
     model = type(workload.model)(dataclasses.replace(workload.model.config, remat=layout.remat))
     on_mesh = sharding.on_mesh(model, mesh)

@@ -47,11 +47,8 @@ def slices(name: str) -> list[str]:
 
 
 def named(name: str) -> Topology:
-    """The devices of "v5e:4x8", "cpu:8" or "gpu:2x16GB" (GB of 10^9 bytes; their compiler is the CPU's).
-
-    Raises:
-      ValueError: no such topology, or one of a TPU without libtpu.
-    """
+    """The devices of "v5e:4x8", "cpu:8" or "gpu:2x16GB" (GB of 10^9 bytes; their compiler is the CPU's); a ValueError
+    where there is no such topology, or no libtpu for it."""
     if generic := _generic(name):
         count, limit = generic
         return Topology(name, jax.devices("cpu")[:count], count, limit, False)

@@ -32,23 +32,19 @@ class Base(NamedTuple):
 
 
 def mesh_of(config: ConfigDict) -> Mesh:
-    """The mesh that a config says, over the devices of all processes.
-
-    Raises:
-      ValueError: there are fewer devices, or a process has none of them.
-    """
+    """The mesh that a config says, over the devices of all processes; a ValueError where there are fewer devices, or a
+    process has none of them."""
     mesh = sharding.make_mesh(config.mesh.to_dict())
     processes.check_mesh(mesh)
     return mesh
 
 
 def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None, task: Task | None = None) -> Base:
-    """The base at `source`, or where the config says; with the head of the task, or of the config's, new unless it is
-    there.
+    """The base at `source`, or where the config says; with the head of the task (by default the config's), new unless
+    it is there. The identity is the same whatever the mesh, the layout and the dtype.
 
-    With a mesh of several devices each device's part of a parameter is read from the files by itself, by
-    its family's rules: no process holds all of a parameter. The identity is the same whatever the mesh, the
-    layout and the dtype.
+    With a mesh of several devices each device's part of a parameter is read from the files by itself, by its family's
+    rules: no process holds all of a parameter.
 
     Raises:
       FileNotFoundError: it or its tokenizer is not there. ValueError: a model of another kind than the config's task.
@@ -97,11 +93,7 @@ def identity(model: Any, params: Any, source: str, new: Sequence[str] | None = N
 
 
 def adapter(path: Path, base: Base) -> tuple[ParamTransform, Delta]:
-    """Method and delta of an adapter's file or folder.
-
-    Raises:
-      FileNotFoundError: there is none. ValueError: it is damaged, or another base's.
-    """
+    """Method and delta of an adapter's file or folder; a ValueError where it is damaged, or another base's."""
     method, delta, info = checkpoints.load_adapter(path)
     checkpoints.check_base(info["base"], base.identity, path)
     return method, delta

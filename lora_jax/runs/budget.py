@@ -23,11 +23,8 @@ from lora_jax.runs.tables import write_json
 
 
 def write_pairs(task: str, source: str, folder: Path, counts: Mapping[str, int | None]) -> None:
-    """Writes the first pairs of each split of a task into folder/SPLIT.txt, in E2E's form.
-
-    Args:
-      counts: split -> the number of pairs; None: all.
-    """
+    """Writes the first pairs of each split of a task, as many as it counts (None: all), into folder/SPLIT.txt, in E2E's
+    form."""
     for split, count in counts.items():
         data = tasks.named(task).load(source, split)[:count]
         lines = (f"{context}||{text}\n" for context, text in zip(data["context"], data["completion"], strict=True))
@@ -42,15 +39,9 @@ def trained(config: ConfigDict, base: bases.Base) -> int:
 
 
 def resize(config: ConfigDict, option: str, sizes: Sequence[int], *, like: ConfigDict) -> int:
-    """Sets the option of a config, such as "lora.rank", to the size with which it trains the number of parameters
-    nearest to that of another config; returns the size, of several with that number the smallest.
-
-    The method's alpha, where it has one, becomes the size, so that its scale is 1.
-
-    Args:
-      sizes: to choose from, smallest first.
-      like: the other config, of the same base.
-    """
+    """Sets the option of a config, such as "lora.rank", to the size, of those given (smallest first), with which it
+    trains the number of parameters nearest to that of another config of the same base; returns the size, of several
+    with that number the smallest. The method's alpha, where it has one, becomes the size, so that its scale is 1."""
     base = bases.load(config)
     wanted = trained(like, base)
 
@@ -69,13 +60,11 @@ def resize(config: ConfigDict, option: str, sizes: Sequence[int], *, like: Confi
 
 
 def best_rate(config: ConfigDict, folder: Path, rates: Sequence[float], steps: int) -> tuple[ConfigDict, Path]:
-    """Trains the first steps of a run with each learning rate, in folder/rate_RATE, where that is not done yet.
+    """Trains the first steps of a run with each learning rate, in folder/rate_RATE, where that is not done yet; an
+    InterruptedError where it is stopped.
 
-    Returns:
-      The config with the rate whose validation loss is then the lowest, and its workdir, in which `runs.train` resumes.
-
-    Raises:
-      InterruptedError: training was stopped; the same call resumes it.
+    Returns: the config with the rate whose validation loss is then the lowest, and its workdir, in which `runs.train`
+      resumes.
     """
     losses = {}
     for rate in rates:
@@ -102,11 +91,8 @@ def finish(
     the workdir.
 
     Args:
-      train: trains the run, or resumes it; False where it was stopped.
+      train: trains the run, or resumes it; False where it was stopped, which is an InterruptedError.
       contexts: of a text task, BLEU of greedy texts for so many is in the summary too.
-
-    Raises:
-      InterruptedError: training was stopped; the same call resumes it.
     """
     file = workdir / "study.json"
     training.claim(workdir, config)
@@ -133,11 +119,8 @@ def greedy_bleu(workdir: Path, contexts: int) -> float:
 
 
 def plot(rows: Sequence[dict[str, Any]], titles: Mapping[str, str], file: Path) -> None:
-    """Draws figures of rows, such as `experiments.study` writes, against trained parameters, as the paper's Figure 2.
-
-    Args:
-      titles: of each figure that gets a diagram: its name in a row -> what stands beside the axis.
-    """
+    """Draws figures of rows, such as `experiments.study` writes, against trained parameters, as the paper's Figure 2: a
+    diagram for each of the titles, {name in a row: what stands beside the axis}."""
     with extra("train"):
         from matplotlib.figure import Figure  # slow to import
 

@@ -158,11 +158,9 @@ def complete(
     seed: int = 0,
     kept: Path | None = None,
 ) -> list[str]:
-    """The model's completion of each context.
+    """The model's completion of each context, the texts.
 
     Args:
-      loaded: of `load`.
-      texts: the contexts.
       decoding: options of `generation.generate` instead of those of the run's config.
       batch_size: contexts that are completed together.
       seed: of sampling.
@@ -192,14 +190,8 @@ def answer(
     base: bases.Base, method: ParamTransform, delta: Delta, strength: float, context: str, decoding: Mapping[str, Any]
 ) -> str:
     """The completion of one context by the base with an adapter of any strength, which is an array in the program:
-    only an adapter of other shapes, or a context of another multiple of 16 tokens, is compiled anew.
-
-    Args:
-      decoding: of `decoding_options`, with a `key` where it samples.
-
-    Raises:
-      ValueError: the context is too long.
-    """
+    only an adapter of other shapes, or a context of another multiple of 16 tokens, is compiled anew. Decoding is of
+    `decoding_options`, with a `key` where it samples."""
     params = method.apply(base.params, delta, strength=np.float32(strength))
     tokens, ends = _prompts(base, method.spec, [context])
     (texts,) = completions(base.model, params, base.tokenizer, tokens, eos=ends, **decoding)

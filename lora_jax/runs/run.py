@@ -40,11 +40,7 @@ def load_setup(
     method: lj.ParamTransform | None = None,
     metrics: Mapping[str, training.Metric] = {},
 ) -> Setup:
-    """The setup of a config; with a mesh its base is read straight onto it.
-
-    Args:
-      task, method: instead of those that the config names.
-      metrics: of validation, besides the task's own.
+    """The setup of a config, with what was given of `train`'s arguments; with a mesh its base is read straight onto it.
 
     Raises:
       FileNotFoundError: no base or no data where the config says.
@@ -159,11 +155,7 @@ def train(
 
 
 def _warm_start(config: ConfigDict, method: lj.ParamTransform, base: bases.Base) -> tuple[dict[str, Any], str]:
-    """The entries of the adapter that the config starts from, those which fit; and a line that names the others.
-
-    Raises:
-      ValueError: another base's adapter, one that the config's method scales otherwise, or nothing of it fits.
-    """
+    """The entries of the adapter that the config starts from, those which fit; and a line that names the others."""
     if not config.get("warm_start"):
         return {}, ""
     path = Path(config.warm_start)
@@ -241,9 +233,9 @@ def _train_seeds(
     """A run for each of the config's seeds; their medians and ranges go into summary.json."""
     configs = {}
     for seed in config.seeds:
-        configs[workdir / f"seed_{seed}"] = member = config.copy_and_resolve_references()
+        folder = workdir / f"seed_{seed}"
+        configs[folder] = member = config.copy_and_resolve_references()
         member.seed, member.seeds = seed, ()
-    for folder, member in configs.items():
         if processes.on_primary(folder.is_dir):
             training.claim(folder, member)  # before anything is written: another config is refused
     training.claim(workdir, config)

@@ -29,11 +29,8 @@ class Count(NamedTuple):
 
 
 def count(config: ConfigDict) -> Count:
-    """What a config trains.
-
-    Raises:
-      ValueError: the shape of its base is not known or of another family than its task needs; the method does not fit.
-    """
+    """What a config trains; a ValueError where the shape of its base is not known, or of another family than its task
+    needs, or the method does not fit."""
     model = model_of(config)
     params, heads = asking.param_shapes(model), config.get("head", ())
     below_head = lambda path: not any(matches(glob, path) for glob in heads)  # noqa: E731

@@ -117,11 +117,7 @@ def summarize(config: ConfigDict, workdir: Path, *, command: str | None = None, 
 
 def rows_of(label: str, workdir: str | Path) -> list[Row]:
     """A run's summary.json with the scores of its evaluation on test, if there is one; after it a row for each part of
-    the test set (seen, unseen) with scores of its own.
-
-    Raises:
-      FileNotFoundError: the run is not done.
-    """
+    the test set (seen, unseen) with scores of its own. A FileNotFoundError where the run is not done."""
     file = Path(workdir) / "summary.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: experiments.train writes it at its end")
@@ -141,11 +137,7 @@ def rows_of(label: str, workdir: str | Path) -> list[Row]:
 
 def fill(text: str, folder: Path) -> str:
     """The text with each marked table made again: after `<!-- results: NAME -->`, up to `<!-- end -->`, the rows of
-    folder/NAME.json; after `<!-- results: NAME START -->` those whose labels begin so.
-
-    Raises:
-      FileNotFoundError: such a file is not there.
-    """
+    folder/NAME.json; after `<!-- results: NAME START -->` those whose labels begin so."""
 
     def table_of(match: re.Match) -> str:
         file = folder / f"{match[1]}.json"

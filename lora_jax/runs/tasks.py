@@ -54,11 +54,8 @@ def register_task(name: str, task: Task) -> None:
 
 
 def task_named(name: str) -> Task:
-    """The task of that name: registered, of GLUE, of `data.tasks`, or "FILE.py:NAME", a Task in a Python file.
-
-    Raises:
-      ValueError: there is none; shows those there are.
-    """
+    """The task of that name: registered, of GLUE, of `data.tasks`, or "FILE.py:NAME", a Task in a Python file. Where
+    there is none, a ValueError shows those there are."""
     if ".py:" in name:
         task = methods.from_file(name)
         if not isinstance(task, Task):
