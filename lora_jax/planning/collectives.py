@@ -115,8 +115,8 @@ def _collective(line: str, name: str, times: int, mesh: Mapping[str, int]) -> Co
     kind = instruction[3].removesuffix("-start") if instruction else ""
     if not instruction or kind not in KINDS:
         return None
-    found = [(dims, _BYTES[dtype]) for dtype, dims in _SHAPE.findall(instruction[2]) if dtype in _BYTES]
-    shapes = [(_numbers(dims), width) for dims, width in found]
+    arrays = _SHAPE.findall(instruction[2])
+    shapes = [(_numbers(dims), _BYTES[dtype]) for dtype, dims in arrays if dtype in _BYTES]
     if instruction[3].endswith("-start") and len(shapes) > 1:  # operands stand beside the results
         if kind == "collective-permute":
             shapes = shapes[1:2]
