@@ -92,8 +92,8 @@ def train(
     """The method's delta, trained on a style in a workdir at that learning rate, and the identity of its base."""
     options: dict[str, Any] = {"schedule": "cosine", "warmup_steps": steps // 20, "end_lr_ratio": 0.05, "b2": 0.98}
     optimizer = OptimizerConfig(learning_rate=rate, clip_norm=1.0, **options)
-    intervals: dict[str, Any] = {"log_every": max(steps // 20, 1), "eval_every": max(steps // 5, 1), "save_every": steps}
-    config = TrainConfig(steps=steps, max_to_keep=1, optimizer=optimizer, **intervals)
+    every: dict[str, Any] = {"log_every": max(steps // 20, 1), "eval_every": max(steps // 5, 1), "save_every": steps}
+    config = TrainConfig(steps=steps, max_to_keep=1, optimizer=optimizer, **every)
     base = checkpoints.identity(params, "runs/quickstart/base")
     parts: dict[str, Any] = {"method": method, "model": model, "params": params, "base": base}
     job = training.prepare(config, workdir, **parts, batches=style.train, validation=style.valid)
