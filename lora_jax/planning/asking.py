@@ -88,10 +88,10 @@ def layout_on(topology: Topology, mesh: Sequence[str], *, remat: bool, accumulat
     devices, written = len(topology.devices), ",".join(mesh)
     if len(mesh) != 3 or not all(size.isdecimal() for size in mesh):
         raise ValueError(f"mesh={written}: three numbers, data,fsdp,tensor")
-    sizes = [int(size) for size in mesh]
-    if math.prod(sizes) != devices:
-        raise ValueError(f"mesh={written} has {math.prod(sizes)} devices, {topology.name} has {devices}")
-    return Layout(*sizes, remat, accumulate)
+    data, fsdp, tensor = map(int, mesh)
+    if data * fsdp * tensor != devices:
+        raise ValueError(f"mesh={written} has {data * fsdp * tensor} devices, {topology.name} has {devices}")
+    return Layout(data, fsdp, tensor, remat, accumulate)
 
 
 def step(workload: Workload, layout: Layout, mesh: Mesh) -> Step:
@@ -131,7 +131,7 @@ def _batch(workload: Workload, layout: Layout) -> dict[str, jax.ShapeDtypeStruct
     if size % (layout.accumulate * shards):
         raise ValueError(f"a batch of {size} does not divide into {layout.accumulate} x {shards} rows")
     rows = (layout.accumulate, size // layout.accumulate)
-    dtypes = {"tokens": jnp.int32, "mask": jnp.bool_}
+    dtypes: dict[str, Any] = {"tokens": jnp.int32, "mask": jnp.bool_}
     of_rows: dict[str, Any] = {}  # one a row; the others are one a token
     if family_of(model).generates:
         dtypes |= {"labelled": jnp.int32, "labels": jnp.int32, "weights": jnp.float32}
