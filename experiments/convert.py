@@ -52,7 +52,7 @@ def main() -> None:
 def write_adapter(file: Path) -> Path:
     """Writes the adapter in a converted file, as the flags say."""
     values = flags.FLAGS
-    tensors, _ = read_file(file, ignored=loralib.IGNORED)
+    tensors = read_file(file, ignored=loralib.IGNORED)
     model, params, _ = hf.load(values.base, **_wishes(tensors))
     enabled = [text == "1" for text in values.enabled]
     method, delta = loralib.load(file, params, alpha=values.alpha, enabled=enabled, unmerged=values.unmerged)

@@ -42,13 +42,13 @@ FILES = {
 }
 REGISTRIES = (
     ("lora_jax.models.family", "_FAMILIES"),
-    ("lora_jax.interop.hf.formats", "_FORMATS"),
+    ("lora_jax.interop.hf.families", "_FORMATS"),
     ("lora_jax.core.transforms.registry", "_METHODS"),
     ("lora_jax.core.transforms.registry", "_TRAITS"),
     ("lora_jax.runs.tasks", "_TASKS"),
     ("lora_jax.training.objectives", "_METRICS"),
     ("lora_jax.interop.peft.kinds", "KINDS"),
-    ("lora_jax.interop.hf.architectures", "ARCHITECTURES"),
+    ("lora_jax.interop.hf.families", "ARCHITECTURES"),
 )
 FILES_OF_PEFT = ("adapter_config.json", "adapter_model.safetensors")
 WORDS = "the a red blue old new house tree river bird sings stands flows waits".split()

@@ -2,57 +2,39 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lora_jax.interop.lazy import Lazy
 from lora_jax.interop.tensor_files import LARGEST_JSON, open_file, parse_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-
-
-class Recipe(NamedTuple):
-    """How a tensor of a folder is made of parameters: `make(*arrays)` of the arrays at `paths` of the loop layout."""
-
-    paths: tuple[str, ...]
-    make: Callable[..., Any]
+Shapes = Mapping[str, tuple[int, ...]]  # by name
 
 
 def inside(folder: str | os.PathLike, name: str) -> Path:
-    """The path of a file in a folder, whether it exists or not.
-
-    Raises:
-      ValueError: the name or a symlink leads out of the folder. Links from `models--x--y/snapshots/<commit>/` into
-        `models--x--y/blobs/`, the layout of the Hub's cache, are allowed.
-    """
+    """The path of a file in a folder, whether it exists or not; a ValueError where the name or a link leads out of it.
+    Links from `models--x--y/snapshots/<commit>/` into `models--x--y/blobs/`, as in the Hub's cache, are allowed."""
     if not name.isprintable() or "\\" in name or name in ("", ".", "..") or os.path.basename(name) != name:
         raise ValueError(f"{folder}: {name!r} is not the plain name of a file in this folder")
     path = Path(folder) / name
     target, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    if not target.is_relative_to(home) and not _in_same_cache(target, home):
-        raise ValueError(f"{path} is a symlink to {target}, outside its folder: copy the file here if you trust it")
-    return path
-
-
-def _in_same_cache(target: Path, home: Path) -> bool:
-    """Whether `home` is a snapshot in the Hub's cache, and `target` a blob of the same model."""
-    return any(
+    is_blob_of_snapshot = any(
         model.name.startswith("models--")
         and home.is_relative_to(model / "snapshots")
         and target.is_relative_to(model / "blobs")
         for model in home.parents
     )
+    if not (target.is_relative_to(home) or is_blob_of_snapshot):
+        raise ValueError(f"{path} is a symlink to {target}, outside its folder: copy the file here if you trust it")
+    return path
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, as strict as `tensor_files.parse_json`.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is larger than 16 MiB, no JSON object, or a symlink out of its folder.
-    """
+    """A JSON object from a file, as strict as `tensor_files.parse_json`; a FileNotFoundError where there is none, and a
+    ValueError where it is larger than 16 MiB, no JSON object, or a symlink out of its folder."""
     path = inside(path.parent, path.name)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
@@ -81,9 +63,9 @@ def open_tensors(folder: Path, ignored: re.Pattern) -> dict[str, Lazy]:
         return _open_shards(folder, ignored)
     if pickles := sorted(path.name for path in folder.glob("*.bin")):
         raise FileNotFoundError(
-            f"{folder} holds {', '.join(pickles)} but no {WEIGHTS}. Pickles can run any code and are "
-            "not read here; convert them where you trust them: transformers."
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+            f"{folder} holds {', '.join(pickles)} but no {WEIGHTS}. Pickles can run any code and are not read here; "
+            "convert them where you trust them: "
+            "transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
     raise FileNotFoundError(f"{folder} holds neither {WEIGHTS} nor {INDEX}")
 
@@ -106,26 +88,22 @@ def _open_shards(folder: Path, ignored: re.Pattern) -> dict[str, Lazy]:
 
 
 def _open(path: Path, ignored: re.Pattern) -> dict[str, Lazy]:
-    tensors, _ = open_file(path, ignored=ignored)
-    return {name: tensor.astype("float32") for name, tensor in tensors.items()}
+    return {name: tensor.astype("float32") for name, tensor in open_file(path, ignored=ignored).items()}
 
 
-def check_fields(fields: Mapping[str, Any], only: Mapping[str, Any], source: str) -> None:
-    """A ValueError where a field of config.json has another value than the one that is supported."""
-    for name, value in only.items():
-        if fields.get(name, value) != value:
-            raise ValueError(f"{source}: config.json has {name}={fields[name]!r}; only {value!r} is supported")
-
-
-def check_shapes(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], source: str) -> None:
-    """A ValueError that names every missing, extra or misshapen tensor, if there is one."""
-    wrong = [f"{name} is missing" for name in expected if name not in shapes]
-    wrong += [f"{name} is not part of the model" for name in shapes if name not in expected]
-    wrong += [
-        f"{name} has shape {shapes[name]}, not {shape}"
-        for name, shape in expected.items()
-        if shapes.get(name, shape) != shape
-    ]
+def check_shapes(
+    shapes: Shapes, expected: Shapes, source: str, *, optional: Container[str] = (), of: str = "model"
+) -> None:
+    """A ValueError that names every missing, extra or misshapen tensor of a model or an adapter, if there is one."""
+    wrong = [f"{name} is missing" for name in expected if name not in shapes and name not in optional]
+    wrong += [f"{name} is not part of the {of}" for name in shapes if name not in expected]
+    both = [name for name in expected if name in shapes]
+    wrong += [f"{n} has shape {shapes[n]}, not {expected[n]}" for n in both if shapes[n] != expected[n]]
     if wrong:
-        more = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []
-        raise ValueError(f"{source}: " + "; ".join(wrong[:10] + more))
+        raise ValueError(f"{source}: {first_ten(wrong, '; ')}")
+
+
+def first_ten(items: list[str], separator: str = ", ") -> str:
+    """The items in one line, where they are many the first ten and the number of the others."""
+    more = [f"and {len(items) - 10} more"] if len(items) > 10 else []
+    return separator.join(items[:10] + more)

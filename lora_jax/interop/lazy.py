@@ -14,27 +14,17 @@ Index = tuple[slice, ...]  # one slice an axis, each with start and stop
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Lazy:
-    """An array that is not read yet: `np.asarray` reads all of it, `read(index)` a part. A leaf of a pytree.
+    """An array that is not read yet: `np.asarray` reads all of it, `read(index)` a part. A leaf of a pytree."""
 
-    Attributes:
-      name: the file and the tensor, for messages.
-      shape, dtype: those of what is read, whatever the file's dtype.
-      fetch: `(index) -> the part at index`, of the file's dtype.
-      kept: whether `astype` keeps the dtype, as for what will train, where half precision loses too much.
-    """
-
-    name: str
+    name: str  # the file and the tensor, for messages
     shape: tuple[int, ...]
-    dtype: np.dtype
-    fetch: Callable[[Index], np.ndarray]
-    kept: bool = False
+    dtype: np.dtype  # of what is read, whatever the file's dtype
+    fetch: Callable[[Index], np.ndarray]  # the part at an index, of the file's dtype
+    kept: bool = False  # whether `astype` keeps the dtype, as for what will train: half precision loses too much
 
     def read(self, index: Index | None = None) -> np.ndarray:
-        """The part at `index` (by default all), of `dtype`.
-
-        Raises:
-          ValueError: the file is damaged, or an entry is too large for the dtype.
-        """
+        """The part at `index` (by default all), of `dtype`; a ValueError where the file is damaged, or an entry is too
+        large for the dtype."""
         stored = self.fetch(tuple(slice(0, size) for size in self.shape) if index is None else index)
         if stored.dtype == self.dtype:
             return stored
@@ -94,11 +84,8 @@ def same(a: Lazy, b: Lazy, at_once: int = 1 << 24) -> bool:
 
 
 def placed(lazy: Lazy, sharding: Sharding) -> Array:
-    """The array on the devices of a sharding that this process can address.
-
-    The parts are read one after the other, once each where several devices hold the same: the host never holds more
-    than one part besides what its devices hold.
-    """
+    """The array on the devices of a sharding that this process can address. Its parts are read one after the other,
+    once where several devices hold the same: the host holds one part at most besides what its devices hold."""
     holders: dict[tuple, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(lazy.shape).items():
         bounds = tuple(axis.indices(size)[:2] for axis, size in zip(index or (), lazy.shape, strict=True))

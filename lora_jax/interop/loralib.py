@@ -17,8 +17,11 @@ import numpy as np
 
 from lora_jax.core.selection import select
 from lora_jax.core.transforms import Delta, ParamTransform, chain
-from lora_jax.interop.hf.architectures import Module
-from lora_jax.interop.peft.modules import Model, model_of, prefix_in
+from lora_jax.interop import lazy
+from lora_jax.interop.folders import first_ten
+from lora_jax.interop.hf.families import Module
+from lora_jax.interop.peft.kind import Model
+from lora_jax.interop.peft.modules import model_of, prefix_in
 from lora_jax.interop.tensor_files import read_file
 from lora_jax.methods.lora import lora
 from lora_jax.methods.tune import tune
@@ -65,7 +68,7 @@ def load(
         raise ValueError(f"alpha={alpha!r}: give the number that the adapter was trained with")
     if len(enabled) != 3 or not any(enabled):
         raise ValueError(f"enabled={enabled!r}: say for query, key and value whether they are adapted")
-    tensors, _ = read_file(file, ignored=IGNORED)
+    tensors = read_file(file, ignored=IGNORED)
     if all(name.startswith("module.") for name in tensors):  # DistributedDataParallel's
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     model = model_of(params, prefix_in(tensors, str(file)), False, str(file))
@@ -95,23 +98,17 @@ def _sorted_out(
     unknown = []
     for full_name, tensor in tensors.items():
         name = full_name.replace("lm_head.decoder.", "lm_head.")  # the authors' GPT-2 has one more module there
-        module, _, parameter = name.rpartition(".")
-        if module not in model.modules or parameter not in _parameters(model.modules[module]):
-            unknown.append(full_name)
-        elif parameter in _FACTORS:
-            factors.setdefault(module, {})[parameter] = tensor.astype(np.float32, copy=False)
-        else:
+        owner, _, parameter = name.rpartition(".")
+        module = model.modules.get(owner)
+        if module and parameter in _FACTORS and module.torch_class in ("Linear", "Conv1D", "Embedding"):
+            factors.setdefault(owner, {})[parameter] = tensor.astype(np.float32, copy=False)
+        elif module and (module.bias if parameter == "bias" else parameter == "weight" and module.torch_class):
             others[name] = tensor.astype(np.float32, copy=False)
+        else:
+            unknown.append(full_name)
     if unknown:
-        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
-        raise ValueError(f"{file}: the base has no place for {', '.join(unknown[:10])}{more}")
+        raise ValueError(f"{file}: the base has no place for {first_ten(unknown)}")
     return factors, others
-
-
-def _parameters(module: Module) -> tuple[str, ...]:
-    """The names of the parameters that loralib may save of a module."""
-    factors = _FACTORS if module.torch_class in ("Linear", "Conv1D", "Embedding") else ()
-    return (*factors, *(("weight",) if module.torch_class else ()), *(("bias",) if module.bias else ()))
 
 
 def _kernels(
@@ -151,17 +148,13 @@ def _trained(others: Mapping[str, np.ndarray], model: Model, unmerged: bool, fil
     for name, tensor in others.items():
         owner, _, parameter = name.rpartition(".")
         module = model.modules[model.embedding if model.tied and owner == model.output else owner]
-        paths = module.paths(parameter)
-        # torch's Linear is (out, in); GPT-2's Conv1D is (in, out), as our kernels are.
-        transposed = parameter == "weight" and module.torch_class == "Linear"
-        base = np.concatenate([np.asarray(model.leaves[path], np.float32) for path in paths], axis=-1)
-        shape = base.shape[::-1] if transposed else base.shape
-        if tensor.shape != shape:
-            raise ValueError(f"{file}: {name} has shape {tensor.shape}, not {shape}")
-        value = tensor.T if transposed else tensor
+        layout = module.stored(parameter)
+        base = layout.join(*(np.asarray(model.leaves[path], np.float32) for path in layout.paths))
+        if tensor.shape != base.shape:
+            raise ValueError(f"{file}: {name} has shape {tensor.shape}, not {base.shape}")
         if name in frozen:
-            if not np.allclose(value, base, rtol=0, atol=_SAME * np.abs(base).max()):
+            if not np.allclose(tensor, base, rtol=0, atol=_SAME * np.abs(base).max()):
                 raise ValueError(f"{file}: {name} is not the base's: the adapter is merged into it, or another base")
-        elif not (frozen and parameter == "bias" and np.array_equal(value, base)):
-            trained |= dict(zip(paths, np.split(value, len(paths), axis=-1), strict=True))
+        elif not (frozen and parameter == "bias" and np.array_equal(tensor, base)):
+            trained |= {path: np.asarray(part) for path, part in layout.split(lazy.of(tensor, name)).items()}
     return trained

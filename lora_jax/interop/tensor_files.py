@@ -9,9 +9,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,50 +23,35 @@ from lora_jax.interop.lazy import Index, Lazy
 FLOATS = ("float32", "float16", "bfloat16")
 LARGEST_JSON = 16 << 20  # bytes; the headers of models with 100,000 tensors are smaller
 
-_DTYPES = {  # the file's names -> numpy's; other types keep the file's name
-    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
-    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
-    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
-    "BF16": "bfloat16",
-    "BOOL": "bool",
-    "C64": "complex64",
-}
+# The file's names -> numpy's; other types keep the file's name.
+_DTYPES = {f"{kind[0].upper()}{bits}": f"{kind}{bits}" for kind in ("float", "int", "uint") for bits in (8, 16, 32, 64)}
+_DTYPES |= {"BF16": "bfloat16", "BOOL": "bool", "C64": "complex64"}
 
 
-def read_file(
-    path: str | os.PathLike, *, dtypes: Sequence[str] = FLOATS, ignored: re.Pattern | None = None
-) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The tensors of one safetensors file, as they are stored, and its metadata.
+def read_file(path: str | os.PathLike, *, ignored: re.Pattern | None = None) -> dict[str, np.ndarray]:
+    """The tensors of one safetensors file, as they are stored; without those whose whole name `ignored` matches.
 
-    Args:
-      path: the file. The caller checks that it may be read (`folders.inside`).
-      dtypes: the types that a tensor may have.
-      ignored: tensors whose whole name matches are left out, whatever they hold.
+    The caller checks that the file may be read (`folders.inside`).
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is cut off, damaged or ambiguous, or a tensor is of another type or not finite.
+      ValueError: it is cut off, damaged or ambiguous, or a tensor is of another type than FLOATS or not finite.
     """
-    tensors, metadata = open_file(path, dtypes=dtypes, ignored=ignored)
+    tensors = open_file(path, ignored=ignored)
     with _opened(Path(path)) as file:
-        return {name: _tensor(file, name, tensor.dtype, Path(path)) for name, tensor in tensors.items()}, metadata
+        return {name: _tensor(file, name, tensor.dtype, Path(path)) for name, tensor in tensors.items()}
 
 
-def open_file(
-    path: str | os.PathLike, *, dtypes: Sequence[str] = FLOATS, ignored: re.Pattern | None = None
-) -> tuple[dict[str, Lazy], dict[str, str]]:
-    """As `read_file`, but tensors are read, and checked to be finite, when they are used.
-
-    Each reading opens the file and closes it again, which frees the memory that it is mapped into. Reading raises a
-    ValueError where the file was changed in between.
-    """
+def open_file(path: str | os.PathLike, *, ignored: re.Pattern | None = None) -> dict[str, Lazy]:
+    """As `read_file`, but tensors are read, and checked to be finite, when they are used. Each reading opens the file
+    and closes it again, which frees its mapped memory; a ValueError where the file was changed in between."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     _check_header(path)
     with _opened(path) as file:
         names = [name for name in file.keys() if ignored is None or not ignored.fullmatch(name)]
-        return {name: _lazy(file, name, dtypes, path) for name in names}, file.metadata() or {}
+        return {name: _lazy(file, name, path) for name in names}
 
 
 @contextlib.contextmanager
@@ -92,17 +78,16 @@ def _check_header(path: Path) -> None:
             raise _damaged(path, f"its header is no JSON: {error}") from error
     if not isinstance(header, dict):
         raise _damaged(path, "its header is no JSON object")
-    for name, entry in header.items():
-        if name != "__metadata__" and not isinstance(entry, dict):
-            raise _damaged(path, f"the entry of {name} is no object")
+    if wrong := [name for name in header if name != "__metadata__" and not isinstance(header[name], dict)]:
+        raise _damaged(path, f"the entry of {wrong[0]} is no object")
 
 
-def _lazy(file: Any, name: str, dtypes: Sequence[str], path: Path) -> Lazy:
+def _lazy(file: Any, name: str, path: Path) -> Lazy:
     """One tensor of an open file, which is opened again to read it."""
     entry = file.get_slice(name)
     dtype = _DTYPES.get(entry.get_dtype(), entry.get_dtype())
-    if dtype not in dtypes:
-        raise ValueError(f"{path}: {name} is {dtype}, not {', '.join(dtypes[:-1])} or {dtypes[-1]}")
+    if dtype not in FLOATS:
+        raise ValueError(f"{path}: {name} is {dtype}, not {', '.join(FLOATS[:-1])} or {FLOATS[-1]}")
     stored, shape, version = jnp.dtype(dtype), tuple(entry.get_shape()), _version(path)
 
     def fetch(index: Index) -> np.ndarray:
@@ -141,31 +126,21 @@ def _damaged(path: Path, why: Any) -> ValueError:
 
 
 def parse_json(data: bytes) -> Any:
-    """A value from JSON in UTF-8 as RFC 8259 defines it: no NaN, no infinities, no byte order mark, no key twice.
-
-    Raises:
-      ValueError: it is anything else, or nested more deeply than Python's parser allows.
-    """
+    """A value from JSON in UTF-8 as RFC 8259 defines it: no NaN, no infinities, no byte order mark, no key twice. All
+    else is a ValueError, and so is what is nested more deeply than Python's parser allows."""
     try:
-        return json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite)
+        return json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in unique:
-            raise ValueError(f"the key {key!r} is there twice")
-        unique[key] = value
-    return unique
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no number of JSON")
+    if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise ValueError(f"the key {twice[0]!r} is there twice")
+    return dict(pairs)
 
 
 def _finite(digits: str) -> float:
     if not math.isfinite(number := float(digits)):
-        raise ValueError(f"{digits} is no number that can be held")
+        raise ValueError(f"{digits} is no number of JSON, or too large to be held")
     return number

@@ -11,12 +11,10 @@ from lora_jax.interop.loralib import IGNORED
 
 
 def convert(checkpoint: str | Path, out: str | Path) -> tuple[list[str], list[str]]:
-    """Writes the tensors of a torch checkpoint as one safetensors file.
+    """Writes the tensors of a torch checkpoint as one safetensors file, which appears when it is complete.
 
-    Args:
-      checkpoint: of `torch.save(state_dict)` or `torch.save({"model_state_dict": state_dict, ...})`, from any device.
-      out: the file; it appears when it is complete. `module.` before all names (DistributedDataParallel) is taken
-        off; tensors that share memory are written once each.
+    The checkpoint is of `torch.save(state_dict)` or `torch.save({"model_state_dict": state_dict})`, from any device.
+    `module.` before all names (DistributedDataParallel) is taken off; tensors that share memory are written once each.
 
     Returns:
       The names that were written, and what was left out: GPT-2's causal masks, position counters, what is no tensor.

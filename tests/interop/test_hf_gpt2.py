@@ -362,7 +362,7 @@ def test_the_hub(small, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("wish", [{"head": "classifier"}, {"labels": 2}])
 def test_heads_that_gpt2_has_not(small, wish):
-    with pytest.raises(ValueError, match="GPT-2 has the head 'lm' only"):
+    with pytest.raises(ValueError, match="gpt2 has the head 'lm' only"):
         hf.load(small, **wish)
 
 

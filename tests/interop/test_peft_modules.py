@@ -126,9 +126,9 @@ def decided_by_peft(kind, fields):
 
 
 def decided_here(kind, fields):
-    complete = peft_config.complete(json.loads(json.dumps({"peft_type": "LORA", **fields})), LORA.schema, "config")
-    resolved = resolve(complete, model(kind), "config", LORA.rules)
-    return resolved, tensors_of(LORA.tensors(resolved), resolved)
+    complete = peft_config.complete(json.loads(json.dumps({"peft_type": "LORA", **fields})), LORA, "config")
+    resolved = resolve(complete, model(kind), "config", LORA)
+    return resolved, tensors_of(resolved)
 
 
 def compare(kind, fields):

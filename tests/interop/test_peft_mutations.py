@@ -19,6 +19,7 @@ import peft as theirs
 import lora_jax as lj
 from lora_jax.interop import peft
 from lora_jax.interop.hf import gpt2 as hf_gpt2
+from lora_jax.interop.hf.families import layouts
 from tests.helpers.peft_models import adapter, base, quietly, written
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -278,8 +279,8 @@ def merged_by_peft(folder):
 
 def merged_here(method, delta):
     merged = flatten_dict(lj.merge(method.apply(base("gpt2").params, delta)), sep="/")
-    recipes = hf_gpt2.to_hf(base("gpt2").model)[1]
-    return {name: recipe.make(*(np.asarray(merged[path]) for path in recipe.paths)) for name, recipe in recipes.items()}
+    names = layouts(hf_gpt2.ARCHITECTURE, flatten_dict(base("gpt2").params, sep="/"), prefixed=True)
+    return {name: layout.join(*(np.asarray(merged[path]) for path in layout.paths)) for name, layout in names.items()}
 
 
 @pytest.fixture(scope="module")

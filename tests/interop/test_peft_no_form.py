@@ -93,7 +93,7 @@ def test_conformance_15_one_input_of_a_fused_layer_is_scaled_once(tmp_path):
 def test_conformance_15_lokr_s_files_are_read_strictly(tmp_path, caplog):
     fields = {"config": LOKR, "r": 1, "target_modules": ["query"]}
     folder, params = file_of(tmp_path, "roberta", **fields), base("roberta").params
-    with pytest.raises(ValueError, match=r"query\.lokr_w2 is missing; .*lokr_w2_a is no part of the adapter"):
+    with pytest.raises(ValueError, match=r"query\.lokr_w2 is missing; .*lokr_w2_a is not part of the adapter"):
         peft.load(spoiled(folder, tmp_path / "1", r=4), params)
     with pytest.raises(ValueError, match=r"query\.lokr_w1 has shape \(3, 3\), not \(2, 2\)"):
         peft.load(spoiled(folder, tmp_path / "2", decompose_factor=2), params)

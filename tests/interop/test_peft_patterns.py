@@ -93,7 +93,7 @@ REFUSED = {
 
 
 def complete(**fields):
-    return peft_config.complete({"peft_type": "LORA", **fields}, LORA.schema, "config")
+    return peft_config.complete({"peft_type": "LORA", **fields}, LORA, "config")
 
 
 @pytest.mark.parametrize("said", ACCEPTED)

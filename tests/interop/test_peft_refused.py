@@ -192,7 +192,7 @@ def test_tensors_that_do_not_fit_are_named(copy, good):
 
     with pytest.raises(ValueError, match=rf"{A0} is missing"):
         load(spoil(copy, lambda t: {name: x for name, x in t.items() if name != A0}))
-    with pytest.raises(ValueError, match=r"lora_C\.weight is no part of the adapter"):
+    with pytest.raises(ValueError, match=r"lora_C\.weight is not part of the adapter"):
         load(spoil(again(), lambda t: t | {A0.replace("_A", "_C"): t[A0]}))
     with pytest.raises(ValueError, match=r"has shape \(12, 2\), not \(2, 12\).*another size"):
         load(spoil(again(), lambda t: t | {A0: np.ascontiguousarray(t[A0].T)}))

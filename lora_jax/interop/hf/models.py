@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
-from safetensors import safe_open
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
@@ -26,15 +25,16 @@ from lora_jax.core import transforms
 from lora_jax.core.arrays import is_adapted
 from lora_jax.core.extras import extra
 from lora_jax.distributed import processes
-from lora_jax.interop.folders import INDEX, WEIGHTS, Recipe, check_shapes, inside, open_tensors, read_json
+from lora_jax.interop.folders import INDEX, WEIGHTS, check_shapes, inside, open_tensors, read_json
 from lora_jax.interop.hf import encoder, gpt2  # noqa: F401  (they register their formats)
-from lora_jax.interop.hf.formats import Format, format_of
+from lora_jax.interop.hf.families import Format, Stored, Wanted, format_of, layouts
 from lora_jax.interop.lazy import placed, stacked
 from lora_jax.interop.tensor_files import FLOATS
 from lora_jax.models import shapes
 from lora_jax.models.family import family_of
 from lora_jax.models.layouts import in_stack, to_scanned
 
+Tensors = Iterator[tuple[str, np.ndarray]]
 SHARD = 5_000_000_000  # bytes of one file of weights, above which there are several
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -55,23 +55,23 @@ def load(
 
     Args:
       folder_or_hub_id: a folder, or else a name on the Hub ("openai-community/gpt2").
-      head: the head that is wanted; made anew, with a warning, where the files have none. GPT-2
-        has "lm" only, and has it anyway unless the files say that it is untied and lack it.
-        Encoders have "classification", "regression", or by default what the files have.
+      head: the head that is wanted; made anew, with a warning, where the files have none. GPT-2 has "lm" only, and has
+        it anyway unless the files say that it is untied and lack it. Encoders have "classification", "regression", or
+        by default what the files have.
       labels: how many classes a classification head has; a head of another number is not used.
       tie: whether GPT-2's head is the token embedding; None: as config.json says. False copies it.
       key: the key of a head that is made anew; an encoder's has one by default.
       scan_layers, dtype, place: of `read`.
 
     Returns:
-      `(model, params, tokenizer)`: the parameters as nested dicts, by default float32 in the loop
-      layout (`h_0`, ...); the tokenizer is None where there is no tokenizer.json. `model.config`
-      has no dropout, whatever config.json says: its rates concern training only.
+      `(model, params, tokenizer)`: the parameters as nested dicts, by default float32 in the loop layout (`h_0`, ...);
+      the tokenizer is None where there is no tokenizer.json. `model.config` has no dropout, whatever config.json says:
+      its rates concern training only.
 
     Raises:
       FileNotFoundError: neither such a folder nor such a model, or files are missing.
-      ValueError: damaged files; a missing, extra, misshapen or non-finite tensor; a config field
-        that changes the function and is not supported; a missing head that is not asked for.
+      ValueError: damaged files; a missing, extra, misshapen or non-finite tensor; a config field that changes the
+        function and is not supported; a missing head that is not asked for.
     """
     model, stored, tokenizer = unread(folder_or_hub_id, head=head, labels=labels, tie=tie, key=key)
     if scan_layers:
@@ -92,7 +92,7 @@ def unread(
     folder = _folder(folder_or_hub_id)
     format, fields = _described(folder)
     tensors = open_tensors(folder, format.ignored)
-    model, flat = format.from_hf(fields, tensors, str(folder), head=head, labels=labels, tie=tie, key=key)
+    model, flat = format.from_hf(format, fields, tensors, str(folder), Wanted(head, labels, tie, key))
     return model, unflatten_dict(flat, sep="/"), _tokenizer(folder, model.config.vocab_size)
 
 
@@ -108,11 +108,11 @@ def read(
     Args:
       stored: of `unread`.
       scan_layers: the layers as stacks, for a model with `scan_layers`.
-      dtype: "float32", "bfloat16" or "float16". A classification head, and what is made anew, stay
-        float32: they are there to be trained.
-      place: where a parameter goes, by its path and shape in the layout asked for. Each device's
-        part is read from the files by itself: no parameter is whole anywhere, and a process of
-        several reads what its own devices hold. By default JAX's default device.
+      dtype: "float32", "bfloat16" or "float16". A classification head, and what is made anew, stay float32: they are
+        there to be trained.
+      place: where a parameter goes, by its path and shape in the layout asked for; by default JAX's default device.
+        Each device's part is read from the files by itself: no parameter is whole anywhere, and a process of several
+        reads what its own devices hold.
 
     Raises:
       ValueError: a file was damaged since; a tensor is not finite, or too large for the dtype.
@@ -129,29 +129,18 @@ def read(
 
 
 def without_weights(folder: str | os.PathLike) -> nn.Module:
-    """The model that a folder's config.json describes, an encoder without pooler and head; no weights are read.
-
-    Raises:
-      FileNotFoundError, ValueError: of config.json, as `load`.
-    """
+    """The model that a folder's config.json describes, an encoder without pooler and head; no weights are read. Raises
+    what `load` raises of config.json."""
     format, fields = _described(Path(folder))
     config = format.config_of(fields, str(folder))
     return family_of(config).model(config)
 
 
-def tensor_names(folder_or_hub_id: str | os.PathLike) -> set[str]:
-    """The names of the tensors of what `load` has read before; no weights are read."""
-    folder = _folder(folder_or_hub_id)
-    if not inside(folder, WEIGHTS).is_file():
-        return set(read_json(folder / INDEX)["weight_map"])
-    with safe_open(folder / WEIGHTS, "numpy") as file:
-        return set(file.keys())
-
-
 def untrained(model: nn.Module, source: str | os.PathLike) -> tuple[str, ...]:
     """Globs of the parameters besides the head that the files lack and `load` makes anew, for every method to train."""
-    needed = format_of(family_of(model).name, str(source)).head_needs(model.config)
-    names = tensor_names(source) if needed else ()
+    format = format_of(family_of(model).name, str(source))
+    needed = format.head_needs(model.config)
+    names = open_tensors(_folder(source), format.ignored) if needed else ()
     return tuple(glob for end, glob in needed.items() if not any(name.endswith(end) for name in names))
 
 
@@ -166,36 +155,36 @@ def save(
 ) -> None:
     """Writes a folder that `load` and transformers' `from_pretrained` read.
 
-    Parameters of either layout, of float32, float16 or bfloat16, are stored as they are. Files of
-    the same names are replaced only when all new ones are complete, and weights under other names
-    that the new ones make obsolete are deleted; others stay.
+    Parameters of either layout, of float32, float16 or bfloat16, are stored as they are. Files of the same names are
+    replaced only when all new ones are complete, and weights under other names that the new ones make obsolete are
+    deleted; others stay.
 
     Args:
       folder: made where it is missing.
       model: of `lora_jax.models`.
-      params: its parameters, on one device or on many; the host holds one file's at a time. Where
-        they are spread over several processes, all call this, and the first one writes.
+      params: its parameters, on one device or on many; the host holds one file's at a time. Where they are spread over
+        several processes, all call this, and the first one writes.
       tokenizer: for tokenizer.json.
-      merge: the parameters are adapted (`method.apply(params, delta)`), and are merged one by one
-        as they are written: the files are those of `save(..., lora_jax.merge(params))`.
+      merge: the parameters are adapted (`method.apply(params, delta)`), and are merged one by one as they are written:
+        the files are those of `save(..., lora_jax.merge(params))`.
       shard_size: bytes of weights in one file; where there are more, there are several and an index.
 
     Raises:
-      ValueError: the parameters are not the model's (the names and shapes are shown); what is
-        adapted cannot be merged.
+      ValueError: the parameters are not the model's (the names and shapes are shown), or cannot be merged.
       TypeError: adapted parameters without `merge`, or a model of no known family.
     """
-    fields, recipes = format_of(family_of(model).name, str(folder)).to_hf(model)
+    format = format_of(family_of(model).name, str(folder))
     leaves = flatten_dict(jax.eval_shape(transforms.merge, params) if merge else params, sep="/")
     scanned = any(path.startswith("h/") for path in leaves)
-    laid_out = type(model)(dataclasses.replace(model.config, scan_layers=scanned))  # type: ignore[attr-defined]
-    check_shapes({path: leaf.shape for path, leaf in leaves.items()}, shapes.of_params(laid_out), "params")
+    check_shapes({path: leaf.shape for path, leaf in leaves.items()}, _shapes(model, scanned), "params")
     for leaf in leaves.values():
         if is_adapted(leaf):
             np.asarray(leaf)  # an error that says how to merge it
     dtypes = {str(leaf.dtype) for leaf in leaves.values()}
+    fields = format.fields_of(model.config)  # type: ignore[attr-defined]
     fields["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
-    tensors = _tensors(flatten_dict(params, sep="/"), recipes, scanned)
+    names = layouts(format.architecture, _shapes(model, scanned=False), prefixed=True)
+    tensors = _tensors(flatten_dict(params, sep="/"), names, scanned)
     spread = any(isinstance(x, Array) and not x.is_fully_addressable for x in jax.tree.leaves(params))
     if not spread or jax.process_index() == 0:
         _write(Path(folder), fields, tensors, tokenizer, shard_size)
@@ -206,35 +195,31 @@ def save(
         multihost_utils.sync_global_devices(f"written {folder}")
 
 
-def _tensors(flat: dict[str, Any], recipes: dict[str, Recipe], scanned: bool) -> Iterator[tuple[str, np.ndarray]]:
+def _shapes(model: Any, scanned: bool) -> dict[str, tuple[int, ...]]:
+    return shapes.of_params(type(model)(dataclasses.replace(model.config, scan_layers=scanned)))
+
+
+def _tensors(flat: dict[str, Any], names: dict[str, Stored], scanned: bool) -> Tensors:
     """The tensors of the files one by one; those of one stack follow one another, so that it is merged once."""
-    groups: dict[tuple[str, ...], list[tuple[str, int | None, Recipe]]] = {}
-    for name, recipe in recipes.items():
-        layer_of_path = [in_stack(path) if scanned else (path, None) for path in recipe.paths]
-        groups.setdefault(tuple(path for path, _ in layer_of_path), []).append((name, layer_of_path[0][1], recipe))
+    groups: dict[tuple[str, ...], list[tuple[str, int | None, Stored]]] = {}
+    for name, layout in names.items():
+        layer_of_path = [in_stack(path) if scanned else (path, None) for path in layout.paths]
+        groups.setdefault(tuple(path for path, _ in layer_of_path), []).append((name, layer_of_path[0][1], layout))
     for paths, tensors in groups.items():
         leaves = [_merged(flat[path]) for path in paths]
-        for name, layer, recipe in tensors:
-            yield name, recipe.make(*(processes.on_host(leaf if layer is None else leaf[layer]) for leaf in leaves))
+        for name, layer, layout in tensors:
+            yield name, layout.join(*(processes.on_host(leaf if layer is None else leaf[layer]) for leaf in leaves))
 
 
 def _merged(leaf: Any) -> Any:
     """What is adapted, dense: where its base lies, if that is on many devices."""
-    if not is_adapted(leaf):
-        return leaf
-    place = getattr(leaf.base, "sharding", None)
+    place = getattr(leaf.base, "sharding", None) if is_adapted(leaf) else None
     if place is None or len(place.device_set) == 1:
-        return transforms.merge(leaf)
+        return transforms.merge(leaf) if is_adapted(leaf) else leaf
     return jax.jit(transforms.merge, out_shardings=place)(leaf)
 
 
-def _write(
-    folder: Path,
-    fields: dict[str, Any],
-    tensors: Iterable[tuple[str, np.ndarray]],
-    tokenizer: Tokenizer | None,
-    shard_size: int,
-) -> None:
+def _write(folder: Path, fields: dict, tensors: Tensors, tokenizer: Tokenizer | None, shard_size: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
         complete = Path(temporary)
@@ -253,30 +238,28 @@ def _write(
             file.unlink()
 
 
-def _write_weights(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_size: int) -> None:
+def _write_weights(folder: Path, tensors: Tensors, shard_size: int) -> None:
     """One file, or several and their index."""
-    where: dict[str, int] = {}
-    count = size = parameters = 0
+    shards: list[list[str]] = []  # the tensors of each
+    size = parameters = 0
     for held in _packed(tensors, shard_size):
-        save_file(held, folder / f"{count}.safetensors", metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / f"{count}.safetensors")  # the library: for the owner alone
-        where |= dict.fromkeys(held, count)
-        count, size = count + 1, size + sum(tensor.nbytes for tensor in held.values())
+        file = folder / f"{len(shards)}.safetensors"
+        save_file(held, file, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", file)  # the library: for the owner alone
+        shards.append(list(held))
+        size += sum(tensor.nbytes for tensor in held.values())
         parameters += sum(tensor.size for tensor in held.values())
-    if count == 1:
-        (folder / "0.safetensors").rename(folder / WEIGHTS)
-        return
-    names = [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
+    count = len(shards)
+    names = [WEIGHTS] if count == 1 else [f"model-{n + 1:05d}-of-{count:05d}.safetensors" for n in range(count)]
     for n, name in enumerate(names):
         (folder / f"{n}.safetensors").rename(folder / name)
-    index = {
-        "metadata": {"total_parameters": parameters, "total_size": size},
-        "weight_map": {name: names[n] for name, n in where.items()},
-    }
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    if count > 1:
+        file_of = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        index = {"metadata": {"total_parameters": parameters, "total_size": size}, "weight_map": file_of}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _packed(tensors: Iterable[tuple[str, np.ndarray]], most: int) -> Iterator[dict[str, np.ndarray]]:
+def _packed(tensors: Tensors, most: int) -> Iterator[dict[str, np.ndarray]]:
     """As many tensors at a time as fit into `most` bytes, but one at least."""
     held: dict[str, np.ndarray] = {}
     for name, tensor in tensors:
@@ -299,15 +282,13 @@ def _folder(source: str | os.PathLike) -> Path:
         return Path(source)
     with extra("hf"):
         import huggingface_hub  # slow to import, and seldom needed
-
     try:
         wanted = ["config.json", WEIGHTS, INDEX, "model-*.safetensors", "tokenizer.json"]
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted))
     except Exception as error:  # of the Hub, the network or the disk: the way out is the same
         raise FileNotFoundError(
             f"there is no folder {source}, and https://huggingface.co/{source} could not be fetched "
-            f"({type(error).__name__}); download its config.json, {WEIGHTS} and tokenizer.json "
-            "and name their folder"
+            f"({type(error).__name__}); download its config.json, {WEIGHTS} and tokenizer.json and name their folder"
         ) from error
 
 
@@ -319,8 +300,6 @@ def _tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{path} is no tokenizer ({error})") from error
-    if tokenizer.get_vocab_size() > vocab_size:
-        raise ValueError(
-            f"{path} has {tokenizer.get_vocab_size()} tokens, but config.json says vocab_size {vocab_size}"
-        )
+    if (size := tokenizer.get_vocab_size()) > vocab_size:
+        raise ValueError(f"{path} has {size} tokens, but config.json says vocab_size {vocab_size}")
     return tokenizer

@@ -10,7 +10,7 @@ hold. Reading is strict: where PEFT warns, or silently loads a part, this is an 
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,36 +20,24 @@ import safetensors.numpy
 from lora_jax.checkpoints import write_atomically
 from lora_jax.core.selection import select
 from lora_jax.core.transforms import Delta, ParamTransform, chain
-from lora_jax.interop.folders import inside, read_json
-from lora_jax.interop.peft.config import CONFIG, complete, find_config, to_json
+from lora_jax.interop import folders
+from lora_jax.interop.peft.config import complete, to_json
 from lora_jax.interop.peft.export import export
-from lora_jax.interop.peft.kind import Kind, selected
+from lora_jax.interop.peft.kind import Model, Resolved, Tensor
 from lora_jax.interop.peft.kinds import kind_of
-from lora_jax.interop.peft.modules import Model, Resolved, model_of, prefix_in, resolve
-from lora_jax.interop.peft.tensors import (
-    PREFIX,
-    Tensor,
-    all_equal,
-    array_of,
-    check_names,
-    check_tie,
-    name_in_file,
-    tensors_of,
-    to_delta,
-)
+from lora_jax.interop.peft.modules import model_of, prefix_in, resolve
+from lora_jax.interop.peft.tensors import PREFIX, all_equal, array_of, check_names, name_in_file, tensors_of, to_delta
 from lora_jax.interop.tensor_files import FLOATS, read_file
 from lora_jax.methods.token_rows import token_rows
 from lora_jax.methods.tune import tune
 
-_WEIGHTS = "adapter_model.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def load(folder: str | os.PathLike, params: Any) -> tuple[ParamTransform, Delta]:
     """An adapter that PEFT wrote: LoRA, DoRA, PiSSA, VeRA, IA3, LoKr or a registered kind, for GPT-2, RoBERTa, BERT.
 
-    Args:
-      folder: with adapter_config.json and adapter_model.safetensors.
-      params: of its base as `interop.hf.load` gives them, in the loop layout (the method works in either).
+    `params` are its base's as `interop.hf.load` gives them, in the loop layout (the method works in either).
 
     Returns:
       `(method, delta)`: `method.apply(params, delta)` is what PEFT computes; the delta is float32, as there. A fused
@@ -61,24 +49,35 @@ def load(folder: str | os.PathLike, params: Any) -> tuple[ParamTransform, Delta]
       ValueError: a damaged file; a field that is wrong, unknown or unsupported; a missing, extra, misshapen, wrongly
         typed or non-finite tensor; an adapter for another base; a tied embedding that it adapts in one use alone.
     """
-    folder = Path(folder)
-    config_file, file = find_config(folder), _find_weights(folder)
-    config = read_json(config_file)
-    kind = kind_of(config, str(config_file))
-    fields = complete(config, kind.schema, str(config_file))
-    in_file, _ = read_file(file)
+    config_file, file = _files(Path(folder))
+    config, in_file = folders.read_json(config_file), read_file(file)
     arrays = {name.removeprefix(PREFIX): array for name, array in in_file.items()}
-    classifies = fields["task_type"] == "SEQ_CLS" or any(name.startswith("score.") for name in arrays)
+    classifies = config.get("task_type") == "SEQ_CLS" or any(name.startswith("score.") for name in arrays)
     model = model_of(params, prefix_in(arrays, str(file)), classifies, str(file))
-    resolved, tensors = _resolve(kind, fields, model, str(config_file))
+    resolved, tensors = _resolve(config, model, str(config_file))
     check_names(tensors, in_file, model, str(file))
     delta = to_delta(tensors, arrays)
-    transforms, from_base = kind.method(resolved)
+    transforms, from_base = resolved.kind.method(resolved)
     for path, factors in from_base.items():
         delta[path] |= factors
-    kept: dict[str, Any] = {"config": config, "prefix": model.prefix, "dtypes": _other_dtypes(arrays)}
-    kept["copies"] = sorted(_checked_copies(tensors, arrays, delta, model, str(file)))
-    method = _method(resolved, tensors, transforms)
+    copies = [tensor for tensor in tensors if tensor.copy and tensor.name in arrays]
+    for tensor in copies:
+        if not np.array_equal(array_of(tensor, delta, model).astype(arrays[tensor.name].dtype), arrays[tensor.name]):
+            what = "the base's" if tensor.copy == "base" else "the adapter's own"
+            raise ValueError(f"{file}: {PREFIX}{tensor.name} is no copy of {what} {tensor.path}: of another base?")
+    if tuned := [tensor.path for tensor in tensors if tensor.factor == "value" and not tensor.copy]:
+        transforms = [*transforms, tune(model.select(tuned))]
+    for name, indices in resolved.tokens.items():
+        transforms = [*transforms, token_rows(select(model.modules[name].path("weight")), indices=indices)]
+    method = transforms[0] if len(transforms) == 1 else chain(*transforms)
+    dtypes = {name: str(array.dtype) for name, array in sorted(arrays.items()) if array.dtype != np.float32}
+    one_dtype = len(set(dtypes.values())) == 1 and len(dtypes) == len(arrays)
+    kept = {
+        "config": config,
+        "prefix": model.prefix,
+        "dtypes": next(iter(dtypes.values())) if one_dtype else dtypes,  # those that are not float32
+        "copies": sorted(tensor.name for tensor in copies),
+    }
     return method._replace(spec=method.spec | {"peft": kept}), delta
 
 
@@ -94,9 +93,7 @@ def save(folder: str | os.PathLike, method: ParamTransform, delta: Delta, *, par
     PiSSA becomes LoRA of twice the rank, as PEFT converts it, so that no singular values need be computed again. One
     that `load` read is written as PiSSA, unless the A's of query, key and value differ, of which PEFT has one.
 
-    Args:
-      folder: is made, or its two files are replaced; other files stay.
-      params: of the base, in the loop layout.
+    The folder is made, or its two files are replaced; other files stay. `params` are the base's, in the loop layout.
 
     Raises:
       ValueError: something that PEFT cannot represent, by its name; a delta that is not this method's, or not finite.
@@ -108,98 +105,62 @@ def save(folder: str | os.PathLike, method: ParamTransform, delta: Delta, *, par
         if not np.isfinite(array.astype(np.float32)).all():
             raise ValueError(f"{name} has entries that are not finite; an adapter like that is not saved")
     named = {name_in_file(name): array for name, array in arrays.items()}
-    content = safetensors.numpy.save(named, metadata={"format": "pt"})
-    write_atomically(Path(folder) / _WEIGHTS, content)
+    write_atomically(Path(folder) / WEIGHTS, safetensors.numpy.save(named, metadata={"format": "pt"}))
     write_atomically(Path(folder) / CONFIG, to_json(config))
 
 
-def _resolve(kind: Kind, fields: Mapping[str, Any], model: Model, source: str) -> tuple[Resolved, list[Tensor]]:
-    """A config applied to a model, and the tensors of its adapter."""
-    resolved = resolve(fields, model, source, kind.rules)
-    check_tie(resolved)
-    return resolved, tensors_of(kind.tensors(resolved), resolved)
-
-
-def _find_weights(folder: Path) -> Path:
-    path = inside(folder, _WEIGHTS)
-    if path.is_file():
-        return path
+def _files(folder: Path) -> tuple[Path, Path]:
+    """The two files of an adapter; an error that says what to do where one is missing."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    config, weights = folders.inside(folder, CONFIG), folders.inside(folder, WEIGHTS)
+    if not config.is_file():
+        below = sorted(config.parent.name for config in folder.glob(f"*/{CONFIG}"))
+        hint = f"; its folders {', '.join(below)} have one: name one of them" if below else ": it is no PEFT adapter"
+        raise FileNotFoundError(f"{config} is missing{hint}")
+    if weights.is_file():
+        return config, weights
     if (folder / "adapter_model.bin").exists():
         raise FileNotFoundError(
-            f"{folder} holds adapter_model.bin but no {_WEIGHTS}. Pickles can run any code and are not read here; "
+            f"{folder} holds adapter_model.bin but no {WEIGHTS}. Pickles can run any code and are not read here; "
             "convert it where you trust it: peft.PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)"
         )
-    raise FileNotFoundError(f"{path} is missing")
+    raise FileNotFoundError(f"{weights} is missing")
 
 
-def _other_dtypes(arrays: Mapping[str, np.ndarray]) -> Any:
-    """The dtypes that are not float32: one name for all tensors, or {tensor: name}."""
-    dtypes = {name: str(array.dtype) for name, array in sorted(arrays.items()) if array.dtype != np.float32}
-    distinct = set(dtypes.values())
-    return distinct.pop() if len(distinct) == 1 and len(dtypes) == len(arrays) else dtypes
-
-
-def _checked_copies(
-    tensors: Iterable[Tensor], arrays: Mapping[str, np.ndarray], delta: Delta, model: Model, source: str
-) -> list[str]:
-    """The names of the copies that a file holds; a ValueError where one differs from its original."""
-    copies = [tensor for tensor in tensors if tensor.copy and tensor.name in arrays]
-    for tensor in copies:
-        stored, original = arrays[tensor.name], array_of(tensor, delta, model)
-        if not np.array_equal(original.astype(stored.dtype), stored):
-            what = "the base's" if tensor.copy == "base" else "the adapter's own"
-            raise ValueError(f"{source}: {PREFIX}{tensor.name} is no copy of {what} {tensor.path}: of another base?")
-    return [tensor.name for tensor in copies]
-
-
-def _method(resolved: Resolved, tensors: list[Tensor], transforms: list[ParamTransform]) -> ParamTransform:
-    """The transform of a config: of the adapted modules, and of what trains beside them."""
-    methods, model = list(transforms), resolved.model
-    if tuned := [tensor.path for tensor in tensors if tensor.factor == "value" and not tensor.copy]:
-        methods.append(tune(selected(tuned, model)))
-    for name, indices in resolved.tokens.items():
-        methods.append(token_rows(select(model.modules[name].path("weight")), indices=indices))
-    return methods[0] if len(methods) == 1 else chain(*methods)
+def _resolve(config: Mapping[str, Any], model: Model, source: str) -> tuple[Resolved, list[Tensor]]:
+    """A config applied to a model, and the tensors of its adapter."""
+    kind = kind_of(config, source)
+    resolved = resolve(complete(config, kind, source), model, source, kind)
+    return resolved, tensors_of(resolved)
 
 
 def _as_loaded(method: ParamTransform, delta: Delta, params: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Config and arrays of a method that `load` made."""
-    kept = method.spec["peft"]
-    config, kind = kept["config"], kind_of(kept["config"], "method.spec")
-    fields = complete(config, kind.schema, "method.spec")
-    classifies = fields["task_type"] == "SEQ_CLS" or any(key.startswith("score/") for key in delta)
-    model = model_of(params, kept["prefix"], classifies, "method.spec")
-    resolved, tensors = _resolve(kind, fields, model, "method.spec")
-    if not all(_is_one(tensor, delta) for tensor in tensors):
+    kept, source = method.spec["peft"], "method.spec"
+    config = kept["config"]
+    classifies = config.get("task_type") == "SEQ_CLS" or any(key.startswith("score/") for key in delta)
+    model = model_of(params, kept["prefix"], classifies, source)
+    resolved, tensors = _resolve(config, model, source)
+    replicated = (tensor for tensor in tensors if tensor.replicated)  # what PEFT has once must still be the same
+    if not all(all_equal(delta.get(key, {}).get(factor) for key, factor in tensor.entries) for tensor in replicated):
         return _exported(method, delta, params)
-    if resolve(complete(_read_again(config), kind.schema, ""), model, "", kind.rules).adapted != resolved.adapted:
+    if _resolve(json.loads(to_json(config)), model, source)[0].adapted != resolved.adapted:
         # Sorting the keys, as PEFT does, made another pattern the first that matches.
         config = config | {
             "rank_pattern": {name: rank for name, (rank, _) in resolved.adapted.items()},
             "alpha_pattern": {name: alpha for name, (_, alpha) in resolved.adapted.items()},
         }
-    arrays = _arrays(tensors, kept["copies"], delta, model)
-    return config, {name: _as_stored(array, name, kept["dtypes"]) for name, array in arrays.items()}
-
-
-def _is_one(tensor: Tensor, delta: Delta) -> bool:
-    """Whether what PEFT has once is the same under all its keys of the delta."""
-    return not tensor.replicated or all_equal(delta.get(key, {}).get(factor) for key, factor in tensor.entries)
-
-
-def _read_again(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config as it will be read from its file."""
-    return json.loads(to_json(config))
+    arrays, dtypes = _arrays(tensors, kept["copies"], delta, model), kept["dtypes"]
+    return config, {name: _as_stored(array, name, dtypes) for name, array in arrays.items()}
 
 
 def _exported(method: ParamTransform, delta: Delta, params: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Config and arrays of any other method."""
     model, config, exported = export(method, delta, params)
-    kind = kind_of(config, "the adapter")
-    fields = complete(_read_again(config), kind.schema, "the adapter")
-    _, tensors = _resolve(kind, fields, model, "the adapter")
+    _, tensors = _resolve(json.loads(to_json(config)), model, "the adapter")
     # PEFT writes copies of the biases in its own wrappers, and of the weights of an adapted lm_head.
-    ends = (".bias", ".base_layer.weight") if "lm_head" in fields["target_modules"] else (".bias",)
+    ends = (".bias", ".base_layer.weight") if "lm_head" in config["target_modules"] else (".bias",)
     copies = [tensor.name for tensor in tensors if tensor.copy and tensor.name.endswith(ends)]
     return config, _arrays(tensors, copies, exported, model)
 

@@ -1,16 +1,16 @@
 """Methods of this library in PEFT's form: a config that adapts the same modules, and the delta of its tensors."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from lora_jax.core.arrays import Tuned, is_adapted
 from lora_jax.core.lifting.taps import untapped
 from lora_jax.core.selection import flatten
 from lora_jax.core.transforms import Delta, ParamTransform
 from lora_jax.interop.peft.config import new_config
-from lora_jax.interop.peft.kind import Adaptation, Kind, shortest, targets
+from lora_jax.interop.peft.kind import Adaptation, Model, shortest
 from lora_jax.interop.peft.kinds import KINDS
-from lora_jax.interop.peft.modules import Model, model_of
+from lora_jax.interop.peft.modules import model_of
 from lora_jax.methods.bias_delta import BiasDelta
 from lora_jax.methods.prefix import Extended
 from lora_jax.methods.token_rows import TokenRows
@@ -19,20 +19,9 @@ HEADS = ("classifier", "score")
 _NATIVE = "lora_jax.checkpoints.save_adapter(path, method, delta, base_id) saves it"
 
 
-class Export(NamedTuple):
-    """A Hugging Face model, an adapter's config for it, and the delta with the keys and factors of its tensors."""
-
-    model: Model
-    config: dict[str, Any]
-    delta: Delta
-
-
-def export(method: ParamTransform, delta: Delta, params: Any) -> Export:
-    """A method of this library and its delta in PEFT's form.
-
-    Raises:
-      ValueError: something that PEFT cannot represent, by its name.
-    """
+def export(method: ParamTransform, delta: Delta, params: Any) -> tuple[Model, dict[str, Any], Delta]:
+    """The Hugging Face model, a config for it, and the delta with the keys and factors of its tensors, of a method of
+    this library and its delta; a ValueError that names what PEFT cannot represent."""
     model = model_of(params, None, any(key.startswith("score/") for key in delta), "params")
     adapted, taps = untapped(method.apply(params, delta))
     if taps:
@@ -42,13 +31,16 @@ def export(method: ParamTransform, delta: Delta, params: Any) -> Export:
         )
     adaptation = _by_class(Adaptation(method.spec, delta, model, {}, {}, {}, {}), adapted)
     name = _kind_name(adaptation)
-    exported, fields = KINDS[name].export(adaptation)
-    config = _config(name, KINDS[name], adaptation, fields)
+    to_peft = KINDS[name].export
+    if to_peft is None:
+        raise ValueError(f"an adapter of {KINDS[name].name} is only written as it was read; {_NATIVE}")
+    exported, fields = to_peft(adaptation)
+    config = _config(name, adaptation, fields)
     for path, leaf in adaptation.tuned.items():
         exported[path] = {"value": leaf.value}
     for module, rows in adaptation.rows.items():
         exported[model.modules[module].path("weight")] = {"rows": rows.rows}
-    return Export(model, config, exported)
+    return model, config, exported
 
 
 def _by_class(adaptation: Adaptation, adapted: Any) -> Adaptation:
@@ -56,8 +48,7 @@ def _by_class(adaptation: Adaptation, adapted: Any) -> Adaptation:
     module_of = {
         path: module.name
         for module in adaptation.model.modules.values()
-        if module.subtree
-        for which in ("weight", "bias")[: 1 + module.bias]
+        for which in module.parameters
         for path in module.paths(which)
     }
     for path, leaf in flatten(adapted, is_adapted)[0]:
@@ -90,56 +81,43 @@ def _kind_name(adaptation: Adaptation) -> str:
     if not first_path:
         raise ValueError("PEFT's LoRA has at least one adapted weight, and this method none: save the merged model")
     if len(first_path) > 1:
-        kinds = " and ".join(f"{KINDS[name].rules.name} ({path})" for name, path in first_path.items())
+        kinds = " and ".join(f"{KINDS[name].name} ({path})" for name, path in first_path.items())
         raise ValueError(f"an adapter of PEFT's is of one kind, but this method is {kinds}; {_NATIVE}")
     (name,) = first_path
-    rules = KINDS[name].rules
+    kind = KINDS[name]
     for module, leaves in adaptation.adapted.items():
-        if (torch_class := adaptation.model.modules[module].torch_class) not in rules.torch_classes:
-            raise ValueError(
-                f"{next(iter(leaves))} is {torch_class}'s weight, but PEFT's {rules.name} goes with "
-                f"{', '.join(rules.torch_classes)} only"
-            )
+        if (torch_class := adaptation.model.modules[module].torch_class) not in kind.torch_classes:
+            classes, path = ", ".join(kind.torch_classes), next(iter(leaves))
+            raise ValueError(f"{path} is {torch_class}'s weight, but PEFT's {kind.name} goes with {classes} only")
     return name
 
 
-def _config(name: str, kind: Kind, adaptation: Adaptation, fields: Mapping[str, Any]) -> dict[str, Any]:
+def _config(name: str, adaptation: Adaptation, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The config of an adaptation: `fields` of its kind, and those of any kind."""
-    model, (saved, bias) = adaptation.model, _saved(name, adaptation)
-    _check_beside(kind, adaptation, bias)
+    kind, model, (saved, bias) = KINDS[name], adaptation.model, _saved(name, adaptation)
+    rows = {module: list(leaf.indices) for module, leaf in adaptation.rows.items()}
+    beside = {
+        "lora_bias": ("shifts of biases", adaptation.shift),
+        "trainable_token_indices": ("rows of embeddings", rows),
+        "bias": ("biases, but with their weights", bias != "none"),
+    }
+    for field, (what, trains) in beside.items():
+        if trains and field not in kind.fields:
+            raise ValueError(f"PEFT trains no {what} beside {kind.name} (it has no field {field}), but beside LoRA")
     head = [module for module in saved if module in HEADS]
     others = shortest(set(saved) - set(head), [module for module in model.modules if model.below(module)], str.endswith)
     every_kind = {
-        "target_modules": targets(set(adaptation.adapted), model),
+        "target_modules": model.targets(set(adaptation.adapted)),
         "modules_to_save": (list(HEADS) if head else []) + others or None,
         "task_type": "SEQ_CLS" if head else "CAUSAL_LM" if model.output else None,
     }
     some_kinds = {
-        "trainable_token_indices": _token_indices(adaptation),
+        "trainable_token_indices": rows[model.embedding] if list(rows) == [model.embedding] else rows or None,
         "bias": bias,
         "fan_in_fan_out": any(model.modules[module].torch_class == "Conv1D" for module in adaptation.adapted),
     }
-    some_kinds = {field: value for field, value in some_kinds.items() if field in kind.schema.fields}
-    return new_config(kind.schema, name, **every_kind | some_kinds | dict(fields))
-
-
-def _check_beside(kind: Kind, adaptation: Adaptation, bias: str) -> None:
-    """A ValueError for what may train beside PEFT's LoRA, but not beside this kind."""
-    beside = {
-        "lora_bias": ("shifts of biases", adaptation.shift),
-        "trainable_token_indices": ("rows of embeddings", adaptation.rows),
-        "bias": ("biases, but with their weights", bias != "none"),
-    }
-    for field, (what, trains) in beside.items():
-        if trains and field not in kind.schema.fields:
-            raise ValueError(
-                f"PEFT trains no {what} beside {kind.rules.name} (it has no field {field}), but beside LoRA"
-            )
-
-
-def _token_indices(adaptation: Adaptation) -> Any:
-    indices, embedding = {name: list(r.indices) for name, r in adaptation.rows.items()}, adaptation.model.embedding
-    return indices[embedding] if list(indices) == [embedding] else indices or None
+    some_kinds = {field: value for field, value in some_kinds.items() if field in kind.fields}
+    return new_config(kind, name, **every_kind | some_kinds | dict(fields))
 
 
 def _saved(kind_name: str, adaptation: Adaptation) -> tuple[list[str], str]:

@@ -1,18 +1,16 @@
-"""What one kind of PEFT adapter (a `peft_type`) defines; reading and writing are the same code for all kinds."""
+"""What one kind of PEFT adapter (a `peft_type`) defines, and what its functions are given.
 
-import collections
+Reading and writing are the same code for all kinds.
+"""
+
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from lora_jax.core.arrays import Tuned
 from lora_jax.core.selection import Selection, select
 from lora_jax.core.transforms import Delta, ParamTransform
-from lora_jax.interop.peft.config import Schema
-from lora_jax.interop.peft.modules import Model, Resolved, Rules
-from lora_jax.interop.peft.tensors import Tensor
+from lora_jax.interop.hf.families import Architecture, Module, depth, expand_braces
 from lora_jax.methods.bias_delta import BiasDelta
 from lora_jax.methods.token_rows import TokenRows
 
@@ -20,118 +18,63 @@ from lora_jax.methods.token_rows import TokenRows
 _SCANNED = {"h/**/kernel": "sio", "h/**/{bias,scale}": "so"}
 
 
-class Adaptation(NamedTuple):
-    """A method of this library on a model, as `Kind.export` gets it.
+class Model(NamedTuple):
+    """A Hugging Face model as PEFT sees it."""
 
-    Attributes:
-      spec, delta: the method's spec and the delta.
-      model: the model.
-      adapted: adapted leaves of the kind by path, for each module.
-      shift: shifted biases by path, for each module.
-      rows: embeddings with trained rows by module.
-      tuned: leaves that train themselves by path.
-    """
+    architecture: Architecture
+    prefix: str  # what stands before the names of the backbone's modules
+    modules: dict[str, Module]
+    embedding: str  # the name of the token embedding
+    output: str  # the name of the language model's head, "" without one
+    tied: bool  # whether the token embedding is the head in our parameters
+    leaves: dict[str, Any]  # our parameters by path
 
-    spec: Mapping[str, Any]
-    delta: Delta
-    model: Model
-    adapted: dict[str, dict[str, Any]]
-    shift: dict[str, dict[str, BiasDelta]]
-    rows: dict[str, TokenRows]
-    tuned: dict[str, Tuned]
+    def shape(self, module: Module, which: str) -> tuple[int, ...]:
+        """The shape of a module's "weight" or "bias" in our order of axes, the parts of a fused layer side by side."""
+        shapes = [tuple(self.leaves[path].shape) for path in module.paths(which)]
+        return (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
 
+    def below(self, name: str) -> list[Module]:
+        """The modules with weights that have this name or are inside the module of this name."""
+        return [m for m in self.modules.values() if m.torch_class and (m.name == name or m.name.startswith(f"{name}."))]
 
-class Kind(NamedTuple):
-    """One `peft_type`.
+    def globs(self, paths: Iterable[str]) -> list[str]:
+        """Globs that match these paths, which may have braces, and no others: `**/attn/out/kernel` of all layers."""
+        layers: dict[str, list[str]] = {}
+        for path in paths:
+            match = re.fullmatch(r"h_(\d+)/(.+)", path)
+            layers.setdefault(match[2] if match else path, []).append(match[1] if match else "")
+        globs = []
+        for rest, numbers in layers.items():
+            if numbers == [""]:
+                globs.append(rest)
+            elif len(numbers) == depth(self.leaves):
+                globs.append(f"**/{rest}")
+            else:
+                which = numbers[0] if len(numbers) == 1 else f"{{{','.join(numbers)}}}"
+                globs.append(f"h_{which}/{rest}")
+        return globs
 
-    Attributes:
-      schema: of its config.
-      rules: which modules it adapts.
-      tensors: `(resolved) -> tensors of the adapted modules`, a list for each module.
-      method: `(resolved) -> (transforms, delta)`: the transforms of the adapted modules, and the factors that are made
-        from the base rather than read from the file.
-      leaves: the classes of adapted arrays that it can hold.
-      export: `(adaptation) -> (delta, config fields)`: the factors that `tensors` of that config will look for; raises
-        a ValueError for what PEFT cannot represent.
-    """
+    def select(self, paths: Iterable[str]) -> Selection:
+        """The selection of these paths, which may have braces, in either layout."""
+        return select(*self.globs(paths), axes=_SCANNED)
 
-    schema: Schema
-    rules: Rules
-    tensors: Callable[[Resolved], list[list[Tensor]]]
-    method: Callable[[Resolved], tuple[list[ParamTransform], Delta]]
-    leaves: tuple[type[Any], ...]
-    export: Callable[[Adaptation], tuple[Delta, dict[str, Any]]]
+    def by_glob(self, values: Mapping[str, Any]) -> Any:
+        """`{path: value}` as one value where all are equal, else as `{glob: value}`."""
+        distinct = list(dict.fromkeys(values.values()))
+        if len(distinct) == 1:
+            return distinct[0]
+        return {glob: v for v in distinct for glob in self.globs(path for path in values if values[path] == v)}
 
+    def ranked(self, options: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+        """The arguments `selection`, `rank` and `alpha` of a method, from (rank, alpha) of each module."""
+        ranks = {self.modules[name].path("weight"): rank for name, (rank, _) in options.items()}
+        alphas = {self.modules[name].path("weight"): alpha for name, (_, alpha) in options.items()}
+        return {"selection": self.select(ranks), "rank": self.by_glob(ranks), "alpha": self.by_glob(alphas)}
 
-# --- paths --------------------------------------------------------------------------------------------------------
-
-
-def selected(paths: Iterable[str], model: Model) -> Selection:
-    """The selection of these paths, which may have braces, in either layout."""
-    return select(*globs_of(paths, model), axes=_SCANNED)
-
-
-def by_glob(values: Mapping[str, Any], model: Model) -> Any:
-    """`{path: value}` as one value where all are equal, else as `{glob: value}`."""
-    distinct = list(dict.fromkeys(values.values()))
-    if len(distinct) == 1:
-        return distinct[0]
-    return {glob: v for v in distinct for glob in globs_of([path for path in values if values[path] == v], model)}
-
-
-def ranked(options: Mapping[str, tuple[int, float]], model: Model) -> dict[str, Any]:
-    """The arguments `selection`, `rank` and `alpha` of a method, from (rank, alpha) of each module."""
-    ranks = {model.modules[name].path("weight"): rank for name, (rank, _) in options.items()}
-    alphas = {model.modules[name].path("weight"): alpha for name, (_, alpha) in options.items()}
-    return {"selection": selected(ranks, model), "rank": by_glob(ranks, model), "alpha": by_glob(alphas, model)}
-
-
-def globs_of(paths: Iterable[str], model: Model) -> list[str]:
-    """Globs that match these paths and no others: `**/attn/out/kernel` where all layers have it."""
-    layers: dict[str, list[str]] = {}
-    for path in paths:
-        match = re.fullmatch(r"h_(\d+)/(.+)", path)
-        layers.setdefault(match[2] if match else path, []).append(match[1] if match else "")
-    globs = []
-    for rest, numbers in layers.items():
-        if numbers == [""]:
-            globs.append(rest)
-        elif len(numbers) == model.depth:
-            globs.append(f"**/{rest}")
-        else:
-            which = numbers[0] if len(numbers) == 1 else f"{{{','.join(numbers)}}}"
-            globs.append(f"h_{which}/{rest}")
-    return globs
-
-
-# --- configs of our own methods -----------------------------------------------------------------------------------
-
-
-def parts(spec: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The specs of a chain's parts and of the chain, or the one spec."""
-    for part in spec["of"] if spec["method"] == "chain" else ():
-        yield from parts(part)
-    yield spec
-
-
-def alpha_of(scale: np.float32, divisor: float) -> float:
-    """The alpha with the fewest digits whose float32 quotient by `divisor` is this scale."""
-    for digits in range(1, 18):
-        alpha = float(f"{float(scale) * divisor:.{digits}g}")
-        if np.float32(alpha / divisor) == scale:
-            break
-    return int(alpha) if alpha.is_integer() else alpha
-
-
-def with_patterns(options: Mapping[str, tuple[int, float]], alpha_field: str) -> dict[str, Any]:
-    """The config fields for (rank, alpha) of each module: the most frequent values, and patterns for the others."""
-    rank, alpha = (collections.Counter(values).most_common(1)[0][0] for values in zip(*options.values(), strict=True))
-    return {
-        "r": rank,
-        alpha_field: alpha,
-        "rank_pattern": {name: r for name, (r, _) in options.items() if r != rank},
-        "alpha_pattern": {name: a for name, (_, a) in options.items() if a != alpha},
-    }
+    def targets(self, names: set[str]) -> list[str]:
+        """The shortest `target_modules` that match these modules and no others."""
+        return shortest(names, self.modules, lambda name, end: f".{name}".endswith(f".{end}"))
 
 
 def shortest(names: set[str], among: Iterable[str], ends_with: Callable[[str, str], bool]) -> list[str]:
@@ -144,6 +87,83 @@ def shortest(names: set[str], among: Iterable[str], ends_with: Callable[[str, st
     return sorted(ends)
 
 
-def targets(names: set[str], model: Model) -> list[str]:
-    """The shortest `target_modules` that match these modules and no others."""
-    return shortest(names, model.modules, lambda name, end: f".{name}".endswith(f".{end}"))
+class Tensor(NamedTuple):
+    """A tensor of the file, and the arrays of the delta that hold the same numbers."""
+
+    name: str  # in the file, without `base_model.model.`
+    shape: tuple[int, ...]  # in the file
+    path: str  # of the leaf that it changes, with braces where the layer is fused
+    factor: str  # its name in the delta
+    transposed: bool = False  # whether the file has the axes in the other order
+    copy: str = ""  # "value" for a second copy of another, "base" for weights of the base; a file may lack copies
+    key: str = ""  # the delta's key where it is not `path`
+    leading_axis: bool = False  # whether the file has one more axis in front, of size 1
+    replicated: bool = False  # whether each part of a fused layer has all of it, not its share of the last axis
+
+    @property
+    def entries(self) -> list[tuple[str, str]]:
+        """The (key, factor) of the delta's arrays, in order along the last axis."""
+        return [(key, self.factor) for key in expand_braces(self.key or self.path)]
+
+
+class Resolved(NamedTuple):
+    """A config applied to a model."""
+
+    kind: "Kind"
+    fields: Mapping[str, Any]  # of `config.complete`
+    model: Model
+    source: str  # the file, for messages
+    adapted: dict[str, Any]  # the adapted modules by name, with the options of each (`Kind.options_of`)
+    saved: list[str]  # the modules that are trained and saved whole
+    tokens: dict[str, list[int]]  # embedding's name -> indices of its trained rows
+
+
+class Adaptation(NamedTuple):
+    """A method of this library on a model, as `Kind.export` gets it."""
+
+    spec: Mapping[str, Any]
+    delta: Delta
+    model: Model
+    adapted: dict[str, dict[str, Any]]  # adapted leaves of the kind by path, for each module
+    shift: dict[str, dict[str, BiasDelta]]  # shifted biases by path, for each module
+    rows: dict[str, TokenRows]  # embeddings with trained rows by module
+    tuned: dict[str, Tuned]  # leaves that train themselves by path
+
+    def specs(self, method: str | None = None) -> list[Mapping[str, Any]]:
+        """The method's spec, or those of a chain's parts; only those of the method of this name."""
+
+        def parts(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+            return [p for part in spec["of"] for p in parts(part)] if spec["method"] == "chain" else [spec]
+
+        return [spec for spec in parts(self.spec) if method in (None, spec["method"])]
+
+
+class Field(NamedTuple):
+    """One field of a config: its default, whether a value is valid, and what a valid value is, for messages."""
+
+    default: Any
+    is_valid: Callable[[Any], bool]
+    expected: str
+
+
+class Kind(NamedTuple):
+    """One `peft_type`."""
+
+    name: str  # for messages
+    torch_classes: tuple[str, ...]  # of the modules that it can adapt
+    fields: Mapping[str, Field]  # those that its config may have, by name
+    tensors: Callable[[Resolved, Module, Any], list[Tensor]]  # of one adapted module, with its options
+    # The transforms of the adapted modules, and the factors that are made from the base rather than read from the file.
+    method: Callable[[Resolved], tuple[list[ParamTransform], Delta]]
+    leaves: tuple[type[Any], ...] = ()  # the classes of adapted arrays that it can hold
+    # The factors that `tensors` of a config will look for, and that config's fields; raises a ValueError for what PEFT
+    # cannot represent. None: only what was read is written.
+    export: Callable[[Adaptation], tuple[Delta, dict[str, Any]]] | None = None
+    refused: Mapping[str, Any] = {}  # fields of variants that are not supported, with PEFT's default: that is accepted
+    # `(fields, source)`; raises where fields contradict each other, or mean something that is not supported.
+    check: Callable[[Mapping[str, Any], str], None] = lambda fields, source: None
+    patterns: tuple[str, ...] = ()  # fields of its own whose string is a regular expression of a module's whole name
+    # `(fields, model, module's name) -> options`, what a config sets for one module, such as its rank.
+    options_of: Callable[[Mapping[str, Any], Model, str], Any] = lambda fields, model, name: None
+    # target_modules where a config has none
+    targets: Callable[[Architecture], Sequence[str]] = lambda architecture: architecture.lora_targets

@@ -8,7 +8,7 @@ characters of the name among them: k in a row match n characters in C(n + k, k) 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 # In steps, by measurement; a literal character costs one, some 1.5 ns on a processor of 2024.
@@ -34,19 +34,12 @@ _TOKEN = re.compile(
 
 
 class _Part(NamedTuple):
-    """A part of a pattern.
+    """A part of a pattern; `ways` and `steps` are sums of number * C(n + k, k), as {k: number}."""
 
-    Attributes:
-      ways, steps: in how many ways it matches from one position, and the steps of trying them all; both are sums of
-        number * C(n + k, k), as {k: number}.
-      first: the character that every match begins with; "" where there is none, None for an empty part.
-      one: whether it is a single character.
-    """
-
-    ways: Counter[int]
-    steps: Counter[int]
-    first: str | None = ""
-    one: bool = False
+    ways: Counter[int]  # in how many it matches from one position
+    steps: Counter[int]  # of trying them all
+    first: str | None = ""  # the character that every match begins with; "" where there is none, None for an empty part
+    one: bool = False  # whether it is a single character
 
 
 _ONCE, _ENDLESS = Counter({0: 1}), Counter({1: 1})
@@ -54,10 +47,7 @@ _NOTHING = _Part(_ONCE, Counter(), None)
 
 
 def steps(pattern: str, length: int = 200) -> int:
-    """The most steps, each a nanosecond or two, that matching a pattern with a name of this length takes.
-
-    Args:
-      pattern: one that `re.compile` takes.
+    """The most steps, each a nanosecond or two, that matching a (valid) pattern with a name of this length takes.
 
     Raises:
       ValueError: more than three unbounded repeats follow each other, a group that matches in several ways is repeated,
@@ -83,27 +73,18 @@ def _alternatives(tokens: Iterator[re.Match[str]], length: int) -> _Part:
         if token.lastgroup == "or":
             parts.append(before)
             before = _NOTHING
-        elif token.lastgroup in ("open", "look"):
-            last = _group(_alternatives(tokens, length), token.lastgroup == "look")
+        elif token.lastgroup == "open":
+            inner = _alternatives(tokens, length)
+            last = _Part(inner.ways, inner.steps + Counter({0: _GROUP}), inner.first)
+        elif token.lastgroup == "look":  # it matches in one way: `re` never tries another for it
+            last = _Part(_ONCE, _alternatives(tokens, length).steps + Counter({0: _LOOK}))
+        elif token.lastgroup == "other":
+            raise ValueError(f"at {token.start()}, a flag, a reference, a condition or an atomic group")
+        elif token.lastgroup == "literal":  # or an anchor between two
+            last = _Part(_ONCE, Counter({0: 1}), "" if token[0] in "^$" else token[0][-1], one=True)
         else:
-            last = _character(token)
+            last = _Part(_ONCE, Counter({0: _ANY if token.lastgroup == "any" else _CLASS}), one=True)
     return _any([*parts, _then(before, last)])
-
-
-def _character(token: re.Match[str]) -> _Part:
-    """One character, or an anchor between two."""
-    if token.lastgroup == "other":
-        raise ValueError(f"at {token.start()}, a flag, a reference, a condition or an atomic group")
-    if token.lastgroup == "literal":
-        return _Part(_ONCE, Counter({0: 1}), "" if token[0] in "^$" else token[0][-1], one=True)
-    return _Part(_ONCE, Counter({0: _ANY if token.lastgroup == "any" else _CLASS}), one=True)
-
-
-def _group(inner: _Part, looks: bool) -> _Part:
-    """A group. One that looks ahead or behind matches in one way: `re` never tries another way for it."""
-    if looks:
-        return _Part(_ONCE, inner.steps + Counter({0: _LOOK}))
-    return _Part(inner.ways, inner.steps + Counter({0: _GROUP}), inner.first)
 
 
 def _times(one: Counter[int], two: Counter[int]) -> Counter[int]:
@@ -132,14 +113,11 @@ def _any(parts: list[_Part]) -> _Part:
     most_ways: Counter[int] = Counter()
     most_steps: Counter[int] = Counter()
     for group in by_first.values():
-        most_ways |= _sum(part.ways for part in group)
-        most_steps |= _sum(part.steps for part in group) + Counter({0: _TRY * len(group)})
+        most_ways |= sum((part.ways for part in group), Counter())
+        most_steps |= sum((part.steps for part in group), Counter()) + Counter({0: _TRY * len(group)})
     tries = Counter({0: _TRY * len(free) + _TRY_LITERAL * (len(parts) - len(free))})
-    return _Part(_sum(part.ways for part in free) + most_ways, _sum(part.steps for part in free) + most_steps + tries)
-
-
-def _sum(counts: Iterable[Counter[int]]) -> Counter[int]:
-    return sum(counts, Counter())
+    ways = sum((part.ways for part in free), most_ways)
+    return _Part(ways, sum((part.steps for part in free), most_steps + tries))
 
 
 def _repeated(part: _Part, quantifier: re.Match[str], length: int) -> _Part:

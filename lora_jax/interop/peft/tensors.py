@@ -5,47 +5,17 @@ A fused layer (GPT-2's c_attn) has one A, which its three kernels share here, an
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.transforms import Delta
-from lora_jax.interop.hf.architectures import Module, expand_braces
-from lora_jax.interop.peft.modules import Model, Resolved
+from lora_jax.interop.folders import check_shapes
+from lora_jax.interop.hf.families import Module, depth
+from lora_jax.interop.peft.kind import Model, Resolved, Tensor
 
 PREFIX = "base_model.model."
-
-
-class Tensor(NamedTuple):
-    """A tensor of the file, and the arrays of the delta that hold the same numbers.
-
-    Attributes:
-      name, shape: in the file; the name is without PREFIX.
-      path: of the leaf that it changes, with braces where the layer is fused.
-      factor: its name in the delta.
-      transposed: whether the file has the axes in the other order.
-      copy: "" for a part of the adapter; "value" for a second copy of one, "base" for weights of the base. A file may
-        lack copies.
-      key: the delta's key where it is not `path`.
-      leading_axis: whether the file has one more axis in front, of size 1.
-      replicated: whether each part of a fused layer has the whole tensor, rather than its share of the last axis.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    path: str
-    factor: str
-    transposed: bool = False
-    copy: str = ""
-    key: str = ""
-    leading_axis: bool = False
-    replicated: bool = False
-
-    @property
-    def entries(self) -> list[tuple[str, str]]:
-        """The (key, factor) of the delta's arrays, in order along the last axis."""
-        return [(key, self.factor) for key in expand_braces(self.key or self.path)]
 
 
 def name_in_file(name: str) -> str:
@@ -53,51 +23,39 @@ def name_in_file(name: str) -> str:
     return name if name.startswith("base_model.") else PREFIX + name
 
 
-def tensors_of(adapted: Iterable[list[Tensor]], resolved: Resolved) -> list[Tensor]:
-    """The tensors of an adapter with this config.
-
-    Args:
-      adapted: those of the adapted modules, a list for each (`Kind.tensors`).
-
-    Raises:
-      ValueError: two of them change one parameter.
-    """
-    model, groups = resolved.model, list(adapted)
-    for name in resolved.saved:
-        for module in model.below(name):
-            groups += [[_parameter(module, which, model)] for which in ("weight", "bias")[: 1 + module.bias]]
+def tensors_of(resolved: Resolved) -> list[Tensor]:
+    """The tensors of an adapter with this config; a ValueError where two of them change one parameter, or an embedding
+    and its head are one array for PEFT or here, but not for both."""
+    _check_tie(resolved)
+    model, modules = resolved.model, resolved.model.modules
+    groups = [resolved.kind.tensors(resolved, modules[name], options) for name, options in resolved.adapted.items()]
+    saved = [module for name in resolved.saved for module in model.below(name)]
+    groups += [[_parameter(module, which, model)] for module in saved for which in module.parameters]
     for name, rows in resolved.tokens.items():
-        module = model.modules[name]
-        shape = (len(rows), model.shape(module, "weight")[-1])
-        groups.append([Tensor(f"{name}.token_adapter.trainable_tokens_delta", shape, module.path("weight"), "rows")])
+        shape = (len(rows), model.shape(modules[name], "weight")[-1])
+        full_name = f"{name}.token_adapter.trainable_tokens_delta"
+        groups.append([Tensor(full_name, shape, modules[name].path("weight"), "rows")])
     groups += [[tensor] for tensor in _biases(resolved) + _embeddings(resolved)]
     changed_by: dict[str, str] = {}
     for group in groups:
         for path, name in {tensor.path: tensor.name for tensor in group if not tensor.copy}.items():
             if path in changed_by:
-                message = f"{changed_by[path]} and {name} both change {path}: unsupported"
-                raise ValueError(f"{resolved.source}: {message}")
+                raise ValueError(f"{resolved.source}: {changed_by[path]} and {name} both change {path}: unsupported")
             changed_by[path] = name
     return [tensor for group in groups for tensor in group]
 
 
-def check_tie(resolved: Resolved) -> None:
-    """A ValueError where an embedding and its head are one array for PEFT and two here, or the other way round.
-
-    PEFT adapts a tied embedding's look-up alone, or its head alone; here both are one leaf.
-    """
+def _check_tie(resolved: Resolved) -> None:
+    """PEFT adapts a tied embedding's look-up alone, or its head alone; here both are one leaf."""
     model, source = resolved.model, resolved.source
-    if not model.output:
-        return
-    if model.tied:
-        for name in (*resolved.adapted, *(m.name for saved in resolved.saved for m in model.below(saved))):
-            if name in (model.embedding, model.output):
-                use = "look-up" if name == model.embedding else "head"
+    if model.output and model.tied:
+        for use, name in (("look-up", model.embedding), ("head", model.output)):
+            if name in resolved.adapted or name in _saved_in(resolved):
                 raise ValueError(
                     f"{source} changes the {use} of {name} alone, but in these params token embedding and head are "
                     "one: load the model with hf.load(folder, tie=False)"
                 )
-    elif model.embedding in resolved.tokens:
+    elif model.output and model.embedding in resolved.tokens:
         table, head = (model.leaves[model.modules[n].path("weight")] for n in (model.embedding, model.output))
         if np.array_equal(np.asarray(table), np.asarray(head).T):
             raise ValueError(
@@ -108,10 +66,9 @@ def check_tie(resolved: Resolved) -> None:
 
 def _parameter(module: Module, which: str, model: Model, name: str = "", copy: str = "") -> Tensor:
     """A module's "weight" or "bias" itself, by its own name or another."""
-    transposed = module.torch_class == "Linear" and which == "weight"
-    shape = model.shape(module, which)
-    shape = shape[::-1] if transposed else shape
-    return Tensor(name or f"{module.name}.{which}", shape, module.path(which), "value", transposed, copy)
+    layout, name = module.stored(which), name or f"{module.name}.{which}"
+    shape = layout.shape({path: tuple(model.leaves[path].shape) for path in layout.paths})
+    return Tensor(name, shape, module.path(which), "value", layout.transposed, copy)
 
 
 def _saved_in(resolved: Resolved) -> dict[str, str]:
@@ -122,9 +79,7 @@ def _saved_in(resolved: Resolved) -> dict[str, str]:
 def _biases(resolved: Resolved) -> list[Tensor]:
     tensors: list[Tensor] = []
     bias, model, saved_in = resolved.fields.get("bias", "none"), resolved.model, _saved_in(resolved)
-    for module in model.modules.values():
-        if not module.bias or bias == "none":
-            continue
+    for module in [module for module in model.modules.values() if module.bias and bias != "none"]:
         if module.name in resolved.adapted:
             tensors.append(_parameter(module, "bias", model, f"{module.name}.base_layer.bias"))
         elif bias == "all" and module.name not in saved_in:
@@ -166,11 +121,8 @@ def to_delta(tensors: Iterable[Tensor], arrays: Mapping[str, np.ndarray]) -> Del
 
 
 def array_of(tensor: Tensor, delta: Mapping[str, Mapping[str, Any]], model: Model) -> np.ndarray:
-    """A tensor's array, from the delta's arrays or the base's leaves.
-
-    Raises:
-      ValueError: the delta lacks it, has it in another shape, or has several arrays for what PEFT has once.
-    """
+    """A tensor's array, from the delta's arrays or the base's leaves; a ValueError where the delta lacks it, has it in
+    another shape, or has several arrays for what PEFT has once."""
     if tensor.copy == "base":
         arrays = [model.leaves[path] for path, _ in tensor.entries]
     else:
@@ -186,8 +138,8 @@ def array_of(tensor: Tensor, delta: Mapping[str, Mapping[str, Any]], model: Mode
     array = array[None] if tensor.leading_axis else array
     array = np.ascontiguousarray(array.T if tensor.transposed else array)
     if array.shape != tensor.shape:
-        key = tensor.entries[0][0]
-        raise ValueError(f"{key}: {tensor.name} would have the shape {array.shape}, not {tensor.shape}")
+        what = f"{tensor.entries[0][0]}: {tensor.name}"
+        raise ValueError(f"{what} would have the shape {array.shape}, not {tensor.shape}")
     return array
 
 
@@ -200,29 +152,27 @@ def all_equal(arrays: Iterable[Any]) -> bool:
 def check_names(tensors: Iterable[Tensor], arrays: Mapping[str, np.ndarray], model: Model, source: str) -> None:
     """A ValueError that names every missing, extra or misshapen tensor of a file, if there is one."""
     expected = {name_in_file(tensor.name): tensor for tensor in tensors}
-    extra = [name for name in arrays if name not in expected]
-    missing = [name for name, tensor in expected.items() if name not in arrays and not tensor.copy]
-    misshapen = [name for name, tensor in expected.items() if name in arrays and arrays[name].shape != tensor.shape]
-    wrong = [f"{name} is missing" for name in missing] + [f"{name} is no part of the adapter" for name in extra]
-    wrong += [f"{name} has shape {arrays[name].shape}, not {expected[name].shape}" for name in misshapen]
-    if wrong:
-        more = [f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []
-        hint = _hint(extra, missing, any(expected[name].factor not in ("value", "rows") for name in misshapen), model)
-        raise ValueError(f"{source} does not fit its config and these params: " + "; ".join(wrong[:10] + more) + hint)
+    shapes = {name: tensor.shape for name, tensor in expected.items()}
+    copies = {name for name, tensor in expected.items() if tensor.copy}
+    fit = f"{source} does not fit its config and these params"
+    try:
+        check_shapes({name: x.shape for name, x in arrays.items()}, shapes, fit, optional=copies, of="adapter")
+    except ValueError as error:
+        raise ValueError(f"{error}{_hint(expected, arrays, model)}") from None
 
 
-def _hint(extra: list[str], missing: list[str], misshapen_factor: bool, model: Model) -> str:
+def _hint(expected: Mapping[str, Tensor], arrays: Mapping[str, np.ndarray], model: Model) -> str:
     """The likely reason."""
+    extra = [name for name in arrays if name not in expected]
+    misshapen = [t for name, t in expected.items() if name in arrays and arrays[name].shape != t.shape]
     layers = (match for name in extra if (match := re.search(r"\.(\d+)\.", name)))
-    if any(int(layer[1]) >= model.depth for layer in layers):
-        return f". The adapter belongs to a base of another size: this one has {model.depth} layers"
-    if misshapen_factor:
+    if any(int(layer[1]) >= (count := depth(model.leaves)) for layer in layers):
+        return f". The adapter belongs to a base of another size: this one has {count} layers"
+    if any(tensor.factor not in ("value", "rows") for tensor in misshapen):
         return ". The adapter belongs to a base of another size, or is of another rank than its config says"
-    if any(name.endswith("lora_magnitude_vector") for name in (*extra, *missing)):
+    if any(name.endswith("lora_magnitude_vector") for name in expected.keys() ^ arrays.keys()):
         return ". DoRA (use_dora=true) has a lora_magnitude_vector for every adapted module, LoRA has none"
     for head in model.architecture.classifiers:
         if head.hint and any(name.startswith(f"{PREFIX}{module}.") for name in extra for module in head.modules):
             return f". {head.hint}"
-    if any(not name.startswith("base_model.") for name in extra):
-        return f". PEFT's names begin with {PREFIX}"
-    return ""
+    return f". PEFT's names begin with {PREFIX}" if any(not name.startswith("base_model.") for name in extra) else ""

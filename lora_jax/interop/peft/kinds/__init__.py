@@ -15,34 +15,23 @@ _PROMPT = (
     "its vectors stand before the text's embeddings, and its logits cover them; those of a prefix_embedding here are "
     "embeddings of tokens that the data hold, before the text or within it"
 )
-_WHY_NOT = {
+_WHY_NOT = dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "CPT"), _PROMPT) | {
     "ADALORA": "it scales by a rank that its file does not hold, and prunes ranks in training: no method here does",
     "PREFIX_TUNING": "its vectors are past keys and values of every layer; those of a prefix_layer here are outputs",
-    "PROMPT_TUNING": _PROMPT,
-    "MULTITASK_PROMPT_TUNING": _PROMPT,
-    "P_TUNING": _PROMPT,
-    "CPT": _PROMPT,
     "ADAPTION_PROMPT": "its vectors are keys and values that attention gates; no method here does",
 }
 
 
 def register_kind(name: str, kind: Kind) -> None:
-    """Makes `load` and `save` know a kind of adapter by its `peft_type`, in place of an earlier one of that name.
-
-    Raises:
-      ValueError: the name is not in capitals, as all of PEFT's are.
-    """
+    """Makes `load` and `save` know a kind of adapter by its `peft_type`, in place of an earlier one of that name; a
+    ValueError where the name is not in capitals, as all of PEFT's are."""
     if not name or name != name.upper():
         raise ValueError(f"a peft_type is written in capitals, but this one is {name!r}")
     KINDS[name] = kind
 
 
 def kind_of(config: Mapping[str, Any], source: str) -> Kind:
-    """The kind of an adapter with this config.
-
-    Raises:
-      ValueError: it is none that is supported; the message says why.
-    """
+    """The kind of an adapter with this config; a ValueError that says why where none is supported."""
     name = config.get("peft_type")
     if not isinstance(name, str):
         raise ValueError(f"{source}: peft_type is {name!r}: it is no adapter of PEFT's")

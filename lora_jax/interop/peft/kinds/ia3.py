@@ -7,11 +7,9 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.transforms import Delta, ParamTransform
-from lora_jax.interop.hf.architectures import Module
-from lora_jax.interop.peft.config import BOOL, COMMON, EXCLUDE, FAN_IN_FAN_OUT, NAMES, Field, Schema
-from lora_jax.interop.peft.kind import Adaptation, Kind, globs_of, selected, targets
-from lora_jax.interop.peft.modules import Model, Resolved, Rules
-from lora_jax.interop.peft.tensors import Tensor
+from lora_jax.interop.hf.families import Module
+from lora_jax.interop.peft.config import BOOL, COMMON, EXCLUDE, FAN_IN_FAN_OUT, NAMES, Field
+from lora_jax.interop.peft.kind import Adaptation, Kind, Model, Resolved, Tensor
 from lora_jax.methods.ia3 import Rescaled, ia3
 
 _FIELDS: dict[str, Field] = {
@@ -37,11 +35,6 @@ def _is_feedforward(fields: Mapping[str, Any], model: Model, name: str) -> bool:
     return name.endswith(tuple(model.architecture.ia3_feedforward if feedforward is None else feedforward))
 
 
-def _tensors(resolved: Resolved) -> list[list[Tensor]]:
-    model = resolved.model
-    return [[_tensor(model.modules[name], feedforward, model)] for name, feedforward in resolved.adapted.items()]
-
-
 def _tensor(module: Module, feedforward: bool, model: Model) -> Tensor:
     name, path, (rows, columns) = f"{module.name}.ia3_l", module.path("weight"), model.shape(module, "weight")
     if feedforward:
@@ -53,8 +46,8 @@ def _tensor(module: Module, feedforward: bool, model: Model) -> Tensor:
 def _method(resolved: Resolved) -> tuple[list[ParamTransform], Delta]:
     model = resolved.model
     paths = {model.modules[name].path("weight"): feedforward for name, feedforward in resolved.adapted.items()}
-    globs = globs_of([path for path, feedforward in paths.items() if feedforward], model)
-    return [ia3(selected(paths, model), feedforward=globs)], Delta()
+    globs = model.globs(path for path, feedforward in paths.items() if feedforward)
+    return [ia3(model.select(paths), feedforward=globs)], Delta()
 
 
 def _export(adaptation: Adaptation) -> tuple[Delta, dict[str, Any]]:
@@ -72,7 +65,7 @@ def _export(adaptation: Adaptation) -> tuple[Delta, dict[str, Any]]:
                 exported[key] = {"l": kernels[path].inputs if feedforward else kernels[path].outputs}
             else:  # a part that is not adapted is scaled by 1
                 exported[key] = {"l": np.ones(model.leaves[path].shape[-1:], np.float32)}
-    inputs, outputs = targets(modules[True], model), targets(modules[False], model)
+    inputs, outputs = model.targets(modules[True]), model.targets(modules[False])
     return exported, {"target_modules": sorted({*outputs, *inputs}), "feedforward_modules": inputs}
 
 
@@ -83,17 +76,21 @@ def _kernels(module: Module, leaves: Mapping[str, Any]) -> dict[str, Any]:
     expected = {biases[path] for path, leaf in kernels.items() if leaf.outputs is not None and path in biases}
     scaled = {(leaf.inputs is not None, leaf.outputs is not None) for leaf in kernels.values()}
     if expected | set(kernels) != set(leaves) or scaled not in ({(True, False)}, {(False, True)}):
-        raise ValueError(
-            f"{', '.join(leaves)}: PEFT's IA3 scales the inputs of a layer, or its outputs, each with its bias"
-        )
+        what = "PEFT's IA3 scales the inputs of a layer, or its outputs, each with its bias"
+        raise ValueError(f"{', '.join(leaves)}: {what}")
     return kernels
 
 
 IA3 = Kind(
-    schema=Schema(_FIELDS, check=_check, patterns=("feedforward_modules",)),
-    rules=Rules("IA3", ("Linear", "Conv1D"), _is_feedforward, lambda architecture: architecture.ia3_targets),
-    tensors=_tensors,
-    method=_method,
+    "IA3",
+    ("Linear", "Conv1D"),
+    _FIELDS,
+    lambda resolved, module, feedforward: [_tensor(module, feedforward, resolved.model)],
+    _method,
     leaves=(Rescaled,),
     export=_export,
+    check=_check,
+    patterns=("feedforward_modules",),
+    options_of=_is_feedforward,
+    targets=lambda architecture: architecture.ia3_targets,
 )

@@ -9,31 +9,24 @@ import numpy as np
 
 from lora_jax.core.selection import look_up
 from lora_jax.core.transforms import Delta, ParamTransform, from_spec
+from lora_jax.interop.hf.families import Module
 from lora_jax.interop.peft.config import (
     BOOL,
-    COMMON,
-    EXCLUDE,
-    LAYERS,
     NUMBER,
-    PATTERNS,
-    RANK,
+    RANKED,
     RATE,
     Field,
-    Schema,
+    alpha_of,
     is_int,
+    rank_and_alpha,
+    with_patterns,
 )
-from lora_jax.interop.peft.kind import Adaptation, Kind, alpha_of, parts, ranked, with_patterns
-from lora_jax.interop.peft.modules import Resolved, Rules, rank_and_alpha
-from lora_jax.interop.peft.tensors import Tensor
+from lora_jax.interop.peft.kind import Adaptation, Kind, Resolved, Tensor
 from lora_jax.methods.lokr import Kronecker, lokr
 
 _DECOMPOSE = ("decompose_both", "decompose_factor")
 _FIELDS: dict[str, Field] = {
-    **COMMON,
-    **EXCLUDE,
-    **LAYERS,
-    **PATTERNS,
-    "r": Field(8, *RANK),
+    **RANKED,
     "alpha": Field(8, *NUMBER),
     "decompose_both": Field(False, *BOOL),
     "decompose_factor": Field(-1, lambda value: is_int(value) and (value == -1 or value >= 1), "-1 or at least 1"),
@@ -51,23 +44,22 @@ def _check(fields: Mapping[str, Any], source: str) -> None:
             logging.warning("%s: LoKr has no dropout here; its %s acts in PEFT's training only", source, name)
 
 
-def _tensors(resolved: Resolved) -> list[list[Tensor]]:
-    (method,), _ = _method(resolved)
-    shapes = jax.eval_shape(method.init, jax.random.key(0), resolved.model.leaves)
-    paths = {name: resolved.model.modules[name].path("weight") for name in resolved.adapted}
-    return [
-        [Tensor(f"{name}.lokr_{factor}", tuple(x.shape), path, factor) for factor, x in shapes[path].items()]
-        for name, path in paths.items()
-    ]
+def _tensors(resolved: Resolved, module: Module, options: tuple[int, float]) -> list[Tensor]:
+    path, method = module.path("weight"), _lokr(resolved, {module.name: options})
+    shapes = jax.eval_shape(method.init, jax.random.key(0), {path: resolved.model.leaves[path]})[path]
+    return [Tensor(f"{module.name}.lokr_{factor}", tuple(x.shape), path, factor) for factor, x in shapes.items()]
 
 
 def _method(resolved: Resolved) -> tuple[list[ParamTransform], Delta]:
-    decompose = {name: resolved.fields[name] for name in _DECOMPOSE}
-    return [lokr(**ranked(resolved.adapted, resolved.model), **decompose)], Delta()
+    return [_lokr(resolved, resolved.adapted)], Delta()
+
+
+def _lokr(resolved: Resolved, options: Mapping[str, tuple[int, float]]) -> ParamTransform:
+    return lokr(**resolved.model.ranked(options), **{name: resolved.fields[name] for name in _DECOMPOSE})
 
 
 def _export(adaptation: Adaptation) -> tuple[Delta, dict[str, Any]]:
-    specs = [part for part in parts(adaptation.spec) if part["method"] == "lokr"]
+    specs = adaptation.specs("lokr")
     if len({tuple(part[name] for name in _DECOMPOSE) for part in specs}) > 1:
         raise ValueError(f"PEFT has one {' and one '.join(_DECOMPOSE)} for all, but parts of the chain differ in them")
     ranks = {
@@ -84,10 +76,13 @@ def _export(adaptation: Adaptation) -> tuple[Delta, dict[str, Any]]:
 
 
 LOKR = Kind(
-    schema=Schema(_FIELDS, check=_check),
-    rules=Rules("LoKr", ("Linear",), lambda fields, model, name: rank_and_alpha(fields, name, "alpha")),
-    tensors=_tensors,
-    method=_method,
+    "LoKr",
+    ("Linear",),
+    _FIELDS,
+    _tensors,
+    _method,
     leaves=(Kronecker,),
     export=_export,
+    check=_check,
+    options_of=lambda fields, model, name: rank_and_alpha(fields, name, "alpha"),
 )

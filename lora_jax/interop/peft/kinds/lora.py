@@ -21,39 +21,10 @@ import numpy as np
 from lora_jax.core.arrays import Adapted, LowRank
 from lora_jax.core.selection import select
 from lora_jax.core.transforms import Delta, ParamTransform
-from lora_jax.interop.hf.architectures import Module
-from lora_jax.interop.peft.config import (
-    BOOL,
-    COMMON,
-    EXCLUDE,
-    FAN_IN_FAN_OUT,
-    LAYERS,
-    NUMBER,
-    OBJECT,
-    PATTERNS,
-    RANK,
-    RATE,
-    TEXT,
-    Field,
-    Schema,
-    dict_of,
-    is_int,
-    list_of,
-    or_null,
-)
-from lora_jax.interop.peft.kind import (
-    Adaptation,
-    Kind,
-    alpha_of,
-    by_glob,
-    globs_of,
-    parts,
-    ranked,
-    selected,
-    with_patterns,
-)
-from lora_jax.interop.peft.modules import Model, Resolved, Rules, rank_and_alpha
-from lora_jax.interop.peft.tensors import Tensor
+from lora_jax.interop.hf.families import Module
+from lora_jax.interop.peft import config
+from lora_jax.interop.peft.config import BOOL, FAN_IN_FAN_OUT, NUMBER, OBJECT, RANKED, RATE, TEXT, Field
+from lora_jax.interop.peft.kind import Adaptation, Kind, Model, Resolved, Tensor
 from lora_jax.methods.bias_delta import BiasDelta, bias_delta
 from lora_jax.methods.dora import Dora, dora
 from lora_jax.methods.lora import lora
@@ -63,19 +34,15 @@ Options = Mapping[str, tuple[int, float]]  # (rank, alpha) of each adapted modul
 
 _INITS = ("gaussian", "eva", "orthogonal", "mica")  # these do not change the base
 _CHANGES_BASE = re.compile(r"(pissa|olora|loftq|corda|lora_ga)", re.IGNORECASE)
-_IDS = list_of(lambda value: is_int(value) and value >= 0)
+_IDS = config.list_of(lambda value: config.is_int(value) and value >= 0)
 _FIELDS: dict[str, Field] = {
-    **COMMON,
-    **EXCLUDE,
-    **LAYERS,
-    **PATTERNS,
+    **RANKED,
     **FAN_IN_FAN_OUT,
-    "r": Field(8, *RANK),
     "lora_alpha": Field(8, *NUMBER),
     "lora_dropout": Field(0.0, *RATE),
     "use_rslora": Field(False, *BOOL),
     "use_dora": Field(False, *BOOL),
-    "trainable_token_indices": Field(None, or_null(_IDS, dict_of(_IDS)), "ids, an object of ids or null"),
+    "trainable_token_indices": Field(None, config.or_null(_IDS, config.dict_of(_IDS)), "ids, an object of ids or null"),
     "bias": Field("none", lambda value: value in ("none", "all", "lora_only"), '"none", "all" or "lora_only"'),
     "lora_bias": Field(False, *BOOL),
     "init_lora_weights": Field(True, lambda value: isinstance(value, bool | str), "true, false or a name"),
@@ -85,66 +52,53 @@ _FIELDS: dict[str, Field] = {
     "eva_config": Field(None, *OBJECT),
     "corda_config": Field(None, *OBJECT),
 }
-_REFUSED: dict[str, Any] = {
-    "use_qalora": False,
-    "qalora_group_size": 16,
-    "use_bdlora": None,
-    "ensure_weight_tying": False,
-    "target_parameters": None,
-    "layer_replication": None,
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "velora_config": None,
-    "kasa_config": None,
-    "monteclora_config": None,
-    "lora_ga_config": None,
-    "megatron_config": None,
-}
+_NULL = "use_bdlora target_parameters layer_replication alora_invocation_tokens arrow_config velora_config kasa_config "
+_NULL += "monteclora_config lora_ga_config megatron_config"
+_REFUSED = dict.fromkeys(_NULL.split()) | {"use_qalora": False, "qalora_group_size": 16, "ensure_weight_tying": False}
 
 
 def _check(fields: Mapping[str, Any], source: str) -> None:
-    init, alphas = fields["init_lora_weights"], [fields["lora_alpha"], *fields["alpha_pattern"].values()]
-    if init == "pissa":
-        if fields["use_dora"]:
-            raise ValueError(
-                f"{source}: use_dora with init_lora_weights='pissa' is DoRA of a changed base: unsupported"
-            )
-        if min(alphas) <= 0:
-            raise ValueError(f"{source}: PiSSA divides by alpha / r, but an alpha is {min(alphas)}")
-        if fields["lora_dropout"]:
-            logging.warning("%s: PiSSA has no dropout here; its lora_dropout acts in PEFT's training only", source)
-    elif isinstance(init, str) and _CHANGES_BASE.match(init):
-        raise ValueError(
-            f"{source}: init_lora_weights={init!r} changes the base's weights on loading, which is not supported; in "
-            "PEFT, save_pretrained(folder, path_initial_model_for_weight_conversion=...) makes a plain adapter of it"
-        )
-    elif isinstance(init, str) and init.lower() not in _INITS:
-        raise ValueError(f"{source}: init_lora_weights={init!r} is none of true, false, pissa, {', '.join(_INITS)}")
-    if fields["lora_bias"] and not isinstance(init, bool):
-        raise ValueError(f"{source}: lora_bias goes with init_lora_weights true or false only")
-    if fields["use_dora"] and max(map(abs, alphas)) > 1e15:
-        raise ValueError(f"{source}: an alpha is {max(alphas, key=abs)}: float32 does not hold the norms of DoRA")
-    if fields["lora_bias"] and fields["use_dora"]:
-        raise ValueError(f"{source}: lora_bias does not go with use_dora")
-    if fields["lora_bias"] and fields["bias"] != "none":
-        raise ValueError(
-            f"{source}: lora_bias with bias={fields['bias']!r} trains two arrays for one bias: unsupported"
-        )
+    init, bias, shifts, norms = (fields[name] for name in ("init_lora_weights", "bias", "lora_bias", "use_dora"))
+    alphas = [fields["lora_alpha"], *fields["alpha_pattern"].values()]
+    largest, least, named = max(alphas, key=abs), min(alphas), f"init_lora_weights={init!r}"
+    pissa, other = init == "pissa", isinstance(init, str) and init != "pissa"
+    changes_base = other and _CHANGES_BASE.match(init)
+    unknown = other and not changes_base and init.lower() not in _INITS
+    plain = (
+        "changes the base's weights on loading, which is not supported; in PEFT, save_pretrained(folder, "
+        "path_initial_model_for_weight_conversion=...) makes a plain adapter of it"
+    )
+    refused = [
+        (pissa and norms, "use_dora with init_lora_weights='pissa' is DoRA of a changed base: unsupported"),
+        (pissa and least <= 0, f"PiSSA divides by alpha / r, but an alpha is {least}"),
+        (changes_base, f"{named} {plain}"),
+        (unknown, f"{named} is none of true, false, pissa, {', '.join(_INITS)}"),
+        (shifts and not isinstance(init, bool), "lora_bias goes with init_lora_weights true or false only"),
+        (norms and abs(largest) > 1e15, f"an alpha is {largest}: float32 does not hold the norms of DoRA"),
+        (shifts and norms, "lora_bias does not go with use_dora"),
+        (shifts and bias != "none", f"lora_bias with bias={bias!r} trains two arrays for one bias: unsupported"),
+    ]
+    for is_refused, why in refused:
+        if is_refused:
+            raise ValueError(f"{source}: {why}")
+    if pissa and fields["lora_dropout"]:
+        logging.warning("%s: PiSSA has no dropout here; its lora_dropout acts in PEFT's training only", source)
 
 
-def _tensors(resolved: Resolved) -> list[list[Tensor]]:
-    return [_tensors_of(resolved, name, rank) for name, (rank, _) in resolved.adapted.items()]
+def _is_pissa(resolved: Resolved, module: Module) -> bool:
+    """Whether PEFT subtracts singular values from a module's weight; from an embedding's it does not."""
+    return resolved.fields["init_lora_weights"] == "pissa" and module.torch_class != "Embedding"
 
 
-def _tensors_of(resolved: Resolved, name: str, rank: int) -> list[Tensor]:
-    module = resolved.model.modules[name]
-    path, (rows, columns) = module.path("weight"), resolved.model.shape(module, "weight")
-    suffixes = ("embedding_A", "embedding_B") if module.torch_class == "Embedding" else ("A.weight", "B.weight")
-    pissa = _is_pissa(resolved, name)
-    key = _shared(path) if "{" in path and not pissa else ""
+def _tensors(resolved: Resolved, module: Module, options: tuple[int, float]) -> list[Tensor]:
+    name, path, rank = module.name, module.path("weight"), options[0]
+    rows, columns = resolved.model.shape(module, "weight")
+    a, b = ("embedding_A", "embedding_B") if module.torch_class == "Embedding" else ("A.weight", "B.weight")
+    pissa = _is_pissa(resolved, module)
+    key = "" if pissa else module.shared
     tensors = [
-        Tensor(f"{name}.lora_{suffixes[0]}", (rank, rows), path, "a", transposed=True, key=key, replicated=pissa),
-        Tensor(f"{name}.lora_{suffixes[1]}", (columns, rank), path, "b", transposed=True),
+        Tensor(f"{name}.lora_{a}", (rank, rows), path, "a", transposed=True, key=key, replicated=pissa),
+        Tensor(f"{name}.lora_{b}", (columns, rank), path, "b", transposed=True),
     ]
     if resolved.fields["use_dora"]:
         tensors.append(Tensor(f"{name}.lora_magnitude_vector", (columns,), path, "m"))
@@ -155,90 +109,65 @@ def _tensors_of(resolved: Resolved, name: str, rank: int) -> list[Tensor]:
     return tensors
 
 
-def _is_pissa(resolved: Resolved, name: str) -> bool:
-    """Whether PEFT subtracts singular values from a module's weight; from an embedding's it does not."""
-    torch_class = resolved.model.modules[name].torch_class
-    return resolved.fields["init_lora_weights"] == "pissa" and torch_class != "Embedding"
-
-
-def _shared(path: str) -> str:
-    """The delta's key of the A of a fused layer: `@shared/h_0/attn` for `h_0/attn/{query,key}/kernel`, as in `lora`."""
-    return "@shared/" + path.rsplit("/", 2)[0]
-
-
-# --- to a method --------------------------------------------------------------------------------------------------
-
-
 def _method(resolved: Resolved) -> tuple[list[ParamTransform], Delta]:
-    fields, model, adapted = resolved.fields, resolved.model, resolved.adapted
-    of_pissa = {name: options for name, options in adapted.items() if _is_pissa(resolved, name)}
-    of_lora = {name: options for name, options in adapted.items() if name not in of_pissa}
+    fields, model, modules = resolved.fields, resolved.model, resolved.model.modules
+    of_pissa = {name: opts for name, opts in resolved.adapted.items() if _is_pissa(resolved, modules[name])}
+    of_lora = {name: opts for name, opts in resolved.adapted.items() if name not in of_pissa}
+    rule = "alpha/sqrt(r)" if fields["use_rslora"] else "alpha/r"
     transforms, from_base = [], Delta()
-    for options, make in ((of_pissa, _pissa), (of_lora, _lora)):
-        if options:
-            transform, factors = make(options, fields, model)
-            transforms.append(transform)
-            from_base |= factors
+    if of_pissa:
+        transforms.append(pissa(**model.ranked(of_pissa), scale_rule=rule))
+        from_base |= _pissa_factors(of_pissa, rule, model)
+    if of_lora:
+        transforms.append(_lora(of_lora, rule, fields, model))
+        if fields["use_dora"]:
+            initial = transforms[-1].init(jax.random.key(0), model.leaves)
+            norms = {path: factors["fixed_norm"] for path, factors in initial.items() if "fixed_norm" in factors}
+            from_base |= Delta({path: {"fixed_norm": norm} for path, norm in norms.items()})
     if fields["lora_bias"]:
         scales = {}
-        for name, (rank, alpha) in adapted.items():
-            scales[model.modules[name].path("bias")] = alpha / (rank**0.5 if fields["use_rslora"] else rank)
-        transforms.append(bias_delta(selected(scales, model), scale=by_glob(scales, model)))
+        for name, (rank, alpha) in resolved.adapted.items():
+            scales[modules[name].path("bias")] = alpha / (rank**0.5 if fields["use_rslora"] else rank)
+        transforms.append(bias_delta(model.select(scales), scale=model.by_glob(scales)))
     return transforms, from_base
 
 
-def _scale_rule(fields: Mapping[str, Any]) -> str:
-    return "alpha/sqrt(r)" if fields["use_rslora"] else "alpha/r"
-
-
-def _lora(options: Options, fields: Mapping[str, Any], model: Model) -> tuple[ParamTransform, Delta]:
+def _lora(options: Options, rule: str, fields: Mapping[str, Any], model: Model) -> ParamTransform:
     strict = True
     for name, (rank, _) in options.items():
         if rank > (full_rank := min(model.shape(model.modules[name], "weight"))):
             strict = False
             logging.warning("the adapter of %s has rank %d, more than min(in, out) = %d", name, rank, full_rank)
-    fused = [path for name in options if "{" in (path := model.modules[name].path("weight"))]
-    transform = (dora if fields["use_dora"] else lora)(
-        **ranked(options, model),
-        scale_rule=_scale_rule(fields),
-        dropout=float(fields["lora_dropout"]),
-        shared=globs_of(fused, model),
-        strict=strict,
-    )
-    if not fields["use_dora"]:
-        return transform, Delta()
-    initial = transform.init(jax.random.key(0), model.leaves)
-    return transform, Delta({path: {"fixed_norm": f["fixed_norm"]} for path, f in initial.items() if "fixed_norm" in f})
+    method, dropout = dora if fields["use_dora"] else lora, float(fields["lora_dropout"])
+    fused = model.globs(model.modules[name].path("weight") for name in options if model.modules[name].shared)
+    return method(**model.ranked(options), scale_rule=rule, dropout=dropout, shared=fused, strict=strict)
 
 
-def _pissa(options: Options, fields: Mapping[str, Any], model: Model) -> tuple[ParamTransform, Delta]:
-    from_base = Delta()
+def _pissa_factors(options: Options, rule: str, model: Model) -> Delta:
+    factors = Delta()
     for name, (rank, alpha) in options.items():
         paths = model.modules[name].paths("weight")
         weight = jnp.concatenate([jnp.asarray(model.leaves[path]) for path in paths], -1)
-        of_weight = pissa(select("*", axes="io"), rank=rank, alpha=alpha, scale_rule=_scale_rule(fields))
+        of_weight = pissa(select("*", axes="io"), rank=rank, alpha=alpha, scale_rule=rule)
         initial = of_weight.init(jax.random.key(0), {name: weight})[name]
         for path, b in zip(paths, jnp.split(initial["fixed_b"], len(paths), -1), strict=True):
-            from_base[path] = {"fixed_a": jnp.array(initial["fixed_a"], copy=True), "fixed_b": b}
-    return pissa(**ranked(options, model), scale_rule=_scale_rule(fields)), from_base
-
-
-# --- from a method ------------------------------------------------------------------------------------------------
+            factors[path] = {"fixed_a": jnp.array(initial["fixed_a"], copy=True), "fixed_b": b}
+    return factors
 
 
 def _export(adaptation: Adaptation) -> tuple[Delta, dict[str, Any]]:
-    model, exported, options = adaptation.model, Delta(), {}
+    model, exported, options, rates = adaptation.model, Delta(), {}, set()
     classes = {type(leaf) for leaves in adaptation.adapted.values() for leaf in leaves.values()}
     if Dora in classes and (adaptation.shift or len(classes) > 1):
         other = "shifts of biases" if adaptation.shift else "LoRA"
         raise ValueError(f"DoRA is beside {other} here; PEFT has use_dora for all that an adapter adapts, or for none")
-    rules = {part["scale_rule"] for part in parts(adaptation.spec) if "scale_rule" in part}
-    rslora = rules == {"alpha/sqrt(r)"}
+    rslora = {spec["scale_rule"] for spec in adaptation.specs() if "scale_rule" in spec} == {"alpha/sqrt(r)"}
     for name, leaves in adaptation.adapted.items():
         module = model.modules[name]
         factors = {path: _as_lora(leaf) for path, leaf in leaves.items()}
+        rates |= {leaf.dropout for leaf in factors.values() if "v" not in leaf.core}
         rank, scale = _export_factors(module, factors, adaptation.delta, exported)
-        options[name] = (rank, alpha_of(scale, math.sqrt(rank) if rslora else rank))
+        options[name] = (rank, config.alpha_of(scale, math.sqrt(rank) if rslora else rank))
         if adaptation.shift:
             _export_shift(module, adaptation.shift.get(name, {}), scale, model, exported)
         for path in module.paths("weight") if Dora in classes else ():
@@ -247,8 +176,10 @@ def _export(adaptation: Adaptation) -> tuple[Delta, dict[str, Any]]:
             exported[path]["m"] = leaves[path].m if path in leaves else np.linalg.norm(weight, axis=0)
     if alone := [path for name, biases in adaptation.shift.items() if name not in options for path in biases]:
         raise ValueError(f"{alone[0]} is shifted, but not adapted: PEFT's lora_bias is part of LoRA")
-    return exported, with_patterns(options, "lora_alpha") | {
-        "lora_dropout": _dropout(adaptation),
+    if len(rates) > 1:
+        raise ValueError(f"PEFT has one lora_dropout, but the adapted weights have {sorted(rates)}")
+    return exported, config.with_patterns(options, "lora_alpha") | {
+        "lora_dropout": float(max(rates, default=0.0)),
         "use_rslora": rslora,
         "use_dora": Dora in classes,
         "lora_bias": bool(adaptation.shift),
@@ -272,7 +203,7 @@ def _export_factors(module: Module, leaves: Mapping[str, Any], delta: Delta, exp
         (path,) = paths
         exported[path] = {"a": leaves[path].a, "b": leaves[path].b}
         return leaves[path].a.shape[-1], scales[path]
-    shared = _shared(paths[0])
+    shared = module.shared
     key_of = {path: path if "a" in delta.get(path, {}) else shared for path in leaves}  # of the A of each path
     blocks = {key_of[path]: np.asarray(leaf.a) for path, leaf in leaves.items()}
     starts = dict(zip(blocks, np.cumsum([0, *(a.shape[-1] for a in blocks.values())]), strict=False))
@@ -299,31 +230,22 @@ def _export_shift(
         shift = np.zeros(model.leaves[path].shape, np.float32)
         if path in biases:
             shift, bias_scale = np.asarray(biases[path].shift), np.float32(np.asarray(biases[path].scale).flat[0])
+            if scale == 0 != bias_scale:
+                raise ValueError(f"{path} has the scale {bias_scale}, but its kernel's is 0: PEFT has one for both")
             if bias_scale != scale:
-                if scale == 0:
-                    message = f"is shifted by a scale of {bias_scale}, but its kernel's is 0: PEFT has one for both"
-                    raise ValueError(f"{path} {message}")
                 shift = shift * (bias_scale / scale)
         exported[path] = {"shift": shift}
 
 
-def _dropout(adaptation: Adaptation) -> float:
-    leaves = [_as_lora(leaf) for by_path in adaptation.adapted.values() for leaf in by_path.values()]
-    rates = {leaf.dropout for leaf in leaves if "v" not in leaf.core}
-    if len(rates) > 1:
-        raise ValueError(f"PEFT has one lora_dropout, but the adapted weights have {sorted(rates)}")
-    return float(rates.pop()) if rates else 0.0
-
-
 LORA = Kind(
-    schema=Schema(_FIELDS, _REFUSED, _check),
-    rules=Rules(
-        "LoRA",
-        ("Linear", "Conv1D", "Embedding"),
-        lambda fields, model, name: rank_and_alpha(fields, name, "lora_alpha"),
-    ),
-    tensors=_tensors,
-    method=_method,
+    "LoRA",
+    ("Linear", "Conv1D", "Embedding"),
+    _FIELDS,
+    _tensors,
+    _method,
     leaves=(LowRank, Dora, Pissa),
     export=_export,
+    refused=_REFUSED,
+    check=_check,
+    options_of=lambda fields, model, name: config.rank_and_alpha(fields, name, "lora_alpha"),
 )

@@ -7,11 +7,9 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.transforms import Delta, ParamTransform
-from lora_jax.interop.hf.architectures import Module
-from lora_jax.interop.peft.config import BOOL, COMMON, FAN_IN_FAN_OUT, LAYERS, NUMBER, RANK, RATE, Field, Schema, is_int
-from lora_jax.interop.peft.kind import Adaptation, Kind, globs_of, parts, selected
-from lora_jax.interop.peft.modules import Resolved, Rules
-from lora_jax.interop.peft.tensors import Tensor
+from lora_jax.interop.hf.families import Module
+from lora_jax.interop.peft.config import BOOL, COMMON, FAN_IN_FAN_OUT, LAYERS, NUMBER, RANK, RATE, Field, is_int
+from lora_jax.interop.peft.kind import Adaptation, Kind, Resolved, Tensor
 from lora_jax.methods.vera import Vera, vera
 
 _PROJECTIONS = "@shared/vera"
@@ -39,33 +37,29 @@ def _check(fields: Mapping[str, Any], source: str) -> None:
         logging.warning("%s: VeRA has no dropout here; its vera_dropout acts in PEFT's training only", source)
 
 
-def _tensors(resolved: Resolved) -> list[list[Tensor]]:
-    rank, modules = resolved.fields["r"], [resolved.model.modules[name] for name in resolved.adapted]
-    shapes = [resolved.model.shape(module, "weight") for module in modules]
-    rows, columns = (max(sizes) for sizes in zip(*shapes, strict=True))
-    projections = [
-        Tensor("base_model.vera_A", (rank, rows), _PROJECTIONS, "fixed_a"),
-        Tensor("base_model.vera_B", (columns, rank), _PROJECTIONS, "fixed_b"),
-    ]
-    return [projections] + [
-        [
-            Tensor(f"{module.name}.vera_lambda_b", shape[1:], module.path("weight"), "b"),
-            Tensor(f"{module.name}.vera_lambda_d", (rank,), module.path("weight"), "d", key=_shared(module)),
+def _tensors(resolved: Resolved, module: Module, options: None) -> list[Tensor]:
+    rank, path = resolved.fields["r"], module.path("weight")
+    tensors, shape_of = [], resolved.model.shape
+    if module.name == next(iter(resolved.adapted)):  # with the first module, what all have in common
+        shapes = [shape_of(resolved.model.modules[name], "weight") for name in resolved.adapted]
+        rows, columns = (max(sizes) for sizes in zip(*shapes, strict=True))
+        tensors = [
+            Tensor("base_model.vera_A", (rank, rows), _PROJECTIONS, "fixed_a"),
+            Tensor("base_model.vera_B", (columns, rank), _PROJECTIONS, "fixed_b"),
         ]
-        for module, shape in zip(modules, shapes, strict=True)
+    return [
+        *tensors,
+        Tensor(f"{module.name}.vera_lambda_b", shape_of(module, "weight")[1:], path, "b"),
+        Tensor(f"{module.name}.vera_lambda_d", (rank,), path, "d", key=module.shared),
     ]
-
-
-def _shared(module: Module) -> str:
-    """The delta's key of a fused layer's d, such as `@shared/h_0/attn`; "" for other layers."""
-    return f"@shared/{module.subtree.rsplit('/', 1)[0]}" if "{" in module.subtree else ""
 
 
 def _method(resolved: Resolved) -> tuple[list[ParamTransform], Delta]:
     fields, model = resolved.fields, resolved.model
-    paths = [model.modules[name].path("weight") for name in resolved.adapted]
-    fused = globs_of([path for path in paths if "{" in path], model)
-    return [vera(selected(paths, model), rank=fields["r"], d_initial=fields["d_initial"], fused=fused)], Delta()
+    modules = [model.modules[name] for name in resolved.adapted]
+    fused = model.globs(module.path("weight") for module in modules if module.shared)
+    selection = model.select(module.path("weight") for module in modules)
+    return [vera(selection, rank=fields["r"], d_initial=fields["d_initial"], fused=fused)], Delta()
 
 
 def _export(adaptation: Adaptation) -> tuple[Delta, dict[str, Any]]:
@@ -73,7 +67,7 @@ def _export(adaptation: Adaptation) -> tuple[Delta, dict[str, Any]]:
     exported = Delta({_PROJECTIONS: delta[_PROJECTIONS]})
     for name, leaves in adaptation.adapted.items():
         module = model.modules[name]
-        if shared := _shared(module):
+        if shared := module.shared:
             rows = [np.asarray(leaves[path].fixed_b).T for path in module.paths("weight") if path in leaves]
             expected = np.asarray(delta[_PROJECTIONS]["fixed_b"])[: model.shape(module, "weight")[1]]
             if shared not in delta or not np.array_equal(np.concatenate(rows), expected):
@@ -82,15 +76,8 @@ def _export(adaptation: Adaptation) -> tuple[Delta, dict[str, Any]]:
             exported[shared] = {"d": delta[shared]["d"]}
         for path, leaf in leaves.items():
             exported[path] = {"b": leaf.b} if shared else {"b": leaf.b, "d": leaf.d}
-    (spec,) = (part for part in parts(adaptation.spec) if part["method"] == "vera")
+    (spec,) = adaptation.specs("vera")
     return exported, {"r": spec["rank"], "d_initial": spec["d_initial"]}
 
 
-VERA = Kind(
-    schema=Schema(_FIELDS, check=_check),
-    rules=Rules("VeRA", ("Linear", "Conv1D"), lambda fields, model, name: None),
-    tensors=_tensors,
-    method=_method,
-    leaves=(Vera,),
-    export=_export,
-)
+VERA = Kind("VeRA", ("Linear", "Conv1D"), _FIELDS, _tensors, _method, leaves=(Vera,), export=_export, check=_check)
