@@ -132,7 +132,7 @@ def test_conformance_13_a_magnitude_that_is_missing_or_too_much_is_named(tmp_pat
     lacking = spoiled(folder, tmp_path / "1", lambda t: {n: x for n, x in t.items() if n != name})
     with pytest.raises(ValueError, match=rf"{name} is missing\. DoRA \(use_dora=true\) has"):
         peft.load(lacking, params)
-    with pytest.raises(ValueError, match=r"h\.0\.attn\.c_attn\.lora_magnitude_vector is no part.*LoRA has none"):
+    with pytest.raises(ValueError, match=r"h\.0\.attn\.c_attn\.lora_magnitude_vector is not part.*LoRA has none"):
         peft.load(spoiled(folder, tmp_path / "2", use_dora=False), params)
     with pytest.raises(ValueError, match=rf"{name} has shape \(12,\), not \(36,\)"):
         peft.load(spoiled(folder, tmp_path / "3", lambda t: t | {name: t[name][:12].copy()}), params)

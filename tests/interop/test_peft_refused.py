@@ -224,7 +224,7 @@ def test_adapters_of_other_bases_are_named(good, tmp_path):
         peft.load(encoder, params)
     with pytest.raises(ValueError, match=r"begin with 'roberta\.', these params' with 'bert\.'"):
         load(encoder, "bert")
-    with pytest.raises(ValueError, match=r'classifier\.dense\.bias is no part.*head="classification"'):
+    with pytest.raises(ValueError, match=r'classifier\.dense\.bias is not part.*head="classification"'):
         load(encoder, "roberta bare")
     with pytest.raises(ValueError, match="begin with 'transformer"):
         load(good, "bert")

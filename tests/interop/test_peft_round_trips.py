@@ -191,7 +191,7 @@ def test_conformance_16_a_score_beside_gpt2(tmp_path):
     _, delta, again, want = there_and_back("gpt2 score", tmp_path, **LM | {"task_type": "SEQ_CLS"})
     assert delta["score/kernel"]["value"].shape == (12, 4)
     assert_close(theirs(read_by_peft("gpt2 score", again)), want, 0.0)
-    with pytest.raises(ValueError, match=r'score\.weight is no part.*params \| \{"score"'):
+    with pytest.raises(ValueError, match=r'score\.weight is not part.*params \| \{"score"'):
         peft.load(again, base("gpt2").params)
 
 
