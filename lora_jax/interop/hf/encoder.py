@@ -90,9 +90,9 @@ _UNUSED = re.compile(r"(lm_head|cls|pooler)\.")
 
 
 def _from_hf(
-    format: Format, fields: dict, tensors: dict[str, Lazy], source: str, wanted: families.Wanted
+    format: Format, fields: dict, tensors: dict[str, Lazy], source: str, options: families.HeadOptions
 ) -> tuple[Encoder, dict[str, Lazy]]:
-    head, labels, tie, key = wanted
+    head, labels, tie, key = options
     if tie is not None or head not in HEADS:
         raise ValueError(f"{source}: an encoder has one of the heads {HEADS} and nothing to tie, not {head=}, {tie=}")
     config = format.config_of(fields, source)

@@ -194,8 +194,8 @@ def rename(tensors: Mapping[str, Lazy], short: Callable[[str], str], source: str
     return renamed
 
 
-class Wanted(NamedTuple):
-    """What `hf.load` is asked for, as its arguments say."""
+class HeadOptions(NamedTuple):
+    """The arguments of `hf.load` that say which head is wanted."""
 
     head: str | None = None
     labels: int | None = None
@@ -204,10 +204,10 @@ class Wanted(NamedTuple):
 
 
 def language_model(
-    format: "Format", fields: dict, tensors: dict[str, Lazy], source: str, wanted: Wanted
+    format: "Format", fields: dict, tensors: dict[str, Lazy], source: str, options: HeadOptions
 ) -> tuple[Any, dict[str, Lazy]]:
     """`Format.from_hf` of a language model. Its head is its token embedding if `config.tie`, where there is that."""
-    head, labels, tie, key = wanted
+    head, labels, tie, key = options
     config, architecture, lm_head = format.config_of(fields, source), format.architecture, format.architecture.lm_head
     assert lm_head is not None, f"{architecture.name} is no language model"
     if head not in (None, "lm") or labels is not None:
@@ -254,7 +254,7 @@ class Format:
     config_of: Callable[[dict, str], Any]  # `(fields of config.json, source) -> config`, by `read_config`
     fields_of: Callable[[Any], dict]  # `(config) -> fields of config.json`
     ignored: re.Pattern = re.compile(r"(?!)")  # names of tensors that are no parameters
-    # `(format, fields, tensors, source, wanted) -> (model, {path: Lazy})` in the loop layout
+    # `(format, fields, tensors, source, options) -> (model, {path: Lazy})` in the loop layout
     from_hf: Callable[..., tuple[Any, dict[str, Lazy]]] = language_model
     # `(config) -> {end of a tensor's name: glob}` of what its head needs of the pretrained model, and files may lack
     head_needs: Callable[[Any], Mapping[str, str]] = lambda config: {}

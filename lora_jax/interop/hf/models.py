@@ -27,7 +27,7 @@ from lora_jax.core.extras import extra
 from lora_jax.distributed import processes
 from lora_jax.interop.folders import INDEX, WEIGHTS, check_shapes, inside, open_tensors, read_json
 from lora_jax.interop.hf import encoder, gpt2  # noqa: F401  (they register their formats)
-from lora_jax.interop.hf.families import Format, Stored, Wanted, format_of, layouts
+from lora_jax.interop.hf.families import Format, HeadOptions, Stored, format_of, layouts
 from lora_jax.interop.lazy import placed, stacked
 from lora_jax.interop.tensor_files import FLOATS
 from lora_jax.models import shapes
@@ -92,7 +92,7 @@ def unread(
     folder = _folder(folder_or_hub_id)
     format, fields = _described(folder)
     tensors = open_tensors(folder, format.ignored)
-    model, flat = format.from_hf(format, fields, tensors, str(folder), Wanted(head, labels, tie, key))
+    model, flat = format.from_hf(format, fields, tensors, str(folder), HeadOptions(head, labels, tie, key))
     return model, unflatten_dict(flat, sep="/"), _tokenizer(folder, model.config.vocab_size)
 
 
