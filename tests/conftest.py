@@ -20,6 +20,8 @@ from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).resolve().parents[1]
 
+gc.disable()  # until all is imported: each collection would visit millions of objects, and free none
+
 # Compiling is most of the tests' time; `make test-all` compiles as users do. A flag that jaxlib does not know ends the
 # process.
 _FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
@@ -69,9 +71,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    # What is imported stays: torch and transformers alone are millions of objects that each collection would visit.
     gc.collect()
-    gc.freeze()
+    gc.freeze()  # what is imported stays
+    gc.enable()
 
 
 def _freely(function: Callable) -> Callable:

@@ -3,6 +3,7 @@
 Each is registered by at most two files of it, and used through what the library offers everybody.
 """
 
+import functools
 import importlib
 import json
 import logging
@@ -109,9 +110,14 @@ def config_of(folder: Path) -> ConfigDict:
     return config
 
 
+@functools.cache
+def forward(model: Any) -> Any:
+    return jax.jit(lj.lift(model.apply))
+
+
 def logits(model: Any, params: Any) -> np.ndarray:
     tokens = jnp.asarray(np.random.default_rng(1).integers(1, 16, (2, 6)), jnp.int32)
-    return np.asarray(jax.jit(lj.lift(model.apply))({"params": params}, tokens))
+    return np.asarray(forward(model)({"params": params}, tokens))
 
 
 def test_each_part_is_at_most_two_files() -> None:
@@ -204,8 +210,9 @@ def test_its_changes_add(extended: Extended) -> None:
     method, delta = loaded.method, loaded.delta
     assert method is not None and delta is not None
     _, params, _ = hf.load(extended.folder / "base")
-    other = jax.tree.map(lambda x: x + 0.1, delta)
-    merged = [lj.merge(m.apply(params, d)) for m, d in ((method, delta), (method, other))]
+    other = jax.tree.map(lambda x: x + np.float32(0.1), jax.device_get(delta))
+    merge = jax.jit(lambda deltas: [lj.merge(method.apply(params, d)) for d in deltas])
+    params, *merged = jax.device_get([params, *merge([delta, other])])
     added, sums = lj.arithmetic.add([(method, delta), (method, other)], [1, -2])
     expected = jax.tree.map(lambda base, a, b: base + (a - base) - 2 * (b - base), params, *merged)
     # 1e-6: rounding of kernels below 1

@@ -5,10 +5,8 @@
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
-import sys
 import zipfile
 from collections.abc import Mapping
 from functools import partial
@@ -28,8 +26,8 @@ import lora_jax as lj
 from configs import glue
 from lora_jax import checkpoints, training
 from lora_jax.interop import hf, peft
+from tests.helpers.cli import ROOT, run_entry
 
-ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
 VOCABULARY, WIDTH, LAYERS = 11, 6, 2
 TOKENS = np.array([[3, 0, 7, 10, 2], [5, 5, 1, 9, 4]], np.int32)
@@ -143,15 +141,8 @@ def assert_close(got: Mapping[str, Any], want: Mapping[str, np.ndarray]) -> None
 
 def command_line(folder: Path, *flags: str) -> subprocess.CompletedProcess:
     """`experiments.train` in a folder that holds base and data; compiled without optimizations, as the tests are."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "1",
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    }
-    config = f"--config={ROOT}/configs/e2e.py:small"
-    command = [sys.executable, "-m", "experiments.train", config, *flags]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    env = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    return run_entry("train", f"--config={ROOT}/configs/e2e.py:small", *flags, env=env, cwd=folder)
 
 
 def unpacked(name: str, folder: Path) -> Path:

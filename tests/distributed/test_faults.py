@@ -1,5 +1,6 @@
 """What stops a run of two processes, or a disk that is full, costs at most the steps since the last checkpoint."""
 
+import os
 import random
 import resource
 import shutil
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from lora_jax import checkpoints
-from tests.helpers.cli import ROOT, command, environment, make_inputs
+from tests.helpers.cli import ROOT, command, environment, fork, make_inputs, run
 
 EPOCHS, TOTAL, HEARTBEAT = 5, 60, 5  # saved every 3 steps
 FLAGS = (f"--config.epochs={EPOCHS}", "--config.mesh.data=2", "--config.mesh.fsdp=2")
@@ -23,7 +24,7 @@ FLAGS = (f"--config.epochs={EPOCHS}", "--config.mesh.data=2", "--config.mesh.fsd
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
-    make_inputs(folder)
+    make_inputs(folder, layers=1)
     return folder
 
 
@@ -174,8 +175,7 @@ def test_killed_at_twenty_random_moments(inputs: Path, straight: Path) -> None:
 
 
 def test_flags_that_are_given_in_part(inputs: Path) -> None:
-    flags = [*command(inputs, inputs / "none"), "--processes=2", "--process=0"]
-    done = subprocess.run(flags, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    done = run(inputs, inputs / "none", "--processes=2", "--process=0")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert (
         "error: several processes need --coordinator=HOST:PORT, --processes=N and --process=I: --coordinator is miss"
@@ -183,19 +183,25 @@ def test_flags_that_are_given_in_part(inputs: Path) -> None:
     )
 
 
-def test_a_full_disk_is_one_error_that_names_what_is_whole(inputs: Path) -> None:
+def test_a_full_disk_is_one_error_that_names_what_is_whole(inputs: Path, tmp_path: Path) -> None:
     """From the first checkpoint on, no file may grow beyond 1500 bytes: some metrics can be, a checkpoint cannot."""
     workdir, limit = inputs / "full_disk", (1500, resource.RLIM_INFINITY)
-    flags = command(inputs, workdir)
-    with subprocess.Popen(flags, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as process:
-        try:
-            while process.poll() is None and checkpoints.latest_step(workdir) is None:
-                time.sleep(0.001)
-            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limit)
-            said = process.communicate(timeout=100)[1]
-        finally:
-            process.kill()
-    assert process.returncode == 1
+    ends = []
+    for name in ("out", "err"):  # pipes: files could not grow either
+        os.mkfifo(tmp_path / name)
+        ends.append(os.open(tmp_path / name, os.O_RDONLY | os.O_NONBLOCK))
+    process = fork("experiments.train", *command(inputs, workdir)[3:], streams=tmp_path, env=environment())
+    try:
+        while process.is_alive() and checkpoints.latest_step(workdir) is None:
+            time.sleep(0.001)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limit)
+        process.join(100)
+        said = os.read(ends[1], 2**16).decode()
+    finally:
+        process.kill()
+        for end in ends:
+            os.close(end)
+    assert process.exitcode == 1
     assert "Traceback" not in said, said
     (error,) = (line for line in said.splitlines() if "error: " in line)
     step = checkpoints.latest_step(workdir)

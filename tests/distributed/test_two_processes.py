@@ -1,11 +1,8 @@
 """One run on one device, on eight, and by two processes: the same losses, and checkpoints that all of them read."""
 
 import json
-import os
 import shutil
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +12,9 @@ import numpy as np
 import pytest
 
 from lora_jax import checkpoints, training
+from tests.helpers import cli
 from tests.helpers.mesh_runs import CASES, QUICK, figures, prepare
 
-ROOT = Path(__file__).resolve().parents[2]
 MESHES = [(8, 1, 1), (2, 4, 1), (1, 2, 4), (2, 2, 2)]
 SAVED = {"save_every": 2}
 
@@ -36,25 +33,27 @@ def free_port() -> int:
 
 
 def two(folder: Path, *cases: str) -> Two:
-    command = [sys.executable, "-m", "tests.helpers.mesh_worker", str(free_port())]
-    logs, started = [folder / f"log_{process}" for process in (0, 1)], []
-    for process, log in enumerate(logs):
-        with log.open("w") as file:
-            own = [*command, str(process), str(folder), *cases]
-            environment = os.environ | {"PYTHONPATH": str(ROOT)}
-            started.append(subprocess.Popen(own, cwd=ROOT, env=environment, stdout=file, stderr=file))
+    logs, started, port = [folder / f"streams_{process}" for process in (0, 1)], [], str(free_port())
+    for process, streams in enumerate(logs):
+        streams.mkdir()
+        arguments = (port, str(process), str(folder), *cases)
+        env = cli.environment() | {"JAX_NUM_CPU_DEVICES": "4"}
+        started.append(cli.fork("tests.helpers.mesh_worker", *arguments, streams=streams, env=env))
+    errors = lambda: [(streams / "err").read_text(errors="replace")[-3000:] for streams in logs]  # noqa: E731
     try:
         if not cases:
             while not all((folder / f"ready_{process}").exists() for process in (0, 1)):
-                assert all(process.poll() is None for process in started), [log.read_text()[-3000:] for log in logs]
+                assert all(process.is_alive() for process in started), errors()
                 time.sleep(0.05)
             started[1].terminate()
-        codes = [process.wait(timeout=310) for process in started]
+        for process in started:
+            process.join(310)
+        codes = [process.exitcode for process in started]
     finally:
         for process in started:
             process.kill()
-            process.wait()
-    assert codes == [0, 0], [log.read_text(errors="replace")[-3000:] for log in logs]
+            process.join()
+    assert codes == [0, 0], errors()
     return Two(folder, [json.loads((folder / f"found_{process}.json").read_text()) for process in (0, 1)])
 
 

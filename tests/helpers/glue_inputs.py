@@ -1,5 +1,6 @@
 """A tiny BERT in Hugging Face form, and tasks of GLUE that it can learn."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -19,7 +20,7 @@ def sentence(random: np.random.Generator, good: bool) -> str:
     return " ".join(WORDS[i] for i in random.integers(0, 4, random.integers(3, 9)) + (0 if good else 4))
 
 
-def make_inputs(folder: Path) -> None:
+def make_inputs(folder: Path, layers: int = 2) -> None:
     """`folder/base`, a random BERT, and `folder/glue` with a CoLA and an MNLI of two and three learnable labels."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
@@ -28,9 +29,9 @@ def make_inputs(folder: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    model = Encoder(CONFIG)
+    model = Encoder(dataclasses.replace(CONFIG, layers=layers))
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
-    params = jax.tree.map(lambda x: 4 * x, params)  # so that what it computes differs from text to text
+    params = jax.tree.map(lambda x: 4 * np.asarray(x), params)  # so that what it computes differs from text to text
     hf.save(folder / "base", model, params, tokenizer)
     random = np.random.default_rng(0)
     cola, mnli = folder / "glue" / "CoLA", folder / "glue" / "MNLI"

@@ -11,13 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 4)
-
-from lora_jax import checkpoints, training  # noqa: E402
-from lora_jax.data.batches import Batch, Schedule  # noqa: E402
-from lora_jax.distributed import processes  # noqa: E402
-from tests.helpers.mesh_runs import QUICK, prepare, schedule_of  # noqa: E402
+from lora_jax import checkpoints, training
+from lora_jax.data.batches import Batch, Schedule
+from lora_jax.distributed import processes
+from tests.helpers.mesh_runs import QUICK, prepare, schedule_of
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 

@@ -74,6 +74,11 @@ def prepare(workdir: Path, config: ConfigDict, **changes: Any) -> training.Job:
     return training.prepare(config, workdir, **(options | changes))
 
 
+def with_programs_of(other: training.Job, job: training.Job) -> training.Job:
+    """The job with the step and the validation of another of the same method and options: nothing compiles anew."""
+    return job._replace(step=other.step, validate=other.validate)
+
+
 def without_times(workdir: Path) -> list[dict]:
     return [
         {name: x for name, x in entry.items() if name not in training.TIMES} for entry in training.read_metrics(workdir)

@@ -1,18 +1,14 @@
 """lora_jax.planning and its command: answers, searches, their cache, and what a user may get wrong."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import pytest
 
 from lora_jax.planning import asking, search, topologies
 from lora_jax.planning.asking import Layout
+from tests.helpers.cli import run_entry
 from tests.helpers.plan_config import tiny
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def cpu(count, limit=None):
@@ -83,8 +79,7 @@ def test_layouts_come_in_the_order_of_their_memory(tmp_path):
 
 
 def plan(*args):
-    command = [sys.executable, "-m", "experiments.plan", *args]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return run_entry("plan", *args)
 
 
 def test_the_command(tmp_path):

@@ -37,7 +37,11 @@ def setup(config: EncoderConfig) -> tuple:
         "weights": jnp.ones(8, jnp.float32),
     }
     params = jax.jit(model.init)(jax.random.key(0), batch["tokens"])["params"]
-    return model, jax.tree.map(lambda x: 4 * x, params), batch  # so that hidden states differ from text to text
+    return (
+        model,
+        jax.tree.map(lambda x: jnp.asarray(4 * np.asarray(x)), params),
+        batch,
+    )  # so that hidden states differ from text to text
 
 
 def adam_losses(config: EncoderConfig, mesh: jax.sharding.Mesh | None) -> tuple[list, lj.Delta]:
@@ -111,11 +115,11 @@ def test_what_is_large_is_spread_over_all_devices_and_the_head_is_whole(config):
 def test_factors_follow_their_kernels_and_the_classifier_is_on_every_device():
     mesh = mesh_of(1, 2, 4)
     model, params, _ = setup(ROBERTA)
-    delta = METHOD.init(jax.random.key(2), params)
+    delta = jax.eval_shape(METHOD.init, jax.random.key(2), params)
     base = lj.without_tuned(params, delta)
     adapted = jax.eval_shape(METHOD.apply, base, delta)
     found = sharding.shardings(
-        {"base": base, "delta": delta, "adam": lj.freeze_base(optax.adam(1e-3)).init(delta)},
+        {"base": base, "delta": delta, "adam": jax.eval_shape(lj.freeze_base(optax.adam(1e-3)).init, delta)},
         mesh,
         sharding.rules_for(model, mesh),
         adapted,

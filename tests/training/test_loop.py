@@ -24,6 +24,7 @@ from tests.helpers.runs import (
     prepare,
     run_config,
     schedule,
+    with_programs_of,
     without_times,
 )
 
@@ -45,6 +46,7 @@ def at_each_step(job: Job, act: Callable[[int], None]) -> Job:
 
 class Straight(NamedTuple):
     workdir: Path
+    job: Job
     delta: lj.Delta
     conversions: list[int]  # so far, before each step
     compilations: list[int]
@@ -85,7 +87,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Straight:
         note(0)
     jax.monitoring.clear_event_listeners()
     assert (result.step, result.finished) == (15, True)
-    return Straight(workdir, result.delta, **seen)
+    return Straight(workdir, job, result.delta, **seen)
 
 
 def test_what_a_run_leaves(straight: Straight) -> None:
@@ -128,7 +130,8 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(straight: Straight, tmp_p
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    result = training.train(at_each_step(prepare(tmp_path, run_config(**CONFIG)), kill))
+    job = with_programs_of(straight.job, prepare(tmp_path, run_config(**CONFIG)))
+    result = training.train(at_each_step(job, kill))
     assert (result.step, result.finished) == (7, False)
     assert signal.getsignal(signal.SIGTERM) is before
     # a kill left a line in its middle, and entries that no checkpoint has
@@ -136,7 +139,7 @@ def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(straight: Straight, tmp_p
         file.write('{"step": 8, "loss": 1.0}\n{"step": 9, "lo')
     job = prepare(tmp_path, run_config(**CONFIG))
     assert job.start == 7
-    result = training.train(job)
+    result = training.train(with_programs_of(straight.job, job))
     assert equal_bits(result.delta, straight.delta)
     assert without_times(tmp_path) == without_times(straight.workdir)
 
@@ -152,7 +155,7 @@ def test_after_flipped_bits_the_run_goes_on_from_the_checkpoint_before(
         file.write_bytes(content.tobytes())
     job = prepare(folder, run_config(**CONFIG))
     assert job.start == 12 and "checkpoints/15 is damaged" in caplog.text
-    assert equal_bits(training.train(job).delta, straight.delta)
+    assert equal_bits(training.train(with_programs_of(straight.job, job)).delta, straight.delta)
     assert checkpoints.load(folder).step == 15
     assert without_times(folder) == without_times(straight.workdir)
 
@@ -176,7 +179,7 @@ def test_another_config_or_base_is_refused(straight: Straight) -> None:
     with pytest.raises(ValueError, match=message):
         prepare(straight.workdir, changed)
     model, params = model_and_params()
-    other = jax.tree.map(lambda x: x * 2, params)
+    other = jax.tree.map(lambda x: 2 * np.asarray(x), params)
     with pytest.raises(ValueError, match=r"belongs to the base 'tiny'.*has other weights"):
         prepare(straight.workdir, run_config(**CONFIG), model=model, params=other)
     assert sorted(straight.workdir.rglob("*")) == before
@@ -195,19 +198,19 @@ def with_weights(step: int, value: float) -> Schedule:
 
 
 @pytest.mark.parametrize("log_every", [2, 100])
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, log_every: int) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run(straight: Straight, tmp_path: Path, log_every: int) -> None:
     """Also where a checkpoint would be written, at step 8, before anything is logged."""
     job = prepare(tmp_path, run_config(**CONFIG, log_every=log_every), batches=with_weights(7, np.nan), validation=None)
     with pytest.raises(ValueError, match=r"step 7: the loss .* not finite"):
-        training.train(job)
+        training.train(job._replace(step=straight.job.step))
     good = checkpoints.load(tmp_path)
     assert good.step == 5
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(good.delta))
     assert [e["step"] for e in training.read_metrics(tmp_path)] == ([2, 4, 6] if log_every == 2 else [])
 
 
-def test_a_batch_without_labels_stops_the_run(tmp_path: Path) -> None:
-    job = prepare(tmp_path, run_config(), batches=with_weights(1, 0))
+def test_a_batch_without_labels_stops_the_run(straight: Straight, tmp_path: Path) -> None:
+    job = with_programs_of(straight.job, prepare(tmp_path, run_config(), batches=with_weights(1, 0)))
     with pytest.raises(ValueError, match="step 1: batch 0 of epoch 0 has no labels"):
         training.train(job)
 
@@ -269,7 +272,7 @@ def test_batches_that_do_not_divide_are_refused(tmp_path: Path) -> None:
         prepare(tmp_path, run_config(accumulate=2), placement=Placement.of(model_and_params()[0], mesh))
 
 
-def test_the_best_delta_is_kept(tmp_path: Path) -> None:
+def test_the_best_delta_is_kept(straight: Straight, tmp_path: Path) -> None:
     """Of all so far, not of the newest measurement."""
     scores = iter([0.5, 0.2, 0.3, 0.9, 0.9])
     kept, now = [], []
@@ -280,7 +283,7 @@ def test_the_best_delta_is_kept(tmp_path: Path) -> None:
 
     config = run_config(steps=5, eval_every=1)
     config.best = "score"
-    job = prepare(tmp_path, config)._replace(validate=validate)
+    job = prepare(tmp_path, config)._replace(step=straight.job.step, validate=validate)
 
     def put(batch: Batch) -> dict[str, jax.Array]:
         if now:
@@ -294,7 +297,7 @@ def test_the_best_delta_is_kept(tmp_path: Path) -> None:
     assert logged == [0.5, 0.2, 0.3, 0.9, 0.9]
     config = run_config(steps=1)
     config.best = "accuracy"
-    other = prepare(tmp_path / "other", config)
+    other = with_programs_of(straight.job, prepare(tmp_path / "other", config))
     with pytest.raises(ValueError, match="best='accuracy' is no metric of validation: it has validation_loss"):
         training.train(other)
 

@@ -14,7 +14,7 @@ from lora_jax.data.batches import Stacked
 from lora_jax.runs import sweeps
 from lora_jax.training import sweep
 from tests.helpers.cli import make_inputs, run, run_entry
-from tests.helpers.runs import QV, prepare, schedule, without_times
+from tests.helpers.runs import QV, prepare, schedule, with_programs_of, without_times
 from tests.helpers.sweeps import LORA, Values, alone, close, members, ready
 
 pytestmark = pytest.mark.usefixtures("logits_in_pieces")
@@ -141,8 +141,9 @@ def test_a_members_folder_is_a_workdir(tmp_path: Path) -> None:
 
 def test_a_stopped_sweep_goes_on_bit_for_bit(tmp_path: Path) -> None:
     found = members([{"rank": 1, "seed": 3}, {"rank": 2, "seed": 4}])
-    straight = sweep.train(ready(tmp_path / "straight", found))
-    first = ready(tmp_path / "stopped", found)
+    whole = ready(tmp_path / "straight", found)
+    straight = sweep.train(whole)
+    first = with_programs_of(whole, ready(tmp_path / "stopped", found))
     assert sweep.train(first._replace(total=5)) is not None
     for member in found:  # what a killed sweep would not have yet
         for path in ("checkpoints", "adapter"):
@@ -152,7 +153,7 @@ def test_a_stopped_sweep_goes_on_bit_for_bit(tmp_path: Path) -> None:
                 file.unlink() if file.is_file() else file.rmdir()
     again = ready(tmp_path / "stopped", found)
     assert again.start == 5
-    for one, other in zip(sweep.train(again), straight, strict=True):
+    for one, other in zip(sweep.train(with_programs_of(whole, again)), straight, strict=True):
         jax.tree.map(np.testing.assert_array_equal, one.delta, other.delta)
     for member in found:
         entries = [without_times(tmp_path / name / member.name) for name in ("stopped", "straight")]

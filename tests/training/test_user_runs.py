@@ -37,7 +37,7 @@ reviews = runs.classification(load, ("bad", "good"))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("user")
-    make_inputs(made)
+    make_inputs(made, layers=1)
     return made
 
 
@@ -102,7 +102,7 @@ def test_a_run_with_parts_of_the_users_own(folder: Path, tmp_path: Path, capsys:
 def test_a_task_and_a_metric_in_a_package_of_the_users_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    glue_inputs.make_inputs(tmp_path / "glue")
+    glue_inputs.make_inputs(tmp_path / "glue", layers=1)
     random = np.random.default_rng(0)
     for split, count in (("train", 24), ("valid", 12)):
         labels = random.integers(0, 2, count)
