@@ -8,7 +8,7 @@ from lora_jax import checkpoints
 from lora_jax.data import pairs, restaurants
 from lora_jax.runs.example import Size
 
-TINY = Size(width=32, layers=1, base_steps=40, steps=20, batch_size=8, restaurants=200, contexts=8)
+TINY = Size(width=32, layers=1, base_steps=20, steps=10, batch_size=8, restaurants=100, contexts=8)
 
 
 def test_the_quickstart_in_small(tmp_path, capsys):
