@@ -119,3 +119,14 @@ def logits_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     from lora_jax.training import objectives
 
     monkeypatch.setattr(objectives, "LEAST", 8)
+
+
+@pytest.fixture
+def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    """METEOR, whose tables take ten seconds to read, and the PTB tokenizer are left out of the scores."""
+    from lora_jax.metrics import java
+
+    def absent(*_: Any) -> str:
+        raise ImportError("no Java in this test")
+
+    monkeypatch.setattr(java, "jar", absent)

@@ -1,6 +1,5 @@
 """The configs: every row of the paper's tables by name, its hyperparameters and what it trains."""
 
-import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -16,24 +15,21 @@ from lora_jax.data import text
 from lora_jax.interop import hf
 from lora_jax.models import gpt2
 from lora_jax.runs import methods, run
+from tests.helpers import shapes
 
 CONFIGS = {"e2e": e2e, "webnlg": webnlg, "dart": dart}
-
-
-@functools.cache
-def shapes(size: str) -> Any:
-    """Of the parameters: traced with one layer, which all layers equal."""
-    model = gpt2.GPT2(dataclasses.replace(gpt2.SIZES[size], n_layer=1))
-    params = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
-    block = params.pop("h_0")
-    return params | {f"h_{number}": block for number in range(gpt2.SIZES[size].n_layer)}
 
 
 MODELS = {size: gpt2.GPT2(gpt2.SIZES[size]) for size in nlg.SIZES}
 
 
 def trained(config: Any, size: str) -> int:
-    return lj.check(lj.from_spec(methods.spec(config, MODELS[size])), shapes(size)).trained
+    return report_of(json.dumps(methods.spec(config, MODELS[size])), size).trained
+
+
+@functools.cache
+def report_of(spec: str, size: str) -> lj.Report:
+    return lj.check(lj.from_spec(json.loads(spec)), shapes.params_of(MODELS[size]))
 
 
 @pytest.mark.parametrize("task", CONFIGS)
@@ -56,7 +52,7 @@ def test_the_rows_of_tables_3_13_and_14(task: str, name: str, size: str, numbers
 
 
 def test_the_top_two_layers_are_the_last() -> None:
-    report = lj.check(lj.from_spec(methods.spec(e2e.get_config("medium,top2"), MODELS["medium"])), shapes("medium"))
+    report = report_of(json.dumps(methods.spec(e2e.get_config("medium,top2"), MODELS["medium"])), "medium")
     assert {row.path.split("/")[0] for row in report.rows} == {"h_22", "h_23"}
     assert trained(e2e.get_config("small,top2"), "small") == 2 * (12 * 768**2 + 13 * 768)
 

@@ -16,6 +16,7 @@ from configs.methods import METHODS
 from lora_jax import training
 from lora_jax.models.encoder import SIZES, Encoder
 from lora_jax.runs import methods
+from tests.helpers import shapes
 
 # Table 9 by columns, in the paper's order of tasks.
 ORDER = ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb")
@@ -62,8 +63,7 @@ def trained(name: str, size: str, **labels: Any) -> dict[str, int]:
     """Trained parameters by what trains them: the classifier's, and all others'."""
     head = {"head": "classification", "labels": 3} | labels
     model = Encoder(dataclasses.replace(SIZES[size], **head))
-    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    rows = lj.check(lj.from_spec(methods.spec(glue.get_config(name), model)), params).rows
+    rows = lj.check(lj.from_spec(methods.spec(glue.get_config(name), model)), shapes.params_of(model)).rows
     classifier = sum(row.trained for row in rows if row.path.startswith("classifier/"))
     return {"classifier": classifier, "rest": sum(row.trained for row in rows) - classifier}
 
@@ -87,25 +87,28 @@ def test_weight_decay_leaves_out_biases_and_norms() -> None:
     select = {"lora": ["**/query/kernel"], "tune": ["**/{bias,scale,embedding,out/kernel}"], "dora": ["**/key/kernel"]}
     spec = {"method": "chain", "of": [{"method": name, "select": select.get(name, [])} for name in parts]}
     tx = training.optimizer(config.optimizer, lambda step: 1.0, spec=spec)
-    for path, decays in [
-        ("h_0/attn/out/kernel/value", True),
-        ("h_0/attn/query/kernel/a", True),
-        ("h_0/attn/key/kernel/b", True),
-        ("h_0/attn/key/kernel/m", False),
-        ("embeddings/word/embedding/value", True),
-        ("classifier/out/kernel/value", True),
-        ("classifier/out/bias/value", False),
-        ("h_0/attn/query/bias/value", False),
-        ("h_0/ln_1/scale/value", False),
-        ("@shared/h_0/attn/a", True),
-        ("@shared/h_0/attn/key/l", False),
-        ("@mlp_out/adapter/up", True),
-        ("@mlp_out/adapter/up_bias", False),
-    ]:
+    expected = {
+        "h_0/attn/out/kernel/value": True,
+        "h_0/attn/query/kernel/a": True,
+        "h_0/attn/key/kernel/b": True,
+        "h_0/attn/key/kernel/m": False,
+        "embeddings/word/embedding/value": True,
+        "classifier/out/kernel/value": True,
+        "classifier/out/bias/value": False,
+        "h_0/attn/query/bias/value": False,
+        "h_0/ln_1/scale/value": False,
+        "@shared/h_0/attn/a": True,
+        "@shared/h_0/attn/key/l": False,
+        "@mlp_out/adapter/up": True,
+        "@mlp_out/adapter/up_bias": False,
+    }
+    delta = lj.Delta()
+    for path in expected:
         owner, _, name = path.rpartition("/")
-        delta = lj.Delta({owner: {name: jnp.ones((2, 2))}})
-        updates, _ = tx.update(jax.tree.map(jnp.zeros_like, delta), tx.init(delta), delta)
-        assert updates[owner][name].any() == decays, path
+        delta.setdefault(owner, {})[name] = np.ones((2, 2), np.float32)
+    updates = jax.jit(lambda delta: tx.update(jax.tree.map(jnp.zeros_like, delta), tx.init(delta), delta)[0])(delta)
+    decays = {f"{owner}/{name}": bool(x.any()) for owner, factors in updates.items() for name, x in factors.items()}
+    assert decays == expected
 
 
 FORMER = (  # the globs that configs had before methods had traits
@@ -122,18 +125,19 @@ def test_what_decays_is_what_decayed_before(name: str, tmp_path: Path) -> None:
     config.update_from_flattened_dict({"compacter.rank": 4, "prefix_embedding.infix": 0})
     small = {"vocab_size": 32, "hidden": 16, "heads": 2, "inner": 32, "layers": 2}
     model = Encoder(dataclasses.replace(SIZES["roberta-base"], **small, head="classification"))
-    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    params = shapes.params_of(model)
     method = lj.from_spec(methods.spec(config, model))
     delta = jax.tree.map(lambda x: np.ones(x.shape, np.float32), jax.eval_shape(method.init, jax.random.key(0), params))
 
-    def decay(globs: tuple[str, ...]) -> Any:
+    def decay(delta: lj.Delta, globs: tuple[str, ...]) -> Any:
         options = ConfigDict({**config.optimizer, "decay": globs})
         tx = training.optimizer(options, lambda step: 1.0, spec=method.spec)
-        return jax.jit(lambda d: tx.update(jax.tree.map(jnp.zeros_like, d), tx.init(d), d)[0])(delta)
+        return tx.update(jax.tree.map(jnp.zeros_like, delta), tx.init(delta), delta)[0]
 
     now = tuple(config.optimizer.decay)
     before = FORMER if now == ("matrices",) else now
-    jax.tree.map(np.testing.assert_array_equal, decay(now), decay(before))
+    both = jax.jit(lambda delta: [decay(delta, globs) for globs in (now, before)])(delta)
+    jax.tree.map(np.testing.assert_array_equal, *both)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with config.unlocked():
         config.optimizer.decay = before

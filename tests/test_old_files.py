@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import zipfile
@@ -141,7 +142,7 @@ def assert_close(got: Mapping[str, Any], want: Mapping[str, np.ndarray]) -> None
 
 def command_line(folder: Path, *flags: str) -> subprocess.CompletedProcess:
     """`experiments.train` in a folder that holds base and data; compiled without optimizations, as the tests are."""
-    env = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    env = {"XLA_FLAGS": os.environ.get("XLA_FLAGS") or "--xla_backend_optimization_level=0"}
     return run_entry("train", f"--config={ROOT}/configs/e2e.py:small", *flags, env=env, cwd=folder)
 
 

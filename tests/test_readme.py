@@ -36,6 +36,7 @@ def leave_a_run(workdir: Path) -> None:
     manager.close()
 
 
+@pytest.mark.usefixtures("no_java")
 def test_every_python_block_runs(tmp_path, monkeypatch):
     pytest.importorskip("equinox")
     monkeypatch.chdir(tmp_path)

@@ -9,7 +9,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from lora_jax.core.extras import extra
 from lora_jax.models import layers, layouts, masks, shapes
@@ -189,7 +189,7 @@ def sites(config: EncoderConfig) -> Sites:
     return shapes.of_sites(config.layers, config.hidden, config.dtype)
 
 
-def sharding_rules(config: EncoderConfig, mesh: Mesh) -> dict[str, PartitionSpec]:
+def sharding_rules(config: EncoderConfig, mesh: Mesh | AbstractMesh) -> dict[str, PartitionSpec]:
     """glob -> PartitionSpec of every parameter, in both layouts; the head is replicated."""
     return layouts.RULES | {
         "**/word/embedding": layouts.table_spec(config.vocab_size, mesh),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from lora_jax.core.extras import extra
 from lora_jax.models import layers, layouts, masks, shapes
@@ -204,7 +204,7 @@ def sites(config: GPT2Config) -> Sites:
     return shapes.of_sites(config.n_layer, config.n_embd, config.dtype)
 
 
-def sharding_rules(config: GPT2Config, mesh: Mesh) -> dict[str, PartitionSpec]:
+def sharding_rules(config: GPT2Config, mesh: Mesh | AbstractMesh) -> dict[str, PartitionSpec]:
     """glob -> PartitionSpec of every parameter, in both layouts."""
     table = layouts.table_spec(config.vocab_size, mesh)
     return layouts.RULES | {

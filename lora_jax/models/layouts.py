@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 AXES = {
@@ -46,7 +46,7 @@ _LAYER = re.compile(r"(@shared/)?h_(\d+)(/.*)?")
 _STACK = re.compile(r"(@shared/)?h(/.*)?")
 
 
-def table_spec(rows: int, mesh: Mesh) -> P:
+def table_spec(rows: int, mesh: Mesh | AbstractMesh) -> P:
     """The spec of an embedding (rows, features): rows over `tensor` where they divide (a padded vocabulary; GPT-2's
     50,257 does not), else its features."""
     return P("tensor", "fsdp") if rows % mesh.shape["tensor"] == 0 else FEATURES

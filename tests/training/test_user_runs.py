@@ -67,6 +67,7 @@ def accuracy(outputs: np.ndarray, labels: np.ndarray) -> float:
     return float((outputs == labels).mean())
 
 
+@pytest.mark.usefixtures("no_java")
 def test_a_run_with_parts_of_the_users_own(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     config, logger, seen = config_of(folder, best="accuracy"), Entries(), []
     method = lj.lora(lj.select("**/attn/value/kernel", axes=gpt2.AXES), rank=1)

@@ -58,10 +58,9 @@ _MASKS = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias")  # causal m
 
 def _config_of(fields: dict, source: str) -> GPT2Config:
     fields = {_ALIASES.get(name, name): value for name, value in fields.items()}
-    config = read_config(GPT2Config, fields, _NAMES, _FIXED, source)
-    if not isinstance(config.eos_token_id, int):
-        raise ValueError(f"{source}: config.json has eos_token_id={config.eos_token_id!r}; give it one id")
-    return config
+    if not isinstance(eos := fields.get("eos_token_id", 0), int):
+        raise ValueError(f"{source}: config.json has eos_token_id={eos!r}; give it one id")
+    return read_config(GPT2Config, fields, _NAMES, _FIXED, source)
 
 
 def _fields_of(config: GPT2Config) -> dict:
