@@ -10,7 +10,7 @@ import pytest
 
 import lora_jax as lj
 from tests.helpers.gpt2 import ADAPTERS, IDS, MASK
-from tests.helpers.reference import close, filled
+from tests.helpers.reference import close, random_delta
 
 KEY = jax.random.key(0)
 
@@ -100,7 +100,7 @@ def test_as_modules_of_torch_in_transformers(pairs, family, kind):
     method = lj.adapter(**options)
     if not causal:
         method = lj.chain(method, lj.tune(lj.select("classifier/**")))
-    delta = filled(method.init(KEY, params), size=0.4)
+    delta = random_delta(method, params, size=0.4)
     delta = lj.Delta({path: delta[path] if path[0] == "@" else {"value": dig(params, path)} for path in delta})
     adapters = lj.Delta({path: factors for path, factors in delta.items() if path[0] == "@"})
     mask = MASK if causal else MASK[:, ::-1]

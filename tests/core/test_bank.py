@@ -1,5 +1,6 @@
 """A bank of adapters: each row of a batch as if it were alone with its adapter."""
 
+import functools
 import json
 from typing import Any
 
@@ -17,6 +18,8 @@ from lora_jax.methods.bank import pack, take
 from lora_jax.models import gpt2
 from lora_jax.planning import flops
 from tests.helpers.gpt2 import CONFIG, IDS, MASK, D
+from tests.helpers.networks import started
+from tests.helpers.reference import ints
 
 
 def lora(glob: str, rank: int, **options: Any) -> lj.ParamTransform:
@@ -32,21 +35,35 @@ METHODS = [
 ]
 BANK = lj.bank(METHODS)
 MODEL = gpt2.GPT2(CONFIG)
-PARAMS = jax.tree.map(lambda x: 5 * x, jax.jit(MODEL.init)(jax.random.key(0), IDS)["params"])
-FORWARD = jax.jit(lj.lift(MODEL.apply))
+PARAMS = jax.tree.map(lambda x: np.float32(0.3 if x.ndim > 1 else 5) * np.asarray(x), started(MODEL, IDS))
+LIFTED = lj.lift(MODEL.apply)
+FORWARD = jax.jit(LIFTED)
 
 
-def filled(delta: lj.Delta, seed: int = 1) -> lj.Delta:
-    keys = iter(jax.random.split(jax.random.key(seed), 200))
-    return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), delta)
+def trained(bank: lj.ParamTransform, params: Any) -> lj.Delta:
+    """A delta whose factors differ from their first values."""
+    rng = np.random.default_rng(1)
+    first = jax.jit(bank.init)(jax.random.key(3), params)
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x) + 0.3 * rng.normal(size=x.shape), x.dtype), first)
 
 
-DELTA = filled(BANK.init(jax.random.key(3), PARAMS))
+DELTA = trained(BANK, PARAMS)
+
+
+@jax.jit
+def mixed(strength: Any) -> jax.Array:
+    """The logits of a batch with a strength for each row."""
+    return LIFTED({"params": BANK.apply(PARAMS, DELTA, strength=strength)}, IDS, MASK)
 
 
 def alone(k: int) -> Any:
     """The base with adapter k, or for -1 itself."""
     return PARAMS if k < 0 else METHODS[k].apply(PARAMS, take(DELTA, k))
+
+
+@functools.cache
+def logits_alone(k: int) -> np.ndarray:
+    return np.asarray(FORWARD({"params": alone(k)}, IDS, MASK))
 
 
 def close(got: Any, want: Any, tolerance: float = 1e-5) -> None:
@@ -57,15 +74,15 @@ def close(got: Any, want: Any, tolerance: float = 1e-5) -> None:
 
 def forms(ids: Any) -> tuple[Any, Any]:
     """Which row has which adapter: by gathered factors, and by a gate."""
-    return jnp.array(ids), jax.nn.one_hot(jnp.array(ids), 4)
+    return np.int32(ids), np.float32(np.array(ids)[:, None] == np.arange(4))
 
 
 @given(st.lists(st.integers(-1, 3), min_size=2, max_size=2))
 def test_each_row_is_as_with_its_adapter_alone(ids: list[int]) -> None:
     for strength in forms(ids):
-        got = FORWARD({"params": BANK.apply(PARAMS, DELTA, strength=strength)}, IDS, MASK)
+        got = np.asarray(mixed(strength))
         for row, k in enumerate(ids):
-            close(got[row], FORWARD({"params": alone(k)}, IDS, MASK)[row])
+            close(got[row], logits_alone(k)[row])
 
 
 def test_scanned() -> None:
@@ -76,7 +93,7 @@ def test_scanned() -> None:
         for rank, alpha in ((2, 8), (1, 1))
     ]
     bank = lj.bank(methods)
-    delta = filled(bank.init(jax.random.key(0), params))
+    delta = trained(bank, params)
     forward = jax.jit(lj.lift(model.apply))
     for strength in (jnp.arange(2), jnp.eye(2)):
         got = forward({"params": bank.apply(params, delta, strength=strength)}, IDS, MASK)
@@ -86,18 +103,31 @@ def test_scanned() -> None:
 
 def test_strengths_mix_and_are_traced() -> None:
     """Adapters with weights are their exact sum; nothing compiles anew for other rows or weights."""
-    mixed = jax.jit(lambda s: lj.lift(MODEL.apply)({"params": BANK.apply(PARAMS, DELTA, strength=s)}, IDS, MASK))
-    weights = jnp.array([[0.5, 0.25, 0.0, 0.0], [0.0, 0.0, -1.0, 2.0]])
-    got = mixed(weights)
+    weights = np.float32([[0.5, 0.25, 0.0, 0.0], [0.0, 0.0, -1.0, 2.0]])
+    got = np.asarray(mixed(weights))
     for row in range(2):
         terms = [(METHODS[k], take(DELTA, k)) for k in range(4) if weights[row, k]]
         method, delta = lj.arithmetic.add(terms, [float(w) for w in weights[row] if w])
         close(got[row], FORWARD({"params": method.apply(PARAMS, delta)}, IDS, MASK)[row])
-    mixed(jax.nn.one_hot(jnp.array([-1, 2]), 4))
-    assert mixed._cache_size() == 1
-    close(mixed(jnp.array([7, -1])), FORWARD({"params": PARAMS}, IDS, MASK))  # what there is not is the base
-    mixed(jnp.array([2, 0]))
-    assert mixed._cache_size() == 2
+    close(mixed(np.int32([7, -1])), logits_alone(-1))  # what there is not is the base
+    for strength in forms((-1, 2)) + forms((2, 0)):
+        mixed(strength)
+    assert mixed._cache_size() == 2  # one for ids, one for weights
+
+
+def loss(adapted: Any, row: Any) -> Any:
+    logits = LIFTED({"params": adapted}, IDS, MASK)
+    return (optax.softmax_cross_entropy_with_integer_labels(logits, jnp.array(IDS)) * jnp.float32(MASK))[row].sum()
+
+
+@functools.cache
+def gradients_alone() -> dict[int, Any]:
+    """Of row 0 with adapter 2 and row 1 with adapter 0, each by itself."""
+
+    def gradient(k: int, row: int) -> Any:
+        return jax.jit(jax.grad(lambda d: loss(METHODS[k].apply(PARAMS, d), row)))(take(DELTA, k))
+
+    return {k: gradient(k, row) for row, k in enumerate((2, 0))}
 
 
 @pytest.mark.parametrize("form", [0, 1], ids=["gathered", "gate"])
@@ -107,17 +137,10 @@ def test_each_row_trains_its_own_adapter(form: int) -> None:
     Within 3e-5 of the largest entry: computed in float64 they agree within 2e-14, 80 roundings; in float32 within 2e-5
     (160 roundings), of which the gradients of one adapter alone are off by 1.7e-5, those of the bank by 9e-6.
     """
-    ids = (2, 0)
-
-    def loss(apply: Any, delta: Any, row: Any) -> Any:
-        logits = lj.lift(MODEL.apply)({"params": apply(delta)}, IDS, MASK)
-        return (optax.softmax_cross_entropy_with_integer_labels(logits, jnp.array(IDS)) * jnp.float32(MASK))[row].sum()
-
-    strength = forms(ids)[form]
-    got = jax.jit(jax.grad(lambda d: loss(lambda d: BANK.apply(PARAMS, d, strength=strength), d, slice(None))))(DELTA)
-    for row, k in enumerate(ids):
-        one = jax.jit(jax.grad(lambda d: loss(lambda d: METHODS[k].apply(PARAMS, d), d, row)))  # noqa: B023
-        close(take(got, k), one(take(DELTA, k)), 3e-5)
+    strength = forms((2, 0))[form]
+    got = jax.jit(jax.grad(lambda d: loss(BANK.apply(PARAMS, d, strength=strength), slice(None))))(DELTA)
+    for k, gradient in gradients_alone().items():
+        close(take(got, k), gradient, 3e-5)
     for k in (1, 3):
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(take(got, k)))
 
@@ -129,7 +152,7 @@ def test_ids_are_those_of_the_bank_where_the_first_adapter_leaves_a_weight_alone
     changes = {f"@{k}/w": {"a": jnp.eye(3)[:, k : k + 1], "b": jnp.full((1, 3), 10.0 * k)} for k in (1, 2)}
     delta = lj.Delta(changes | {"@0/u": {"a": jnp.ones((3, 1)), "b": jnp.ones((1, 3))}})
     product = lj.lift(lambda p: jnp.ones((4, 3)) @ p["w"])
-    got = jax.jit(lambda ids: product(bank.apply(params, delta, strength=ids)))(jnp.array([0, 1, 2, -1]))
+    got = jax.jit(lambda ids: product(bank.apply(params, delta, strength=ids)))(ints([0, 1, 2, -1]))
     np.testing.assert_array_equal(got, np.array([[1.0], [11.0], [21.0], [1.0]]) * np.ones(3))
 
 
@@ -150,9 +173,9 @@ def test_gradients_of_many_rows_are_summed_in_float32() -> None:
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(take(grads, 0)))
 
 
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("beams", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_generation(beams: int) -> None:
-    ids = jnp.array([1, -1])
+    ids = ints([1, -1])
     adapted = BANK.apply(PARAMS, DELTA, strength=ids)
     how: dict[str, Any] = {"max_new_tokens": 6, "eos": 0, "num_beams": beams}
     got = generate(MODEL, adapted, IDS, MASK, **how)
@@ -178,17 +201,22 @@ def test_all_adapters_cost_one_thin_product() -> None:
 def test_it_is_a_method() -> None:
     """From its spec; packed and taken apart; the sum of all without a strength, which merges."""
     again = lj.from_spec(json.loads(json.dumps(BANK.spec)))
-    one, other = (method.init(jax.random.key(0), PARAMS) for method in (BANK, again))
+    one, other = (jax.jit(method.init)(jax.random.key(0), PARAMS) for method in (BANK, again))
     jax.tree.map(np.testing.assert_array_equal, one, other)
     parts = [take(DELTA, k) for k in range(4)]
     jax.tree.map(np.testing.assert_array_equal, pack(parts), DELTA)
     assert lj.check(BANK, PARAMS).trained == sum(lj.check(method, PARAMS).trained for method in METHODS)
-    method, delta = lj.arithmetic.add(list(zip(METHODS, parts, strict=True)), [1.0] * 4)
-    close(lj.merge(BANK.apply(PARAMS, DELTA)), lj.merge(method.apply(PARAMS, delta)))
-    chosen = jax.nn.one_hot(jnp.array([1]), 4)
-    close(lj.merge(BANK.apply(PARAMS, DELTA, strength=chosen)), lj.merge(alone(1)))
-    start = BANK.apply(PARAMS, BANK.init(jax.random.key(0), PARAMS))
-    np.testing.assert_array_equal(FORWARD({"params": start}, IDS, MASK), FORWARD({"params": PARAMS}, IDS, MASK))
+
+    @jax.jit
+    def merged(parts: list[lj.Delta], chosen: Any) -> Any:
+        method, delta = lj.arithmetic.add(list(zip(METHODS, parts, strict=True)), [1.0] * 4)
+        all_of_them = lj.merge(BANK.apply(PARAMS, DELTA)), lj.merge(method.apply(PARAMS, delta))
+        return all_of_them, (lj.merge(BANK.apply(PARAMS, DELTA, strength=chosen)), lj.merge(alone(1)))
+
+    for got, want in merged(parts, forms((1,))[1]):
+        close(got, want)
+    start = BANK.apply(PARAMS, one)
+    np.testing.assert_array_equal(FORWARD({"params": start}, IDS, MASK), logits_alone(-1))
 
 
 def test_what_cannot_be_is_said() -> None:

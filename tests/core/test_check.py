@@ -33,11 +33,11 @@ QV = "**/attn/{query,value}/kernel"
     "layers, width, positions, rank, trained, total",
     [
         (24, 1024, 1024, 4, 393_216, 354_823_168),  # GPT-2 medium: "0.35M" (tables 3, 13, 14)
-        (36, 1280, 1024, 4, 737_280, 774_030_080),  # GPT-2 large: "0.77M"
+        pytest.param(36, 1280, 1024, 4, 737_280, 774_030_080, marks=pytest.mark.slow),  # GPT-2 large: "0.77M"
         (12, 768, 1024, 8, 294_912, 124_439_808),
         (96, 12288, 2048, 1, 4_718_592, 174_604_259_328),  # GPT-3: "4.7M" (table 4)
-        (96, 12288, 2048, 4, 18_874_368, 174_604_259_328),  # "18M" (tables 5, 6)
-        (96, 12288, 2048, 8, 37_748_736, 174_604_259_328),  # "37.7M"
+        pytest.param(96, 12288, 2048, 4, 18_874_368, 174_604_259_328, marks=pytest.mark.slow),  # "18M" (tables 5, 6)
+        pytest.param(96, 12288, 2048, 8, 37_748_736, 174_604_259_328, marks=pytest.mark.slow),  # "37.7M"
     ],
 )
 def test_lora_on_query_and_value_counts_as_the_paper_says(layers, width, positions, rank, trained, total):
@@ -52,9 +52,9 @@ def test_lora_on_query_and_value_counts_as_the_paper_says(layers, width, positio
     "globs, rank, kinds",
     [  # table 5: one budget of 18M over different weights
         ("**/attn/query/kernel", 8, 1),
-        ("**/attn/out/kernel", 8, 1),
         ("**/attn/{query,key}/kernel", 4, 2),
-        ("**/attn/{query,key,value,out}/kernel", 2, 4),
+        pytest.param("**/attn/out/kernel", 8, 1, marks=pytest.mark.slow),
+        pytest.param("**/attn/{query,key,value,out}/kernel", 2, 4, marks=pytest.mark.slow),
     ],
 )
 def test_table_five_has_one_budget(globs, rank, kinds):

@@ -16,6 +16,7 @@ forward without H.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import Any
@@ -32,7 +33,7 @@ from lora_jax.models import gpt2
 from lora_jax.planning.flops import count, equations
 
 BATCH, LENGTH, LABELLED, RANK = 2, 12, 5, 2
-CONFIG = gpt2.GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=3, n_head=2)
+CONFIG = gpt2.GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
 TOKENS = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
 KEY = jax.random.key(0)
 PLACES = jax.ShapeDtypeStruct((BATCH, LABELLED), jnp.int32)
@@ -59,6 +60,7 @@ def closed_form(names: tuple[str, ...], *, scan: bool, remat: bool) -> float:
     return (w + a + thin + head) + (w_back + a_back + thin_back + head) + again
 
 
+@functools.cache
 def pieces(glob: str, **options: Any) -> tuple[Any, Any, Any, Any]:
     """The lifted model, the method, and shapes of params and delta."""
     model = gpt2.GPT2(dataclasses.replace(CONFIG, **options))

@@ -12,13 +12,13 @@ import pytest
 from flax.training.train_state import TrainState
 
 import lora_jax as lj
-from tests.helpers.reference import close, digest, filled, normal, same
+from tests.helpers.reference import close, digest, normal, random_delta, same
 
 KEY = jax.random.key(0)
 X, Y = normal(5, 8, seed=5), normal(5, 3, seed=6)
 PARAMS = {"w": normal(8, 6, seed=1), "b": normal(6, seed=2), "v": normal(6, 3, seed=3), "n": jnp.int32(7)}
 METHOD = lj.chain(lj.lora(lj.select("w"), rank=2), lj.tune(lj.select("b")))
-DELTA = filled(METHOD.init(KEY, PARAMS))
+DELTA = random_delta(METHOD, PARAMS)
 COUNT = 8 * 2 + 2 * 6 + 6
 
 
@@ -61,7 +61,7 @@ def test_labels_of_params_joint_trees_and_adapted_params():
     assert (said["w"].base, said["w"].a, said["w"].b, said["w"].scale) == ("frozen", "trainable", "trainable", "frozen")
     assert said["b"].value == "trainable" and said["v"] == said["n"] == "frozen"
     dropping = lj.lora(lj.select("w"), rank=2, dropout=0.5)
-    adapted = dropping.apply(PARAMS, dropping.init(KEY, PARAMS), key=jax.random.key(1))
+    adapted = dropping.apply(PARAMS, random_delta(dropping, PARAMS), key=jax.random.key(1))
     labels = lj.labels(adapted)
     assert labels["w"].key == "frozen" and sorted(jax.tree.leaves(labels)).count("trainable") == 2
 
@@ -88,7 +88,7 @@ def trained(form: str, optimizer: str, steps: int = 4) -> tuple[Any, Any, Any]:
     put, adapt = FORMS[form]
     tree = put(DELTA)
     tx = lj.freeze_base(OPTIMIZERS[optimizer]())
-    state = tx.init(tree)
+    state = jax.jit(tx.init)(tree)
 
     def step(tree, state):
         trainable, frozen = lj.partition(tree)
@@ -108,7 +108,7 @@ def by_hand(optimizer: str, steps: int = 4) -> tuple[Any, Any]:
     """Plain optax on a plain dict of the factors."""
     factors = {path: dict(f) for path, f in DELTA.items()}
     tx = OPTIMIZERS[optimizer]()
-    state = tx.init(factors)
+    state = jax.jit(tx.init)(factors)
 
     def loss(f):
         dense = {**PARAMS, "w": PARAMS["w"] + f["w"]["a"] @ f["w"]["b"], "b": f["b"]["value"]}
@@ -167,9 +167,9 @@ def test_raw_gradients_of_the_base_do_not_get_through():
     """What optax.masked alone would do (optax issue 159)."""
     tree = {"base": {"w": normal(3, 2)}, "delta": lj.Delta({"w": {"a": normal(3, 1), "b": normal(1, 2)}})}
     tx = lj.freeze_base(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0)))
-    grads = jax.tree.map(lambda leaf: 1e6 * jnp.ones_like(leaf), tree)
-    grads["delta"] = jax.tree.map(lambda leaf: 1e-3 * jnp.ones_like(leaf), tree["delta"])
-    updates, _ = tx.update(grads, tx.init(tree), tree)
+    grads = jax.tree.map(lambda leaf: np.full(leaf.shape, 1e6, np.float32), tree)
+    grads["delta"] = jax.tree.map(lambda leaf: np.full(leaf.shape, 1e-3, np.float32), tree["delta"])
+    updates, _ = jax.jit(lambda grads, tree: tx.update(grads, tx.init(tree), tree))(grads, tree)
     assert not np.any(np.asarray(updates["base"]["w"]))
     np.testing.assert_allclose(updates["delta"]["w"]["a"], -1e-3, rtol=1e-6)  # the clip saw the delta alone
 
@@ -213,7 +213,7 @@ def test_differentiating_the_whole_joint_tree_gives_the_same_numbers():
 
 def test_an_adapted_weights_dense_gradient_is_zero_even_if_asked_for():
     params = {name: PARAMS[name] for name in "wbv"}
-    grads = jax.grad(lambda p: loss_of(METHOD.apply(p, DELTA)))(params)
+    grads = jax.jit(jax.grad(lambda p: loss_of(METHOD.apply(p, DELTA))))(params)
     assert not np.any(np.asarray(grads["w"])) and np.any(np.asarray(grads["v"]))
 
 
@@ -230,7 +230,7 @@ def test_partition_and_rejoin_are_inverse(form):
     assert sum(leaf.size for leaf in jax.tree.leaves(trainable)) == COUNT
     assert len(jax.tree.leaves(trainable)) + len(jax.tree.leaves(frozen)) == len(jax.tree.leaves(tree))
     same(lj.rejoin(trainable, frozen), tree)
-    doubled = jax.tree.map(lambda leaf: 2 * leaf, trainable)
+    doubled = jax.tree.map(lambda leaf: 2 * np.asarray(leaf), trainable)
     close(jax.tree.leaves(lj.partition(lj.rejoin(doubled, frozen))[0]), jax.tree.leaves(doubled), 0.0)
     halves = jax.jit(lj.partition)(tree)
     same(lj.rejoin(*halves), tree)
@@ -238,20 +238,20 @@ def test_partition_and_rejoin_are_inverse(form):
 
 def test_partition_inside_a_state_and_with_dropout_keys():
     dropping = lj.lora(lj.select("w"), rank=2, dropout=0.5)
-    adapted = dropping.apply(PARAMS, dropping.init(KEY, PARAMS), key=jax.random.key(1))
+    adapted = dropping.apply(PARAMS, random_delta(dropping, PARAMS), key=jax.random.key(1))
     state = State(step=jnp.int32(3), tree=adapted)
     trainable, frozen = lj.partition(state)
     assert len(jax.tree.leaves(trainable)) == 2
     same(lj.rejoin(trainable, frozen), state)
-    grads = jax.grad(lambda half: loss_of(lj.rejoin(half, frozen).tree))(trainable)
+    grads = jax.jit(jax.grad(lambda half: loss_of(lj.rejoin(half, frozen).tree)))(trainable)
     assert np.any(np.asarray(jax.tree.leaves(grads)[1]))
     tx = lj.freeze_base(optax.adam(0.1))
-    assert _numbers(tx.init(adapted)) == sorted([(8, 2), (2, 6)] * 2)
+    assert _numbers(jax.jit(tx.init)(adapted)) == sorted([(8, 2), (2, 6)] * 2)
 
 
 def test_freeze_base_with_a_schedule_and_extra_arguments():
     tx = lj.freeze_base(optax.inject_hyperparams(optax.sgd)(learning_rate=0.5))
     state = tx.init(DELTA)
-    grads = jax.tree.map(jnp.ones_like, DELTA)
-    updates, state = tx.update(grads, state, DELTA)
-    close(updates, jax.tree.map(lambda g: -0.5 * g, grads), 1e-6)
+    grads = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), DELTA)
+    updates, state = jax.jit(tx.update)(grads, state, DELTA)
+    close(updates, jax.tree.map(lambda g: np.float32(-0.5) * g, grads), 1e-6)

@@ -3,12 +3,13 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
 import lora_jax as lj
 from tests.helpers.networks import Stack, Tied, stacked, started
-from tests.helpers.reference import agree, close, filled, leaves, normal
+from tests.helpers.reference import agree, close, ints, leaves, normal, random_delta
 
 X = normal(3, 5, 8, seed=5)
 
@@ -18,8 +19,15 @@ def axes_of(params, axes):
     return {path: axes for path in leaves(params) if path.endswith("kernel")}
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize(
+    ("scan", "remat"),
+    [
+        (False, False),
+        (True, True),
+        pytest.param(True, False, marks=pytest.mark.slow),
+        pytest.param(False, True, marks=pytest.mark.slow),
+    ],
+)
 def test_towers(scan, remat):
     model = Stack(scan=scan, remat=remat)
     params = started(model, X)
@@ -42,15 +50,24 @@ def test_some_layers_only(scan):
     params = stacked(loop, 3) if scan else loop
     axes = axes_of(params, "sio" if scan else "io")
     method = lj.lora(lj.select("**/up/kernel", axes=axes, layers=[0, 2]), rank=2)
-    delta = filled(method.init(jax.random.key(0), params))
-    adapted = method.apply(params, delta)
-    merged = lj.merge(adapted)
-    out = lj.lift(model.apply, on_dense="error")({"params": adapted}, X)
-    close(out, model.apply({"params": merged}, X))
+    delta = random_delta(method, params)
+
+    @jax.jit
+    def run(delta):
+        adapted = method.apply(params, delta)
+        merged = lj.merge(adapted)
+        return (
+            merged,
+            lj.lift(model.apply, on_dense="error")({"params": adapted}, X),
+            model.apply({"params": merged}, X),
+        )
+
+    merged, out, want = jax.tree.map(np.asarray, run(delta))
+    close(out, want)
     untouched = merged["h"]["up"]["kernel"][1] if scan else merged["h_1"]["up"]["kernel"]
-    assert jnp.array_equal(untouched, loop["h_1"]["up"]["kernel"])
+    assert np.array_equal(untouched, loop["h_1"]["up"]["kernel"])
     touched = merged["h"]["up"]["kernel"][2] if scan else merged["h_2"]["up"]["kernel"]
-    assert not jnp.allclose(touched, loop["h_2"]["up"]["kernel"], atol=1e-3)
+    assert not np.allclose(touched, loop["h_2"]["up"]["kernel"], atol=1e-3)
 
 
 def test_bfloat16_compute_on_float32_parameters():
@@ -59,16 +76,22 @@ def test_bfloat16_compute_on_float32_parameters():
     params = started(model, x)
     assert params["h_0"]["up"]["kernel"].dtype == jnp.float32
     method = lj.lora(lj.select("**/kernel"), rank=2)
-    delta = filled(method.init(jax.random.key(0), params), size=0.1)
+    delta = random_delta(method, params, size=0.1)
 
     def run(model, x, delta):
         out = lj.lift(model.apply, on_dense="error")({"params": method.apply(params, delta)}, x)
         return jnp.sum(out.astype(jnp.float32) ** 2), out
 
-    (_, out), grads = jax.jit(jax.value_and_grad(lambda d: run(model, x, d), has_aux=True))(delta)
-    (_, want), exact_grads = jax.jit(jax.value_and_grad(lambda d: run(exact, X, d), has_aux=True))(delta)
+    @jax.jit
+    def both(delta):
+        return [
+            jax.value_and_grad(lambda d, model=model, x=x: run(model, x, d), has_aux=True)(delta)
+            for model, x in ((model, x), (exact, X))
+        ]
+
+    ((_, out), grads), ((_, want), exact_grads) = both(delta)
     assert out.dtype == jnp.bfloat16
-    close(out.astype(jnp.float32), want, 3e-2)
+    close(np.asarray(out).astype(np.float32), want, 3e-2)
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
     close(grads, exact_grads, 3e-2)
     dots = [str(v.aval.dtype) for v in _dot_inputs(lambda d: run(model, x, d)[1], delta)]
@@ -105,10 +128,10 @@ def test_dense_general_and_einsum():
     agree(lambda p, x: Net().apply({"params": p}, x), params, X, globs="**/kernel", axes=axes)
 
 
-@pytest.mark.parametrize("globs", ["**", "wte/*", "mix/*"])
+@pytest.mark.parametrize("globs", ["**", "wte/*", pytest.param("mix/*", marks=pytest.mark.slow)])
 def test_embedding_looked_up_and_tied_as_the_head(globs):
-    ids = jnp.array([[1, 5, 10], [0, 0, 7]])
-    params = jax.tree.map(lambda leaf: leaf + 0.1, started(Tied(), ids))
+    ids = ints([[1, 5, 10], [0, 0, 7]])
+    params = jax.tree.map(lambda leaf: np.asarray(leaf) + np.float32(0.1), started(Tied(), ids))
     globs = globs.replace("**", "{wte/*,mix/kernel}").replace("mix/*", "mix/kernel")
     agree(lambda p, ids: Tied().apply({"params": p}, ids), params, ids, globs=globs)
 
@@ -116,27 +139,33 @@ def test_embedding_looked_up_and_tied_as_the_head(globs):
 def test_embedding_of_ids_beyond_the_vocabulary_is_as_before():
     """nn.Embed fills with NaN; plain indexing clamps; negative ids count from the end."""
     params = {"embedding": normal(7, 4)}
-    ids = jnp.array([0, 6, 7, 100, -1])
+    ids = ints([0, 6, 7, 100, -1])
     method = lj.lora(lj.select("**"), rank=2)
-    adapted = method.apply(params, filled(method.init(jax.random.key(0), params)))
-    for fn in (
+    adapted = method.apply(params, random_delta(method, params))
+    look_ups = (
         lambda p, ids: p["embedding"][ids],
         lambda p, ids: jnp.take(p["embedding"], ids, axis=0),
         lambda p, ids: jnp.take(p["embedding"], ids, axis=0, mode="clip"),
         lambda p, ids: p["embedding"].at[ids].get(mode="fill", fill_value=0.0),
-    ):
-        got, want = lj.lift(fn, on_dense="error")(adapted, ids), fn(lj.merge(adapted), ids)
-        assert jnp.array_equal(jnp.isnan(got), jnp.isnan(want))
-        close(jnp.nan_to_num(got), jnp.nan_to_num(want))
+    )
+
+    @jax.jit
+    def run(adapted):
+        merged = lj.merge(adapted)
+        return [(lj.lift(fn, on_dense="error")(adapted, ids), fn(merged, ids)) for fn in look_ups]
+
+    for got, want in run(adapted):
+        assert np.array_equal(np.isnan(got), np.isnan(want))
+        close(np.nan_to_num(got), np.nan_to_num(want))
 
 
 @pytest.mark.parametrize(
     "conv, shape, axes",
     [
-        (nn.Conv(5, (3,)), (2, 7, 4), "kio"),
+        pytest.param(nn.Conv(5, (3,)), (2, 7, 4), "kio", marks=pytest.mark.slow),
         (nn.Conv(5, (3,), strides=2, padding="VALID"), (2, 7, 4), "kio"),
         (nn.Conv(5, (3,), padding="CAUSAL", kernel_dilation=2), (2, 7, 4), "kio"),
-        (nn.Conv(5, (3, 2)), (2, 5, 6, 4), "kkio"),
+        pytest.param(nn.Conv(5, (3, 2)), (2, 5, 6, 4), "kkio", marks=pytest.mark.slow),
         (nn.Conv(5, (3, 2), strides=(2, 1), padding=((1, 1), (0, 2)), input_dilation=(1, 2)), (2, 5, 6, 4), "kkio"),
         (nn.Conv(5, (1, 1), use_bias=False), (2, 5, 6, 4), "kkio"),
     ],
@@ -147,7 +176,7 @@ def test_convolutions(conv, shape, axes):
     agree(lambda p, x: conv.apply({"params": p}, x), params, x, globs="kernel", axes={"kernel": axes})
 
 
-@pytest.mark.parametrize("groups, features", [(2, 6), (4, 4), (4, 8)])
+@pytest.mark.parametrize("groups, features", [(2, 6), (4, 4), pytest.param(4, 8, marks=pytest.mark.slow)])
 def test_grouped_convolutions_are_exact_or_a_clear_error(groups, features):
     conv = nn.Conv(features, (3,), feature_group_count=groups)
     x = normal(2, 7, 4)
@@ -207,15 +236,16 @@ def test_mutable_collections_and_dropout_rngs_pass_through():
             x = nn.BatchNorm(use_running_average=not train)(x)
             return nn.Dropout(0.5, deterministic=not train)(x)
 
-    variables = Net().init(jax.random.key(0), X, False)
+    variables = jax.jit(Net().init, static_argnums=2)(jax.random.key(0), X, False)
     method = lj.lora(lj.select("**/kernel"), rank=2)
-    adapted = method.apply(variables["params"], filled(method.init(jax.random.key(0), variables["params"])))
+    adapted = method.apply(variables["params"], random_delta(method, variables["params"]))
 
-    def run(apply, params):
-        variables_ = {**variables, "params": params}
-        return apply(variables_, X, True, rngs={"dropout": jax.random.key(1)}, mutable=["batch_stats"])
+    @jax.jit
+    def run(adapted):
+        def outputs(apply, params):
+            variables_ = {**variables, "params": params}
+            return apply(variables_, X, True, rngs={"dropout": jax.random.key(1)}, mutable=["batch_stats"])
 
-    out, changed = run(lj.lift(Net().apply), adapted)
-    want, want_changed = run(Net().apply, lj.merge(adapted))
-    close(out, want)
-    close(changed, want_changed)
+        return outputs(lj.lift(Net().apply), adapted), outputs(Net().apply, lj.merge(adapted))
+
+    close(*run(adapted))

@@ -8,7 +8,7 @@ from jax import lax
 
 import lora_jax as lj
 from lora_jax.core.lifting.axis_ops import cast
-from tests.helpers.reference import close, densely, filled, normal, same
+from tests.helpers.reference import close, densely, merged_params, normal, random_delta, same
 
 KEY = jax.random.key(0)
 PARAMS = {"q": {"kernel": normal(6, 5, seed=1)}, "v": {"kernel": normal(6, 7, seed=2)}}
@@ -21,7 +21,12 @@ def products(params, x):
 
 
 def merged(method, delta, **kwargs):
-    return lj.merge(method.apply(PARAMS, delta, **kwargs))
+    return merged_params(method, PARAMS, delta, **kwargs)
+
+
+def outputs(params):
+    """The products with dense params, by numpy."""
+    return products(jax.tree.map(np.asarray, params), np.asarray(X))
 
 
 @pytest.mark.parametrize(
@@ -36,15 +41,15 @@ def merged(method, delta, **kwargs):
 )
 def test_scale_rules(options, scale):
     method = lj.lora(ALL, rank=4, **options)
-    delta = filled(method.init(KEY, PARAMS))
+    delta = random_delta(method, PARAMS)
     close(merged(method, delta), densely(PARAMS, delta, scale=scale), 1e-6)
     adapted = method.apply(PARAMS, delta)
-    close(lj.lift(products)(adapted, X), products(densely(PARAMS, delta, scale=scale), X))
+    close(jax.jit(lj.lift(products))(adapted, X), outputs(densely(PARAMS, delta, scale=scale)))
 
 
 def test_rank_and_alpha_as_mappings_whose_first_match_wins():
     method = lj.lora(ALL, rank={"q/*": 2, "**": 4}, alpha={"v/**": 8, "q/kernel": 6, "**": 99})
-    delta = filled(method.init(KEY, PARAMS))
+    delta = random_delta(method, PARAMS)
     assert delta["q/kernel"]["a"].shape == (6, 2) and delta["v/kernel"]["b"].shape == (4, 7)
     want = {
         "q": densely({"q": PARAMS["q"]}, {"q/kernel": delta["q/kernel"]}, scale=3.0)["q"],
@@ -57,7 +62,7 @@ def test_rank_and_alpha_as_mappings_whose_first_match_wins():
 def test_a_mapping_without_a_match_is_an_error_that_names_the_path(options):
     with pytest.raises(ValueError, match="v/kernel"):
         method = lj.lora(ALL, **options)
-        method.apply(PARAMS, method.init(KEY, PARAMS))
+        method.apply(PARAMS, random_delta(method, PARAMS))
 
 
 @pytest.mark.parametrize("rank", [0, -1, 6, {"q/*": 5, "**": 7}])
@@ -83,34 +88,44 @@ def test_lora_on_a_vector_is_an_error():
 
 def test_alpha_may_be_traced():
     method = lj.lora(ALL, rank=2, alpha=5.0)
-    delta = filled(method.init(KEY, PARAMS))
+    delta = random_delta(method, PARAMS)
 
     @jax.jit
     def run(alpha, delta):
         traced = lj.lora(ALL, rank=2, alpha=alpha)
         return lj.lift(products)(traced.apply(PARAMS, delta), X)
 
-    close(run(5.0, delta), products(densely(PARAMS, delta, scale=2.5), X))
-    close(run(jnp.float32(9.0), delta), products(densely(PARAMS, delta, scale=4.5), X))
-    many = jax.vmap(run, (0, None))(jnp.array([5.0, 9.0]), delta)
-    close(jax.tree.map(lambda leaf: leaf[1], many), run(9.0, delta))
+    close(run(5.0, delta), outputs(densely(PARAMS, delta, scale=2.5)))
+    nine = outputs(densely(PARAMS, delta, scale=4.5))
+    close(run(jnp.float32(9.0), delta), nine)
+    many = jax.jit(jax.vmap(run, (0, None)))(np.float32([5.0, 9.0]), delta)
+    close(jax.tree.map(lambda leaf: np.asarray(leaf)[1], many), nine)
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.25, 1.0, -1.0, 2.0])
 def test_strength_scales_the_change(strength):
     method = lj.lora(ALL, rank=2, alpha=3)
-    delta = filled(method.init(KEY, PARAMS))
-    close(merged(method, delta, strength=strength), densely(PARAMS, delta, scale=1.5 * strength), 1e-6)
-    got = jax.jit(lambda s: lj.lift(products)(method.apply(PARAMS, delta, strength=s), X))(strength)
-    close(got, products(densely(PARAMS, delta, scale=1.5 * strength), X))
+    delta = random_delta(method, PARAMS)
+
+    @jax.jit
+    def run(s):
+        adapted = method.apply(PARAMS, delta, strength=s)
+        return lj.merge(adapted), lj.lift(products)(adapted, X)
+
+    dense = densely(PARAMS, delta, scale=1.5 * strength)
+    weights = merged(method, delta, strength=strength)
+    close(weights, dense, 1e-6)
+    traced, got = run(strength)
+    close(traced, dense, 1e-6)
+    close(got, outputs(dense))
     if strength == 0.0:
-        same(merged(method, delta, strength=0.0), PARAMS)
+        same(weights, PARAMS)
 
 
 def test_scale_is_a_factor_and_never_static():
     method = lj.lora(lj.select("w", axes="sio"), rank=2)
     params = {"w": normal(3, 4, 5)}
-    delta = filled(method.init(KEY, params))
+    delta = random_delta(method, params)
     one, two = (method.apply(params, delta, strength=s) for s in (1.0, 0.5))
     assert jax.tree.structure(one) == jax.tree.structure(two)
     assert one["w"].scale.shape == (3,)  # layout "s"
@@ -121,29 +136,29 @@ def test_scale_is_a_factor_and_never_static():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, "bfloat16", jnp.float16])
 def test_dtype_of_the_factors(dtype):
     method = lj.lora(ALL, rank=2, dtype=dtype)
-    delta = filled(method.init(KEY, PARAMS))
+    delta = random_delta(method, PARAMS)
     assert {leaf.dtype for leaf in jax.tree.leaves(delta)} == {jnp.dtype(dtype)}
-    out = lj.lift(products)(method.apply(PARAMS, delta), X)
+    out = jax.jit(lj.lift(products))(method.apply(PARAMS, delta), X)
     assert {leaf.dtype for leaf in out} == {jnp.dtype("float32")}
-    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), delta)
-    close(out, products(densely(PARAMS, wide, scale=1.0), X))  # half-precision factors, float32 arithmetic
+    wide = jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float32), delta)
+    close(out, outputs(densely(PARAMS, wide, scale=1.0)))  # half-precision factors, float32 arithmetic
     assert np.isfinite(np.asarray(out[0])).all()
 
 
 def test_float32_factors_on_a_bfloat16_base():
-    base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
+    base = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.bfloat16), PARAMS)
     method = lj.lora(ALL, rank=2)
-    delta = filled(method.init(KEY, base))
+    delta = random_delta(method, base)
     assert {leaf.dtype for leaf in jax.tree.leaves(delta)} == {jnp.dtype("float32")}
-    out = lj.lift(products)(method.apply(base, delta), X.astype(jnp.bfloat16))
+    out = jax.jit(lj.lift(products))(method.apply(base, delta), np.asarray(X).astype(jnp.bfloat16))
     assert {leaf.dtype for leaf in out} == {jnp.dtype("bfloat16")}
-    want = products(densely(PARAMS, delta, scale=1.0), X)
-    close(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), out), want, 2e-2)
+    want = outputs(densely(PARAMS, delta, scale=1.0))
+    close(jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float32), out), want, 2e-2)
 
 
 def test_the_scale_gets_no_gradient():
     """Of alpha and of strength, traced or as leaves of adapted params; the factors have theirs."""
-    delta = filled(lj.lora(ALL, rank=2).init(KEY, PARAMS))
+    delta = random_delta(lj.lora(ALL, rank=2), PARAMS)
 
     def loss(alpha, strength, delta):
         adapted = lj.lora(ALL, rank=2, alpha=alpha).apply(PARAMS, delta, strength=strength)

@@ -12,9 +12,21 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax as lj
 from lora_jax.core.selection import CLASS
+from tests.helpers.marks import slow_but
 from tests.helpers.methods import LAYOUTS, USES, both
 from tests.helpers.networks import Stack, Tied, stacked, started
-from tests.helpers.reference import axes_at, close, dense_delta, filled, leaves, normal, replaced, same
+from tests.helpers.reference import (
+    axes_at,
+    close,
+    dense_delta,
+    filled,
+    ints,
+    leaves,
+    merged_params,
+    normal,
+    replaced,
+    same,
+)
 
 KEY = jax.random.key(0)
 X = normal(3, 8, seed=5)
@@ -35,7 +47,15 @@ def densely(params, delta, axes=None, *, scale):
 def trained(delta, size=0.3):
     """The delta after some training: A and B moved, A0 and B0 as they were."""
     steps = filled(delta, size=size)
-    return lj.Delta({path: f | {name: f[name] + steps[path][name] for name in ("a", "b")} for path, f in delta.items()})
+
+    def moved(path, f, name):
+        return jax.device_put(np.asarray(f[name]) + np.asarray(steps[path][name]))
+
+    return lj.Delta({path: f | {name: moved(path, f, name) for name in ("a", "b")} for path, f in delta.items()})
+
+
+def initial(method, params):
+    return jax.jit(method.init)(KEY, params)
 
 
 def matrices(w, axes):
@@ -75,8 +95,8 @@ def test_every_layout_begins_with_the_largest_singular_triples_and_as_the_base_b
 def test_the_sign_does_not_depend_on_what_the_decomposition_chose():
     params = {"w": normal(8, 6)}
     method = lj.pissa(lj.select("w"), rank=2)
-    one, turned = method.init(KEY, params)["w"], method.init(KEY, {"w": -params["w"]})["w"]
-    close(turned, one | {"b": -one["b"], "fixed_b": -one["fixed_b"]})
+    one, turned = (initial(method, {"w": sign * np.asarray(params["w"])})["w"] for sign in (1, -1))
+    close(turned, one | {name: -np.asarray(one[name]) for name in ("b", "fixed_b")})
 
 
 CASES = USES | {
@@ -103,35 +123,48 @@ def test_products_and_gradients_are_those_of_the_dense_formula(name):
     (out, grads), (dense, dense_grads) = both(got, want, delta)
     close(out, dense)
     close(grads, dense_grads, 3e-5)
-    same(jax.jit(lifted)(method.apply(params, first), X), jax.jit(fn)(params, X))
-    same(lifted(method.apply(params, first), X), fn(params, X))
+    same(*jax.jit(lambda params, delta: (lifted(method.apply(params, delta), X), fn(params, X)))(params, first))
+
+
+@pytest.mark.parametrize("name", slow_but(CASES, "product", "rows"))
+def test_the_beginning_is_the_base_bit_for_bit_op_by_op(name):
+    fn, shape, axes = CASES[name]
+    params = {"w": normal(*shape)}
+    method = lj.pissa(lj.select("w", axes=axes), rank=2, alpha=3)
+    same(lj.lift(fn, on_dense="error")(method.apply(params, initial(method, params)), X), fn(params, X))
 
 
 def test_look_up_and_tied_head_follow():
-    ids = jnp.asarray([[1, 4, 10], [4, 4, 0]], jnp.int32)
+    ids = ints([[1, 4, 10], [4, 4, 0]])
     model = Tied()
     params = started(model, ids)
     method = lj.pissa(lj.select("wte/embedding"), rank=2)
     delta = trained(jax.jit(method.init)(KEY, params))
     run = lj.lift(model.apply, on_dense="error")
-    got = jax.jit(lambda d: run({"params": method.apply(params, d)}, ids))(delta)
-    close(got, model.apply({"params": densely(params, delta, scale=1.0)}, ids))
+
+    @jax.jit
+    def lifted_and_dense(d):
+        return run({"params": method.apply(params, d)}, ids), model.apply(
+            {"params": densely(params, d, scale=1.0)}, ids
+        )
+
+    close(*lifted_and_dense(delta))
 
 
 def test_it_is_a_lora_of_twice_the_rank_and_can_be_undone():
     """(a | fixed_a, b | -fixed_b) with twice the alpha, as PEFT converts it."""
     params = {"w": normal(8, 6)}
     method = lj.pissa(lj.select("w"), rank=2, alpha=3)
-    delta = trained(method.init(KEY, params))
-    merged = lj.merge(method.apply(params, delta))
-    f = delta["w"]
-    joined = {"a": jnp.concatenate([f["a"], f["fixed_a"]], 1), "b": jnp.concatenate([f["b"], -f["fixed_b"]], 0)}
+    delta = trained(initial(method, params))
+    merged = merged_params(method, params, delta)
+    f = jax.tree.map(np.asarray, dict(delta["w"]))
+    joined = {"a": np.concatenate([f["a"], f["fixed_a"]], 1), "b": np.concatenate([f["b"], -f["fixed_b"]], 0)}
     twice = lj.lora(lj.select("w"), rank=4, alpha=6)
     close(lj.merge(twice.apply(params, lj.Delta({"w": joined}))), merged, 2e-6)
     close(lj.unmerge(merged, method, delta), params, 1e-6)
-    half = lj.merge(method.apply(params, delta, strength=0.5))["w"]
-    close(half, 0.5 * (params["w"] + merged["w"]), 1e-6)
-    same(lj.merge(method.apply(params, delta, strength=0.0)), params)
+    half = merged_params(method, params, delta, strength=0.5)["w"]
+    close(half, np.float32(0.5) * (np.asarray(params["w"]) + np.asarray(merged["w"])), 1e-6)
+    same(merged_params(method, params, delta, strength=0.0), params)
 
 
 def test_a_low_precision_product_sees_small_steps():
@@ -139,7 +172,7 @@ def test_a_low_precision_product_sees_small_steps():
     the size of x W, would err by more than itself."""
     params = {"w": normal(64, 48).astype(jnp.bfloat16)}
     method = lj.pissa(lj.select("w"), rank=4)
-    first = method.init(KEY, params)
+    first = initial(method, params)
     assert {leaf.dtype for leaf in jax.tree.leaves(first)} == {jnp.dtype("float32")}
     delta, x = trained(first, size=1e-4), normal(3, 64).astype(jnp.bfloat16)
     f = {name: np.asarray(leaf, np.float64) for name, leaf in delta["w"].items()}
@@ -150,7 +183,7 @@ def test_a_low_precision_product_sees_small_steps():
 
     run = jax.jit(lj.lift(product, on_dense="error"))
     same(run(method.apply(params, first), x), jax.jit(product)(params, x))
-    zero = {"w": jnp.zeros_like(params["w"])}  # so that the sum with x W rounds nothing
+    zero = {"w": np.zeros_like(params["w"])}  # so that the sum with x W rounds nothing
     got = np.asarray(run(method.apply(zero, delta), x), np.float64)
     assert np.max(np.abs(got - exact)) < 0.02 * np.max(np.abs(exact))
 
@@ -161,21 +194,28 @@ def test_layers_of_a_stack_leave_the_others():
     method = lj.pissa(lj.select("**/kernel", axes=kernels, layers=[0, 2]), rank=2)
     first = jax.jit(method.init)(KEY, params)
     assert first["h/up/kernel"]["a"].shape == (2, 8, 2) and first["h/up/kernel"]["fixed_b"].shape == (2, 2, 16)
-    one = lj.pissa(lj.select("w"), rank=2).init(KEY, {"w": params["h"]["up"]["kernel"][2]})["w"]
-    close({name: leaf[1] for name, leaf in first["h/up/kernel"].items()}, one)
-    adapted = method.apply(params, trained(first))
-    merged = jax.jit(lj.merge)(adapted)
+    one = initial(lj.pissa(lj.select("w"), rank=2), {"w": np.asarray(params["h"]["up"]["kernel"])[2]})["w"]
+    close({name: np.asarray(leaf)[1] for name, leaf in first["h/up/kernel"].items()}, one)
+
+    @jax.jit
+    def run(delta):
+        adapted = method.apply(params, delta)
+        merged = lj.merge(adapted)
+        out = lj.lift(model.apply, on_dense="error")({"params": adapted}, X)
+        return merged, out, model.apply({"params": merged}, X)
+
+    merged, got, want = jax.tree.map(np.asarray, run(trained(first)))
     for name in ("up", "down"):
-        same(merged["h"][name]["kernel"][1], params["h"][name]["kernel"][1])
-        assert np.any(merged["h"][name]["kernel"][0] != params["h"][name]["kernel"][0])
-    got = jax.jit(lj.lift(model.apply, on_dense="error"))({"params": adapted}, X)
-    close(got, model.apply({"params": merged}, X))
+        base = np.asarray(params["h"][name]["kernel"])
+        same(merged["h"][name]["kernel"][1], base[1])
+        assert np.any(merged["h"][name]["kernel"][0] != base[0])
+    close(got, want)
 
 
 def test_what_trains_and_how_much():
     params = {"w": normal(8, 6), "b": normal(6)}
     method = lj.pissa(lj.select("w"), rank=2)
-    delta = method.init(KEY, params)
+    delta = initial(method, params)
     labels = {"a": "trainable", "b": "trainable", "fixed_a": "frozen", "fixed_b": "frozen"}
     assert dict(lj.labels(delta)["w"]) == labels
     said = lj.labels(method.apply(params, delta))["w"]
@@ -183,22 +223,29 @@ def test_what_trains_and_how_much():
     assert lj.check(method, params).trained == 8 * 2 + 2 * 6
     tx = lj.freeze_base(optax.adamw(0.1, weight_decay=0.1))
     run = lj.lift(lambda p: X @ p["w"], on_dense="error")
-    grads = jax.grad(lambda d: jnp.sum(run(method.apply(params, d)) ** 2))(delta)
-    after = optax.apply_updates(delta, tx.update(grads, tx.init(delta), delta)[0])
+
+    @jax.jit
+    def step(delta):
+        grads = jax.grad(lambda d: jnp.sum(run(method.apply(params, d)) ** 2))(delta)
+        return optax.apply_updates(delta, tx.update(grads, tx.init(delta), delta)[0])
+
+    after = step(delta)
     same({name: after["w"][name] for name in labels if "fixed" in name}, {n: delta["w"][n] for n in labels if "f" in n})
-    assert all(np.all(after["w"][name] != delta["w"][name]) for name in "ab")
+    assert all(np.all(np.asarray(after["w"][name]) != np.asarray(delta["w"][name])) for name in "ab")
 
 
 def test_init_works_on_shapes_in_vmap_and_on_a_mesh():
     params = {"w": normal(32, 16)}
     method = lj.pissa(lj.select("w"), rank=2)
-    delta = method.init(KEY, params)
+    delta = initial(method, params)
     shapes = jax.eval_shape(method.init, KEY, jax.eval_shape(lambda: params))
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), delta
     )
-    many = jax.vmap(method.init, (0, None))(jax.random.split(KEY, 2), params)
-    close(jax.tree.map(lambda leaf: leaf[1], many), delta)
+    many = jax.jit(lambda keys, params: jax.vmap(method.init, (0, None))(keys, params))(
+        jax.random.split(KEY, 2), params
+    )
+    close(jax.tree.map(lambda leaf: np.asarray(leaf)[1], many), delta)
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     placed = jax.device_put(params, NamedSharding(mesh, PartitionSpec("fsdp", "tensor")))
     close(jax.jit(method.init)(KEY, placed), delta)
@@ -210,9 +257,9 @@ def test_its_spec_is_json_and_what_cannot_be_is_said():
     params = {"w": normal(8, 6)}
     method = lj.pissa(lj.select("w"), rank=2, alpha=3, scale_rule="alpha/sqrt(r)")
     again = lj.from_spec(json.loads(json.dumps(method.spec)))
-    delta = method.init(KEY, params)
-    same(again.init(KEY, params), delta)
-    same(lj.merge(again.apply(params, trained(delta))), lj.merge(method.apply(params, trained(delta))))
+    delta = initial(method, params)
+    same(initial(again, params), delta)
+    same(again.apply(params, trained(delta)), method.apply(params, trained(delta)))
     for alpha in (0, -1.5):
         with pytest.raises(ValueError, match="w: PiSSA divides singular values by scale"):
             lj.pissa(lj.select("w"), rank=2, alpha=alpha).init(KEY, params)

@@ -17,7 +17,8 @@ from lora_jax.models import gpt2
 from tests.helpers.gpt2 import CONFIG, EMBED, LAYER, LORA, PREFIXES, D, V, continued_without_a_cache
 from tests.helpers.gpt2 import PREFIXED as IDS
 from tests.helpers.gpt2 import PREFIXED_MASK as MASK
-from tests.helpers.reference import close, filled, normal, same
+from tests.helpers.networks import started
+from tests.helpers.reference import close, filled, ints, merged_params, normal, random_delta, same
 from tests.helpers.sites import LAYERS, PARAMS, TOWERS, VOCABULARY, WIDTH, invariants
 
 KEY = jax.random.key(0)
@@ -34,16 +35,21 @@ ON_THE_TOWER |= {f"LoRA + {name}": lj.chain(LOW, method) for name, method in ON_
 @pytest.mark.parametrize("name", ON_THE_TOWER)
 def test_what_is_always_true(name):
     n = VOCABULARY
-    invariants(ON_THE_TOWER[name], tokens=jnp.array([[n, n + 1, 3, n + 2, 5], [n, n + 1, 0, 1, n + 2]]))
+    invariants(ON_THE_TOWER[name], tokens=ints([[n, n + 1, 3, n + 2, 5], [n, n + 1, 0, 1, n + 2]]))
 
 
 @functools.cache
 def params_of(tie: bool = True, scan: bool = False) -> Any:
     """Weights far apart, so that texts vary."""
-    config = dataclasses.replace(CONFIG, tie=tie)
-    params = jax.jit(gpt2.GPT2(config).init)(KEY, IDS)["params"]
-    params = jax.tree.map(lambda x: 10 * x if x.ndim > 1 else x + 0.1, params)
+    params = started(gpt2.GPT2(dataclasses.replace(CONFIG, tie=tie)), IDS)
+    params = jax.tree.map(lambda x: jax.device_put(np.asarray(x) + np.float32(0.1 * (x.ndim == 1))), params)
     return gpt2.to_scanned(params) if scan else params
+
+
+@functools.cache
+def model_of(**options: Any) -> Any:
+    """The model lifted, compiled once for each method and shape."""
+    return jax.jit(lj.lift(gpt2.GPT2(dataclasses.replace(CONFIG, **options)).apply, on_dense="error"))
 
 
 @pytest.mark.parametrize(
@@ -52,24 +58,25 @@ def params_of(tie: bool = True, scan: bool = False) -> Any:
 def test_a_text_without_placeholders_meets_the_base(name):
     """Bit for bit, whatever the trained rows; in `LoRA + ..` at its start."""
     method, params = PREFIXES[name], params_of()
-    fresh = method.init(KEY, params)
+    fresh = jax.jit(method.init)(KEY, params)
     delta = filled(fresh, size=1.0)
     if "LoRA" in name:
         delta = lj.Delta(delta | {path: fresh[path] for path in fresh if "attn" in path})
     plain = np.minimum(IDS, V - 1)
-    run = jax.jit(lj.lift(gpt2.GPT2(CONFIG).apply, on_dense="error"))
+    run = model_of()
     adapted = {"params": method.apply(params, delta)}
     same(run(adapted, plain, MASK), jax.jit(gpt2.GPT2(CONFIG).apply)({"params": params}, plain, MASK))
-    assert not np.allclose(run(adapted, IDS, MASK)[MASK], run(adapted, plain, MASK)[MASK], atol=0.1)
+    with_placeholders, without = (np.asarray(run(adapted, ids, MASK)) for ids in (IDS, plain))
+    assert not np.allclose(with_placeholders[MASK], without[MASK], atol=0.1)
 
 
 def test_chains_are_lora_and_a_prefix():
-    params, run = params_of(), jax.jit(lj.lift(gpt2.GPT2(CONFIG).apply, on_dense="error"))
+    params, run = params_of(), model_of()
     for name, alone in (("LoRA + PE", EMBED), ("LoRA + PL", LAYER)):
-        delta = filled(PREFIXES[name].init(KEY, params), size=0.5)
+        delta = random_delta(PREFIXES[name], params, size=0.5)
         low = lj.Delta({path: delta[path] for path in delta if "attn" in path})
         own = lj.Delta({path: delta[path] for path in delta if path not in low})
-        merged = lj.merge(LORA.apply(params, low))
+        merged = merged_params(LORA, params, low)
         got = run({"params": PREFIXES[name].apply(params, delta)}, IDS, MASK)
         close(got, run({"params": alone.apply(merged, own)}, IDS, MASK), 2e-5)
 
@@ -77,10 +84,10 @@ def test_chains_are_lora_and_a_prefix():
 @pytest.mark.parametrize("name", ["PE", pytest.param("PL", marks=pytest.mark.slow)])
 def test_scanned_and_rematerialized_as_the_loop(name):
     method = PREFIXES[name]
-    delta = filled(method.init(KEY, params_of()), size=0.5)
-    scanned = gpt2.GPT2(dataclasses.replace(CONFIG, scan_layers=True, remat=True))
-    run = lambda model, params: jax.jit(lj.lift(model.apply))({"params": method.apply(params, delta)}, IDS, MASK)  # noqa: E731
-    close(run(scanned, params_of(scan=True)), run(gpt2.GPT2(CONFIG), params_of()), 2e-5)
+    delta = random_delta(method, params_of(), size=0.5)
+    scanned, looped = model_of(scan_layers=True, remat=True), model_of()
+    run = lambda model, params: model({"params": method.apply(params, delta)}, IDS, MASK)  # noqa: E731
+    close(run(scanned, params_of(scan=True)), run(looped, params_of()), 2e-5)
 
 
 @pytest.mark.parametrize("name", ["PE", "LoRA + PL"])
@@ -89,7 +96,7 @@ def test_generation_with_a_cache_equals_the_loop_without(name):
     from lora_jax.generation import generate
 
     method, model, params = PREFIXES[name], gpt2.GPT2(CONFIG), params_of()
-    adapted = method.apply(params, filled(method.init(KEY, params), size=0.7))
+    adapted = method.apply(params, random_delta(method, params, size=0.7))
     new = np.asarray(generate(model, adapted, IDS, MASK, max_new_tokens=5, eos=0))
     continued_without_a_cache(model, adapted, IDS, MASK, new)
     assert new.max() < V
@@ -112,14 +119,15 @@ def test_beam_search_with_prefixes():
 def test_a_prefix_of_known_rows_is_the_known_tokens():
     """Bit for bit: a placeholder whose row is a token's is that token."""
     params = params_of()
-    start = EMBED.init(KEY, params)["wte/embedding"]["rows"]
+    delta = jax.jit(EMBED.init)(KEY, params)
+    start = delta["wte/embedding"]["rows"]
     table = np.asarray(params["wte"]["embedding"])
     drawn = [int(np.flatnonzero((table == row).all(1))[0]) for row in np.asarray(start)]  # it begins as rows of it
-    adapted = {"params": EMBED.apply(params, EMBED.init(KEY, params))}
+    adapted = {"params": EMBED.apply(params, delta)}
     plain = IDS.copy()
     for n, token in enumerate(drawn):
         plain[IDS == V + n] = token
-    run = jax.jit(lj.lift(gpt2.GPT2(CONFIG).apply))
+    run = model_of()
     same(run(adapted, IDS, MASK), run({"params": params}, plain, MASK))
 
 
@@ -127,7 +135,7 @@ def test_a_prefix_of_known_rows_is_the_known_tokens():
 def test_gradients_reach_the_trained_rows_alone(tie):
     """Rows that no token asks for have none; nor has the table, even in the gradient of the whole tree."""
     params, model = params_of(tie), gpt2.GPT2(dataclasses.replace(CONFIG, tie=tie))
-    delta = EMBED.init(KEY, params)
+    delta = random_delta(EMBED, params)
 
     @jax.jit
     def grads(params, delta, ids):
@@ -151,17 +159,15 @@ def test_gradients_reach_the_trained_rows_alone(tie):
 def test_strength(name):
     """0: every placeholder as the vocabulary's last token; 1: the trained vectors; in between a mean."""
     method, params = PREFIXES[name], params_of()
-    delta = filled(method.init(KEY, params), size=0.7)
+    delta = random_delta(method, params, size=0.7)
     model = gpt2.GPT2(CONFIG)
     run = jax.jit(lambda d, s: lj.lift(model.apply)({"params": method.apply(params, d, strength=s)}, IDS, MASK))
-    base = jax.jit(model.apply)({"params": params}, np.minimum(IDS, V - 1), MASK)
-    close(run(delta, 0.0), base, 1e-6)
-    whole = jax.jit(lambda d: lj.lift(model.apply)({"params": method.apply(params, d)}, IDS, MASK))
-    close(run(delta, 1.0), whole(delta), 1e-6)
+    close(run(delta, 0.0), model_of()({"params": params}, np.minimum(IDS, V - 1), MASK), 1e-6)
+    close(run(delta, 1.0), model_of()({"params": method.apply(params, delta)}, IDS, MASK), 1e-6)
     assert run._cache_size() == 1
     if name == "PE":
-        last = params["wte"]["embedding"][-1]
-        half = jax.tree.map(lambda x: (x + last[None]) / 2, delta)
+        last = np.asarray(params["wte"]["embedding"])[-1]
+        half = jax.tree.map(lambda x: (np.asarray(x) + last[None]) / 2, delta)
         close(run(delta, 0.5), run(half, 1.0))
 
 
@@ -179,10 +185,12 @@ def test_counted_by_the_papers_formulas():
 
 def test_first_values():
     """N(0, 0.02^2), within 4 standard errors of 8,000 draws; or rows of the vocabulary, not one alone."""
-    values = lj.prefix_layer({"block_out": (2, 2000)}, vocabulary=9, prefix=2).init(KEY, {})["@block_out/prefix_layer"]
-    np.testing.assert_allclose([values["values"].mean(), values["values"].std()], [0, 0.02], atol=1e-3)
-    table = {"embedding": jnp.arange(1000.0)[:, None]}
-    rows = lj.prefix_embedding(lj.select("embedding"), prefix=40).init(KEY, table)["embedding"]["rows"]
+    delta = lj.prefix_layer({"block_out": (2, 2000)}, vocabulary=9, prefix=2).init(KEY, {})
+    values = np.asarray(delta["@block_out/prefix_layer"]["values"])
+    np.testing.assert_allclose([values.mean(), values.std()], [0, 0.02], atol=1e-3)
+    table = {"embedding": np.arange(1000.0, dtype=np.float32)[:, None]}
+    delta = lj.prefix_embedding(lj.select("embedding"), prefix=40).init(KEY, table)
+    rows = np.asarray(delta["embedding"]["rows"])
     assert len(set(rows[:, 0].tolist())) > 30 and rows.min() < 300 and rows.max() > 700
 
 
@@ -191,9 +199,9 @@ def test_on_eight_devices():
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     rules = sharding.gpt2_rules(V, mesh)
     params, model = params_of(scan=True), gpt2.GPT2(dataclasses.replace(CONFIG, scan_layers=True))
-    ids = jnp.tile(IDS, (2, 1))
+    ids = np.tile(IDS, (2, 1))
     method = EMBED
-    delta = filled(method.init(KEY, params), size=0.5)
+    delta = random_delta(method, params, size=0.5)
     run = jax.jit(lambda p, d, ids: lj.lift(model.apply)({"params": method.apply(p, d)}, ids))
     want = run(params, delta, ids)
     adapted = jax.eval_shape(method.apply, params, delta)
@@ -205,12 +213,12 @@ def test_on_eight_devices():
 
 def test_look_ups_of_many_kinds():
     """What a look-up does with ids beyond the vocabulary is the base's own, but for the prefix's."""
-    table, ids = normal(7, 4), jnp.array([[0, 6, 7], [8, 9, 3]])
+    table, ids = normal(7, 4), ints([[0, 6, 7], [8, 9, 3]])
     method = lj.prefix_embedding(lj.select("embedding"), prefix=3)
-    delta = filled(method.init(KEY, {"embedding": table}))
+    delta = random_delta(method, {"embedding": table})
     rows = delta["embedding"]["rows"]
-    want = jnp.concatenate([table, rows])[ids]
-    for look_up in (
+    want = np.concatenate([table, rows])[np.asarray(ids)]
+    look_ups = (
         lambda p, ids: p["embedding"][ids],
         lambda p, ids: jnp.take(p["embedding"], ids, axis=0),
         lambda p, ids: jnp.take(p["embedding"], ids, axis=0, mode="clip"),
@@ -218,24 +226,32 @@ def test_look_ups_of_many_kinds():
         lambda p, ids: jax.vmap(lambda n: p["embedding"][n])(ids),
         lambda p, ids: jax.lax.map(lambda n: p["embedding"][n], ids),
         lambda p, ids: jax.jit(lambda w: w[ids])(p["embedding"]),
-    ):
-        same(lj.lift(look_up, on_dense="error")(method.apply({"embedding": table}, delta), ids), want)
-    short = {"embedding": table.astype(jnp.bfloat16)}
-    got = lj.lift(lambda p: p["embedding"][ids])(method.apply(short, delta))
-    same(got, jnp.concatenate([short["embedding"], rows.astype(jnp.bfloat16)])[ids])
-    start, known = method.init(KEY, short)["embedding"]["rows"], short["embedding"].astype(jnp.float32)
-    assert start.dtype == jnp.float32 and bool((start[:, None] == known[None]).all(-1).any(-1).all())
+    )
+
+    @jax.jit
+    def run(ids):
+        adapted = method.apply({"embedding": table}, delta)
+        return [lj.lift(look_up, on_dense="error")(adapted, ids) for look_up in look_ups]
+
+    for got in run(ids):
+        same(got, want)
+    short = {"embedding": np.asarray(table).astype(jnp.bfloat16)}
+    got = jax.jit(lambda ids: lj.lift(lambda p: p["embedding"][ids])(method.apply(short, delta)))(ids)
+    same(got, np.concatenate([short["embedding"], np.asarray(rows).astype(jnp.bfloat16)])[np.asarray(ids)])
+    start = np.asarray(jax.jit(method.init)(KEY, short)["embedding"]["rows"])
+    known = short["embedding"].astype(np.float32)
+    assert start.dtype == np.float32 and bool((start[:, None] == known[None]).all(-1).any(-1).all())
 
 
 @pytest.mark.parametrize("name", ["PE", "PL"])
 def test_ids_beyond_the_prefix_are_not_numbers(name):
     """As ids beyond the vocabulary are in the base: data with a longer prefix than the method's are noticed."""
     method, params = PREFIXES[name], params_of()
-    run = jax.jit(lj.lift(gpt2.GPT2(CONFIG).apply))
-    adapted = {"params": method.apply(params, method.init(KEY, params))}
+    run = model_of()
+    adapted = {"params": method.apply(params, random_delta(method, params))}
     wrong = IDS.copy()
     wrong[0, 6] = V + 3
-    logits = run(adapted, wrong, MASK)
+    logits = np.asarray(run(adapted, wrong, MASK))
     assert np.isnan(logits[0, 6]).all() and not np.isnan(logits[1]).any()
 
 
@@ -260,8 +276,8 @@ def test_what_cannot_be_is_said():
                 make(prefix=prefix, infix=infix)
     with pytest.raises(ValueError, match=r"h_0/attn/query/kernel with axes 'io': a prefix extends an embedding"):
         lj.prefix_embedding(lj.select("h_0/attn/query/kernel"), prefix=1).init(KEY, params)
-    delta = EMBED.init(KEY, params)
-    absent = lj.without_tuned(params, lj.tune(lj.select("wte/embedding")).init(KEY, params))
+    delta = random_delta(EMBED, params)
+    absent = lj.without_tuned(params, random_delta(lj.tune(lj.select("wte/embedding")), params))
     with pytest.raises(ValueError, match="wte/embedding"):
         EMBED.apply(absent, delta)
     with pytest.raises(ValueError, match=r"wte/embedding: the delta's factors are .*\(3, 8\).* need .*\(4, 8\)"):
@@ -273,7 +289,7 @@ def test_what_cannot_be_is_said():
     for cut in (lambda p: p["wte"]["embedding"][:5][IDS], lambda p: p["wte"]["embedding"] * 2.0):
         with pytest.raises(ValueError, match="cuts or changes it: look up in the full one"):
             lj.lift(cut, on_dense="allow")(EMBED.apply(params, delta))
-    layers = LAYER.init(KEY, params)
+    layers = random_delta(LAYER, params)
     with pytest.raises(ValueError, match=r"what changes activations \(block_out, tokens\) has no weight to go into"):
         lj.merge(LAYER.apply(params, layers))
     with pytest.raises(ValueError, match="the delta is not this method's"):
@@ -292,4 +308,4 @@ def test_prefix_layers_need_the_tokens_name():
     method = ON_THE_TOWER["PL"]
     run = lj.lift(lambda p, x: TOWERS["scan"](p, x))
     with pytest.raises(ValueError, match="the tap at 'block_out' needs the activation 'tokens'"):
-        run(method.apply(PARAMS, method.init(KEY, PARAMS)), normal(2, 5, WIDTH))
+        run(method.apply(PARAMS, random_delta(method, PARAMS)), normal(2, 5, WIDTH))

@@ -12,7 +12,7 @@ import lora_jax as lj
 from tests.helpers.gpt2 import EMBED, LAYER, SIZES, D, V
 from tests.helpers.gpt2 import PREFIXED as IDS
 from tests.helpers.gpt2 import PREFIXED_MASK as MASK
-from tests.helpers.reference import close, filled
+from tests.helpers.reference import close, random_delta
 
 KEY = jax.random.key(0)
 
@@ -60,7 +60,7 @@ def test_prefix_embeddings_as_rows_placed_by_hand(theirs, tie):
     """1e-5 of the largest logit, gradients of the rows 2e-5 of their largest. The head has no row of the prefix."""
     torch = pytest.importorskip("torch")
     hf_model, model, params = theirs(tie)
-    delta = filled(EMBED.init(KEY, params), size=0.5)
+    delta = random_delta(EMBED, params, size=0.5)
     (_, out), grads = value_and_grad(model, EMBED, params, delta)
     rows = torch.tensor(np.asarray(delta["wte/embedding"]["rows"]), requires_grad=True)
     embeds = hf_model.transformer.wte(torch.tensor(np.minimum(IDS, V - 1)).long()).detach()
@@ -76,7 +76,7 @@ def test_prefix_embeddings_as_rows_placed_by_hand(theirs, tie):
 def test_prefix_layers_as_outputs_replaced_by_hand(theirs):
     torch = pytest.importorskip("torch")
     hf_model, model, params = theirs(True)
-    delta = filled(LAYER.init(KEY, params), size=0.5)
+    delta = random_delta(LAYER, params, size=0.5)
     (_, out), grads = value_and_grad(model, LAYER, params, delta)
     values = torch.tensor(np.asarray(delta["@block_out/prefix_layer"]["values"]), requires_grad=True)
     which = torch.tensor(IDS - V).long()
@@ -129,7 +129,7 @@ def test_prefixes_of_an_encoder(tmp_path):
     sites = {"block_out": (2, D)}
     layers = lj.prefix_layer(sites, vocabulary=V, prefix=2)
     for method, by_layer in ((embed, False), (layers, True)):
-        delta = filled(method.init(KEY, params), size=0.5)
+        delta = random_delta(method, params, size=0.5)
         (trained,) = (torch.tensor(np.asarray(x)) for x in jax.tree.leaves(delta))
 
         def put(x, own):

@@ -15,7 +15,7 @@ import lora_jax as lj
 from lora_jax.core.lifting.taps import Tap
 from lora_jax.core.transforms import per_site
 from lora_jax.planning.flops import equations
-from tests.helpers.reference import close, filled, normal, same, weighted
+from tests.helpers.reference import close, merged_params, normal, random_delta, same, weighted
 from tests.helpers.sites import (
     KEY,
     LAYERS,
@@ -63,7 +63,7 @@ def wanted():
     """For every subset: a delta, and output and gradients (of delta and base) by hand."""
     found = {}
     for subset, layers in SUBSETS.items():
-        delta = filled(mix(layers=layers).init(KEY, PARAMS), size=0.5)
+        delta = random_delta(mix(layers=layers), PARAMS, size=0.5)
 
         def loss(delta, p, layers=layers):
             out = by_hand(p, TOKENS, delta, layers)
@@ -111,21 +111,27 @@ def test_occurrences_in_remat_are_counted():
     close(got, want)
 
 
-@pytest.mark.parametrize("name", ["loop", "scan", "remat"])
+@functools.cache
+def partly_by_hand():
+    return jax.jit(lambda d: by_hand(PARAMS, TOKENS, d, strength=0.3))(wanted()["all"][0])
+
+
+@pytest.mark.parametrize("name", ["loop", "scan", pytest.param("remat", marks=pytest.mark.slow)])
 def test_strength(name):
-    """0 is the base and 1 the tap, bit for bit; in between as by hand. Compiled, as a scan always is, the last bits are
-    the compiler's, which joins other sums and products."""
+    """0 is the base and 1 the tap, out of jit bit for bit; in between as by hand. Compiled, as a scan always is, the
+    last bits are the compiler's, which joins other sums and products."""
     delta, want, _ = wanted()["all"]
 
     def partly(p, t, d, s):
         return lj.lift(tower(name))(mix().apply(p, d, strength=s), t)
 
-    base, whole = tower(name)(PARAMS, TOKENS), lj.lift(tower(name))(mix().apply(PARAMS, delta), TOKENS)
-    equal = close if name == "scan" else same
-    equal(partly(PARAMS, TOKENS, delta, 0.0), base)
-    equal(partly(PARAMS, TOKENS, delta, jnp.float32(1)), whole)
+    base = tower(name)(PARAMS, TOKENS)
+    if name == "loop":  # out of jit
+        same(partly(PARAMS, TOKENS, delta, 0.0), base)
+        whole = lj.lift(tower(name))(mix().apply(PARAMS, delta), TOKENS)
+        same(partly(PARAMS, TOKENS, delta, jnp.float32(1)), whole)
     jitted = jax.jit(partly)
-    for strength, expected in ((0.0, base), (1.0, want), (0.3, by_hand(PARAMS, TOKENS, delta, strength=0.3))):
+    for strength, expected in ((0.0, base), (1.0, want), (0.3, partly_by_hand())):
         close(jitted(PARAMS, TOKENS, delta, strength), expected)
     assert jitted._cache_size() == 1
 
@@ -133,47 +139,60 @@ def test_strength(name):
 @pytest.mark.parametrize("name", [pytest.param("loop", marks=pytest.mark.slow), "scan of remat"])
 def test_many_deltas_with_one_base(name):
     """vmap over deltas, also with an example of its own each, and one strength each."""
-    each = [filled(mix().init(KEY, PARAMS), seed=n, size=0.5) for n in range(2)]
-    together = jax.tree.map(lambda *leaf: jnp.stack(leaf), *each)
+    each = [random_delta(mix(), PARAMS, seed=n, size=0.5) for n in range(2)]
+    together = jax.tree.map(lambda *leaf: np.stack(leaf), *each)
 
     def run(delta, tokens, strength):
         return lj.lift(tower(name))(mix().apply(PARAMS, delta, strength=strength), tokens)
 
-    s = jnp.array([0.5, 1.0])
-    got = jax.jit(jax.vmap(run, (0, None, 0)))(together, TOKENS, s)
-    close(got, jnp.stack([by_hand(PARAMS, TOKENS, d, strength=s[n]) for n, d in enumerate(each)]))
-    own = jax.jit(jax.vmap(lambda d, t, s: run(d, t[None], s)[0]))(together, TOKENS, s)
-    close(own, jnp.stack([got[0, 0], got[1, 1]]))
+    def plain(delta, tokens, strength):
+        return by_hand(PARAMS, tokens, delta, strength=strength)
 
-    def loss(run):
-        return lambda d, t, s: weighted(run(d, t[None], s))
+    def measured(run):
+        def loss(d, t, s):
+            out = run(d, t[None], s)
+            return weighted(out), out[0]
 
-    grads = jax.jit(jax.vmap(jax.grad(loss(run))))(together, TOKENS, s)
-    one = jax.jit(jax.grad(loss(lambda d, t, s: by_hand(PARAMS, t, d, strength=s))))
-    want = [one(d, t, s) for d, t, s in zip(each, TOKENS, s, strict=True)]
-    close(grads, jax.tree.map(lambda *leaf: jnp.stack(leaf), *want), 2e-5)
+        return jax.grad(loss, has_aux=True)
+
+    @jax.jit
+    def many(deltas, tokens, s):
+        return jax.vmap(run, (0, None, 0))(deltas, tokens, s), jax.vmap(measured(run))(deltas, tokens, s)
+
+    @jax.jit
+    def one(delta, tokens, n, s):
+        return plain(delta, tokens, s), measured(plain)(delta, tokens[n], s)
+
+    s = np.float32([0.5, 1.0])
+    got, own = many(together, TOKENS, s)
+    want, want_own = jax.tree.map(lambda *leaf: np.stack(leaf), *(one(d, TOKENS, n, s[n]) for n, d in enumerate(each)))
+    close(got, want)
+    close(own[1], want_own[1])
+    close(own[0], want_own[0], 2e-5)
 
 
 def test_several_examples_inside_the_model():
     """A model that maps over its examples names their activations once."""
     params, x, method = {"w": normal(WIDTH, WIDTH)}, normal(2, 5, WIDTH), shift()
-    delta = method.init(KEY, params)
+    delta = random_delta(method, params)
     fn = lambda p, x: jax.vmap(lambda x: named(x @ p["w"], "mlp_out"))(x)  # noqa: E731
-    close(lj.lift(fn)(method.apply(params, delta), x), x @ params["w"] + delta["@mlp_out/shift"]["by"][None])
+    want = np.asarray(x) @ np.asarray(params["w"]) + np.asarray(delta["@mlp_out/shift"]["by"])[None]
+    close(jax.jit(lj.lift(fn))(method.apply(params, delta), x), want)
 
 
 def test_taps_with_adapted_weights():
     low = lj.lora(lj.select("w", axes="sio"), rank=2)
     method = lj.chain(low, mix(), lj.tune(lj.select("wte")))
-    delta = filled(method.init(KEY, PARAMS), size=0.5)
+    delta = random_delta(method, PARAMS, size=0.5)
     own = {path: lj.Delta({path: delta[path]}) for path in ("w", "wte")}
-    merged = lj.merge(low.apply(PARAMS, own["w"])) | {"wte": delta["wte"]["value"]}
+    merged = merged_params(low, PARAMS, own["w"]) | {"wte": delta["wte"]["value"]}
 
     def run(delta, name):
         return lj.lift(tower(name), on_dense="error")(method.apply(PARAMS, delta), TOKENS)
 
+    want = jax.jit(by_hand)(merged, TOKENS, delta)
     for name in ("loop", "scan of remat"):
-        close(jax.jit(functools.partial(run, name=name))(delta), by_hand(merged, TOKENS, delta), 2e-5)
+        close(jax.jit(functools.partial(run, name=name))(delta), want, 2e-5)
 
 
 def test_untapped_layers_of_a_scan_spoil_no_gradient():
@@ -188,9 +207,9 @@ def test_untapped_layers_of_a_scan_spoil_no_gradient():
             tap = Tap(factors={"w": w}, site="mlp_out", fn=along, count=LAYERS, layers=(1, 2))
             return weighted(lj.lift(tower(name))(lj.Tapped(PARAMS, (tap,)), TOKENS))
 
-        return jax.jit(jax.grad(loss))(normal(2, WIDTH))
+        return jax.grad(loss)
 
-    close(gradient("scan"), gradient("loop"))
+    close(*jax.jit(lambda w: [gradient(name)(w) for name in ("scan", "loop")])(normal(2, WIDTH)))
 
 
 def test_what_is_seen():
@@ -217,10 +236,10 @@ def test_equal_methods_compile_once():
     run = jax.jit(lj.lift(tower("scan")))
     for n in range(3):
         method = mix(layers=[0, 3])
-        run(method.apply(PARAMS, filled(method.init(KEY, PARAMS), seed=n)), TOKENS)
+        run(method.apply(PARAMS, random_delta(method, PARAMS, seed=n)), TOKENS)
     assert run._cache_size() == 1
     other = mix(layers=[0, 3], gain=2.0)
-    run(other.apply(PARAMS, other.init(KEY, PARAMS)), TOKENS)
+    run(other.apply(PARAMS, random_delta(other, PARAMS)), TOKENS)
     assert run._cache_size() == 2
 
 
@@ -234,7 +253,7 @@ def test_nothing_is_added_where_there_is_no_tap():
     plain = program(fn, PARAMS, TOKENS)
     assert program(lj.lift(fn), lj.Tapped(PARAMS, ()), TOKENS) == plain
     one = mix({"mlp_out": LAYERS}, layers=[2])
-    tapped = program(lj.lift(fn), one.apply(PARAMS, one.init(KEY, PARAMS)), TOKENS)
+    tapped = program(lj.lift(fn), one.apply(PARAMS, random_delta(one, PARAMS)), TOKENS)
     for what, more in (("dot_general", 1), ("tanh", 1), ("select .*tensor<2x5x4xf32>", 0)):
         count = [len(re.findall(rf"stablehlo\.{what}", text)) for text in (plain, tapped)]
         assert count[1] == count[0] + more, what
@@ -242,13 +261,13 @@ def test_nothing_is_added_where_there_is_no_tap():
     # a scan chooses between tapped and untapped layers only where there are both
     for layers, more in ((None, 0), ((0, 3), 1)):
         method = mix({"mlp_out": LAYERS}, layers=layers)
-        tapped = program(lj.lift(tower("scan")), method.apply(PARAMS, method.init(KEY, PARAMS)), TOKENS)
+        tapped = program(lj.lift(tower("scan")), method.apply(PARAMS, random_delta(method, PARAMS)), TOKENS)
         count = [len(re.findall("stablehlo.select .*tensor<2x5x4xf32>", text)) for text in (plain, tapped)]
         assert count[1] == count[0] + more
 
     # names alone add nothing to adapted weights
     method = lj.lora(lj.select("w", axes="sio"), rank=2)
-    adapted = method.apply(PARAMS, method.init(KEY, PARAMS))
+    adapted = method.apply(PARAMS, random_delta(method, PARAMS))
     nameless = lambda p, tokens: functools.reduce(lambda x, w: x + jnp.tanh(x @ w), p["w"], p["wte"][tokens])  # noqa: E731
     has_names = lambda p, tokens: looped(layer)(p, p["wte"][named(tokens, "tokens")])  # noqa: E731
     assert program(lj.lift(has_names), adapted, TOKENS) == program(lj.lift(nameless), adapted, TOKENS)
@@ -257,7 +276,7 @@ def test_nothing_is_added_where_there_is_no_tap():
 def test_a_policy_by_names_saves_what_the_model_names():
     """The backward pass of a layer has its product again, unless the product's result is saved by its name: as in a
     model with the tap in its code."""
-    delta = mix({"mlp_out": LAYERS}).init(KEY, PARAMS)
+    delta = random_delta(mix({"mlp_out": LAYERS}), PARAMS)
     seen = {"tokens": TOKENS, "positions": jnp.zeros_like(TOKENS)}
 
     def changed(w, x, f):
@@ -282,7 +301,7 @@ def test_a_policy_by_names_saves_what_the_model_names():
 
 def test_a_tapped_tree_is_labelled_split_and_trained():
     method = lj.chain(mix(layers=(0, 3)), lj.lora(lj.select("w", axes="sio"), rank=2))
-    delta = filled(method.init(KEY, PARAMS), size=0.5)
+    delta = random_delta(method, PARAMS, size=0.5)
     tree = method.apply(PARAMS, delta, strength=0.5)
     said = lj.labels(tree)
     assert jax.tree.structure(said) == jax.tree.structure(tree)
@@ -294,17 +313,22 @@ def test_a_tapped_tree_is_labelled_split_and_trained():
     same(lj.rejoin(trained, frozen), tree)
 
     run = lj.lift(tower("scan"))
-    of_tree = jax.jit(jax.grad(lambda t: weighted(run(lj.rejoin(t, frozen), TOKENS))))(trained)
-    of_delta = jax.jit(jax.grad(lambda d: weighted(run(method.apply(PARAMS, d, strength=0.5), TOKENS))))(delta)
+    by_tree = jax.grad(lambda t: weighted(run(lj.rejoin(t, frozen), TOKENS)))
+    by_delta = jax.grad(lambda d: weighted(run(method.apply(PARAMS, d, strength=0.5), TOKENS)))
+    of_tree, of_delta = jax.jit(lambda t, d: (by_tree(t), by_delta(d)))(trained, delta)
     close({f"@{tap.site}/mix": tap.factors for tap in of_tree.taps}, {k: of_delta[k] for k in delta if "@" in k})
     close(of_tree.params["w"].a, of_delta["w"]["a"])
 
     tx = lj.freeze_base(optax.sgd(0.1))
-    updates, _ = tx.update(jax.tree.map(jnp.ones_like, tree), tx.init(tree), tree)
-    moved = optax.apply_updates(tree, updates)
+
+    @jax.jit
+    def step(tree):
+        return optax.apply_updates(tree, tx.update(jax.tree.map(jnp.ones_like, tree), tx.init(tree), tree)[0])
+
+    moved = step(tree)
     same(moved.params["wte"], PARAMS["wte"])
     same(moved.taps[0].strength, tree.taps[0].strength)
-    close(moved.taps[0].factors["w"], tree.taps[0].factors["w"] - 0.1)
+    close(moved.taps[0].factors["w"], np.asarray(tree.taps[0].factors["w"]) - np.float32(0.1))
 
 
 def test_fixed_factors_of_a_tap_do_not_train():
@@ -318,11 +342,17 @@ def test_fixed_factors_of_a_tap_do_not_train():
 
 def test_init_draws_by_site():
     """A site's factors are the same whatever other sites there are, and differ between sites and layers."""
-    one, two = mix({"mlp_out": 2}).init(KEY, PARAMS), mix({"block_out": 2, "mlp_out": 2}).init(KEY, PARAMS)
+
+    @jax.jit
+    def run(key, old):
+        alone, both = mix({"mlp_out": 2}), mix({"block_out": 2, "mlp_out": 2})
+        return alone.init(key, PARAMS), both.init(key, PARAMS), alone.init(old, PARAMS)
+
+    one, two, of_old_key = run(KEY, jax.random.PRNGKey(0))
     same(one["@mlp_out/mix"], two["@mlp_out/mix"])
-    first, second = one["@mlp_out/mix"]["w"], two["@block_out/mix"]["w"]
-    assert not np.any(np.asarray(first) == np.asarray(second)) and not np.any(np.asarray(first[0] == first[1]))
-    same(mix({"mlp_out": 2}).init(jax.random.PRNGKey(0), PARAMS), one)
+    first, second = np.asarray(one["@mlp_out/mix"]["w"]), np.asarray(two["@block_out/mix"]["w"])
+    assert not np.any(first == second) and not np.any(first[0] == first[1])
+    same(of_old_key, one)
 
 
 def shape_of(tree: Any) -> Any:
@@ -334,11 +364,12 @@ def test_counted_without_arrays():
     report = lj.check(mix(layers=(1, 2)), shapes)
     assert report.trained == 2 * 2 * (WIDTH * WIDTH + WIDTH)
     assert [row.path for row in report.rows] == ["@block_out/mix", "@mlp_out/mix"]
-    assert shape_of(jax.eval_shape(mix().init, KEY, shapes)) == shape_of(mix().init(KEY, PARAMS))
+    assert shape_of(jax.eval_shape(mix().init, KEY, shapes)) == shape_of(jax.jit(mix().init)(KEY, PARAMS))
 
 
 def test_factors_of_some_layers_are_in_the_order_of_the_layers():
-    tap = shift(4, layers=(3, 0)).apply(PARAMS, lj.Delta({"@mlp_out/shift": {"by": jnp.array([[3.0] * 4, [0.5] * 4])}}))
+    delta = lj.Delta({"@mlp_out/shift": {"by": np.float32([[3.0] * 4, [0.5] * 4])}})
+    tap = shift(4, layers=(3, 0)).apply(PARAMS, delta)
     factors, tapped = tap.taps[0].per_occurrence()
     assert tapped == [True, False, False, True]
     assert (factors["by"][0, 0], factors["by"][3, 0]) == (0.5, 3.0)

@@ -11,7 +11,7 @@ import lora_jax as lj
 from lora_jax.core.lifting.taps import Tap
 from lora_jax.core.transforms import per_site
 from lora_jax.distributed import sharding
-from tests.helpers.reference import close, filled, normal
+from tests.helpers.reference import close, normal, random_delta
 from tests.helpers.sites import (
     KEY,
     PARAMS,
@@ -31,13 +31,13 @@ def test_another_number_of_occurrences_is_said(name):
     ):
         method = mix({"mlp_out": count})
         with pytest.raises(ValueError, match=had):
-            jax.eval_shape(lj.lift(tower(name)), method.apply(PARAMS, method.init(KEY, PARAMS)), TOKENS)
+            jax.eval_shape(lj.lift(tower(name)), method.apply(PARAMS, random_delta(method, PARAMS)), TOKENS)
 
 
 def test_a_site_that_does_not_occur_is_said():
     method = mix({"elsewhere": 2})
     with pytest.raises(ValueError, match="the function has 0 activations named 'elsewhere', but its tap is for 2"):
-        lj.lift(tower("loop"))(method.apply(PARAMS, method.init(KEY, PARAMS)), TOKENS)
+        jax.eval_shape(lj.lift(tower("loop")), method.apply(PARAMS, random_delta(method, PARAMS)), TOKENS)
 
 
 @jax.custom_vjp
@@ -67,14 +67,14 @@ HIDDEN = {
 def test_a_site_where_no_tap_can_be_is_said(name, adapted):
     params, x = {"w": normal(WIDTH, WIDTH)}, normal(2, WIDTH)
     method = lj.chain(shift(), lj.lora(lj.select("w"), rank=1)) if adapted else shift()
-    tree = method.apply(params, method.init(KEY, params))
+    tree = method.apply(params, random_delta(method, params))
     with pytest.raises(ValueError, match=f"the site 'mlp_out' is inside a '{name}', where no tap can be"):
-        lj.lift(HIDDEN[name], on_dense="allow")(tree, x)
+        jax.eval_shape(lj.lift(HIDDEN[name], on_dense="allow"), tree, x)
     twice = lj.chain(shift(2), lj.lora(lj.select("w"), rank=1)) if adapted else shift(2)
-    tree = twice.apply(params, twice.init(KEY, params))
+    tree = twice.apply(params, random_delta(twice, params))
     inner = lambda p, x: lax.scan(lambda x, _: (HIDDEN[name](p, x), None), x, None, length=2)[0]  # noqa: E731
     with pytest.raises(ValueError, match=f"inside a '{name}'"):
-        lj.lift(jax.jit(inner), on_dense="allow")(tree, x)
+        jax.eval_shape(lj.lift(jax.jit(inner), on_dense="allow"), tree, x)
 
 
 @pytest.mark.parametrize("name", HIDDEN)
@@ -87,11 +87,16 @@ def test_names_beside_the_taps_may_be_anywhere(name):
 
     params, x = {"w": normal(WIDTH, WIDTH)}, normal(2, WIDTH)
     method = lj.chain(shift(site="block_out"), lj.lora(lj.select("w"), rank=1))
-    delta = filled(method.init(KEY, params))
+    delta = random_delta(method, params)
     low = lj.Delta({"w": delta["w"]})
-    merged = lj.merge(lj.lora(lj.select("w"), rank=1).apply(params, low))
-    got = lj.lift(fn, on_dense="allow")(method.apply(params, delta), x)
-    close(got, HIDDEN[name](merged, x) + delta["@block_out/shift"]["by"])
+
+    @jax.jit
+    def lifted_and_dense(delta, low):
+        merged = lj.merge(lj.lora(lj.select("w"), rank=1).apply(params, low))
+        want = HIDDEN[name](merged, x) + delta["@block_out/shift"]["by"]
+        return lj.lift(fn, on_dense="allow")(method.apply(params, delta), x), want
+
+    close(*lifted_and_dense(delta, low))
 
     asks = Tap(factors=(), site="block_out", fn=lambda factors, x, seen: x + seen["mlp_out"], count=1)
     with pytest.raises(ValueError, match="the tap at 'block_out' needs the activation 'mlp_out', which is not named"):
@@ -116,7 +121,7 @@ def test_wrong_taps_are_said():
 
 def test_tapped_params_go_through_lift():
     params, x = {"w": normal(WIDTH, WIDTH)}, normal(2, WIDTH)
-    tree = shift().apply(params, shift().init(KEY, params))
+    tree = shift().apply(params, random_delta(shift(), params))
     uses = [lambda: tree["w"], lambda: tree(x), lambda: list(tree), lambda: tree.items(), lambda: "w" in tree]
     for use in uses:
         with pytest.raises(TypeError, match=r"these params are tapped: wrap the function with lora_jax\.lift"):
@@ -132,7 +137,7 @@ def test_tapped_params_go_through_lift():
 def test_what_changes_activations_cannot_be_merged():
     params = {"w": normal(WIDTH, WIDTH)}
     for method in (shift(), lj.chain(lj.lora(lj.select("w"), rank=1), shift())):
-        delta = method.init(KEY, params)
+        delta = random_delta(method, params)
         why = r"what changes activations \(mlp_out\) has no weight to go into: keep it beside the base, and lift"
         with pytest.raises(ValueError, match=why):
             lj.merge(method.apply(params, delta))
@@ -161,7 +166,7 @@ def test_one_kind_at_one_site_once():
 
 def test_another_methods_delta_is_said():
     params = {"w": normal(WIDTH, WIDTH)}
-    delta = shift().init(KEY, params)
+    delta = random_delta(shift(), params)
     with pytest.raises(ValueError, match=r"the delta is not this method's: it lacks, or has besides, \['@mlp_out/"):
         shift(method="other").apply(params, delta)
     with pytest.raises(ValueError, match=r"@mlp_out/shift: the delta's factors are {'by': \(1, 4\)}, but .*\(2, 4\)"):

@@ -1,5 +1,6 @@
 """VeRA: against PEFT and dense weights, on every product and layout; what trains, what is frozen, what is refused."""
 
+import functools
 import json
 import math
 
@@ -16,7 +17,17 @@ from lora_jax.checkpoints import load_adapter, save_adapter
 from lora_jax.models.layouts import to_scanned
 from tests.helpers.methods import SHAPES, as_dense, as_peft, as_some_layers, network, randomized, tree
 from tests.helpers.networks import Stack, Tied, started
-from tests.helpers.reference import close, dense_delta, filled, normal, replaced, same
+from tests.helpers.reference import (
+    close,
+    dense_delta,
+    filled,
+    ints,
+    merged_params,
+    normal,
+    random_delta,
+    replaced,
+    same,
+)
 from tests.helpers.structural import CASES, X
 
 KEY = jax.random.key(0)
@@ -37,7 +48,7 @@ def test_peft(kind, sizes):
     for n in range(3):
         same(
             start[f"l{n}/weight"]["d"],
-            jnp.asarray(model.base_model.model[2 * n].vera_lambda_d["default"].detach().numpy()),
+            jax.device_put(model.base_model.model[2 * n].vera_lambda_d["default"].detach().numpy().copy()),
         )
     trained = randomized(model)
     names = {
@@ -45,14 +56,14 @@ def test_peft(kind, sizes):
         for n in range(3)
         for factor in "bd"
     }
-    delta = {SHARED: {name: jnp.asarray(tensor.numpy()) for name, tensor in projections.items()}}
+    delta = {SHARED: {name: jax.device_put(tensor.numpy().copy()) for name, tensor in projections.items()}}
     for name, (path, factor) in names.items():
-        delta.setdefault(path, {})[factor] = jnp.asarray(trained[name].detach().numpy())
+        delta.setdefault(path, {})[factor] = jax.device_put(trained[name].detach().numpy().copy())
     delta = lj.Delta(delta)
     assert jax.tree.map(jnp.shape, start) == jax.tree.map(jnp.shape, delta)
     for name, tensor in start[SHARED].items():  # uniform, within the same bound
         bound = math.sqrt(6 / tensor.shape[1])
-        assert 0.5 * bound < float(jnp.max(jnp.abs(tensor))) <= bound and float(projections[name].abs().max()) <= bound
+        assert 0.5 * bound < np.max(np.abs(tensor)) <= bound and float(projections[name].abs().max()) <= bound
     as_peft(kind, params, model, trained, method, delta, names)
 
 
@@ -72,7 +83,7 @@ def summed(axes):
     return dense
 
 
-W, IDS = normal(8, 12, seed=1), jnp.asarray([[0, 7, 3], [5, 2, 7]], jnp.int32)
+W, IDS = normal(8, 12, seed=1), ints([[0, 7, 3], [5, 2, 7]])
 LAYOUTS = {
     # name: (function, params, axes)
     "oi": (lambda p, x: x @ p["w"].T, {"w": W.T}, "oi"),
@@ -110,24 +121,34 @@ def test_an_adapted_stack_is_sliced_like_any_other():
     """Layer by layer, by the user's own scan: the frozen matrices go with every layer."""
     params = {"w": normal(3, 8, 8)}
     method = lj.vera(lj.select("w", axes="sio"), rank=3)
-    delta = filled(method.init(KEY, params))
+    delta = random_delta(method, params)
     one = lj.lift(lambda w, x: jnp.tanh(x @ w), on_dense="error")
-    got, _ = lax.scan(lambda x, w: (one(w, x), None), X, method.apply(params, delta)["w"])
-    want = X
-    for w in summed("sio")(params, delta)["w"]:
-        want = jnp.tanh(want @ w)
-    close(got, want)
+
+    @jax.jit
+    def scanned_and_dense(delta):
+        got, _ = lax.scan(lambda x, w: (one(w, x), None), X, method.apply(params, delta)["w"])
+        want = X
+        for w in summed("sio")(params, delta)["w"]:
+            want = jnp.tanh(want @ w)
+        return got, want
+
+    close(*scanned_and_dense(delta))
 
 
 LAYERS = {"small": {"kernel": normal(3, 2), "bias": normal(2)}, "large": {"kernel": normal(5, 4, seed=1)}}
 METHOD = lj.vera(lj.select("*/kernel"), rank=6)
 
 
+@functools.cache
+def initial():
+    return jax.jit(METHOD.init)(KEY, LAYERS)
+
+
 def test_counts_and_what_trains():
     report = lj.check(METHOD, jax.eval_shape(lambda: LAYERS))
     assert {row.path: row.trained for row in report.rows} == {"small/kernel": 2 + 6, "large/kernel": 4 + 6, SHARED: 0}
     assert report.trained == 18 and report.total == 6 + 2 + 20
-    delta = METHOD.init(KEY, LAYERS)
+    delta = initial()
     assert jax.tree.map(jnp.shape, delta[SHARED]) == {"fixed_a": (6, 5), "fixed_b": (4, 6)}
     assert lj.labels(delta)[SHARED] == {"fixed_a": "frozen", "fixed_b": "frozen"}
     assert lj.labels(delta)["small/kernel"] == {"b": "trainable", "d": "trainable"}
@@ -136,7 +157,7 @@ def test_counts_and_what_trains():
 
 
 def test_training_moves_the_vectors_alone():
-    delta = filled(METHOD.init(KEY, LAYERS))
+    delta = random_delta(METHOD, LAYERS)
 
     def loss(params, delta):
         fn = lj.lift(lambda p: normal(4, 3) @ p["small"]["kernel"], on_dense="error")
@@ -147,78 +168,91 @@ def test_training_moves_the_vectors_alone():
         np.any(leaf) for leaf in jax.tree.leaves((of_base["small"]["kernel"], grads[SHARED], grads["large/kernel"]))
     )
     tx = lj.freeze_base(optax.adam(0.1))
-    state = tx.init(delta)
+    state = jax.jit(tx.init)(delta)
     kept = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
     assert kept == 2 * 18  # two moments of what trains, none of the rest
-    updates, _ = tx.update(grads, state, delta)
-    same(optax.apply_updates(delta, updates)[SHARED], delta[SHARED])
+
+    @jax.jit
+    def step(delta, state, grads):
+        updates, _ = tx.update(grads, state, delta)
+        return updates, optax.apply_updates(delta, updates)
+
+    updates, after = step(delta, state, grads)
+    same(after[SHARED], delta[SHARED])
     assert np.all(updates["small/kernel"]["b"]) and np.all(updates["small/kernel"]["d"])
 
 
 def test_it_begins_as_the_base_and_keeps_its_matrices_in_a_file(tmp_path):
-    delta = METHOD.init(KEY, LAYERS)
+    delta = initial()
     assert not np.any(delta["small/kernel"]["b"]) and np.all(delta["small/kernel"]["d"] == np.float32(0.1))
-    same(lj.merge(METHOD.apply(LAYERS, delta)), LAYERS)
+    same(merged_params(METHOD, LAYERS, delta), LAYERS)
     other = lj.vera(lj.select("*/kernel"), rank=6, d_initial=1.0)
     assert np.all(other.init(KEY, LAYERS)["large/kernel"]["d"] == 1)
     delta = filled(delta)
     save_adapter(tmp_path, METHOD, delta, {"source": "-", "shapes": "-", "content": "-"})
     method, again, _ = load_adapter(tmp_path)
     same(again, delta)
-    same(lj.merge(method.apply(LAYERS, again)), lj.merge(METHOD.apply(LAYERS, delta)))
-    close(lj.unmerge(lj.merge(METHOD.apply(LAYERS, delta)), METHOD, delta), LAYERS, 1e-6)
+    same(merged_params(method, LAYERS, again), merged_params(METHOD, LAYERS, delta))
+    close(lj.unmerge(merged_params(METHOD, LAYERS, delta), METHOD, delta), LAYERS, 1e-6)
 
 
 def test_strength_scales_the_change():
-    delta = filled(METHOD.init(KEY, LAYERS))
+    delta = random_delta(METHOD, LAYERS)
     run = jax.jit(lambda s: lj.merge(METHOD.apply(LAYERS, delta, strength=s)))
     same(run(jnp.float32(0)), LAYERS)
-    close(run(jnp.float32(1)), lj.merge(METHOD.apply(LAYERS, delta)), 1e-7)
-    whole, half = (run(jnp.float32(s))["large"]["kernel"] - LAYERS["large"]["kernel"] for s in (1, 0.5))
-    close(half, 0.5 * whole)
+    close(run(jnp.float32(1)), merged_params(METHOD, LAYERS, delta), 1e-7)
+    base = np.asarray(LAYERS["large"]["kernel"])
+    whole, half = (np.asarray(run(jnp.float32(s))["large"]["kernel"]) - base for s in (1, 0.5))
+    close(half, np.float32(0.5) * whole)
 
 
 def test_bfloat16():
     """A base and a model of low precision; the merged weights are rounded once."""
-    delta = filled(METHOD.init(KEY, LAYERS), size=0.2)
-    low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), LAYERS)
-    exact = lj.merge(METHOD.apply(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), low), delta))
-    merged = lj.merge(METHOD.apply(low, delta))
+    delta = random_delta(METHOD, LAYERS, size=0.2)
+    low = jax.tree.map(lambda leaf: np.asarray(leaf).astype(jnp.bfloat16), LAYERS)
+    exact = merged_params(METHOD, jax.tree.map(lambda leaf: leaf.astype(np.float32), low), delta)
+    exact = jax.tree.map(np.asarray, exact)
+    merged = merged_params(METHOD, low, delta)
     same(merged["large"]["kernel"], exact["large"]["kernel"].astype(jnp.bfloat16))
-    x = normal(4, 5)
+    x = np.asarray(normal(4, 5))
     want = x @ exact["large"]["kernel"]
     for params in (low, LAYERS):
         fn = lj.lift(lambda p: x.astype(jnp.bfloat16) @ p["large"]["kernel"].astype(jnp.bfloat16), on_dense="error")
-        got = fn(METHOD.apply(params, delta))
+        got = jax.jit(lambda d, params=params, fn=fn: fn(METHOD.apply(params, d)))(delta)
         assert got.dtype == jnp.bfloat16
-        close(got.astype(jnp.float32), want, 2e-2)  # 8 bits of mantissa, in x, factors and result
+        close(np.asarray(got).astype(np.float32), want, 2e-2)  # 8 bits of mantissa, in x, factors and result
 
 
 def test_tied_embedding():
-    model, ids = Tied(), jnp.asarray([[1, 4, 10], [4, 4, 0]], jnp.int32)
+    model, ids = Tied(), ints([[1, 4, 10], [4, 4, 0]])
     params = started(model, ids)
     method = lj.vera(lj.select("wte/embedding", "mix/kernel"), rank=3)
-    delta = filled(method.init(KEY, params))
-    merged = lj.merge(method.apply(params, delta))
+    delta = random_delta(method, params)
+    merged = merged_params(method, params, delta)
     alone = lj.Delta({"w": delta["wte/embedding"], SHARED: delta[SHARED]})
-    want = summed("vo")({"w": params["wte"]["embedding"]}, alone)["w"]
+    want = jax.jit(lambda w, d: summed("vo")({"w": w}, d)["w"])(params["wte"]["embedding"], alone)
     close(merged["wte"]["embedding"], want)
     fn = lambda p: model.apply({"params": p}, ids)  # noqa: E731
-    got = jax.jit(lambda d: lj.lift(fn, on_dense="error")(method.apply(params, d)))(delta)
-    close(got, fn(replaced(merged, {"wte/embedding": want})))
+
+    @jax.jit
+    def lifted_and_dense(delta, dense):
+        return lj.lift(fn, on_dense="error")(method.apply(params, delta)), fn(dense)
+
+    close(*lifted_and_dense(delta, replaced(merged, {"wte/embedding": want})))
 
 
 def test_shard_map():
     mesh = jax.make_mesh((2, 4), ("b", "t"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     params = {"up": {"w": W}, "down": {"w": normal(12, 8, seed=2)}}
     method = lj.vera(lj.select("*/w"), rank=3)
-    delta = filled(method.init(KEY, params))
-    merged = lj.merge(method.apply(params, delta))
+    delta = random_delta(method, params)
+    merged = merged_params(method, params, delta)
     specs = {"up": {"w": P(None, "t")}, "down": {"w": P("t", None)}}
     body = lambda p, x: lax.psum(jnp.tanh(x @ p["up"]["w"]) @ p["down"]["w"], "t")  # noqa: E731
     fn = jax.shard_map(body, mesh=mesh, in_specs=(specs, P("b")), out_specs=P("b"))
-    got = jax.jit(lambda d: lj.lift(fn, on_dense="error")(method.apply(params, d), normal(4, 8)))(delta)
-    close(got, jnp.tanh(normal(4, 8) @ merged["up"]["w"]) @ merged["down"]["w"])
+    x = normal(4, 8)
+    got = jax.jit(lambda d: lj.lift(fn, on_dense="error")(method.apply(params, d), x))(delta)
+    close(got, np.tanh(np.asarray(x) @ np.asarray(merged["up"]["w"])) @ np.asarray(merged["down"]["w"]))
 
 
 def test_what_cannot_be_is_said():
@@ -230,11 +264,11 @@ def test_what_cannot_be_is_said():
     two = lj.chain(lj.vera(lj.select("small/kernel"), rank=2), lj.vera(lj.select("large/kernel"), rank=2))
     with pytest.raises(ValueError, match="@shared/vera is the target of two transforms of the chain"):
         two.init(KEY, LAYERS)
-    delta = METHOD.init(KEY, LAYERS)
+    delta = random_delta(METHOD, LAYERS)
     without = lj.Delta({path: factors for path, factors in delta.items() if path != SHARED})
     with pytest.raises(ValueError, match=r"it lacks, or has besides, \['@shared/vera'\]"):
         METHOD.apply(LAYERS, without)
-    narrow = lj.Delta(delta | {SHARED: {name: x[:, :-1] for name, x in delta[SHARED].items()}})
+    narrow = lj.Delta(delta | {SHARED: {name: np.asarray(x)[:, :-1] for name, x in delta[SHARED].items()}})
     with pytest.raises(ValueError, match=r"@shared/vera: the delta's factors are .* need {'fixed_a': \(6, 5\)"):
         METHOD.apply(LAYERS, narrow)
     swapped = lj.Delta(delta | {"small/kernel": delta["large/kernel"]})
@@ -248,10 +282,10 @@ def test_what_cannot_be_is_said():
 
 def test_a_chain_with_another_method():
     both = lj.chain(lj.vera(lj.select("large/kernel"), rank=2), lj.tune(lj.select("small/bias")))
-    delta = filled(both.init(KEY, LAYERS))
+    delta = random_delta(both, LAYERS)
     assert sorted(delta) == [SHARED, "large/kernel", "small/bias"] and lj.check(both, LAYERS).trained == 4 + 2 + 2
     again = lj.from_spec(json.loads(json.dumps(both.spec)))
-    same(lj.merge(again.apply(LAYERS, delta)), lj.merge(both.apply(LAYERS, delta)))
+    same(again.apply(LAYERS, delta), both.apply(LAYERS, delta))
 
 
 FUSED = {"attn": {name: {"kernel": normal(5, size, seed=size)} for name, size in (("k", 4), ("q", 3), ("v", 2))}}
@@ -270,12 +304,12 @@ def test_a_fused_layer_of_peft_s_is_weights_of_one_d():
     trained = {name.split(".")[3]: x for name, x in randomized(made).items()}
     method = lj.vera(lj.select("attn/*/kernel"), rank=6, fused="attn/{q,k,v}/kernel")
     assert lj.check(method, FUSED).trained == 9 + 6
-    parts = jnp.split(jnp.asarray(trained["vera_lambda_b"].detach().numpy()), [3, 7])
+    parts = np.split(trained["vera_lambda_b"].detach().numpy(), [3, 7])
     delta = lj.Delta({f"attn/{name}/kernel": {"b": part} for name, part in zip(order, parts, strict=True)})
-    delta["@shared/attn"] = {"d": jnp.asarray(trained["vera_lambda_d"].detach().numpy())}
+    delta["@shared/attn"] = {"d": jax.device_put(trained["vera_lambda_d"].detach().numpy().copy())}
     projections = {"fixed_a": made.base_model.vera_A["default"], "fixed_b": made.base_model.vera_B["default"]}
-    delta[SHARED] = {name: jnp.asarray(x.numpy()) for name, x in projections.items()}
-    assert jax.tree.map(jnp.shape, method.init(KEY, FUSED)) == jax.tree.map(jnp.shape, delta)
+    delta[SHARED] = {name: jax.device_put(x.numpy().copy()) for name, x in projections.items()}
+    assert jax.tree.map(jnp.shape, jax.eval_shape(method.init, KEY, FUSED)) == jax.tree.map(jnp.shape, delta)
     x = normal(4, 5, seed=9)
 
     def loss(delta):
@@ -288,28 +322,32 @@ def test_a_fused_layer_of_peft_s_is_weights_of_one_d():
     torch.sin(want).sum().backward()
     close(out, want.detach().numpy())
     close(grads["@shared/attn"]["d"], trained["vera_lambda_d"].grad.numpy(), 2e-5)
-    of_b = jnp.concatenate([grads[f"attn/{name}/kernel"]["b"] for name in order])
+    of_b = np.concatenate([grads[f"attn/{name}/kernel"]["b"] for name in order])
     close(of_b, trained["vera_lambda_b"].grad.numpy(), 2e-5)
 
 
 def test_fused_weights_beside_others_and_in_a_stack():
     method = lj.vera(lj.select("**/kernel"), rank=3, fused="**/{q,k,v}/kernel")
-    delta = filled(method.init(KEY, FUSED))
+    delta = random_delta(method, FUSED)
     assert jax.tree.map(jnp.shape, delta[SHARED]) == {"fixed_a": (3, 5), "fixed_b": (9, 3)}
-    merged, shared = lj.merge(method.apply(FUSED, delta)), delta[SHARED]
+    merged = merged_params(method, FUSED, delta)
+    base, factors = jax.tree.map(np.asarray, (FUSED, dict(delta)))
+    shared = factors[SHARED]
     for name, start in (("q", 0), ("k", 3), ("v", 7)):
-        w, b = FUSED["attn"][name]["kernel"], delta[f"attn/{name}/kernel"]["b"]
-        change = (shared["fixed_a"].T * delta["@shared/attn"]["d"][None]) @ shared["fixed_b"][start : start + len(b)].T
+        w, b = base["attn"][name]["kernel"], factors[f"attn/{name}/kernel"]["b"]
+        change = (shared["fixed_a"].T * factors["@shared/attn"]["d"][None]) @ shared["fixed_b"][
+            start : start + len(b)
+        ].T
         close(merged["attn"][name]["kernel"], w + change * b[None])
     again = lj.from_spec(json.loads(json.dumps(method.spec)))
-    same(lj.merge(again.apply(FUSED, delta)), merged)
+    same(again.apply(FUSED, delta), method.apply(FUSED, delta))
     layers = {f"h_{n}": FUSED for n in range(2)}
     loop = lj.vera(lj.select("**/kernel"), rank=3, fused="**/{q,k,v}/kernel")
     scan = lj.vera(lj.select("**/kernel", axes="sio"), rank=3, fused="**/{q,k,v}/kernel")
-    delta = filled(loop.init(KEY, layers))
+    delta = random_delta(loop, layers)
     close(
-        lj.merge(scan.apply(to_scanned(layers), to_scanned(delta))),
-        to_scanned(lj.merge(loop.apply(layers, delta))),
+        merged_params(scan, to_scanned(layers), to_scanned(delta)),
+        to_scanned(merged_params(loop, layers, delta)),
         1e-6,
     )
 
@@ -321,7 +359,7 @@ def test_what_cannot_be_fused_is_said():
         with pytest.raises(ValueError, match="names no parts in braces, or none of the selected"):
             lj.vera(lj.select("**/kernel"), rank=2, fused=glob).init(KEY, FUSED)
     method = lj.vera(lj.select("attn/*/kernel"), rank=2, fused="attn/{q,k,v}/kernel")
-    delta = method.init(KEY, FUSED)
+    delta = random_delta(method, FUSED)
     lacking = lj.Delta({path: factors for path, factors in delta.items() if path != "@shared/attn"})
     with pytest.raises(ValueError, match=r"it lacks, or has besides, \['@shared/attn'\]"):
         method.apply(FUSED, lacking)

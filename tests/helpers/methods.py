@@ -14,7 +14,7 @@ from jax import lax
 import lora_jax as lj
 from lora_jax.models.layouts import to_scanned
 from tests.helpers.networks import Stack, stacked
-from tests.helpers.reference import close, filled, normal, same, weighted
+from tests.helpers.reference import close, normal, random_delta, same, weighted
 
 SHAPES = [(5, 7, 6, 3), (1, 9, 4, 2), (12, 8, 16, 5)]  # what each layer of a network takes, and what the last gives
 
@@ -64,7 +64,7 @@ def as_dense(
 ) -> None:
     """fn(params, *args) lifted is fn(dense(params, delta), *args) for a random delta: value, gradients of what trains,
     merged params."""
-    delta = filled(jax.eval_shape(lambda: method.init(jax.random.key(0), params)), size=0.5)
+    delta = random_delta(method, params, size=0.5)
     lifted = lj.lift(fn, on_dense=on_dense)
 
     def both(delta: Any) -> Any:  # one program: compiling is most of a test's time
@@ -109,7 +109,7 @@ def as_some_layers(one: lj.ParamTransform, some: lj.ParamTransform, params: Any,
     """A method on layers 0 and 2 of three, `one` of a looped `Stack` and `some` of a scanned one: the same function,
     and the other layer stays as it is."""
     stack, scanned = stacked(params, 3), Stack(layers=3, scan=True, remat=True)
-    delta = filled(one.init(jax.random.key(0), params))
+    delta = random_delta(one, params)
     other = to_scanned(lj.Delta({path.replace("h_2/", "h_1/"): factors for path, factors in delta.items()}))
     assert jax.tree.map(jnp.shape, some.init(jax.random.key(0), stack)) == jax.tree.map(jnp.shape, other)
     merged = lj.merge(some.apply(stack, other))
@@ -139,7 +139,7 @@ def tree(module: Any) -> dict[str, Any]:
     params: dict[str, Any] = {}
     for name, value in module.state_dict().items():
         layer, leaf = name.split(".")
-        params.setdefault(layer, {})[leaf] = jnp.asarray(value.numpy())
+        params.setdefault(layer, {})[leaf] = jax.device_put(value.numpy().copy())
     return params
 
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 
@@ -57,12 +56,20 @@ class Tied(nn.Module):
 
 
 def started(model: nn.Module, *args: Any, seed: int = 0, **kwargs: Any) -> Any:
-    """The model's parameters."""
-    return model.init(jax.random.key(seed), *args, **kwargs)["params"]
+    """Random parameters of a model, of the size that Flax's are: no initialization is compiled for them."""
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(seed), *args, **kwargs))["params"]
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple, leaf: Any) -> jax.Array:
+        constant = {"bias": np.zeros, "scale": np.ones}.get(path[-1].key)
+        value = constant(leaf.shape) if constant else 0.35 * rng.normal(size=leaf.shape)
+        return jax.device_put(value.astype(leaf.dtype))
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def stacked(params: Any, layers: int) -> Any:
     """The loop's tree in the scanned layout."""
     rest = {name: value for name, value in params.items() if not name.startswith("h_")}
     blocks = [params[f"h_{layer}"] for layer in range(layers)]
-    return {**rest, "h": jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *blocks)}
+    return {**rest, "h": jax.tree.map(lambda *leaves: jax.device_put(np.stack(leaves)), *blocks)}

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lj
+from lora_jax.planning.flops import subjaxprs
 
 ALPHA = 3.0
 DEFAULT = {"kernel": "io", "embedding": "vo", "weight": "oi"}
@@ -38,18 +39,26 @@ def replaced(params: Any, values: Mapping[str, Any]) -> Any:
     return jax.tree_util.tree_map_with_path(lambda k, leaf: values.get(path_of(k), leaf), params)
 
 
+def numpy_of(*arrays: Any) -> Any:
+    """The module to compute with: `jax.numpy` under a transform and for dtypes that numpy lacks, else numpy, whose
+    operations are not compiled."""
+    traced = any(isinstance(x, jax.core.Tracer) for x in arrays)
+    return jnp if traced or any(jnp.result_type(x) == jnp.bfloat16 for x in arrays) else np
+
+
 def dense_delta(a: Any, b: Any, axes: str, scale: Any) -> Any:
     """scale * A B in the order of `axes`, from A (s.., i.., r) and B (s.., r, o..), by reshapes."""
+    xp = numpy_of(a, b, scale)
+    a, b = xp.asarray(a), xp.asarray(b)
     count = {c: sum(letter in c for letter in axes) for c in ("s", "ivk", "o")}
     stacked, n_in = count["s"], count["ivk"]
     lead, inner, outer = a.shape[:stacked], a.shape[stacked : stacked + n_in], b.shape[stacked + 1 :]
     rank = a.shape[-1]
     a = a.reshape((math.prod(lead), math.prod(inner), rank))
     b = b.reshape((math.prod(lead), rank, math.prod(outer)))
-    whole = jnp.stack([scale * (x @ y) for x, y in zip(a, b, strict=True)])
-    whole = whole.reshape(lead + inner + outer)
-    now = [j for c in ("s", "ivk", "o") for j, letter in enumerate(axes) if letter in c]
-    return whole.transpose([now.index(j) for j in range(len(axes))])
+    products = xp.stack([scale * (x @ y) for x, y in zip(a, b, strict=True)]).reshape(lead + inner + outer)
+    order = [j for c in ("s", "ivk", "o") for j, letter in enumerate(axes) if letter in c]
+    return products.transpose([order.index(j) for j in range(len(axes))])
 
 
 def axes_at(path: str, axes: str | Mapping[str, str] | None) -> str:
@@ -59,22 +68,40 @@ def axes_at(path: str, axes: str | Mapping[str, str] | None) -> str:
 
 
 def densely(params: Any, delta: Any, axes: str | Mapping[str, str] | None = None, *, scale: Any) -> Any:
-    """params with W + scale * A B in place of every W that the delta of a `lora` names."""
+    """params with W + scale * A B in place of every W that the delta of a `lora` names; out of jit, by numpy."""
     flat = leaves(params)
-    return replaced(
-        params,
-        {path: flat[path] + dense_delta(f["a"], f["b"], axes_at(path, axes), scale) for path, f in delta.items()},
-    )
+
+    def dense(path: str, factors: Any) -> Any:
+        base, change = flat[path], dense_delta(factors["a"], factors["b"], axes_at(path, axes), scale)
+        if isinstance(change, np.ndarray) and not isinstance(base, jax.core.Tracer):
+            return jax.device_put(np.asarray(base) + change.astype(base.dtype))
+        return base + change
+
+    return replaced(params, {path: dense(path, factors) for path, factors in delta.items()})
 
 
 def filled(delta: Any, seed: int = 1, size: float = 0.3) -> Any:
     """The same delta with random numbers in every factor, so that nothing is zero by its initialization."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray((rng.normal(size=leaf.shape) * size).astype(leaf.dtype)), delta)
+    return jax.tree.map(lambda leaf: jax.device_put((rng.normal(size=leaf.shape) * size).astype(leaf.dtype)), delta)
+
+
+def random_delta(method: lj.ParamTransform, params: Any, seed: int = 1, size: float = 0.3) -> Any:
+    """A delta of the method with random numbers in every factor. No first values are computed for it."""
+    return filled(jax.eval_shape(lambda: method.init(jax.random.key(0), params)), seed, size)
+
+
+def merged_params(method: lj.ParamTransform, params: Any, delta: Any, **options: Any) -> Any:
+    """`lj.merge(method.apply(params, delta, **options))` as one program: out of jit each operation would be one."""
+    return jax.jit(lambda params, delta: lj.merge(method.apply(params, delta, **options)))(params, delta)
 
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return jax.device_put(np.random.default_rng(seed).normal(size=shape).astype(np.float32))  # jnp.asarray compiles
+
+
+def ints(values: Any) -> jax.Array:
+    return jax.device_put(np.array(values, np.int32))
 
 
 def close(got: Any, want: Any, tol: float = 1e-5) -> None:
@@ -142,9 +169,9 @@ def agree(
 ) -> Any:
     """fn(params, *args, **kwargs) lifted, on lora of every selected leaf: value and gradients of the delta are those of
     fn on dense weights; with dropout it traces too. `on_dense="error"` makes forming a dense weight a failure. Returns
-    the delta."""
+    the delta, and the jaxpr of value and gradients of the lifted function."""
     method = lj.lora(lj.select(globs, axes=axes), rank=rank, alpha=ALPHA)
-    delta = filled(jax.eval_shape(lambda: method.init(jax.random.key(0), params)))
+    delta = random_delta(method, params)
     lifted = lj.lift(fn, on_dense=on_dense)
 
     def adapted(delta):
@@ -155,13 +182,10 @@ def agree(
         out = fn(densely(params, delta, axes, scale=ALPHA / rank), *args, **kwargs)
         return weighted(out), out
 
-    def both(delta):  # one program: compiling is most of a test's time
-        return (
-            jax.value_and_grad(adapted, has_aux=True)(delta),
-            jax.value_and_grad(reference, has_aux=True)(delta),
-        )
-
-    ((_, out), grads), ((_, want), want_grads) = jax.jit(both)(delta)
+    got, expected = (jax.jit(jax.value_and_grad(fn, has_aux=True)) for fn in (adapted, reference))
+    # one program: compiling is most of a test's time
+    traced = jax.jit(lambda delta: (got(delta), expected(delta))).trace(delta)
+    ((_, out), grads), ((_, want), want_grads) = traced.lower().compile()(delta)
     close(out, want, tol)
     close(grads, want_grads, 2 * tol)
     assert any(np.any(np.asarray(g)) for g in jax.tree.leaves(grads))
@@ -172,4 +196,4 @@ def agree(
     )
     same_shapes = jax.tree.map(lambda s, w: s.shape == w.shape and s.dtype == w.dtype, shapes, want)
     assert all(jax.tree.leaves(same_shapes))
-    return delta
+    return delta, next(subjaxprs(traced.jaxpr.eqns[0]))
