@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
+from tests.helpers.marks import diagonal
 from tests.helpers.methods import SHAPES, as_dense, as_peft, as_some_layers, network, randomized, tree
 from tests.helpers.networks import Stack, Tied, started
 from tests.helpers.reference import close, ints, merged_params, normal, random_delta, replaced, same
@@ -23,8 +24,7 @@ def numbers(tensor):
     return tensor.detach().numpy().ravel()
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv1d"])
-@pytest.mark.parametrize("sizes", SHAPES)
+@pytest.mark.parametrize(("sizes", "kind"), diagonal(SHAPES, ["linear", "conv1d"]))
 def test_peft(kind, sizes):
     peft = pytest.importorskip("peft")
     module = network(kind, sizes)
@@ -42,8 +42,7 @@ def test_peft(kind, sizes):
     as_peft(kind, params, model, trained, method, delta, names)
 
 
-@pytest.mark.parametrize("feedforward", [False, True])
-@pytest.mark.parametrize("window", [(3, 2), (1, 1)])
+@pytest.mark.parametrize(("window", "feedforward"), diagonal([(3, 2), (1, 1)], [False, True]))
 def test_convolutions_of_peft(feedforward, window):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     torch.manual_seed(0)
@@ -150,15 +149,7 @@ LAYOUTS = {
 }
 
 
-# Each use with l on one side, which alternates; with it on the other in `make test-all`.
-SIDES = [
-    pytest.param(name, feedforward, marks=() if feedforward == n % 2 else pytest.mark.slow)
-    for n, name in enumerate(LAYOUTS)
-    for feedforward in (False, True)
-]
-
-
-@pytest.mark.parametrize(("name", "feedforward"), SIDES)
+@pytest.mark.parametrize(("name", "feedforward"), diagonal(LAYOUTS, [False, True]))
 def test_layouts(name, feedforward):
     fn, params, axes = LAYOUTS[name]
     method = lj.ia3(lj.select("w", axes={"w": axes}), feedforward="w" if feedforward else ())

@@ -12,6 +12,7 @@ import pytest
 import lora_jax as lj
 from lora_jax.core import transforms
 from lora_jax.methods.bias_delta import bias_delta
+from tests.helpers.marks import slow_but
 from tests.helpers.networks import Stack, stacked, started
 from tests.helpers.reference import close, digest, leaves, normal, random_delta, same
 
@@ -43,6 +44,8 @@ METHODS = {
     "lokr": lj.lokr(KERNELS, rank=1, alpha=3, decompose_both=True),
 }
 over_methods = pytest.mark.parametrize("name", METHODS)
+# The two that are another choice of leaves of a method above are slow.
+over_kinds = pytest.mark.parametrize("name", slow_but(METHODS, *(METHODS.keys() - {"lora, one layer", "bitfit"})))
 lifted = lj.lift(lambda params, x: MODEL.apply({"params": params}, x), on_dense="error")
 
 
@@ -89,7 +92,7 @@ def many(name, count):
     return deltas, stacked_leaves(*deltas)
 
 
-@over_methods
+@over_kinds
 def test_1_the_base_is_unchanged_by_training_merging_and_switching(name):
     method, before = METHODS[name], digest(PARAMS)
     first = delta = initial(name)
@@ -138,7 +141,7 @@ def test_3_lifted_equals_merged(name):
     assert np.max(np.abs(out - base(PARAMS, X))) > 0.01
 
 
-@over_methods
+@over_kinds
 def test_4_vmap_over_deltas_equals_a_loop(name):
     """With one batch for all, and with an example of its own for every delta."""
     deltas, together = many(name, 4)

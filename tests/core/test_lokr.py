@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lj
 from lora_jax.methods.lokr import factorization
 from lora_jax.planning.flops import equations
+from tests.helpers.marks import diagonal, slow_but
 from tests.helpers.methods import SHAPES, as_dense, as_peft, as_some_layers, network, randomized, tree
 from tests.helpers.networks import Stack, Tied, started
 from tests.helpers.reference import close, ints, merged_params, normal, random_delta, replaced, same
@@ -73,8 +74,7 @@ def test_factorization_is_peft_s():
             assert factorization(size, factor) == theirs(size, factor), (size, factor)
 
 
-@pytest.mark.parametrize("window", [(3, 2), (1, 1)])
-@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize(("rank", "window"), diagonal([1, 4], [(3, 2), (1, 1)]))
 def test_convolutions_of_peft(window, rank):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     torch.manual_seed(0)
@@ -153,22 +153,9 @@ DENSE = {
     ),
 }
 CUTS = {  # what changes the order of input or output axes, or leaves some entries out
-    "slice of outputs",
-    "slice of inputs",
-    "slice of both, transposed",
-    "split in three",
-    "split of inputs",
-    "dynamic slice",
-    "head of a head",
-    "part of each head",
-    "swapped heads",
-    "the first rows (positions)",
-    "one row",
-    "a traced row",
-    "head of the first rows",
-    "einsum with several free axes",
-    "vdot of a column",
-    *DENSE,
+    *("slice of outputs", "slice of inputs", "slice of both, transposed", "split in three", "split of inputs"),
+    *("dynamic slice", "head of a head", "part of each head", "swapped heads", "the first rows (positions)"),
+    *("one row", "a traced row", "head of the first rows", "einsum with several free axes", "vdot of a column", *DENSE),
 }
 
 
@@ -186,7 +173,10 @@ def test_what_is_followed(name):
     as_dense(fn, params, lj.lokr(lj.select("w", axes=axes), rank=1, decompose_both=True), added(axes, 1.0), X)
 
 
-@pytest.mark.parametrize("name", sorted(CUTS))
+REPEATED = {"split of inputs", "head of a head", "part of each head", "a traced row", "head of the first rows"}
+
+
+@pytest.mark.parametrize("name", slow_but(sorted(CUTS), *(CUTS - REPEATED)))
 def test_what_becomes_dense_with_a_report(name):
     """And is right."""
     fn, params, axes = (CASES | DENSE)[name]

@@ -90,7 +90,7 @@ def test_scanned_and_rematerialized_as_the_loop(name):
     close(run(scanned, params_of(scan=True)), run(looped, params_of()), 2e-5)
 
 
-@pytest.mark.parametrize("name", ["PE", "LoRA + PL"])
+@pytest.mark.parametrize("name", ["PE", pytest.param("LoRA + PL", marks=pytest.mark.slow)])
 def test_generation_with_a_cache_equals_the_loop_without(name):
     """Padded on the left; the steps meet no placeholder; a beam of one finds the same text."""
     from lora_jax.generation import generate

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lj
 from lora_jax.checkpoints import load_adapter, save_adapter
 from lora_jax.models.layouts import to_scanned
+from tests.helpers.marks import diagonal
 from tests.helpers.methods import SHAPES, as_dense, as_peft, as_some_layers, network, randomized, tree
 from tests.helpers.networks import Stack, Tied, started
 from tests.helpers.reference import (
@@ -34,8 +35,7 @@ KEY = jax.random.key(0)
 SHARED = "@shared/vera"
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv1d"])
-@pytest.mark.parametrize("sizes", SHAPES)
+@pytest.mark.parametrize(("sizes", "kind"), diagonal(SHAPES, ["linear", "conv1d"]))
 def test_peft(kind, sizes):
     peft = pytest.importorskip("peft")
     module = network(kind, sizes)
