@@ -18,7 +18,7 @@ LORA = {"method": "lora", **QV, "dropout": 0.0}
 Values = list[dict[str, Any]]
 
 
-def members(values: Values, spec: dict[str, Any] = LORA, **changes: Any) -> list[sweep.Member]:
+def members(values: Values, spec: dict[str, Any] = LORA, buckets: int = 2, **changes: Any) -> list[sweep.Member]:
     """One for each: names of the optimizer's options, "seed", or options of the spec."""
     params, found = model_and_params()[1], []
     for own in values:
@@ -29,7 +29,7 @@ def members(values: Values, spec: dict[str, Any] = LORA, **changes: Any) -> list
         options = {name: value for name, value in own.items() if name in spec.get("of", [spec])[0]}
         parts = [part | options if "rank" in part else part for part in spec.get("of", [spec])]
         method = lj.from_spec(spec | {"of": parts} if "of" in spec else parts[0])
-        batches = dataclasses.replace(schedule(), seed=config.seed)
+        batches = dataclasses.replace(schedule(buckets=buckets), seed=config.seed)
         name = ",".join(f"{key}={value}" for key, value in own.items())
         found.append(sweep.Member(name, config, method, params, batches))
     return found

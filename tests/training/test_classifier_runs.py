@@ -240,10 +240,10 @@ def test_dropout_of_the_model_acts_in_training_alone() -> None:
     model = Encoder(dataclasses.replace(CONFIG, head="classification", labels=2, dropout=0.5))
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     method = lj.lora(lj.select("**/attn/query/kernel"), rank=1)
-    adapted = method.apply(params, method.init(jax.random.key(1), params))
-    tokens = jnp.ones((3, 5), jnp.int32)
+    adapted = method.apply(params, jax.jit(method.init)(jax.random.key(1), params))
+    tokens = np.ones((3, 5), np.int32)
     batch: dict[str, Any] = {"tokens": tokens, "mask": tokens > 0, "token_types": tokens * 0}
-    forward = training.classifier(model).forward
+    forward = jax.jit(training.classifier(model).forward)
     one, two = (forward(adapted, batch, jax.random.key(seed)) for seed in (0, 1))
     assert np.abs(one - two).max() > 1e-3
     np.testing.assert_array_equal(forward(adapted, batch), forward(adapted, batch, None))

@@ -176,13 +176,15 @@ def test_a_stopped_sweep_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_a_diverging_member_leaves_the_others_alone(tmp_path: Path) -> None:
-    found = members([{"learning_rate": 1e-2}, {"learning_rate": 1e38}])
-    results = sweep.train(ready(tmp_path / "sweep", found))
+    found = members([{"learning_rate": 1e-2}, {"learning_rate": 1e38}], buckets=1)
+    validation = schedule(8, seed=1, buckets=1)
+    results = sweep.train(ready(tmp_path / "sweep", found, validation=validation))
     assert results is not None and results[1] is None and results[0] is not None
-    close(results[0].delta, alone(tmp_path / "alone", found[0]).delta)
+    close(results[0].delta, alone(tmp_path / "alone", found[0], validation=None).delta)
     assert not (tmp_path / "sweep" / found[1].name / "adapter").exists()
     with pytest.raises(ValueError, match=r"every member of .* diverged: \{0: "):
-        sweep.train(ready(tmp_path / "all", members([{"learning_rate": 1e37}, {"learning_rate": 1e38}])))
+        diverging = members([{"learning_rate": 1e37}, {"learning_rate": 1e38}], buckets=1)
+        sweep.train(ready(tmp_path / "all", diverging, validation=None))
 
 
 def test_what_cannot_be_swept_is_said(tmp_path: Path) -> None:
