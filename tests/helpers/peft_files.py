@@ -48,8 +48,8 @@ def spoiled(folder, to, change=lambda tensors: tensors, **fields):
 
 def filled(method, params, seed=3):
     rng = np.random.default_rng(seed)
-    delta = method.init(jax.random.key(0), params)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.3, leaf.dtype), delta)
+    delta = jax.eval_shape(method.init, jax.random.key(0), params)
+    return jax.tree.map(lambda leaf: jax.device_put((rng.normal(size=leaf.shape) * 0.3).astype(leaf.dtype)), delta)
 
 
 def out(kind, method, tmp_path, delta=None):

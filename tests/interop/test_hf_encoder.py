@@ -165,7 +165,7 @@ def test_a_new_head_on_a_bare_encoder(case: str, head: str, tmp_path: Path, capl
     for part in params.keys() - {"classifier"}:
         assert equal(params[part], bare[part])
     tokens = np.ones((2, 5), np.int32)
-    assert model.apply({"params": params}, tokens).shape == (2, model.config.labels)
+    assert jax.eval_shape(model.apply, {"params": params}, tokens).shape == (2, model.config.labels)
     one, two = (hf.load(tmp_path, key=jax.random.key(seed), **wanted)[1] for seed in (1, 2))
     assert not np.array_equal(*(jax.tree.leaves(x["classifier"])[-1] for x in (one, two)))
 

@@ -390,7 +390,7 @@ def test_the_small_base(shared):
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 6_967_296
     with gzip.open(shared / "data/text/wikitext2_raw_valid.txt.gz", "rt") as file:
         ids = np.array(tokenizer.encode(file.read(60_000)).ids, np.int32)
-    tokens = ids[: len(ids) // 512 * 512].reshape(-1, 512)[:16]
+    tokens = ids[: len(ids) // 512 * 512].reshape(-1, 512)[:8]
     logits = jax.jit(model.apply)({"params": params}, tokens)[:, :-1]
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(tokens[:, 1:, None]), axis=-1)
     perplexity = float(jnp.exp(-chosen.mean()))

@@ -17,7 +17,7 @@ def test_the_ten_instance_example(shared: Path) -> None:
     assert bleu(hypotheses, references) == pytest.approx(72.03, rel=1e-3)
 
 
-@pytest.mark.parametrize("run", range(5))
+@pytest.mark.parametrize("run", [0, *(pytest.param(run, marks=pytest.mark.slow) for run in range(1, 5))])
 def test_tgen(shared: Path, run: int) -> None:
     file = shared / f"data/e2e_system_outputs/tgen-std.run{run}.txt"
     groups = pairs.contexts(e2e.load(shared / "data/e2e/official", "test"))

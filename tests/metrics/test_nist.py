@@ -18,7 +18,7 @@ def test_the_ten_instance_example(shared: Path) -> None:
     assert score == pytest.approx(7.7889, abs=5e-5)
 
 
-@pytest.mark.parametrize("run", range(5))
+@pytest.mark.parametrize("run", [0, *(pytest.param(run, marks=pytest.mark.slow) for run in range(1, 5))])
 def test_tgen(shared: Path, run: int) -> None:
     file = shared / f"data/e2e_system_outputs/tgen-std.run{run}.txt"
     groups = pairs.contexts(e2e.load(shared / "data/e2e/official", "test"))
