@@ -117,6 +117,7 @@ def _forked(module: str, flags: tuple[str, ...], env: dict[str, str], streams: P
     os.environ.update(env)
     jax.config.update("jax_num_cpu_devices", int(env["JAX_NUM_CPU_DEVICES"]))
     jax.config.update("jax_platforms", env["JAX_PLATFORMS"])
+    jax.config.update("jax_enable_compilation_cache", env.get("JAX_ENABLE_COMPILATION_CACHE") != "false")
     sys.stdin = open(streams / "in")
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(streams / name, os.O_WRONLY | os.O_APPEND), number)
