@@ -72,6 +72,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # what is imported stays
+    gc.set_threshold(100_000)  # jaxprs are many small objects, of which few are in cycles
     gc.enable()
 
 
