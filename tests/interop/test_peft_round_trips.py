@@ -169,7 +169,7 @@ BIASES = {
     "lora_only with a head": ("roberta", CLS | {"bias": "lora_only"}),
     "all with a head": ("roberta", CLS | {"bias": "all"}),
     "all with a head of one layer": ("bert", CLS | {"bias": "all"}),
-    "lora_bias with a head": ("bert", CLS | {"lora_bias": True}),
+    "lora_bias with a head": ("bert", CLS | {"lora_bias": True, "use_rslora": True}),
 }
 
 
