@@ -41,7 +41,7 @@ def main() -> None:
     how["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores"
     rows = []
     for name in jobs:
-        relative = statistics.median(full / own for own, full in zip(seconds[name], seconds["full"], strict=True))
+        relative = statistics.median(full / ours for ours, full in zip(seconds[name], seconds["full"], strict=True))
         speed = round(tokens / statistics.median(seconds[name]))
         rows.append({"label": METHODS.get(name, name), "tokens_per_second": speed, "relative_speed": relative} | how)
     if flags.FLAGS.out:

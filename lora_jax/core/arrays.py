@@ -162,8 +162,8 @@ def einsum(layouts: str, axes: str, *arrays: Array) -> Array:
     """`jnp.einsum` of factors, which are named by their layouts, and of W, which has the base's own axes."""
 
     def subscripts(layout: str) -> str:  # base axis j is the j-th capital letter, a factor's own axes keep theirs
-        own = range(len(axes)) if layout == "W" else factor_axes(layout, axes)
-        return "".join(chr(65 + a) if isinstance(a, int) else a for a in own)
+        positions = range(len(axes)) if layout == "W" else factor_axes(layout, axes)
+        return "".join(chr(65 + a) if isinstance(a, int) else a for a in positions)
 
     inputs, output = layouts.split("->")
     names = ",".join(map(subscripts, inputs.split(",")))

@@ -98,6 +98,8 @@ SIZES = {
 
 
 class Block(nn.Module):
+    """Attention and MLP, each followed by its residual and norm."""
+
     config: EncoderConfig
 
     @nn.compact
@@ -151,6 +153,8 @@ class Encoder(nn.Module):
 
 
 class Embeddings(nn.Module):
+    """The sum of the embeddings of tokens, positions and token types, normalized."""
+
     config: EncoderConfig
 
     @nn.compact

@@ -76,6 +76,8 @@ SIZES = {
 
 
 class Block(nn.Module):
+    """Attention and MLP, each behind its norm and followed by its residual."""
+
     config: GPT2Config
 
     @nn.compact

@@ -13,6 +13,7 @@ def count(fn: Callable, *args: Any) -> int:
 
 
 def of_jaxpr(jaxpr: Any) -> int:
+    """FLOPs of a jaxpr's products and convolutions, times the lengths of its scans."""
     total = 0
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name

@@ -10,6 +10,8 @@ from lora_jax.core.transforms.transform import ParamTransform, keys_of, shapes_o
 
 
 class Row(NamedTuple):
+    """One leaf that a method changes, or a key of what several share."""
+
     path: str
     shape: tuple[int, ...]
     axes: str
