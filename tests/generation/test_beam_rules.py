@@ -42,8 +42,8 @@ def table(probabilities: dict[int, dict[int, float]], size: int) -> Any:
 
 
 def beam(params: Any, **options: Any) -> list[int]:
-    found = generate(chain(len(params)), params, [[START]], [[1]], eos=END, pad=END, num_beams=2, **options)
-    return np.asarray(found)[0].tolist()
+    tokens = generate(chain(len(params)), params, [[START]], [[1]], eos=END, pad=END, num_beams=2, **options)
+    return np.asarray(tokens)[0].tolist()
 
 
 # Ends at once with p = 0.9, or goes on with 0.1 and then never ends of its own will.
@@ -76,8 +76,8 @@ def test_bans_are_of_what_would_come_twice(size: int) -> None:
     random = np.random.default_rng(size)
     for end in range(9):
         tokens = random.integers(0, 3, (6, 8)).astype(np.int32)
-        found = ban_repeats(jnp.zeros((6, 3)), jnp.asarray(tokens), jnp.int32(end), size)
-        for row, banned in zip(tokens[:, :end].tolist(), np.isneginf(found), strict=True):
+        scores = ban_repeats(jnp.zeros((6, 3)), jnp.asarray(tokens), jnp.int32(end), size)
+        for row, banned in zip(tokens[:, :end].tolist(), np.isneginf(scores), strict=True):
             there = {tuple(row[i : i + size]) for i in range(len(row) - size + 1)} if size else set()
             last = tuple(row[len(row) - size + 1 :]) if size > 1 else ()
             short = size > 1 and len(row) < size - 1

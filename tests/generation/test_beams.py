@@ -190,8 +190,8 @@ def test_the_authors_rule(pair: tuple[Any, Any, Any], ngram: int, seed: int, eos
 
     tokens, mask = prompts(3, 6, seed)
     how: dict[str, Any] = {"num_beams": 4, "beam_rule": "lora_paper", "no_repeat_ngram_size": ngram}
-    found = generate(model, params, tokens, mask, max_new_tokens=10, eos=eos, pad=0, length_penalty=penalty, **how)
-    for row, kept, new in zip(tokens, mask, np.asarray(found), strict=True):
+    generated = generate(model, params, tokens, mask, max_new_tokens=10, eos=eos, pad=0, length_penalty=penalty, **how)
+    for row, kept, new in zip(tokens, mask, np.asarray(generated), strict=True):
         expected = authors_search(forward, row[kept].tolist(), 10, eos, 4, penalty, ngram)
         assert new.tolist() == expected + [0] * (10 - len(expected))
 
@@ -222,15 +222,15 @@ def test_adapted_merged_scanned_and_a_row_alone(tmp_path: Path, rule: str) -> No
     adapted = method.apply(params, delta)
     tokens, mask = prompts(3, 6, 1)
     options: dict[str, Any] = {"max_new_tokens": 9, "eos": [3, 11], "num_beams": 4, "beam_rule": rule}
-    found = np.asarray(generate(model, adapted, tokens, mask, **options))
-    assert (found != np.asarray(generate(model, params, tokens, mask, **options))).any()
-    np.testing.assert_array_equal(found, generate(model, lj.merge(adapted), tokens, mask, **options))
+    generated = np.asarray(generate(model, adapted, tokens, mask, **options))
+    assert (generated != np.asarray(generate(model, params, tokens, mask, **options))).any()
+    np.testing.assert_array_equal(generated, generate(model, lj.merge(adapted), tokens, mask, **options))
     scanned = gpt2.GPT2(gpt2.GPT2Config(**{**vars(model.config), "scan_layers": True}))
     again = generate(scanned, gpt2.to_scanned(lj.merge(adapted)), tokens, mask, **options)
-    np.testing.assert_array_equal(found, again)
+    np.testing.assert_array_equal(generated, again)
     for row in range(3):
         one = slice(row, row + 1)
-        np.testing.assert_array_equal(generate(model, adapted, tokens[one], mask[one], **options)[0], found[row])
+        np.testing.assert_array_equal(generate(model, adapted, tokens[one], mask[one], **options)[0], generated[row])
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -342,5 +342,5 @@ def test_from_the_shared_base(shared: Path) -> None:
 def test_top_k_is_that_of_jax_and_ties_too(n: int, k: int) -> None:
     x = jnp.round(3 * jax.random.normal(jax.random.key(n), (5, n)))
     x = x.at[1].set(-jnp.inf).at[2, n // 2 :].set(-jnp.inf)
-    for found, expected in zip(top_k(x, k), jax.lax.top_k(x, k), strict=True):
-        np.testing.assert_array_equal(found, expected)
+    for ours, expected in zip(top_k(x, k), jax.lax.top_k(x, k), strict=True):
+        np.testing.assert_array_equal(ours, expected)

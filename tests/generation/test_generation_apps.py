@@ -138,8 +138,8 @@ def test_a_killed_run_goes_on_at_the_next_batch(run: Made, tmp_path: Path) -> No
     assert refused.returncode == 1 and "was begun with other contexts or settings" in refused.stderr
     (tmp_path / "texts.jsonl.part").unlink()
     assert start("generate", *flags).returncode == 0
-    whole = [json.loads(line)["prediction"] for line in out.read_text().splitlines()]
-    assert whole == texts(run, run.adapted, contexts)
+    predictions = [json.loads(line)["prediction"] for line in out.read_text().splitlines()]
+    assert predictions == texts(run, run.adapted, contexts)
     assert not (tmp_path / "texts.jsonl.part").exists()
 
     settings = {"max_new_tokens": 20, "num_beams": 1, "length_penalty": 0.9, "no_repeat_ngram_size": 0}
@@ -151,7 +151,7 @@ def test_a_killed_run_goes_on_at_the_next_batch(run: Made, tmp_path: Path) -> No
     done = start("generate", *flags)
     assert done.returncode == 0, done.stderr
     again = [json.loads(line)["prediction"] for line in out.read_text().split("\n")[:-1]]
-    assert again == [whole[0], left[1][1], whole[2]]
+    assert again == [predictions[0], left[1][1], predictions[2]]
 
 
 def test_a_file_cut_off_anywhere_is_gone_on_with(tmp_path: Path) -> None:
@@ -160,12 +160,12 @@ def test_a_file_cut_off_anywhere_is_gone_on_with(tmp_path: Path) -> None:
     assert completed(file, {"step": 1}) == {}
     head = file.read_bytes()
     lines = [json.dumps([row, text], ensure_ascii=False) + "\n" for row, text in enumerate(["café £5", "é\u2028"])]
-    whole = head + "".join(lines).encode()
-    for end in range(len(head), len(whole) + 1):
-        file.write_bytes(whole[:end])
-        found = completed(file, {"step": 1})
-        count = whole[len(head) : end].count(b"\n")
-        assert found == dict(list(enumerate(["café £5", "é\u2028"]))[:count])
+    content = head + "".join(lines).encode()
+    for end in range(len(head), len(content) + 1):
+        file.write_bytes(content[:end])
+        rows = completed(file, {"step": 1})
+        count = content[len(head) : end].count(b"\n")
+        assert rows == dict(list(enumerate(["café £5", "é\u2028"]))[:count])
         assert file.read_bytes() == head + "".join(lines[:count]).encode()
     with pytest.raises(ValueError, match="other contexts or settings"):
         completed(file, {"step": 2})
@@ -181,11 +181,11 @@ def test_scores_of_seen_and_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
         {"context": "b", "prediction": "x y z w", "references": ["q", "x y z W"], "seen": False},
         {"context": "c", "prediction": "nothing of it here", "references": ["x y z w"], "seen": False},
     ]
-    found = evaluation.scores(rows, named("webnlg"))
-    assert list(found) == ["all", "seen", "unseen"]
-    assert found["seen"]["bleu"]["score"] == pytest.approx(100)
-    half = found["unseen"]["bleu"]["score"]
-    assert 0 < half < found["all"]["bleu"]["score"] < 100
+    scores = evaluation.scores(rows, named("webnlg"))
+    assert list(scores) == ["all", "seen", "unseen"]
+    assert scores["seen"]["bleu"]["score"] == pytest.approx(100)
+    half = scores["unseen"]["bleu"]["score"]
+    assert 0 < half < scores["all"]["bleu"]["score"] < 100
     assert list(evaluation.scores([{**row, "seen": True} for row in rows], named("webnlg"))) == ["all", "seen"]
 
 

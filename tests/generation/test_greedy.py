@@ -119,8 +119,8 @@ def test_as_a_loop_without_cache(form: str) -> None:
     expected = [without_cache(plain, t[m], 20, [0, 5, 14], 2) for t, m in zip(tokens, mask, strict=True)]
     ends = [row.index(2) if 2 in row else 20 for row in expected]
     assert min(ends) < max(ends), "the rows should end at different times"
-    found = generate(gpt2.GPT2(CONFIG), params, tokens, mask, max_new_tokens=20, eos=[0, 5, 14], pad=2)
-    np.testing.assert_array_equal(found, expected)
+    generated = generate(gpt2.GPT2(CONFIG), params, tokens, mask, max_new_tokens=20, eos=[0, 5, 14], pad=2)
+    np.testing.assert_array_equal(generated, expected)
 
 
 def test_adapted_differs_from_base_and_scanned_agrees() -> None:

@@ -55,11 +55,11 @@ def test_frequencies(params: Any, options: dict[str, Any]) -> None:
     expected = np.stack([p * probabilities(params, [*prompt, i], **full) for i, p in enumerate(first)])
     expected[10] = 0
     expected[10, 0] = first[10]  # after the end token comes padding alone
-    found = np.zeros((11, 11))
-    np.add.at(found, (new[:, 0], new[:, 1]), 1)
-    assert (found[expected == 0] == 0).all()
+    pair_counts = np.zeros((11, 11))
+    np.add.at(pair_counts, (new[:, 0], new[:, 1]), 1)
+    assert (pair_counts[expected == 0] == 0).all()
     likely = expected * ROWS >= 5  # the chi-squared approximation needs some counts; the rest are one class
-    counts = np.append(found[likely], found[~likely].sum())
+    counts = np.append(pair_counts[likely], pair_counts[~likely].sum())
     means = np.append(expected[likely], expected[~likely].sum()) * ROWS
     counts, means = counts[means > 0], means[means > 0]
     assert scipy.stats.chisquare(counts, means).pvalue > 1e-3

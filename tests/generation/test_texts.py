@@ -39,11 +39,11 @@ def test_every_prompt_in_its_place(tokenizer: Tokenizer, params: Any, capsys: py
     options: dict[str, Any] = {"max_new_tokens": 10, "eos": [0, 40]}
     texts = complete(model, params, tokenizer, prompts, **options, batch_size=3)
     assert "generate: 100%" in capsys.readouterr().err
-    for prompt, found in zip(prompts, texts, strict=True):
+    for prompt, completion in zip(prompts, texts, strict=True):
         padded = np.zeros((1, 30), int)
         padded[0, 30 - len(prompt) :] = prompt
         new = generate(model, params, padded, np.arange(30)[None] >= 30 - len(prompt), **options)
-        assert found == clean(np.asarray(new[0]), tokenizer, options["eos"])
+        assert completion == clean(np.asarray(new[0]), tokenizer, options["eos"])
     assert len(set(texts)) > 4
     again = complete(model, params, tokenizer, prompts, **options, batch_size=3, progress=False)
     assert again == texts
@@ -52,10 +52,10 @@ def test_every_prompt_in_its_place(tokenizer: Tokenizer, params: Any, capsys: py
 
 
 def test_batches_are_as_few_as_can_be() -> None:
-    found = list(batches_of([[1] * n for n in (3, 30, 16, 1, 17, 5, 2)], 3, 40))
-    assert [numbers for numbers, *_ in found] == [[0], [2, 3, 5], [6, 1, 4]]
-    assert [tokens.shape for _, tokens, _ in found] == [(3, 16), (3, 16), (3, 32)]
-    assert [mask.sum(1).tolist() for *_, mask in found] == [[3, 3, 3], [16, 1, 5], [2, 30, 17]]
+    batches = list(batches_of([[1] * n for n in (3, 30, 16, 1, 17, 5, 2)], 3, 40))
+    assert [numbers for numbers, *_ in batches] == [[0], [2, 3, 5], [6, 1, 4]]
+    assert [tokens.shape for _, tokens, _ in batches] == [(3, 16), (3, 16), (3, 32)]
+    assert [mask.sum(1).tolist() for *_, mask in batches] == [[3, 3, 3], [16, 1, 5], [2, 30, 17]]
 
 
 def test_each_batch_has_its_own_draws(tokenizer: Tokenizer, params: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +69,7 @@ def test_each_batch_has_its_own_draws(tokenizer: Tokenizer, params: Any, monkeyp
     monkeypatch.setattr(texts, "generate", generated)
     key, prompts = jax.random.key(3), [[1] * n for n in (20, 3, 30, 2)]
     options: dict[str, Any] = {"max_new_tokens": 1, "eos": 0, "batch_size": 2, "key": key}
-    assert [list(found) for found in completions(gpt2.GPT2(CONFIG), params, tokenizer, prompts, **options)] == [
+    assert [list(batch) for batch in completions(gpt2.GPT2(CONFIG), params, tokenizer, prompts, **options)] == [
         [1, 3],
         [0, 2],
     ]

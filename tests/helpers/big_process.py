@@ -54,9 +54,9 @@ def main(folder: str, out: str, layout: str, dtype: str, process: str = "0", por
     before = forget_peak()
     scan = layout == "scanned"
     model, params, _ = hf.load(folder, scan_layers=scan, dtype=dtype, place=place)
-    said = {"loading": resident("VmHWM") - before}
+    report = {"loading": resident("VmHWM") - before}
     leaves = jax.tree.leaves(params)
-    said["own"] = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
+    report["own"] = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
 
     kernel = flatten_dict(params, sep="/")[LAYERS[0] if scan else LAYERS[1]]
     with safe_open(Path(folder) / "model.safetensors", "np") as file:
@@ -68,13 +68,13 @@ def main(folder: str, out: str, layout: str, dtype: str, process: str = "0", por
 
     before = forget_peak()
     hf.save(Path(out) / "saved", model, params, shard_size=150_000_000)
-    said["saving"] = resident("VmHWM") - before
+    report["saving"] = resident("VmHWM") - before
     if port:
         del params, leaves, kernel
         fields = {"dtype": "float32", "scan_layers": scan, "remat": False}
         config = ConfigDict({"base": folder, "data": {"name": "e2e"}, "seed": 0, "model": fields})
-        said["identity"] = bases.load(config, mesh=mesh).identity
-    (Path(out) / f"{process}.json").write_text(json.dumps(said))
+        report["identity"] = bases.load(config, mesh=mesh).identity
+    (Path(out) / f"{process}.json").write_text(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ PREFIXED_MASK = np.array([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9], bool)
 def continued_without_a_cache(model: Any, adapted: Any, ids: np.ndarray, mask: np.ndarray, new: np.ndarray) -> None:
     """The new tokens (batch, n), of end token 0, are the likeliest after each prompt by whole forwards."""
     forward, count = jax.jit(lj.lift(model.apply)), new.shape[1]
-    for row, (own, real) in enumerate(zip(ids, mask, strict=True)):
-        text = list(own[real])
+    for row, (tokens, real) in enumerate(zip(ids, mask, strict=True)):
+        text = list(tokens[real])
         prompt = len(text)
         while len(text) < prompt + count and 0 not in text[prompt:]:
             padded = np.zeros((1, 16), np.int32)  # one shape for all; padding on the right does not reach back

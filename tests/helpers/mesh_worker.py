@@ -62,47 +62,47 @@ def main() -> None:
     port, process, folder, cases = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]
     faulthandler.dump_traceback_later(300, exit=True)
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, process, heartbeat_timeout_seconds=30)
-    said: list[str] = []
+    messages: list[str] = []
     logging.getLogger().addHandler(handler := logging.Handler())
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    found: dict[str, Any] = {}
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    report: dict[str, Any] = {}
     if cases:
         for case in cases:
             training.train(prepare(case, folder / case.replace("/", "_"), MESH))
-        found["rows"] = made = []
+        report["rows"] = made = []
         schedule = watched("gpt2/lora", made)
         training.train(prepare("gpt2/lora", folder / "tensor", {"tensor": 8}, batches=schedule))
     else:
-        found = checked(folder, process, said)
-    (folder / f"found_{process}.json").write_text(json.dumps(found))
+        report = checked(folder, process, messages)
+    (folder / f"found_{process}.json").write_text(json.dumps(report))
 
 
-def checked(folder: Path, process: int, said: list[str]) -> dict[str, Any]:
+def checked(folder: Path, process: int, messages: list[str]) -> dict[str, Any]:
     """What a run, and what goes wrong, show."""
-    found: dict[str, Any] = {"rows": []}
+    report: dict[str, Any] = {"rows": []}
     saved = {"save_every": 2}
-    first = prepare(QUICK, folder / "run", MESH, changes=saved, batches=watched(QUICK, found["rows"]))
+    first = prepare(QUICK, folder / "run", MESH, changes=saved, batches=watched(QUICK, report["rows"]))
     training.train(first)
     compiled = {"step": first.step, "validate": first.validate}
 
     job = prepare(QUICK, folder / "no_labels", MESH, batches=without_labels(QUICK))._replace(**compiled)
-    found["no_labels"] = failure(lambda: training.train(job))
-    found["left_out"] = failure(lambda: prepare(QUICK, folder / "left_out", {"data": 4}))
-    found["refused"] = failure(lambda: prepare(QUICK, folder / "run", MESH, changes=saved | {"seed": 4}))
+    report["no_labels"] = failure(lambda: training.train(job))
+    report["left_out"] = failure(lambda: prepare(QUICK, folder / "left_out", {"data": 4}))
+    report["refused"] = failure(lambda: prepare(QUICK, folder / "run", MESH, changes=saved | {"seed": 4}))
 
     # of one process (the test's own), gone on with
     one = prepare(QUICK, folder / "of_one", MESH, changes=saved)._replace(**compiled)
-    found["resumed"] = one.start
+    report["resumed"] = one.start
     training.train(one)
     processes.on_primary(lambda: damage(folder / "of_one"))
-    said.clear()
-    found["after_damage"] = prepare(QUICK, folder / "of_one", MESH, changes=saved).start
-    found["said"] = list(said)
+    messages.clear()
+    report["after_damage"] = prepare(QUICK, folder / "of_one", MESH, changes=saved).start
+    report["said"] = list(messages)
 
-    told = prepare(QUICK, folder / "told", MESH)._replace(total=1000, **compiled)
+    long_job = prepare(QUICK, folder / "told", MESH)._replace(total=1000, **compiled)
     (folder / f"ready_{process}").touch()  # the test sends SIGTERM to one of the processes
-    result = training.train(told)
-    return found | {"told": [result.step, result.finished]}
+    result = training.train(long_job)
+    return report | {"told": [result.step, result.finished]}
 
 
 if __name__ == "__main__":

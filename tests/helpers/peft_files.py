@@ -72,9 +72,9 @@ def names(folder):
 
 
 def config_of(folder):
-    found = json.loads((folder / "adapter_config.json").read_text())
+    config = json.loads((folder / "adapter_config.json").read_text())
     sets = ("target_modules", "feedforward_modules")  # there, so that their order says nothing
-    return found | {name: sorted(found[name]) for name in sets if isinstance(found.get(name), list)}
+    return config | {name: sorted(config[name]) for name in sets if isinstance(config.get(name), list)}
 
 
 def there_and_back(kind, tmp_path, params=None, **fields):

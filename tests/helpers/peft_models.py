@@ -50,12 +50,12 @@ def base(kind: str) -> Base:
     fields = (GPT2 if family == "gpt2" else ENCODER) | IDS | {"tie_word_embeddings": what != "untied"}
     config = {"gpt2": "GPT2Config", "roberta": "RobertaConfig", "bert": "BertConfig"}[family]
     name = {"gpt2": "GPT2", "roberta": "Roberta", "bert": "Bert"}[family]
-    whole = {"bare": "Model", "score": "ForSequenceClassification"}
-    whole[""] = whole["untied"] = "LMHeadModel" if family == "gpt2" else "ForSequenceClassification"
+    suffixes = {"bare": "Model", "score": "ForSequenceClassification"}
+    suffixes[""] = suffixes["untied"] = "LMHeadModel" if family == "gpt2" else "ForSequenceClassification"
     if what == "score":
         fields |= {"num_labels": 4}
     torch.manual_seed(0)
-    made = getattr(transformers, name + whole[what])(getattr(transformers, config)(**fields)).eval()
+    made = getattr(transformers, name + suffixes[what])(getattr(transformers, config)(**fields)).eval()
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.normal_(0.05, 0.3)

@@ -90,8 +90,8 @@ class Mix:
     gain: float = 1.0
 
     def __call__(self, factors, x, seen):
-        own = (seen["tokens"] % 2 + seen["positions"])[..., None].astype(x.dtype)
-        y = jnp.tanh(x @ factors["w"].astype(x.dtype)) * own
+        weights = (seen["tokens"] % 2 + seen["positions"])[..., None].astype(x.dtype)
+        y = jnp.tanh(x @ factors["w"].astype(x.dtype)) * weights
         return x * jnp.broadcast_to(factors["scale"].astype(x.dtype), x.shape) + self.gain * y
 
 

@@ -20,28 +20,28 @@ Values = list[dict[str, Any]]
 
 def members(values: Values, spec: dict[str, Any] = LORA, buckets: int = 2, **changes: Any) -> list[sweep.Member]:
     """One for each: names of the optimizer's options, "seed", or options of the spec."""
-    params, found = model_and_params()[1], []
-    for own in values:
+    params, sweep_members = model_and_params()[1], []
+    for settings in values:
         config = run_config(**changes)
-        for name in set(own) & set(config.optimizer):
-            config.optimizer[name] = own[name]
-        config.seed = own.get("seed", 3)
-        options = {name: value for name, value in own.items() if name in spec.get("of", [spec])[0]}
+        for name in set(settings) & set(config.optimizer):
+            config.optimizer[name] = settings[name]
+        config.seed = settings.get("seed", 3)
+        options = {name: value for name, value in settings.items() if name in spec.get("of", [spec])[0]}
         parts = [part | options if "rank" in part else part for part in spec.get("of", [spec])]
         method = lj.from_spec(spec | {"of": parts} if "of" in spec else parts[0])
         batches = dataclasses.replace(schedule(buckets=buckets), seed=config.seed)
-        name = ",".join(f"{key}={value}" for key, value in own.items())
-        found.append(sweep.Member(name, config, method, params, batches))
-    return found
+        name = ",".join(f"{key}={value}" for key, value in settings.items())
+        sweep_members.append(sweep.Member(name, config, method, params, batches))
+    return sweep_members
 
 
-def ready(workdir: Path, found: list[sweep.Member], **options: Any) -> training.Job:
+def ready(workdir: Path, sweep_members: list[sweep.Member], **options: Any) -> training.Job:
     model, params = model_and_params()
     base = checkpoints.identity(params, "tiny")
     objective = training.language_model(model, 0.1)
-    config = run_config(members=",".join(member.name for member in found))
+    config = run_config(members=",".join(member.name for member in sweep_members))
     options = {"validation": schedule(8, seed=1)} | options
-    return sweep.prepare(config, workdir, found, base=base, objective=objective, **options)
+    return sweep.prepare(config, workdir, sweep_members, base=base, objective=objective, **options)
 
 
 def alone(workdir: Path, member: sweep.Member, **options: Any) -> training.Result:

@@ -61,10 +61,10 @@ def test_one_process_holds_the_model_and_little_more(wide, tmp_path, layout, dty
     Loading may take two tensors more (the file's pages of one, which count as resident, and one device's part on its
     way); writing one file, and a tensor twice (on its way from the devices).
     """
-    (said,) = ran(wide, tmp_path, [layout, dtype])
-    assert 1 <= said["own"] / (269_621_248 * np.dtype(dtype).itemsize) < 1.01  # biases lie on several devices
-    assert said["loading"] < said["own"] + 2 * TENSOR + MORE, said
-    assert said["saving"] < 150e6 + 2 * TENSOR + MORE, said
+    (report,) = ran(wide, tmp_path, [layout, dtype])
+    assert 1 <= report["own"] / (269_621_248 * np.dtype(dtype).itemsize) < 1.01  # biases lie on several devices
+    assert report["loading"] < report["own"] + 2 * TENSOR + MORE, report
+    assert report["saving"] < 150e6 + 2 * TENSOR + MORE, report
 
 
 @pytest.mark.slow
@@ -74,11 +74,11 @@ def test_two_processes_hold_half_each(wide, tmp_path, layout):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    found = ran(wide, tmp_path, *([layout, "float32", str(n), port] for n in range(2)))
-    for said in found:
-        assert 5e8 < said["own"] < 6e8
-        assert said["loading"] < said["own"] + 2 * TENSOR + MORE, said
-    assert [said["identity"] for said in found] == [checkpoints.identity(hf.unread(wide)[1], str(wide))] * 2
+    reports = ran(wide, tmp_path, *([layout, "float32", str(n), port] for n in range(2)))
+    for report in reports:
+        assert 5e8 < report["own"] < 6e8
+        assert report["loading"] < report["own"] + 2 * TENSOR + MORE, report
+    assert [report["identity"] for report in reports] == [checkpoints.identity(hf.unread(wide)[1], str(wide))] * 2
     plain, back = hf.unread(wide)[1], hf.unread(tmp_path / "saved")[1]
     for (path, leaf), other in zip(flatten_dict(plain).items(), flatten_dict(back).values(), strict=True):
         assert np.array_equal(leaf, other), path

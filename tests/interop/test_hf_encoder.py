@@ -194,12 +194,12 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "said"), REFUSED, ids=[said for _, said in REFUSED])
-def test_conformance_23_configs_that_change_the_function(fields: dict, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("fields", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_conformance_23_configs_that_change_the_function(fields: dict, message: str, tmp_path: Path) -> None:
     make(tmp_path, "roberta")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | fields))
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         hf.load(tmp_path)
 
 
@@ -214,24 +214,24 @@ TENSORS = [
 ]
 
 
-@pytest.mark.parametrize(("change", "said"), TENSORS, ids=[said for _, said in TENSORS])
-def test_tensors_that_do_not_fit(change: Any, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("change", "message"), TENSORS, ids=[message for _, message in TENSORS])
+def test_tensors_that_do_not_fit(change: Any, message: str, tmp_path: Path) -> None:
     make(tmp_path, "roberta, three labels")
     rewrite(tmp_path, change)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         hf.load(tmp_path)
 
 
 def test_arguments_that_do_not_fit(tmp_path: Path) -> None:
     make(tmp_path, "roberta")
-    for wanted, said in [
+    for wanted, message in [
         ({"head": "lm"}, "has one of the heads"),
         ({"tie": False}, "nothing to tie"),
         ({"labels": 3}, "labels=3 goes with head="),
         ({"head": "classification"}, "say how many classes"),
         ({"head": "regression", "labels": 2}, "one label, not 2"),
     ]:
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             hf.load(tmp_path, **wanted)
 
 

@@ -234,11 +234,11 @@ def test_wrong_indices(sharded, text, says):
 
 def test_an_index_in_no_utf8_or_missing_shards(sharded):
     file = sharded / "model.safetensors.index.json"
-    whole = file.read_bytes()
+    content = file.read_bytes()
     file.write_bytes(b'{"\xff": 1}')
     with pytest.raises(ValueError, match=r"index.json is no JSON"):
         read(sharded)
-    file.write_bytes(whole)
+    file.write_bytes(content)
     (sharded / "x-2.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"x-2.safetensors is missing"):
         read(sharded)

@@ -317,8 +317,8 @@ def test_broken_shards(tmp_path):
     make(tmp_path, max_shard_size="10KB")
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     index = tmp_path / "model.safetensors.index.json"
-    whole = index.read_text()
-    where = json.loads(whole)["weight_map"]
+    text = index.read_text()
+    where = json.loads(text)["weight_map"]
     lost = next(name for name, file in where.items() if file == shards[0].name)
     index.write_text(json.dumps({"weight_map": {k: v for k, v in where.items() if k != lost}}))
     with pytest.raises(ValueError, match=f"disagree about {lost}"):
@@ -326,7 +326,7 @@ def test_broken_shards(tmp_path):
     index.write_text("{}")
     with pytest.raises(ValueError, match="has no weight_map"):
         hf.load(tmp_path)
-    index.write_text(whole)
+    index.write_text(text)
     shards[1].unlink()
     with pytest.raises(FileNotFoundError, match=f"{shards[1].name} is missing"):
         hf.load(tmp_path)
@@ -345,17 +345,17 @@ def test_tokenizers(copy):
 
 
 def test_the_hub(small, tmp_path, monkeypatch):
-    asked = []
+    names = []
 
     def download(name, allow_patterns):
-        asked.append(name)
+        names.append(name)
         if name == "someone/gpt2":
             return str(small)
         raise ConnectionError
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     equal(hf.load("someone/gpt2")[1], hf.load(small)[1])
-    assert asked == ["someone/gpt2"]
+    assert names == ["someone/gpt2"]
     with pytest.raises(FileNotFoundError, match=r"no folder a/b, and https://huggingface.co/a/b could not"):
         hf.load("a/b")
 

@@ -153,11 +153,11 @@ def write(folder: Path, content: bytes) -> Path:
     return folder / "x.safetensors"
 
 
-def equal(found: dict, expected: dict) -> None:
-    assert found.keys() == expected.keys()
+def equal(tensors: dict, expected: dict) -> None:
+    assert tensors.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype
-        np.testing.assert_array_equal(found[name], tensor)
+        assert tensors[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(tensors[name], tensor)
 
 
 @pytest.mark.parametrize("case", BROKEN)

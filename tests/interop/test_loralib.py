@@ -276,10 +276,10 @@ def test_roberta_with_its_classifier(base, tmp_path, labels):
     with pytest.raises(ValueError, match=r"names begin with 'roberta.'"):
         loralib.load(file, base[1], alpha=ALPHA)
 
-    whole = converted(their_model.state_dict(), tmp_path)
+    full_file = converted(their_model.state_dict(), tmp_path)
     with pytest.raises(ValueError, match=r"has weights .* beside the adapter"):
-        loralib.load(whole, params, alpha=ALPHA)
-    jax.tree.map(np.testing.assert_array_equal, loralib.load(whole, params, alpha=ALPHA, unmerged=True)[1], delta)
+        loralib.load(full_file, params, alpha=ALPHA)
+    jax.tree.map(np.testing.assert_array_equal, loralib.load(full_file, params, alpha=ALPHA, unmerged=True)[1], delta)
 
 
 @pytest.fixture(scope="module")

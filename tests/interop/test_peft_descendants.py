@@ -198,8 +198,8 @@ def test_conformance_14_what_is_taken_out_is_the_best_approximation_of_the_whole
     params = base("gpt2").params
     _, delta = peft.load(folder, params)
     parts = [f"h_1/attn/{part}/kernel" for part in ("query", "key", "value")]
-    whole = np.concatenate([np.asarray(params["h_1"]["attn"][path.split("/")[2]]["kernel"]) for path in parts], 1)
-    u, s, v = np.linalg.svd(whole)
+    kernel = np.concatenate([np.asarray(params["h_1"]["attn"][path.split("/")[2]]["kernel"]) for path in parts], 1)
+    u, s, v = np.linalg.svd(kernel)
     taken = [7 / 3 * np.asarray(delta[path]["fixed_a"]) @ np.asarray(delta[path]["fixed_b"]) for path in parts]
     np.testing.assert_allclose(np.concatenate(taken, 1), u[:, :3] * s[:3] @ v[:3], atol=1e-5)
 

@@ -60,11 +60,11 @@ BRIDGES = {
 }
 
 
-@pytest.mark.parametrize("method, said", BRIDGES.values(), ids=BRIDGES)
-def test_conformance_07_bridges(method, said, tmp_path):
+@pytest.mark.parametrize("method, expected", BRIDGES.values(), ids=BRIDGES)
+def test_conformance_07_bridges(method, expected, tmp_path):
     config, _ = out("gpt2", method, tmp_path)
-    assert (config["r"], config["use_rslora"]) == (said[0], said[2])
-    assert config["lora_alpha"] == pytest.approx(said[1], rel=1e-7)
+    assert (config["r"], config["use_rslora"]) == (expected[0], expected[2])
+    assert config["lora_alpha"] == pytest.approx(expected[1], rel=1e-7)
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
 
 
@@ -164,10 +164,10 @@ CHAINS = {
 }
 
 
-@pytest.mark.parametrize("kind, method, said", CHAINS.values(), ids=CHAINS)
-def test_chains(kind, method, said, tmp_path):
+@pytest.mark.parametrize("kind, method, fields", CHAINS.values(), ids=CHAINS)
+def test_chains(kind, method, fields, tmp_path):
     config, _ = out(kind, method, tmp_path)
-    assert said.items() <= config.items()
+    assert fields.items() <= config.items()
 
 
 def test_a_head_written_here_is_the_file_that_peft_would_write(tmp_path):

@@ -65,8 +65,8 @@ def model(kind):
 @pytest.mark.parametrize("kind", [*KINDS, "gpt2"])
 def test_the_modules_are_those_of_transformers(kind):
     classes = {"Linear", "Conv1D", "Embedding", "LayerNorm"}
-    found = {name: type(module).__name__ for name, module in torch_model(kind).named_modules() if name}
-    want = {name: (found[name] if found[name] in classes else "") for name in found}
+    class_names = {name: type(module).__name__ for name, module in torch_model(kind).named_modules() if name}
+    want = {name: (class_names[name] if class_names[name] in classes else "") for name in class_names}
     assert {name: module.torch_class for name, module in model(kind).modules.items()} == want
     biased = {name for name, module in torch_model(kind).named_modules() if getattr(module, "bias", None) is not None}
     assert {name for name, module in model(kind).modules.items() if module.bias} == biased
@@ -182,15 +182,15 @@ def test_conformance_06_a_config_means_what_it_means_to_peft(kind, fields, there
 
 
 @pytest.mark.parametrize(
-    "fields, said",
+    "fields, tensors",
     [
         ({"target_modules": ["wte"], "trainable_token_indices": [3]}, "lora_embedding_B and .*trainable_tokens_delta"),
         ({"modules_to_save": ["wte"], "trainable_token_indices": [3]}, "weight and .*trainable_tokens_delta"),
     ],
 )
-def test_conformance_06_two_tensors_for_one_weight_are_refused(fields, said):
+def test_conformance_06_two_tensors_for_one_weight_are_refused(fields, tensors):
     fields = {"target_modules": ["c_attn"], "task_type": None, "use_rslora": False} | fields
-    with pytest.raises(ValueError, match=f"config: .*wte.{said} both change wte/embedding: unsupported"):
+    with pytest.raises(ValueError, match=f"config: .*wte.{tensors} both change wte/embedding: unsupported"):
         decided_here("gpt2 untied", fields)
 
 

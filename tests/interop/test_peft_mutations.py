@@ -60,9 +60,9 @@ JUNK = [
 
 def parts(folder):
     """Header and data of the file."""
-    whole = (folder / WEIGHTS).read_bytes()
-    size = struct.unpack("<Q", whole[:8])[0]
-    return json.loads(whole[8 : 8 + size]), whole[8 + size :]
+    content = (folder / WEIGHTS).read_bytes()
+    size = struct.unpack("<Q", content[:8])[0]
+    return json.loads(content[8 : 8 + size]), content[8 + size :]
 
 
 def put(folder, header, data, size=None):
@@ -160,8 +160,8 @@ def resize(rng, folder):
 
 def cut(rng, folder):
     file = folder / rng.choice([WEIGHTS, CONFIG])
-    whole = file.read_bytes()
-    file.write_bytes(whole[: rng.randrange(len(whole))])
+    content = file.read_bytes()
+    file.write_bytes(content[: rng.randrange(len(content))])
 
 
 def append(rng, folder):
@@ -171,11 +171,11 @@ def append(rng, folder):
 
 def flip(rng, folder):
     file = folder / rng.choice([WEIGHTS, WEIGHTS, CONFIG])
-    whole = bytearray(file.read_bytes())
-    end = struct.unpack("<Q", whole[:8])[0] + 8 if file.name == WEIGHTS and rng.random() < 0.7 else len(whole)
+    content = bytearray(file.read_bytes())
+    end = struct.unpack("<Q", content[:8])[0] + 8 if file.name == WEIGHTS and rng.random() < 0.7 else len(content)
     for _ in range(rng.randrange(1, 4)):
-        whole[rng.randrange(end)] ^= 1 << rng.randrange(8)
-    file.write_bytes(bytes(whole))
+        content[rng.randrange(end)] ^= 1 << rng.randrange(8)
+    file.write_bytes(bytes(content))
 
 
 def poison(rng, folder):

@@ -32,18 +32,18 @@ def test_conformance_15_vera_without_its_projections_is_refused(tmp_path, caplog
         peft.load(folder, params)
     with pytest.raises(ValueError, match=r"base_model\.vera_A is missing; base_model\.vera_B is missing"):
         peft.load(spoiled(folder, tmp_path / "1", save_projection=True), params)
-    whole = written(adapter("roberta", config=VERA, r=5, **CLS), tmp_path / "whole")
-    cut = spoiled(whole, tmp_path / "2", lambda t: t | {"base_model.vera_B": t["base_model.vera_B"][:9].copy()})
+    full_folder = written(adapter("roberta", config=VERA, r=5, **CLS), tmp_path / "whole")
+    cut = spoiled(full_folder, tmp_path / "2", lambda t: t | {"base_model.vera_B": t["base_model.vera_B"][:9].copy()})
     with pytest.raises(ValueError, match=r"base_model\.vera_B has shape \(9, 5\), not \(12, 5\)"):
         peft.load(cut, params)
     with pytest.raises(ValueError, match=r"query\.vera_lambda_d has shape \(5,\), not \(6,\).*another rank"):
-        peft.load(spoiled(whole, tmp_path / "3", r=6), params)
+        peft.load(spoiled(full_folder, tmp_path / "3", r=6), params)
     with pytest.raises(ValueError, match=r"exclude_modules=.* is not known here"):
-        peft.load(spoiled(whole, tmp_path / "4", exclude_modules=["key"]), params)
+        peft.load(spoiled(full_folder, tmp_path / "4", exclude_modules=["key"]), params)
     with pytest.raises(ValueError, match="bias='lora_only' is not"):
-        peft.load(spoiled(whole, tmp_path / "5", bias="lora_only"), params)
+        peft.load(spoiled(full_folder, tmp_path / "5", bias="lora_only"), params)
     assert not caplog.text
-    peft.load(spoiled(whole, tmp_path / "6", vera_dropout=0.1), params)
+    peft.load(spoiled(full_folder, tmp_path / "6", vera_dropout=0.1), params)
     assert "VeRA has no dropout here" in caplog.text
 
 

@@ -96,16 +96,16 @@ def complete(**fields):
     return peft_config.complete({"peft_type": "LORA", **fields}, LORA, "config")
 
 
-@pytest.mark.parametrize("said", ACCEPTED)
-def test_patterns_as_people_write_them_are_accepted(said):
-    re.compile(said)
-    complete(target_modules=said, exclude_modules=said)
+@pytest.mark.parametrize("pattern", ACCEPTED)
+def test_patterns_as_people_write_them_are_accepted(pattern):
+    re.compile(pattern)
+    complete(target_modules=pattern, exclude_modules=pattern)
 
 
-@pytest.mark.parametrize("said", KEYS)
-def test_keys_of_patterns_as_people_write_them_are_accepted(said):
+@pytest.mark.parametrize("pattern", KEYS)
+def test_keys_of_patterns_as_people_write_them_are_accepted(pattern):
     """PEFT puts a repeat without end before these."""
-    complete(rank_pattern={said: 4}, alpha_pattern={said: 4})
+    complete(rank_pattern={pattern: 4}, alpha_pattern={pattern: 4})
 
 
 def test_our_own_patterns_are_accepted_for_the_largest_models():
@@ -113,13 +113,13 @@ def test_our_own_patterns_are_accepted_for_the_largest_models():
     complete(target_modules=["c_attn"], rank_pattern=dict.fromkeys(names, 4), alpha_pattern=dict.fromkeys(names, 8))
 
 
-@pytest.mark.parametrize(("said", "why"), REFUSED.items(), ids=[said[:20] for said in REFUSED])
-def test_patterns_that_could_run_for_ever_are_refused(said, why):
+@pytest.mark.parametrize(("pattern", "why"), REFUSED.items(), ids=[pattern[:20] for pattern in REFUSED])
+def test_patterns_that_could_run_for_ever_are_refused(pattern, why):
     for field in ("target_modules", "exclude_modules"):
         with pytest.raises(ValueError, match=rf"config: {field} has the pattern .*could run for ever \(.*{why}"):
-            complete(**{field: said})
+            complete(**{field: pattern})
     with pytest.raises(ValueError, match=r"rank_pattern has .*could run for ever|flags not at the start"):
-        complete(rank_pattern={said: 4})
+        complete(rank_pattern={pattern: 4})
 
 
 def test_many_patterns_that_are_slow_together_are_refused():
@@ -180,8 +180,8 @@ def group(parts, opening):
 
 def look(part, opening):
     def ends(name, start, count):
-        found = next(part.ends(name, start, count), None) is not None
-        if found == (opening == "(?="):
+        matches = next(part.ends(name, start, count), None) is not None
+        if matches == (opening == "(?="):
             yield start
 
     return Node(f"{opening}{part.text})", ends)
@@ -235,8 +235,8 @@ def counted(pattern, name):
     def count():
         seen[0] += 1
 
-    found = [end == len(name) for end in pattern.ends(name, 0, count)]
-    return any(found), seen[0] + len(found)
+    matches = [end == len(name) for end in pattern.ends(name, 0, count)]
+    return any(matches), seen[0] + len(matches)
 
 
 @settings(max_examples=300)

@@ -68,8 +68,8 @@ KINDS = {
 
 @pytest.mark.parametrize("kind, why", KINDS.items(), ids=KINDS)
 def test_conformance_15_other_methods_are_refused_by_name_and_reason(copy, kind, why):
-    said = "must be written 'IA3'" if kind == "ia3" else f"is not supported{why}"
-    with pytest.raises(ValueError, match=f"{CONFIG}: peft_type '{kind}' {said}"):
+    message = "must be written 'IA3'" if kind == "ia3" else f"is not supported{why}"
+    with pytest.raises(ValueError, match=f"{CONFIG}: peft_type '{kind}' {message}"):
         load(edit(copy, peft_type=kind))
 
 
@@ -260,9 +260,9 @@ def test_links_that_leave_the_folder_are_refused(copy, good, name):
 
 
 def test_a_cut_file_is_refused(copy):
-    whole = (copy / WEIGHTS).read_bytes()
-    for end in (0, 7, 100, len(whole) - 1):
-        (copy / WEIGHTS).write_bytes(whole[:end])
+    content = (copy / WEIGHTS).read_bytes()
+    for end in (0, 7, 100, len(content) - 1):
+        (copy / WEIGHTS).write_bytes(content[:end])
         with pytest.raises(ValueError, match=f"{WEIGHTS} is cut off or damaged"):
             load(copy)
 
@@ -291,11 +291,11 @@ def test_a_rank_above_the_smaller_side_is_a_warning(tmp_path, caplog):
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
 def test_low_precision_files_are_float32_here_and_come_back(copy, dtype, tmp_path):
     spoil(copy, lambda t: {name: x.astype(dtype) for name, x in t.items()})
-    whole = (copy / WEIGHTS).read_bytes()
+    content = (copy / WEIGHTS).read_bytes()
     method, delta = load(copy)
     assert {leaf.dtype for leaf in jax.tree.leaves(delta)} == {np.dtype("float32")}
     peft.save(tmp_path / "ours", method, delta, params=base("gpt2").params)
-    assert (tmp_path / "ours" / WEIGHTS).read_bytes() == whole
+    assert (tmp_path / "ours" / WEIGHTS).read_bytes() == content
     trained = jax.tree.map(lambda x: x + 1e-6, delta)
     peft.save(tmp_path / "trained", method, trained, params=base("gpt2").params)
     assert {x.dtype for x in load_file(tmp_path / "trained" / WEIGHTS).values()} == {np.dtype("float32")}
@@ -303,11 +303,11 @@ def test_low_precision_files_are_float32_here_and_come_back(copy, dtype, tmp_pat
 
 def test_a_file_of_mixed_dtypes_comes_back(copy, tmp_path):
     spoil(copy, lambda t: t | {A0: t[A0].astype(ml_dtypes.bfloat16)})
-    whole = (copy / WEIGHTS).read_bytes()
+    content = (copy / WEIGHTS).read_bytes()
     method, delta = load(copy)
     assert method.spec["peft"]["dtypes"] == {A0.removeprefix("base_model.model."): "bfloat16"}
     peft.save(tmp_path / "ours", method, delta, params=base("gpt2").params)
-    assert (tmp_path / "ours" / WEIGHTS).read_bytes() == whole
+    assert (tmp_path / "ours" / WEIGHTS).read_bytes() == content
 
 
 WRITES = """

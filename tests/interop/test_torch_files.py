@@ -25,11 +25,11 @@ def test_every_tensor_arrives(tmp_path):
     torch.save({**state, **masks, "epoch": 3, "name": "x"}, tmp_path / "model.pt")
     written, left_out = torch_files.convert(tmp_path / "model.pt", tmp_path / "out" / "model.safetensors")
     assert set(left_out) == {*masks, "epoch", "name"}
-    found = load_file(tmp_path / "out" / "model.safetensors")
-    assert set(found) == set(written) == set(state)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(tensors) == set(written) == set(state)
     for name, tensor in state.items():
-        assert str(tensor.dtype) == f"torch.{found[name].dtype}"
-        np.testing.assert_array_equal(found[name].astype(np.float32), tensor.detach().float().numpy())
+        assert str(tensor.dtype) == f"torch.{tensors[name].dtype}"
+        np.testing.assert_array_equal(tensors[name].astype(np.float32), tensor.detach().float().numpy())
 
 
 def test_the_prefix_of_ddp_is_taken_off(tmp_path):
@@ -92,9 +92,9 @@ def test_damaged_and_missing_files(tmp_path):
     file = tmp_path / "model.pt"
     for legacy in (False, True):
         torch.save({"x": torch.ones(1000)}, file, _use_new_zipfile_serialization=not legacy)
-        whole = file.read_bytes()
-        for kept in (0, 1, 30, len(whole) // 2, len(whole) - 1):
-            file.write_bytes(whole[:kept])
+        content = file.read_bytes()
+        for kept in (0, 1, 30, len(content) // 2, len(content) - 1):
+            file.write_bytes(content[:kept])
             with pytest.raises(ValueError, match=r"model.pt (is cut off or damaged|holds more than tensors)"):
                 torch_files.convert(file, tmp_path / "x.safetensors")
     with pytest.raises(FileNotFoundError, match=r"nowhere.pt is missing"):

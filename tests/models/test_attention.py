@@ -47,10 +47,10 @@ def test_blocks_of_queries_change_nothing(n: int, block: int, causal: bool, padd
     qkv = inputs(2, n, 2, 3, seed)
     real = jnp.arange(n)[None] < jax.random.randint(jax.random.key(seed), (2, 1), 1, n + 1)
     mask = attention_mask(real if padded else None, None, causal=n if causal else 0)
-    whole = jax.jit(jax.value_and_grad(lambda qkv: (own(2, mask, *qkv) ** 3).sum()))(qkv)
+    expected = jax.jit(jax.value_and_grad(lambda qkv: (own(2, mask, *qkv) ** 3).sum()))(qkv)
     blocks = jax.jit(jax.value_and_grad(lambda qkv: (own(2, mask, *qkv, block=block) ** 3).sum()))(qkv)
     # keys' and values' gradients are summed block by block
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), whole, blocks)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), expected, blocks)
 
 
 def test_with_blocks_no_scores_of_all_pairs_exist() -> None:
@@ -68,8 +68,8 @@ def test_with_blocks_no_scores_of_all_pairs_exist() -> None:
 
 def test_who_sees_nobody_has_no_nan_and_bfloat16_stays() -> None:
     qkv = [x.astype(jnp.bfloat16) for x in inputs(2, 4, 2, 3)]
-    found = own(2, jnp.zeros((1, 1, 4, 4), bool), *qkv)
-    assert found.dtype == jnp.bfloat16 and bool(jnp.isfinite(found).all())
+    outputs = own(2, jnp.zeros((1, 1, 4, 4), bool), *qkv)
+    assert outputs.dtype == jnp.bfloat16 and bool(jnp.isfinite(outputs).all())
 
 
 def test_less_is_moved_than_with_places_before_heads() -> None:

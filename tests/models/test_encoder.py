@@ -126,8 +126,8 @@ def test_dropout_keeps_its_share_and_scales_it_up(scan: bool) -> None:
     (dropped,) = state["intermediates"]["embeddings"]["__call__"]
     kept = np.asarray(dropped != 0)
     assert abs(kept.mean() - 0.75) < 4 * np.sqrt(0.25 * 0.75 / kept.size)
-    whole = Encoder(config).apply({"params": params_of(config)}, tokens, capture_intermediates=True)[1]
-    (plain,) = whole["intermediates"]["embeddings"]["__call__"]
+    plain_state = Encoder(config).apply({"params": params_of(config)}, tokens, capture_intermediates=True)[1]
+    (plain,) = plain_state["intermediates"]["embeddings"]["__call__"]
     np.testing.assert_allclose(dropped[kept], plain[kept] / 0.75, rtol=1e-6)
 
 
@@ -154,14 +154,14 @@ def test_axes_name_every_parameter(config: EncoderConfig, scan: bool) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS[::3], ids=str)
 def test_sites_are_those_of_the_traced_model(layout: dict) -> None:
     config = dataclasses.replace(TINY, **layout)
-    found: collections.Counter = collections.Counter()
+    counts: collections.Counter = collections.Counter()
     kinds = {}
 
     def look(jaxpr: Any, times: int) -> None:
         for eqn in jaxpr.eqns:
             if eqn.primitive.name == "name":
                 aval = eqn.invars[0].aval
-                found[eqn.params["name"]] += times
+                counts[eqn.params["name"]] += times
                 kinds[eqn.params["name"]] = (aval.shape[2:], str(aval.dtype))
             inner = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
             for sub in jax.tree.leaves(list(eqn.params.values())):
@@ -169,7 +169,7 @@ def test_sites_are_those_of_the_traced_model(layout: dict) -> None:
                     look(getattr(sub, "jaxpr", sub), inner)
 
     look(jax.make_jaxpr(Encoder(config).apply)({"params": params_of(config)}, some_tokens()).jaxpr, 1)
-    assert {name: (found[name], *kinds[name]) for name in found} == encoder.sites(config)
+    assert {name: (counts[name], *kinds[name]) for name in counts} == encoder.sites(config)
 
 
 def test_lora_lifts_and_merges() -> None:
@@ -193,12 +193,12 @@ def test_what_cannot_be_is_said() -> None:
     with pytest.raises(ValueError, match="17 tokens, but the model has 16 positions"):
         Encoder(TINY).init(jax.random.key(0), too_long)
     Encoder(BERT).init(jax.random.key(0), np.zeros((1, 18), np.int32))
-    for changes, said in [
+    for changes, message in [
         ({"family": "xlnet"}, "choose from"),
         ({"hidden": 13}, "13 is not a multiple of heads 3"),
         ({"head": "regression"}, "one label, not 3"),
         ({"activation": "swoosh"}, "none of gelu"),
         ({"pooler": True}, "roberta with a head has no pooler"),
     ]:
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             dataclasses.replace(TINY, **changes)

@@ -253,10 +253,10 @@ def trace(config: gpt2.GPT2Config, **kwargs) -> Jaxpr:
 def test_one_product_a_weight(layout, tie):
     config = dataclasses.replace(TINY, tie=tie, **layout)
     labelled = np.array([[1, 2, 3], [1, 2, 3]], np.int32)
-    found = collections.Counter()
+    products = collections.Counter()
     for eqn, times in equations(trace(config, labelled=labelled)):
         if eqn.primitive.name == "dot_general":
-            found[eqn.outvars[0].aval.size] += times
+            products[eqn.outvars[0].aval.size] += times
     batch, length, width, heads = 2, 5, config.n_embd, config.n_head
     expected = collections.Counter()
     for size, count in (
@@ -267,21 +267,21 @@ def test_one_product_a_weight(layout, tie):
         (batch * 3 * config.vocab_size, 1),  # the head, on labelled places only
     ):
         expected[size] += count
-    assert found == expected
+    assert products == expected
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_sites_are_what_tracing_finds(layout):
     config = dataclasses.replace(TINY, dtype="bfloat16", **layout)
-    found: dict[str, list] = {}
+    sites: dict[str, list] = {}
     for eqn, times in equations(trace(config)):
         if eqn.primitive.name == "name":
             aval = eqn.outvars[0].aval
             assert aval.shape[:2] == (2, 5)
             site = (aval.shape[2:], str(aval.dtype))
-            found.setdefault(eqn.params["name"], []).extend([site] * times)
-    assert gpt2.sites(config) == {n: (len(s), *s[0]) for n, s in found.items() if len(set(s)) == 1}
-    assert list(found)[:3] == ["tokens", "positions", "embeddings"]
+            sites.setdefault(eqn.params["name"], []).extend([site] * times)
+    assert gpt2.sites(config) == {n: (len(s), *s[0]) for n, s in sites.items() if len(set(s)) == 1}
+    assert list(sites)[:3] == ["tokens", "positions", "embeddings"]
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])

@@ -25,11 +25,11 @@ def test_parameters_in_bfloat16(name):
     model, tokens = MODELS[name], jax.random.randint(jax.random.key(1), (2, 9), 2, 40)
     params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
-    whole = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    float32_params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     method = lj.lora(lj.select("**/{query,up}/kernel", axes=gpt2.AXES), rank=2, a_init="gaussian")
     delta = jax.tree.map(lambda x: x + 0.02, method.init(jax.random.key(2), params))
     assert {leaf.dtype for leaf in jax.tree.leaves(delta)} == {jnp.dtype("float32")}
     apply = lj.lift(model.apply)
-    found = apply({"params": method.apply(params, delta)}, tokens)
+    outputs = apply({"params": method.apply(params, delta)}, tokens)
     # it computes in float32: the same numbers but for the order of sums
-    np.testing.assert_allclose(found, apply({"params": method.apply(whole, delta)}, tokens), atol=2e-5)
+    np.testing.assert_allclose(outputs, apply({"params": method.apply(float32_params, delta)}, tokens), atol=2e-5)
