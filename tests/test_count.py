@@ -131,10 +131,10 @@ def rows() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("table", EXPECTED)
 def test_every_row_of_the_paper(rows: list[dict[str, Any]], table: int) -> None:
-    found = [
+    figures = [
         (row["printed"], row["trained"], row["verdict"].startswith("equal")) for row in rows if row["table"] == table
     ]
-    assert found == EXPECTED[table]
+    assert figures == EXPECTED[table]
 
 
 def test_what_is_not_the_papers_figure_is_said(rows: list[dict[str, Any]]) -> None:
@@ -155,11 +155,11 @@ def test_the_truncated_figures_are_truncated(rows: list[dict[str, Any]]) -> None
 
 
 def test_the_numbers_in_the_notes(rows: list[dict[str, Any]]) -> None:
-    said = {int(n.replace(",", "")) for row in rows for n in re.findall(r"\d+(?:,\d{3}){2,}", row["verdict"])}
+    numbers = {int(n.replace(",", "")) for row in rows for n in re.findall(r"\d+(?:,\d{3}){2,}", row["verdict"])}
     pooler = lambda d: d * d + d  # noqa: E731
     untied = gpt(G, L, 2048) + 50257 * G
     models = {roberta(768, 12) + pooler(768), roberta(1024, 24) + pooler(1024), untied}
-    assert said == models | {lora(48, 1536, 8 + 8), lora(L, G, 8 + 8)}
+    assert numbers == models | {lora(48, 1536, 8 + 8), lora(L, G, 8 + 8)}
     assert round(175_255.8 - untied / 1e6, 1) == 34.0 and round(L * 12 * G / 1e6, 1) == 14.2
     assert [round(24 * 1024 * n / 1e6, 2) for n in (14, 15)] == [0.34, 0.37]
     assert [round(36 * 1280 * n / 1e6, 2) for n in (16, 17)] == [0.74, 0.78]

@@ -229,9 +229,9 @@ def test_the_familys_rules_place_every_leaf(extended: Extended, caplog: pytest.L
     base = bases.load(extended.config, mesh=mesh)
     _, params, _ = hf.load(extended.folder / "base")
     rules = family_of(base.model).sharding_rules(base.model.config, mesh)
-    for (path, leaf), (_, whole) in zip(flatten(base.params)[0], flatten(params)[0], strict=True):
+    for (path, leaf), (_, unsharded) in zip(flatten(base.params)[0], flatten(params)[0], strict=True):
         assert leaf.sharding == jax.sharding.NamedSharding(mesh, look_up(rules, path, "rules")), path
-        np.testing.assert_array_equal(leaf, whole)
+        np.testing.assert_array_equal(leaf, unsharded)
     method, delta = lj.from_spec(runs.load(extended.result.workdir).spec), extended.result.delta
     adapted = jax.eval_shape(method.apply, base.params, delta)
     places = sharding.shardings(delta, mesh, base.placement.rules, adapted)["h_0/q/kernel"]

@@ -57,7 +57,7 @@ RUN = [
 SWEEP = [*RUN, "--config.sweep.rank=1,2", "--config.steps=6"]
 
 
-def network(params: Mapping[str, Any], tokens: jax.Array, *, whole: bool) -> jax.Array:
+def network(params: Mapping[str, Any], tokens: jax.Array, *, full: bool) -> jax.Array:
     """Logits (batch, length, vocabulary) of a small network with every kind of weight that an adapter can stand on: an
     embedding, matrices, and, in the whole of it, a stack that is scanned and a convolution."""
     embedding = params["wte"]["embedding"]
@@ -71,7 +71,7 @@ def network(params: Mapping[str, Any], tokens: jax.Array, *, whole: bool) -> jax
         x = x + jnp.tanh(dense(layer["query"], x)) * dense(layer["value"], x)
         x = x + checkpoint_name(dense(layer["down"], jnp.tanh(dense(layer["up"], x))), "mlp_out")
         x = checkpoint_name(x, "block_out")
-    if not whole:
+    if not full:
         return x @ embedding.T
     x = lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), x, params["stack"]["kernel"])[0]
     window = lax.conv_general_dilated(
@@ -92,8 +92,8 @@ def applied(name: str, method: lj.ParamTransform, delta: lj.Delta, params: Any) 
     """The network's output with an adapter, and the merged leaves that differ from the base."""
     tokens = PREFIXED if "prefix" in name or name == "chain_of_sites" else TOKENS
     rows = {"strength": jnp.array([1, 0])} if name == "bank" else {}
-    whole = any(path.startswith(("stack/", "conv/")) for path in delta)
-    output = lj.lift(partial(network, whole=whole), on_dense="allow")(method.apply(params, delta, **rows), tokens)
+    full = any(path.startswith(("stack/", "conv/")) for path in delta)
+    output = lj.lift(partial(network, full=full), on_dense="allow")(method.apply(params, delta, **rows), tokens)
     weights = {} if name.partition("__")[0] in NOT_MERGED else merged(method, delta, params)
     return {f"{name}/output": output} | {f"{name}/merged/{path}": leaf for path, leaf in weights.items()}
 

@@ -17,10 +17,10 @@ def test_the_quickstart_in_small(tmp_path, capsys):
     assert 0 < lora.trained < full.trained and 4 * lora.trained < lora.bytes < full.bytes
     assert lora.score.loss < frozen.score.loss and full.score.loss < frozen.score.loss
     assert all(len(row.score.texts) == 8 for row in (frozen, lora, full))
-    said = capsys.readouterr().out
-    before, after = (line.split()[-1] for line in said.splitlines() if line.startswith("base "))
+    output = capsys.readouterr().out
+    before, after = (line.split()[-1] for line in output.splitlines() if line.startswith("base "))
     assert before == after and len(before) == 32
-    assert f"{lora.trained:,} of" in said
+    assert f"{lora.trained:,} of" in output
     assert (tmp_path / "quickstart.png").stat().st_size > 5_000
     method, delta, info = checkpoints.load_adapter(tmp_path / "lora" / "adapter")
     assert method.spec["rank"] == 8 and info["base"]["content"] == before

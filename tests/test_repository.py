@@ -73,14 +73,14 @@ def texts(*suffixes: str) -> list[Path]:
 @functools.cache
 def imports(file: Path) -> set[str]:
     """The dotted names of all that a file imports, wherever in it."""
-    found: set[str] = set()
+    names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
 def module_of(file: Path) -> str:
@@ -173,9 +173,9 @@ def code_lines(file: Path) -> int:
         for node in ast.walk(ast.parse(source))
         if isinstance(node, documented) and ast.get_docstring(node, clean=False)
     ]
-    said = {n for node in docstrings for n in range(node.lineno, (node.end_lineno or 0) + 1)}
+    docstring_lines = {n for node in docstrings for n in range(node.lineno, (node.end_lineno or 0) + 1)}
     lines = enumerate(map(str.strip, source.splitlines()), 1)
-    return sum(bool(line) and line[0] != "#" and n not in said for n, line in lines)
+    return sum(bool(line) and line[0] != "#" and n not in docstring_lines for n, line in lines)
 
 
 def test_the_core_is_small():
@@ -185,10 +185,10 @@ def test_the_core_is_small():
 
 
 def test_no_text_names_a_machine():
-    own = re.compile("/(work|root|home|tmp/w)/")
+    machine_path = re.compile("/(work|root|home|tmp/w)/")
     for file in texts(".py", ".md", ".toml", ".ipynb", ".json", ".sh", ""):
         if file.name != "LICENSE":
-            assert not own.search(file.read_text()), file
+            assert not machine_path.search(file.read_text()), file
 
 
 def run_python(code: str) -> str:

@@ -40,7 +40,7 @@ def test_the_floor_has_every_product_with_a_frozen_weight(model, layers, targets
         return objective.loss(adapted, batch)[0]
 
     traced = jax.make_jaxpr(jax.grad(loss))(*lj.partition(delta), params, ours.batch_of(work))
-    found: dict[int, int] = {}
+    counts: dict[int, int] = {}
     for eqn in equations(traced.jaxpr):
         if eqn.primitive.name != "dot_general":
             continue
@@ -49,12 +49,12 @@ def test_the_floor_has_every_product_with_a_frozen_weight(model, layers, targets
         inner, outer = math.prod(shape[axis] for axis in contracted), math.prod(eqn.outvars[0].aval.shape)
         tokens = work["batch"] * work["length"]
         if not batched and min(inner, outer // tokens) >= shapes.MODELS[model]["width"] and outer % tokens == 0:
-            found[2 * inner * outer] = found.get(2 * inner * outer, 0) + 1
+            counts[2 * inner * outer] = counts.get(2 * inner * outer, 0) + 1
     expected: dict[int, int] = {}
     for shape, count in shapes.products(work).items():
         flops = 2 * math.prod(shape)
         expected[flops] = expected.get(flops, 0) + count
-    assert found == expected
+    assert counts == expected
 
 
 def test_a_side_does_its_parts_in_a_process_of_its_own():
@@ -83,8 +83,8 @@ def test_ratios_are_of_the_same_round():
     }
     sides = {"ours": {"peak": 10}, "peer": {"peak": 5}}
     contest = contests.Contest("step/x/qv", {}, ("unit", "floor"))
-    found = report.ratios(contest, seconds, sides)
-    assert found["peer"] == {
+    ratios = report.ratios(contest, seconds, sides)
+    assert ratios["peer"] == {
         "peak": 0.5,
         "ratio_median": 2.0,
         "ratio_low": 1.0,
@@ -93,7 +93,7 @@ def test_ratios_are_of_the_same_round():
         "normalised_low": 0.5,
         "normalised_high": 1.5,
     }
-    assert found["ours"] == {"over_floor_median": 4.0, "over_floor_low": 2.0, "over_floor_high": 8.0}
+    assert ratios["ours"] == {"over_floor_median": 4.0, "over_floor_low": 2.0, "over_floor_high": 8.0}
 
 
 def test_what_is_written(tmp_path: Path):
@@ -107,12 +107,12 @@ def test_what_is_written(tmp_path: Path):
 
 
 def test_names_of_contests(tmp_path: Path):
-    found = contests.all_of(dict.fromkeys(("base", "data", "bert", "glue")), tmp_path)
-    names = [each.name for each in found]
+    all_contests = contests.all_of(dict.fromkeys(("base", "data", "bert", "glue")), tmp_path)
+    names = [each.name for each in all_contests]
     assert "step/gpt2_medium/all" in names and "sweep" not in names
     assert all(report.wanted(name, []) for name in names) and not report.wanted("sweep", [])
     assert [name for name in names if report.wanted(name, ["step/*/qv"])] == [n for n in names if n.endswith("/qv")]
-    parts = {part for each in found for part in each.parts} - {"unit", "floor"}
+    parts = {part for each in all_contests for part in each.parts} - {"unit", "floor"}
     assert {f"times_{part}" for part in parts} <= set(tables.COLUMNS)
 
 
@@ -135,5 +135,5 @@ def test_an_entry_point_starts_with_huge_pages_and_an_import_does_not(monkeypatc
 def test_what_is_compiled_is_kept_where_the_user_says(tmp_path: Path):
     code = "import jax; from experiments import cli; cli.keep_compiled(); print(jax.config.jax_compilation_cache_dir)"
     assert python(code, XDG_CACHE_HOME=str(tmp_path)) == f"{tmp_path}/lora_jax"
-    own = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own")}
-    assert python(code, XDG_CACHE_HOME=str(tmp_path), **own) == own["JAX_COMPILATION_CACHE_DIR"]
+    env = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own")}
+    assert python(code, XDG_CACHE_HOME=str(tmp_path), **env) == env["JAX_COMPILATION_CACHE_DIR"]

@@ -246,10 +246,10 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
 
 def test_saving_does_not_ask_whether_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a save asks JAX's service would make it forget the loop's own, larger numbers."""
-    asked: list[int] = []
-    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    sync_steps: list[int] = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", sync_steps.append)
     write(tmp_path, 1, 2)
-    assert not asked
+    assert not sync_steps
 
 
 def test_another_base_is_refused(written: Path) -> None:

@@ -27,7 +27,7 @@ def values(dtype: str, shape: tuple[int, ...] = (8, 4)) -> jax.Array:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equal_on_every_mesh(dtype: str) -> None:
     """Of each dtype on two meshes, of one on all."""
-    x, found = values(dtype), set()
+    x, sums = values(dtype), set()
     meshes: list[tuple[dict[str, int], P]] = [
         ({"data": 8}, P("data")),
         ({"fsdp": 2, "tensor": 4}, P("fsdp", "tensor")),
@@ -36,8 +36,8 @@ def test_equal_on_every_mesh(dtype: str) -> None:
         ({"data": 2, "fsdp": 4}, P()),
     ]
     for sizes, spec in meshes if dtype == "complex64" else meshes[:2]:
-        found.add(of(jax.device_put(x, NamedSharding(make_mesh(sizes), spec))))
-    assert found == {of(x)} == {of(np.asarray(x))}
+        sums.add(of(jax.device_put(x, NamedSharding(make_mesh(sizes), spec))))
+    assert sums == {of(x)} == {of(np.asarray(x))}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -134,8 +134,8 @@ def test_a_process_killed_while_it_saves(inputs: Path, straight: Path, victim: i
         assert time.monotonic() - begin < HEARTBEAT + 10
     finally:
         pair.kill()
-    said = pair.said()[1 - victim]
-    assert "error: " in said or "JAX distributed service detected fatal errors" in said, said
+    log = pair.said()[1 - victim]
+    assert "error: " in log or "JAX distributed service detected fatal errors" in log, log
     step = checkpoints.latest_step(workdir)
     assert step is not None and before is not None and before <= step < TOTAL
     assert checkpoints.load(workdir).step == step
@@ -197,15 +197,15 @@ def test_a_full_disk_is_one_error_that_names_what_is_whole(inputs: Path, tmp_pat
             time.sleep(0.001)
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limit)
         process.join(100)
-        said = os.read(ends[1], 2**16).decode()
+        stderr = os.read(ends[1], 2**16).decode()
     finally:
         process.kill()
         for end in ends:
             os.close(end)
     assert process.exitcode == 1
-    assert "Traceback" not in said, said
-    errors = [line for line in said.splitlines() if "error: " in line]
-    assert len(errors) == 1, said
+    assert "Traceback" not in stderr, stderr
+    errors = [line for line in stderr.splitlines() if "error: " in line]
+    assert len(errors) == 1, stderr
     error = errors[0]
     step = checkpoints.latest_step(workdir)
     assert "full_disk cannot be written: " in error and "File too large" in error, error

@@ -97,9 +97,9 @@ def test_the_rows_that_a_process_holds(two: Two) -> None:
         return {"rows": rows}
 
     batches = Schedule((np.arange(8),), ((1, 1),), 8, 0, collate)
-    whole = batches(0)[0]["rows"]
-    own = Schedule((np.arange(8),), ((1, 1),), 8, 0, collate, held)(0)[0]["rows"]
-    assert own.tolist() == whole[[0, 1, 4, 5]].tolist()
+    all_rows = batches(0)[0]["rows"]
+    held_rows = Schedule((np.arange(8),), ((1, 1),), 8, 0, collate, held)(0)[0]["rows"]
+    assert held_rows.tolist() == all_rows[[0, 1, 4, 5]].tolist()
 
 
 def test_a_mesh_without_a_process_is_refused(two: Two) -> None:

@@ -23,7 +23,7 @@ class Two(NamedTuple):
     """What two processes left."""
 
     folder: Path
-    found: list[dict[str, Any]]
+    results: list[dict[str, Any]]
 
 
 def free_port() -> int:
@@ -94,24 +94,24 @@ def test_two_processes_have_the_losses_of_one(one: Any, tmp_path: Path) -> None:
         np.testing.assert_allclose(figures(ran.folder / case.replace("/", "_")), figures(one(case)), rtol=1e-5)
     # with `tensor` across the processes both make all rows
     np.testing.assert_allclose(figures(ran.folder / "tensor"), figures(one("gpt2/lora")), rtol=1e-5)
-    first, second = (found["rows"] for found in ran.found)
+    first, second = (result["rows"] for result in ran.results)
     assert first == second and all(len(rows) == 8 for rows in first)
 
 
 def test_every_row_is_made_once(both: Two, one: Any) -> None:
-    first, second = (found["rows"] for found in both.found)
-    for own, other in zip(first, second, strict=True):
-        assert len(own) == len(other) == 4 and len({*own, *other}) == 8
+    first, second = (result["rows"] for result in both.results)
+    for first_rows, other in zip(first, second, strict=True):
+        assert len(first_rows) == len(other) == 4 and len({*first_rows, *other}) == 8
     epoch = [row for step in range(2) for rows in (first[step], second[step]) for row in rows]
     assert sorted(epoch) == list(range(16))
     np.testing.assert_allclose(figures(both.folder / "run"), figures(one(QUICK)), rtol=1e-5)
 
 
 def test_what_is_wrong_is_an_error_in_both(both: Two) -> None:
-    for found in both.found:
-        assert "step 1: batch 0 of epoch 0 has no labels" in found["no_labels"]
-        assert "leaves out the devices of process 1" in found["left_out"]
-        assert "another config: seed is 3 there and 4 here" in found["refused"]
+    for result in both.results:
+        assert "step 1: batch 0 of epoch 0 has no labels" in result["no_labels"]
+        assert "leaves out the devices of process 1" in result["left_out"]
+        assert "another config: seed is 3 there and 4 here" in result["refused"]
 
 
 def test_one_process_writes_the_files(both: Two) -> None:
@@ -123,7 +123,7 @@ def test_one_process_writes_the_files(both: Two) -> None:
 
 
 def test_both_stop_after_the_same_step_when_one_is_told_to(both: Two) -> None:
-    (step, finished), other = (found["told"] for found in both.found)
+    (step, finished), other = (result["told"] for result in both.results)
     assert [step, finished] == other and not finished and 0 < step < 1000
     assert checkpoints.load(both.folder / "told").step == step
 
@@ -134,11 +134,11 @@ def close(a: Any, b: Any) -> None:
 
 
 def test_a_checkpoint_of_two_processes_is_read_on_any_mesh(both: Two) -> None:
-    whole = checkpoints.load(both.folder / "run").delta
+    saved_delta = checkpoints.load(both.folder / "run").delta
     for sizes in ({}, {"fsdp": 2}, {"data": 2, "fsdp": 2, "tensor": 2}):
         state = prepare(QUICK, both.folder / "run", sizes, changes=SAVED).state
         assert int(state.step) == 4
-        jax.tree.map(np.testing.assert_array_equal, state.delta, whole)
+        jax.tree.map(np.testing.assert_array_equal, state.delta, saved_delta)
 
 
 @pytest.mark.parametrize("sizes", [{}, pytest.param({"fsdp": 2, "tensor": 4}, marks=pytest.mark.slow)], ids=len)
@@ -152,11 +152,11 @@ def test_a_run_of_two_processes_goes_on_elsewhere(sizes: dict, both: Two, one: A
 
 
 def test_a_run_of_one_process_goes_on_with_two(both: Two, one: Any) -> None:
-    assert [found["resumed"] for found in both.found] == [2, 2]
+    assert [result["resumed"] for result in both.results] == [2, 2]
     np.testing.assert_allclose(figures(both.folder / "of_one"), figures(one(QUICK)), rtol=1e-5)
 
 
 def test_both_go_on_from_the_checkpoint_before_a_damaged_one(both: Two) -> None:
-    assert [found["after_damage"] for found in both.found] == [2, 2]
-    for found in both.found:
-        assert any("checkpoints/4 is damaged" in text and "rest" in text for text in found["said"]), found["said"]
+    assert [result["after_damage"] for result in both.results] == [2, 2]
+    for result in both.results:
+        assert any("checkpoints/4 is damaged" in text and "rest" in text for text in result["said"]), result["said"]

@@ -29,16 +29,16 @@ def compiled(fn, *specs, out=WHOLE, shape=(8, 8)):
 
 @pytest.mark.parametrize("axis", MESH)
 def test_kind_axis_and_bytes_of_a_gather(axis):
-    (found,) = collectives.summary(collectives.of_program(compiled(lambda x: x, P(axis)), MESH))
+    (row,) = collectives.summary(collectives.of_program(compiled(lambda x: x, P(axis)), MESH))
     # all 256 bytes arrive, half of them from the device itself
-    assert found == {"kind": "all-gather", "axes": [axis], "times": 1, "bytes": 128}
+    assert row == {"kind": "all-gather", "axes": [axis], "times": 1, "bytes": 128}
 
 
 @pytest.mark.parametrize("axes", [("data",), ("fsdp", "tensor"), ("data", "fsdp", "tensor"), ("data", "tensor")])
 def test_kind_axes_and_bytes_of_a_sum(axes):
-    (found,) = collectives.summary(collectives.of_program(compiled(lambda x: x.sum(0), P(axes)), MESH))
+    (row,) = collectives.summary(collectives.of_program(compiled(lambda x: x.sum(0), P(axes)), MESH))
     n = math.prod(MESH[axis] for axis in axes)
-    assert found == {"kind": "all-reduce", "axes": list(axes), "times": 1, "bytes": int(2 * (n - 1) / n * 32)}
+    assert row == {"kind": "all-reduce", "axes": list(axes), "times": 1, "bytes": int(2 * (n - 1) / n * 32)}
 
 
 def test_what_stands_in_a_loop_counts_each_time():
@@ -46,8 +46,8 @@ def test_what_stands_in_a_loop_counts_each_time():
         return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, length=5)[0]
 
     text = compiled(fn, P("data", "tensor"), P("tensor", None), out=P("data", "tensor"))
-    found = collectives.summary(collectives.of_program(text, MESH))
-    assert any(each["axes"] == ["tensor"] and each["times"] % 5 == 0 for each in found)
+    rows = collectives.summary(collectives.of_program(text, MESH))
+    assert any(each["axes"] == ["tensor"] and each["times"] % 5 == 0 for each in rows)
 
 
 @pytest.mark.parametrize(
@@ -65,15 +65,15 @@ def test_what_stands_in_a_loop_counts_each_time():
 )
 def test_groups_of_devices_in_every_spelling(written, axes):
     text = f"ENTRY %main (p: f32[4]) -> f32[4] {{\n  %r = f32[4]{{0}} all-reduce(%p), {written}, to_apply=%add\n}}"
-    (found,) = collectives.of_program(text, MESH)
-    assert found.axes == axes
+    (collective,) = collectives.of_program(text, MESH)
+    assert collective.axes == axes
 
 
 def test_pairs_of_devices():
     text = "ENTRY %main (p: f32[4]) -> f32[4] {\n  %r = f32[4]{0} collective-permute(%p), channel_id=1, PAIRS\n}"
     pairs = "source_target_pairs={{0,1},{1,0},{2,3},{3,2}}"
-    (found,) = collectives.of_program(text.replace("PAIRS", pairs), MESH)
-    assert (found.axes, found.sent) == (("tensor",), 16)
+    (collective,) = collectives.of_program(text.replace("PAIRS", pairs), MESH)
+    assert (collective.axes, collective.sent) == (("tensor",), 16)
 
 
 def reduced(workload, axes=("data", "fsdp")):
@@ -82,12 +82,12 @@ def reduced(workload, axes=("data", "fsdp")):
     topology = topologies.Topology("cpu:8", jax.devices()[:8], 8, None, False)
     step = asking.step(workload, layout, layout.mesh(topology))
     text = step.run.lower(step.state, step.params, step.batch).compile().as_text()
-    found = [
+    reductions = [
         one
         for one in collectives.of_program(text, MESH)
         if one.kind in ("all-reduce", "reduce-scatter") and set(one.axes) & set(axes)
     ]
-    return sum(one.bytes * one.times for one in found), {shape for one in found for shape in one.shapes}
+    return sum(one.bytes * one.times for one in reductions), {shape for one in reductions for shape in one.shapes}
 
 
 def test_no_gradient_of_a_frozen_weight_is_sent(tmp_path):

@@ -44,12 +44,12 @@ def test_what_a_compiler_says_it_wants():
 
 
 def test_a_search_finds_the_smallest_and_asks_no_answer_twice(tmp_path, monkeypatch):
-    workload, asked, said = tiny(tmp_path), [], []
+    workload, layouts, messages = tiny(tmp_path), [], []
     limit = search.ordered(workload, cpu(2))[0].estimate
     assert search.ordered(workload, cpu(1))[0].estimate > limit  # by the closed form two devices hold it, one does not
 
     def compiler(workload, topology, layout):
-        asked.append(layout)
+        layouts.append(layout)
         need = search.size_of(workload, topology, layout).estimate
         sent = [{"kind": "all-gather", "axes": ["tensor"], "times": 1, "bytes": 1000 // layout.tensor}]
         answer = {"topology": topology.name, "chips": topology.chips, "texts": 8, "collectives": sent}
@@ -58,14 +58,14 @@ def test_a_search_finds_the_smallest_and_asks_no_answer_twice(tmp_path, monkeypa
     monkeypatch.setattr(asking, "ask", compiler)
     monkeypatch.setattr(topologies, "named", lambda name: cpu(int(name[4:]), 2 * limit))
     cache = search.Cache(tmp_path / "answers.json")
-    answer = search.smallest(workload, ["cpu:1", "cpu:2"], 60, cache, said.append)
+    answer = search.smallest(workload, ["cpu:1", "cpu:2"], 60, cache, messages.append)
     assert answer["chips"] == 2 and answer["fits"]
     assert answer["tensor"] == 2  # which sends less, though it does not hold least
-    before = len(asked)
-    assert search.smallest(workload, ["cpu:1", "cpu:2"], 60, search.Cache(cache.file), said.append) == answer
-    assert len(asked) == before == len(set(said))
-    assert search.smallest(workload, ["cpu:1", "cpu:2"], 0, search.Cache(None), said.append) is None
-    assert "the time was up" in said[-1]
+    before = len(layouts)
+    assert search.smallest(workload, ["cpu:1", "cpu:2"], 60, search.Cache(cache.file), messages.append) == answer
+    assert len(layouts) == before == len(set(messages))
+    assert search.smallest(workload, ["cpu:1", "cpu:2"], 0, search.Cache(None), messages.append) is None
+    assert "the time was up" in messages[-1]
 
 
 def test_layouts_come_in_the_order_of_their_memory(tmp_path):
@@ -105,9 +105,9 @@ def test_a_mesh_as_it_is_written():
     assert layout == Layout(2, 2, 2, True, 3)
 
 
-@pytest.mark.parametrize(("mesh", "said"), [("1,2", "three numbers"), ("1,2,x", "three numbers"), ("1,2,2", "has 4")])
-def test_a_bad_mesh(mesh, said):
-    with pytest.raises(ValueError, match=said):
+@pytest.mark.parametrize(("mesh", "text"), [("1,2", "three numbers"), ("1,2,x", "three numbers"), ("1,2,2", "has 4")])
+def test_a_bad_mesh(mesh, text):
+    with pytest.raises(ValueError, match=text):
         asking.layout_on(cpu(8), mesh.split(","), remat=True, accumulate=1)
 
 

@@ -33,8 +33,8 @@ def test_lora_fits_on_four_v5p_and_sends_no_gradient_of_a_frozen_weight():
     compiled = step.run.lower(step.state, step.params, step.batch).compile()
     assert compiled.memory_analysis().peak_memory_in_bytes < topology.limit
     text = compiled.as_text()
-    found = collectives.of_program(text, dict(zip(sharding.AXES, layout[:3], strict=True)))
-    summed = [one for one in found if one.kind in ("all-reduce", "reduce-scatter") and one.axes]
+    transfers = collectives.of_program(text, dict(zip(sharding.AXES, layout[:3], strict=True)))
+    summed = [one for one in transfers if one.kind in ("all-reduce", "reduce-scatter") and one.axes]
     assert summed
     factors = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(step.state.delta))
     # of factors and losses; one weight of the base, summed in each layer, would be 29 GB more

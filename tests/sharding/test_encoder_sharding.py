@@ -118,15 +118,15 @@ def test_factors_follow_their_kernels_and_the_classifier_is_on_every_device():
     delta = jax.eval_shape(METHOD.init, jax.random.key(2), params)
     base = lj.without_tuned(params, delta)
     adapted = jax.eval_shape(METHOD.apply, base, delta)
-    found = sharding.shardings(
+    places = sharding.shardings(
         {"base": base, "delta": delta, "adam": jax.eval_shape(lj.freeze_base(optax.adam(1e-3)).init, delta)},
         mesh,
         sharding.rules_for(model, mesh),
         adapted,
     )
-    specs = jax.tree.map(lambda sharding: sharding.spec, found["delta"])
+    specs = jax.tree.map(lambda sharding: sharding.spec, places["delta"])
     assert specs["h/attn/query/kernel"] == {"a": P(None, "fsdp", None), "b": P(None, None, "tensor")}
     assert specs["classifier/out/kernel"] == {"value": P()}
-    adam = found["adam"].inner_states["trainable"].inner_state[0]
+    adam = places["adam"].inner_states["trainable"].inner_state[0]
     for moment in (adam.mu, adam.nu):
         assert jax.tree.map(lambda sharding: sharding.spec, moment) == specs

@@ -118,8 +118,8 @@ def test_scanned_factors_follow_too():
     delta = jax.eval_shape(METHOD.init, jax.random.key(2), params)
     adapted = jax.eval_shape(METHOD.apply, params, delta)
     rules = sharding.gpt2_rules(SCANNED.vocab_size, mesh)
-    found = sharding.shardings(delta, mesh, rules, adapted)
-    query, table = found["h/attn/query/kernel"], found["wte/embedding"]
+    places = sharding.shardings(delta, mesh, rules, adapted)
+    query, table = places["h/attn/query/kernel"], places["wte/embedding"]
     assert (query["a"].spec, query["b"].spec) == (P(None, "fsdp", None), P(None, None, "tensor"))
     # 52 rows divide over 4 devices
     assert (table["a"].spec, table["b"].spec) == (P("tensor", None), P(None, "fsdp"))
@@ -133,10 +133,10 @@ def test_a_tuned_leaf_is_sharded_as_the_weight_it_stands_for():
     base = lj.without_tuned(params, delta)
     adapted = jax.eval_shape(method.apply, params, delta)
     rules = sharding.gpt2_rules(CONFIG.vocab_size, mesh)
-    found = sharding.shardings({"base": base, "delta": delta}, mesh, rules, adapted)
-    assert found["delta"]["h_0/attn/query/kernel"]["value"].spec == P("fsdp", "tensor")
-    assert jax.tree.structure(found) == jax.tree.structure({"base": base, "delta": delta})
-    placed = jax.device_put({"base": base, "delta": delta}, found)
+    places = sharding.shardings({"base": base, "delta": delta}, mesh, rules, adapted)
+    assert places["delta"]["h_0/attn/query/kernel"]["value"].spec == P("fsdp", "tensor")
+    assert jax.tree.structure(places) == jax.tree.structure({"base": base, "delta": delta})
+    placed = jax.device_put({"base": base, "delta": delta}, places)
     assert placed["base"]["wte"]["embedding"].sharding.spec == P(None, ("fsdp", "tensor"))
 
 
@@ -173,8 +173,8 @@ def test_batches_are_spread_over_data_and_fsdp():
 def test_the_first_matching_rule_wins():
     mesh = mesh_of(2, 2, 2)
     rules = {"b/**": P("data"), "**": P("fsdp")}
-    found = sharding.shardings({"a": jnp.zeros(2), "b": {"c": jnp.zeros(2)}}, mesh, rules)
-    assert found["a"].spec == P("fsdp") and found["b"]["c"].spec == P("data")
+    places = sharding.shardings({"a": jnp.zeros(2), "b": {"c": jnp.zeros(2)}}, mesh, rules)
+    assert places["a"].spec == P("fsdp") and places["b"]["c"].spec == P("data")
 
 
 def test_what_cannot_be_placed_is_said():
@@ -190,8 +190,8 @@ def test_what_cannot_be_placed_is_said():
 
 def test_what_does_not_divide_may_stay_whole(caplog):
     tree = {"h": {"kernel": jnp.zeros((6, 5))}}
-    found = sharding.shardings(tree, mesh_of(1, 2, 4), {"**": P("fsdp", "tensor")}, misfits="replicate")
-    assert found["h"]["kernel"].spec == P("fsdp", None)
+    places = sharding.shardings(tree, mesh_of(1, 2, 4), {"**": P("fsdp", "tensor")}, misfits="replicate")
+    assert places["h"]["kernel"].spec == P("fsdp", None)
     assert "h/kernel has shape (6, 5): 5 does not divide over the 4 devices of tensor" in caplog.text
 
 
@@ -201,9 +201,9 @@ def test_adapters_are_spread_over_fsdp():
     method = lj.adapter({"mlp_out": gpt2.sites(SCANNED)["mlp_out"]}, rank=3)
     delta = jax.eval_shape(method.init, jax.random.key(0), params)
     rules = sharding.gpt2_rules(SCANNED.vocab_size, mesh)
-    found = sharding.shardings(delta, mesh, rules, jax.eval_shape(method.apply, params, delta))["@mlp_out/adapter"]
-    assert found["down"].spec == P(None, "fsdp") and found["up"].spec == P(None, None, "fsdp")
-    assert found["down_bias"].spec == P()
+    places = sharding.shardings(delta, mesh, rules, jax.eval_shape(method.apply, params, delta))["@mlp_out/adapter"]
+    assert places["down"].spec == P(None, "fsdp") and places["up"].spec == P(None, None, "fsdp")
+    assert places["down_bias"].spec == P()
 
 
 def test_the_table_says_where_each_array_lies():
@@ -227,8 +227,8 @@ def test_activations_between_layers_are_spread_over_the_whole_mesh(config):
     assert sharding.on_mesh(model, mesh_of(1, 1, 1)) is model
     inputs = jax.device_put(tokens, sharding.batch_sharding(mesh))
     lowered = jax.jit(spread.apply).lower({"params": placed}, inputs)
-    found = lowered.compile()({"params": placed}, inputs)
-    np.testing.assert_allclose(found, jax.jit(model.apply)({"params": params}, tokens), atol=1e-5)
+    logits = lowered.compile()({"params": placed}, inputs)
+    np.testing.assert_allclose(logits, jax.jit(model.apply)({"params": params}, tokens), atol=1e-5)
     assert lowered.as_text().count("sharding_constraint") >= 2  # of the embeddings, and of the layers
 
 

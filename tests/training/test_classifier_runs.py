@@ -56,14 +56,14 @@ def seeds(inputs: Path) -> Path:
 
 
 def test_each_seed_has_its_run_and_the_summary_their_medians(seeds: Path) -> None:
-    found = {}
+    best_scores = {}
     for seed in (3, 5):
         entries = training.read_metrics(seeds / f"seed_{seed}")
-        found[seed] = max(e["matthews"] for e in entries if "matthews" in e)
-        own = json.loads((seeds / f"seed_{seed}" / "summary.json").read_text())
-        assert (own["matthews"], own["seed"]) == (found[seed], seed)
+        best_scores[seed] = max(e["matthews"] for e in entries if "matthews" in e)
+        seed_summary = json.loads((seeds / f"seed_{seed}" / "summary.json").read_text())
+        assert (seed_summary["matthews"], seed_summary["seed"]) == (best_scores[seed], seed)
     summary = json.loads((seeds / "summary.json").read_text())
-    values = sorted(found.values())
+    values = sorted(best_scores.values())
     assert summary["seed"] == [3, 5]
     assert summary["matthews"] == {"score": sum(values) / 2, "low": values[0], "high": values[1]}
     assert summary["validation_loss"]["low"] <= summary["validation_loss"]["high"]
@@ -130,11 +130,11 @@ def test_a_warm_start_takes_what_fits(seeds: Path, inputs: Path, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     assert "these do not fit: classifier/bias, classifier/kernel" in done.stdout
     delta = checkpoints.load(tmp_path / "mnli").delta
-    known = checkpoints.load_adapter(seeds / "seed_3" / "adapter")[1]
+    saved = checkpoints.load_adapter(seeds / "seed_3" / "adapter")[1]
     lora = [path for path in delta if path.startswith("h_")]
     assert len(lora) == 2
     for path in lora:
-        assert np.array_equal(delta[path]["a"], known[path]["a"]) and np.array_equal(delta[path]["b"], known[path]["b"])
+        assert np.array_equal(delta[path]["a"], saved[path]["a"]) and np.array_equal(delta[path]["b"], saved[path]["b"])
     other = tmp_path / "base"
     model, params, tokenizer = hf.load(inputs / "base")
     hf.save(other, model, jax.tree.map(lambda x: x + 1, params), tokenizer)
@@ -218,7 +218,7 @@ def test_a_converted_adapter_is_one_of_the_same_base(inputs: Path, tmp_path: Pat
 
 
 def test_what_cannot_be_is_said(seeds: Path, inputs: Path, tmp_path: Path) -> None:
-    for arguments, said in [
+    for arguments, message in [
         (("predict", f"--workdir={seeds}"), "holds several runs: name one, --workdir=.*seed_3"),
         (("predict", f"--workdir={seeds}/seed_3", "--split=dev"), "split 'dev'"),
         (("predict", f"--workdir={tmp_path}"), "is .* the workdir of a run"),
@@ -226,7 +226,7 @@ def test_what_cannot_be_is_said(seeds: Path, inputs: Path, tmp_path: Path) -> No
     ]:
         failed = run_entry(*arguments)
         assert failed.returncode == 1
-        assert re.search(said, failed.stderr), failed.stderr
+        assert re.search(message, failed.stderr), failed.stderr
 
 
 def test_a_task_of_texts_needs_a_gpt2(inputs: Path) -> None:

@@ -152,7 +152,7 @@ def test_training_goes_on_only_under_the_same_function(folder: Path, tmp_path: P
     make_run(folder, config, tmp_path / "run")
     runs.export_run(tmp_path / "run", "peft", tmp_path / "peft")
     fused = {"lora.select": ("**/attn/{query,key,value}/kernel",), "lora.rank": 4, "lora.alpha": 64.0}
-    for case, changes, said in [
+    for case, changes, message in [
         ("same", {}, None),
         ("alpha", {"lora.alpha": 63.0}, r"h_0/attn/key/kernel has scale 16.0 in one, 15.75 in the other"),
         ("rule", {"lora.scale_rule": "alpha/sqrt(r)"}, r"has scale 16.0 in one, 32.0 in the other"),
@@ -161,8 +161,8 @@ def test_training_goes_on_only_under_the_same_function(folder: Path, tmp_path: P
         with other.unlocked():
             other.lora.shared = fused["lora.select"]
         runs.import_run(tmp_path / "peft", other, tmp_path / case)
-        if said is None:
+        if message is None:
             assert runs.train(other, tmp_path / case).finished
             continue
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             runs.train(other, tmp_path / case)

@@ -128,18 +128,18 @@ def error(*flags: str) -> str:
 
 
 def test_misspelt_key() -> None:
-    said = error("--config=configs/e2e.py:small", "--config.lora.rnk=8", "--workdir=nowhere")
-    assert said == 'error: the config has no key \'rnk\'. Did you mean "rank" instead of "rnk"?'
+    message = error("--config=configs/e2e.py:small", "--config.lora.rnk=8", "--workdir=nowhere")
+    assert message == 'error: the config has no key \'rnk\'. Did you mean "rank" instead of "rnk"?'
 
 
 def test_missing_base_names_the_public_one(inputs: Path) -> None:
-    said = error(
+    message = error(
         "--config=configs/e2e.py:small",
         f"--workdir={inputs}/none",
         f"--config.data.path={inputs}/data",
         f"--config.base={inputs}/no/base",
     )
-    assert "no/base" in said and "huggingface.co/gpt2, gpt2-medium" in said
+    assert "no/base" in message and "huggingface.co/gpt2, gpt2-medium" in message
 
 
 def test_another_config_is_refused(inputs: Path) -> None:

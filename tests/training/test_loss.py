@@ -26,9 +26,9 @@ def test_sum_and_count(b: int, n: int, vocab: int, smoothing: float, seed: int) 
     logits = random.normal(0, 5, (b, n, vocab)).astype(np.float32)
     labels = random.integers(0, vocab, (b, n)).astype(np.int32)
     weights = random.integers(0, 2, (b, n)).astype(np.float32)
-    found = jax.jit(cross_entropy, static_argnums=3)(logits, labels, weights, smoothing)
+    sum_and_count = jax.jit(cross_entropy, static_argnums=3)(logits, labels, weights, smoothing)
     expected = reference(logits, labels, weights, smoothing)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(sum_and_count, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_smoothing_is_that_of_torch() -> None:
@@ -40,8 +40,8 @@ def test_smoothing_is_that_of_torch() -> None:
         torch.tensor(logits), torch.tensor(labels), label_smoothing=0.1, reduction="sum"
     )
     ones = jnp.ones(7)
-    found, _ = cross_entropy(jnp.array(logits), jnp.array(labels, jnp.int32), ones, 0.1)
-    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
+    loss, _ = cross_entropy(jnp.array(logits), jnp.array(labels, jnp.int32), ones, 0.1)
+    np.testing.assert_allclose(loss, expected.numpy(), rtol=1e-6)
 
 
 def test_unweighted_positions_do_not_matter() -> None:
@@ -55,9 +55,9 @@ def test_bfloat16_logits_are_summed_in_float32() -> None:
     logits = jax.random.normal(jax.random.key(0), (4, 1000), jnp.bfloat16)
     labels, weights = jnp.zeros(4, jnp.int32), jnp.ones(4)
     with jax.numpy_dtype_promotion("standard"):  # so that a loss in bfloat16 would be a number, not an error
-        found, _ = cross_entropy(logits, labels, weights, 0.1)
+        loss, _ = cross_entropy(logits, labels, weights, 0.1)
     wide, _ = cross_entropy(logits.astype(jnp.float32), labels, weights, 0.1)
-    assert found.dtype == jnp.float32 and found == wide
+    assert loss.dtype == jnp.float32 and loss == wide
 
 
 def test_shapes_are_checked_here() -> None:

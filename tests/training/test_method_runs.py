@@ -111,14 +111,14 @@ def test_the_same_on_eight_devices(name: str, folder: Path, tmp_path: Path) -> N
 def check_texts(base: bases.Base, method: lj.ParamTransform, delta: lj.Delta) -> None:
     """Greedy texts with a cache, of prompts of unequal length, are what a whole forward without it says."""
     inserted = methods.placeholders(method.spec, base.model)
-    asked = prompts(["name : Alba", "name : Blue Spice | area : riverside"], base.tokenizer, eos=0, **inserted)
-    longest = max(map(len, asked))
-    tokens = np.array([[0] * (longest - len(prompt)) + prompt for prompt in asked], np.int32)
-    mask = np.array([[False] * (longest - len(prompt)) + [True] * len(prompt) for prompt in asked])
+    prompt_ids = prompts(["name : Alba", "name : Blue Spice | area : riverside"], base.tokenizer, eos=0, **inserted)
+    longest = max(map(len, prompt_ids))
+    tokens = np.array([[0] * (longest - len(prompt)) + prompt for prompt in prompt_ids], np.int32)
+    mask = np.array([[False] * (longest - len(prompt)) + [True] * len(prompt) for prompt in prompt_ids])
     adapted = method.apply(lj.without_tuned(base.params, delta), delta)
     new = np.asarray(generate(base.model, adapted, tokens, mask, max_new_tokens=4, eos=271))
-    whole, real = np.concatenate([tokens, new], 1), np.concatenate([mask, np.ones((2, 4), bool)], 1)
-    logits = jax.jit(lj.lift(base.model.apply))({"params": adapted}, whole, real)
+    sequences, real = np.concatenate([tokens, new], 1), np.concatenate([mask, np.ones((2, 4), bool)], 1)
+    logits = jax.jit(lj.lift(base.model.apply))({"params": adapted}, sequences, real)
     np.testing.assert_array_equal(np.asarray(logits).argmax(-1)[:, longest - 1 : -1], new)
 
 

@@ -37,8 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_readmes_method(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(registry._METHODS, "lora_xs", raising=False)  # the README's blocks may have run before
-    own = f"--config.method={folder}/mine.py:method"
-    done = run(folder, folder / "run", own, "--config.data.buckets=1", "--config.optimizer.learning_rate=0.05")
+    method_flag = f"--config.method={folder}/mine.py:method"
+    done = run(folder, folder / "run", method_flag, "--config.data.buckets=1", "--config.optimizer.learning_rate=0.05")
     assert done.returncode == 0, done.stderr
     losses = [e["validation_loss"] for e in training.read_metrics(folder / "run") if "validation_loss" in e]
     assert losses[-1] < losses[0]
@@ -54,24 +54,24 @@ def test_the_readmes_method_has_traits(tmp_path: Path, caplog: pytest.LogCapture
     names: dict[str, Any] = {}
     exec(BLOCK, names)
     select = {"method": "lora_xs", "select": ["**/attn/{query,value}/kernel"]}
-    found = sweeps.members([{"rank": 1}, {"rank": 3}], select | {"rank": 2}, buckets=1)
-    alone = [sweeps.alone(tmp_path / "alone" / member.name, member, validation=None) for member in found]
-    results = sweep.train(sweeps.ready(tmp_path / "sweep", found, validation=None))
+    members = sweeps.members([{"rank": 1}, {"rank": 3}], select | {"rank": 2}, buckets=1)
+    alone = [sweeps.alone(tmp_path / "alone" / member.name, member, validation=None) for member in members]
+    results = sweep.train(sweeps.ready(tmp_path / "sweep", members, validation=None))
     assert results is not None
     for result, expected in zip(results, alone, strict=True):
         assert result is not None
         sweeps.close(result.delta, expected.delta)
-    (one, method), (other, _) = ((result.delta, member.method) for result, member in zip(results, found, strict=True))
-    params = found[0].params
-    summed, delta = lj.arithmetic.add([(method, one), (found[1].method, other)], [1, -2], params=params)
-    of = (method, found[1].method, summed)
+    (one, method), (other, _) = ((result.delta, member.method) for result, member in zip(results, members, strict=True))
+    params = members[0].params
+    summed, delta = lj.arithmetic.add([(method, one), (members[1].method, other)], [1, -2], params=params)
+    of = (method, members[1].method, summed)
     merge = jax.jit(lambda deltas: [lj.merge(m.apply(params, d)) for m, d in zip(of, deltas, strict=True)])
     base, *merged = jax.device_get([params, *merge([one, other, delta])])
     expected = jax.tree.map(lambda base, a, b: base + (a - base) - 2 * (b - base), base, *merged[:2])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged[2], expected)
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     rules = sharding.rules_for(model_and_params()[0], mesh)
-    places = sharding.shardings(other, mesh, rules, jax.eval_shape(found[1].method.apply, params, other))
+    places = sharding.shardings(other, mesh, rules, jax.eval_shape(members[1].method.apply, params, other))
     assert not caplog.text and all(place.is_fully_replicated for place in jax.tree.leaves(places))
     options = run_config(**{"optimizer.decay": ("matrices",), "optimizer.warmup_steps": 0}).optimizer
     tx = training.optimizer(options, lambda step: 1.0, spec=method.spec)
@@ -83,8 +83,8 @@ def test_the_readmes_method_has_traits(tmp_path: Path, caplog: pytest.LogCapture
 
 @pytest.mark.slow
 def test_the_readmes_method_is_counted_and_timed(folder: Path) -> None:
-    own = f"--config.method={folder}/mine.py:method"
-    config = ["--config=configs/e2e.py:small", own, f"--config.base={folder}/base"]
+    method_flag = f"--config.method={folder}/mine.py:method"
+    config = ["--config=configs/e2e.py:small", method_flag, f"--config.base={folder}/base"]
     done = run_entry("count", *config)
     assert done.returncode == 0, done.stderr
     assert "trained: 32 of" in done.stdout  # R of 4 x 4 in two matrices of one layer
@@ -97,12 +97,12 @@ def test_the_readmes_method_is_counted_and_timed(folder: Path) -> None:
 def test_what_is_no_method_is_said(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("one = 1\n")
     config, model = e2e.get_config("small"), gpt2.GPT2(gpt2.SIZES["small"])
-    for name, error, said in [
+    for name, error, message in [
         (f"{tmp_path}/nothing.py:method", FileNotFoundError, "nothing.py does not exist"),
         (f"{tmp_path}/mine.py:other", ValueError, "has no function 'other'"),
         (f"{tmp_path}/mine.py:one", ValueError, "has no function 'one'"),
         ("other", ValueError, "the config has no options for 'other'"),
     ]:
         config.method = name
-        with pytest.raises(error, match=said):
+        with pytest.raises(error, match=message):
             methods.spec(config, model)

@@ -49,8 +49,8 @@ def test_the_sum_and_every_gradient_are_those_of_the_whole(b: int, n: int, piece
     def everything(*given_: Any) -> Any:
         return [jax.value_and_grad(fn, (0, 1))(*given_) for fn in (cut, loss)], cut(*given_)
 
-    (found, expected), value = everything(*given_)
-    jax.tree.map(close, found, expected)
+    (loss_and_grads, expected), value = everything(*given_)
+    jax.tree.map(close, loss_and_grads, expected)
     close(value, expected[0])
 
 
@@ -63,19 +63,19 @@ def test_its_gradient_is_taken_from_outside_too(around: Any) -> None:
 
 def test_in_bfloat16_gradients_keep_their_dtypes() -> None:
     weights, x, *along = jax.tree.map(lambda a: a.astype(jnp.bfloat16) if a.dtype == jnp.float32 else a, made(2, 6))
-    found = jax.jit(jax.grad(functools.partial(chunked_loss, loss, chunks=3), (0, 1)))(weights, x, *along)
-    jax.tree.map(lambda g, w: np.testing.assert_equal(g.dtype, w.dtype), found, (weights, x))
+    grads = jax.jit(jax.grad(functools.partial(chunked_loss, loss, chunks=3), (0, 1)))(weights, x, *along)
+    jax.tree.map(lambda g, w: np.testing.assert_equal(g.dtype, w.dtype), grads, (weights, x))
 
 
 def test_members_of_a_vmap_have_their_own() -> None:
     weights, x, *along = made(2, 7)
     many = jax.tree.map(lambda w: np.stack([w, 2 * w]), weights)
     grad = jax.grad(functools.partial(chunked_loss, loss, chunks=4), (0, 1))
-    found = jax.jit(jax.vmap(lambda w: grad(w, x, *along)))(many)
+    batched_grads = jax.jit(jax.vmap(lambda w: grad(w, x, *along)))(many)
     alone = jax.jit(lambda w: jax.grad(loss, (0, 1))(w, x, *along))
     for k in range(2):
-        own, got = jax.tree.map(lambda w, k=k: np.asarray(w)[k], (many, found))
-        jax.tree.map(close, got, alone(own))
+        member_weights, got = jax.tree.map(lambda w, k=k: np.asarray(w)[k], (many, batched_grads))
+        jax.tree.map(close, got, alone(member_weights))
 
 
 def test_a_frozen_head_has_no_gradient_and_nothing_is_computed_twice() -> None:
@@ -140,7 +140,7 @@ def test_a_language_model_s_loss_in_pieces_is_that_of_its_logits(head: str, tie:
         losses = [jax.value_and_grad(fn)(delta) for fn in (in_parts, whole)]
         return losses, objective.validation(adapted, batch), unsmoothed
 
-    (found, expected), validation, unsmoothed = everything(delta)
-    jax.tree.map(close, found, expected)
+    (loss_and_grads, expected), validation, unsmoothed = everything(delta)
+    jax.tree.map(close, loss_and_grads, expected)
     close(validation[:2], unsmoothed)
     assert validation[2] is None

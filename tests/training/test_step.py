@@ -156,15 +156,15 @@ def test_a_gradient_that_is_not_finite_is_a_bad_step_though_the_loss_is(scale: f
 def test_validation_draws_no_dropout_and_smooths_nothing() -> None:
     model, params = model_and_params()
     batch = {name: jnp.asarray(x) for name, x in schedule(4, buckets=1)(0)[0].items()}
-    found = []
+    totals = []
     for dropout, smoothing in ((0.0, 0.0), (0.5, 0.2)):
         method = lj.from_spec({"method": "lora", **QV, "dropout": dropout})
         delta = jax.jit(method.init)(jax.random.key(0), params)
         delta = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.3), delta)
         validate = jax.jit(make_validation(training.language_model(model, smoothing), method))
-        found.append(np.asarray(validate(jnp.ones(2), delta, params, batch)[0]))
-    np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
-    assert found[0][1] == 1 + batch["weights"].sum()
+        totals.append(np.asarray(validate(jnp.ones(2), delta, params, batch)[0]))
+    np.testing.assert_allclose(totals[1], totals[0], rtol=1e-6)
+    assert totals[0][1] == 1 + batch["weights"].sum()
 
 
 def test_a_mixed_batch_trains_each_row_with_its_own_adapter() -> None:
@@ -189,9 +189,9 @@ def test_a_mixed_batch_trains_each_row_with_its_own_adapter() -> None:
     mixed = step(bank, start.delta, batch | {"strength": ids})
     labels = float(batch["weights"].sum())
     for k in (0, 1):
-        own = batch | {"weights": batch["weights"] * np.float32(ids == k)[:, None]}
-        alone = step(lora, take(start.delta, k), own)
-        share = float(own["weights"].sum()) / labels
+        adapter_batch = batch | {"weights": batch["weights"] * np.float32(ids == k)[:, None]}
+        alone = step(lora, take(start.delta, k), adapter_batch)
+        share = float(adapter_batch["weights"].sum()) / labels
         got, before, want = (take(mixed.delta, k), take(start.delta, k), alone.delta)
         for a, b, c in zip(*map(jax.tree.leaves, (got, before, want)), strict=True):
             np.testing.assert_allclose(a - b, (c - b) * share, rtol=0, atol=1e-6)

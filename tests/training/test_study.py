@@ -11,8 +11,8 @@ from tests.helpers.cli import make_inputs, run_entry
 
 
 def study(folder: Path, *flags: str) -> subprocess.CompletedProcess:
-    known = [f"--workdir={folder}/study", f"--base={folder}/base", f"--data={folder}/data", f"--out={folder}/rows.json"]
-    return run_entry("study", "--task=e2e", "--steps=3", "--search_steps=2", *known, *flags, timeout=600)
+    paths = [f"--workdir={folder}/study", f"--base={folder}/base", f"--data={folder}/data", f"--out={folder}/rows.json"]
+    return run_entry("study", "--task=e2e", "--steps=3", "--search_steps=2", *paths, *flags, timeout=600)
 
 
 @pytest.mark.slow
@@ -29,10 +29,10 @@ def test_a_method_is_sized_its_rate_chosen_and_its_run_gone_on_with(tmp_path: Pa
     )
     for name, seeds in (("adapter_p", 1), ("bitfit", 3)):
         folder, row = tmp_path / "study" / "e2e" / name, rows[name]
-        found = {run.name: training.read_metrics(run) for run in folder.iterdir()}
+        metrics = {run.name: training.read_metrics(run) for run in folder.iterdir()}
         at = {
             run: {entry["step"]: entry["validation_loss"] for entry in entries if "validation_loss" in entry}
-            for run, entries in found.items()
+            for run, entries in metrics.items()
         }
         rates = {run: losses for run, losses in at.items() if run.startswith("rate_")}
         best = min(rates, key=lambda run: rates[run][2])

@@ -64,15 +64,15 @@ RULES = {
     ],
 )
 def test_members_are_runs_of_their_own(values: Values, spec: dict, tmp_path: Path) -> None:
-    found = members(values, spec)
-    expected = [alone(tmp_path / "alone" / member.name, member) for member in found]
+    swept = members(values, spec)
+    expected = [alone(tmp_path / "alone" / member.name, member) for member in swept]
     for together in (False, True):
         workdir = tmp_path / str(together)
-        results = sweep.train(ready(workdir, found, together=together))
+        results = sweep.train(ready(workdir, swept, together=together))
         assert results is not None
-        for member, result, own in zip(found, results, expected, strict=True):
+        for member, result, reference in zip(swept, results, expected, strict=True):
             assert result is not None
-            close(result.delta, own.delta)
+            close(result.delta, reference.delta)
             folder = workdir / member.name
             method, delta, info = checkpoints.load_adapter(folder / "adapter")
             assert method.spec == member.method.spec and info["base"] == checkpoints.meta_of(folder)["base"]
@@ -87,14 +87,14 @@ def test_ranks_rules_rates_and_seeds(tmp_path: Path) -> None:
         {"rank": 1, "learning_rate": 1e-2, "seed": 3},
         {"rank": 3, "learning_rate": 3e-3, "weight_decay": 0.1, "seed": 4},
     ]
-    found = members(values, RULES, steps=3, save_every=3)
-    found = [m._replace(batches=dataclasses.replace(schedule(buckets=1), seed=m.config.seed)) for m in found]
-    results = sweep.train(ready(tmp_path, found, together=True, validation=None))
+    swept = members(values, RULES, steps=3, save_every=3)
+    swept = [m._replace(batches=dataclasses.replace(schedule(buckets=1), seed=m.config.seed)) for m in swept]
+    results = sweep.train(ready(tmp_path, swept, together=True, validation=None))
     assert results is not None
-    for member, result in zip(found, results, strict=True):
+    for member, result in zip(swept, results, strict=True):
         assert result is not None
-        own = alone(tmp_path / "alone" / member.name, member, validation=None)
-        close(result.delta, own.delta)
+        reference = alone(tmp_path / "alone" / member.name, member, validation=None)
+        close(result.delta, reference.delta)
         folder = tmp_path / member.name
         for saved in (checkpoints.load_adapter(folder / "adapter")[1], checkpoints.load(folder).delta):
             jax.tree.map(np.testing.assert_array_equal, saved, result.delta)
@@ -116,14 +116,14 @@ def test_a_member_without_alpha_has_its_rank(tmp_path: Path) -> None:
 
 def test_batches_of_other_seeds_are_stacked_and_padded() -> None:
     """Each member has the tokens and labels of its own schedule, in its order."""
-    found = members([{"seed": 3}, {"seed": 4}])
-    schedules = Stacked(tuple(member.batches for member in found))
+    swept = members([{"seed": 3}, {"seed": 4}])
+    schedules = Stacked(tuple(member.batches for member in swept))
     stacked = [batch for epoch in (0, 1) for batch in schedules(epoch)]
     assert len(schedules) == 5 and len(stacked) == 10
     lengths = set()
-    for number, member in enumerate(found):
-        own = [batch for epoch in (0, 1) for batch in member.batches(epoch)]
-        for ours, theirs in zip(stacked, own, strict=True):
+    for number, member in enumerate(swept):
+        member_batches = [batch for epoch in (0, 1) for batch in member.batches(epoch)]
+        for ours, theirs in zip(stacked, member_batches, strict=True):
             length, count = theirs["tokens"].shape[1], theirs["labels"].shape[1]
             np.testing.assert_array_equal(ours["tokens"][number][:, :length], theirs["tokens"])
             np.testing.assert_array_equal(ours["labels"][number][:, :count], theirs["labels"])
@@ -144,44 +144,44 @@ def compare(ours: list[dict], theirs: list[dict]) -> None:
 @pytest.mark.slow
 def test_a_members_folder_is_a_workdir(tmp_path: Path) -> None:
     """It is done with, as a run of its own would be."""
-    found = members([{"learning_rate": 1e-2}, {"learning_rate": 3e-3}])
-    sweep.train(ready(tmp_path, found))
-    job = prepare(tmp_path / found[1].name, found[1].config, method=found[1].method)
+    swept = members([{"learning_rate": 1e-2}, {"learning_rate": 3e-3}])
+    sweep.train(ready(tmp_path, swept))
+    job = prepare(tmp_path / swept[1].name, swept[1].config, method=swept[1].method)
     assert job.start == job.total
     jax.tree.map(
-        np.testing.assert_array_equal, training.train(job).delta, checkpoints.load(tmp_path / found[1].name).delta
+        np.testing.assert_array_equal, training.train(job).delta, checkpoints.load(tmp_path / swept[1].name).delta
     )
 
 
 def test_a_stopped_sweep_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    found = members([{"rank": 1, "seed": 3}, {"rank": 2, "seed": 4}])
-    whole = ready(tmp_path / "straight", found)
-    straight = sweep.train(whole)
-    first = with_programs_of(whole, ready(tmp_path / "stopped", found))
+    swept = members([{"rank": 1, "seed": 3}, {"rank": 2, "seed": 4}])
+    straight_job = ready(tmp_path / "straight", swept)
+    straight = sweep.train(straight_job)
+    first = with_programs_of(straight_job, ready(tmp_path / "stopped", swept))
     assert sweep.train(first._replace(total=5)) is not None
-    for member in found:  # what a killed sweep would not have yet
+    for member in swept:  # what a killed sweep would not have yet
         for path in ("checkpoints", "adapter"):
             folder = tmp_path / "stopped" / member.name / path
             assert folder.is_dir()
             for file in sorted(folder.rglob("*"), reverse=True):
                 file.unlink() if file.is_file() else file.rmdir()
-    again = ready(tmp_path / "stopped", found)
+    again = ready(tmp_path / "stopped", swept)
     assert again.start == 5
-    for one, other in zip(sweep.train(with_programs_of(whole, again)), straight, strict=True):
+    for one, other in zip(sweep.train(with_programs_of(straight_job, again)), straight, strict=True):
         jax.tree.map(np.testing.assert_array_equal, one.delta, other.delta)
-    for member in found:
+    for member in swept:
         entries = [without_times(tmp_path / name / member.name) for name in ("stopped", "straight")]
         kept = [[entry for entry in each if entry["step"] != 5] for each in entries]
         assert [entry["step"] for entry in kept[0]] == [entry["step"] for entry in kept[1]]
 
 
 def test_a_diverging_member_leaves_the_others_alone(tmp_path: Path) -> None:
-    found = members([{"learning_rate": 1e-2}, {"learning_rate": 1e38}], buckets=1)
+    swept = members([{"learning_rate": 1e-2}, {"learning_rate": 1e38}], buckets=1)
     validation = schedule(8, seed=1, buckets=1)
-    results = sweep.train(ready(tmp_path / "sweep", found, validation=validation))
+    results = sweep.train(ready(tmp_path / "sweep", swept, validation=validation))
     assert results is not None and results[1] is None and results[0] is not None
-    close(results[0].delta, alone(tmp_path / "alone", found[0], validation=None).delta)
-    assert not (tmp_path / "sweep" / found[1].name / "adapter").exists()
+    close(results[0].delta, alone(tmp_path / "alone", swept[0], validation=None).delta)
+    assert not (tmp_path / "sweep" / swept[1].name / "adapter").exists()
     with pytest.raises(ValueError, match=r"every member of .* diverged: \{0: "):
         diverging = members([{"learning_rate": 1e37}, {"learning_rate": 1e38}], buckets=1)
         sweep.train(ready(tmp_path / "all", diverging, validation=None))
@@ -189,20 +189,20 @@ def test_a_diverging_member_leaves_the_others_alone(tmp_path: Path) -> None:
 
 def test_what_cannot_be_swept_is_said(tmp_path: Path) -> None:
     lokr = {"method": "lokr", "select": QV["select"], "rank": 2}
-    for values, spec, said in [
+    for values, spec, message in [
         ([{"rank": 1}, {"rank": 2}], lokr, "the rank of 'lokr' cannot be swept"),
         ([{"dropout": 0.0}, {"dropout": 0.1}], LORA, "members of a sweep differ in lora's 'dropout'"),
     ]:
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             ready(tmp_path / spec["method"], members(values, spec))
 
 
 def test_every_combination_is_a_member() -> None:
     config = glue.get_config("base,mrpc")
     config.sweep.rank, config.sweep.learning_rate, config.seeds = (1, 8), (1e-3,), (0, 5)
-    found = sweeps.members(config)
-    assert list(found) == [f"learning_rate=0.001,rank={rank},seed={seed}" for rank in (1, 8) for seed in (0, 5)]
-    last = found["learning_rate=0.001,rank=8,seed=5"]
+    configs = sweeps.members(config)
+    assert list(configs) == [f"learning_rate=0.001,rank={rank},seed={seed}" for rank in (1, 8) for seed in (0, 5)]
+    last = configs["learning_rate=0.001,rank=8,seed=5"]
     assert (last.lora.rank, last.seed, last.seeds, last.optimizer.learning_rate) == (8, 5, (), 1e-3)
     assert not is_sweep(last)  # a run of its own
     config.sweep.learning_rate = (1e-3, 1e-3)
@@ -223,8 +223,8 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     names = [f"learning_rate={rate},seed={seed}" for rate in ("0.01", "0.001") for seed in (3, 4)]
     assert [row["label"] for row in rows] == names and all(name in done.stdout for name in names)
     assert (tmp_path / "sweep" / "sweep.png").stat().st_size > 1000
-    own = ("--config.optimizer.learning_rate=1e-3", "--config.seed=4", "--config.steps=6")
-    done = run(tmp_path, tmp_path / "alone", *own)
+    member_flags = ("--config.optimizer.learning_rate=1e-3", "--config.seed=4", "--config.steps=6")
+    done = run(tmp_path, tmp_path / "alone", *member_flags)
     assert done.returncode == 0, done.stderr
     alone, member = (checkpoints.load(tmp_path / folder) for folder in ("alone", f"sweep/{names[-1]}"))
     close(member.delta, alone.delta)

@@ -125,8 +125,8 @@ def test_a_task_and_a_metric_in_a_package_of_the_users_own(
         assert result.summary is not None and {"accuracy", "share_of_good"} <= result.summary.keys()
         deltas.append(result.delta)
         loaded = runs.load(tmp_path / str(len(deltas) - 1))
-        found = runs.predict(loaded).result
-        assert found["accuracy"] == result.summary["accuracy"] and found["examples"] == 12
+        scores = runs.predict(loaded).result
+        assert scores["accuracy"] == result.summary["accuracy"] and scores["examples"] == 12
     jax.tree.map(np.testing.assert_array_equal, *deltas)
     with pytest.raises(ValueError, match=r"no task 'nothing'.*reviews"):
         runs.task_named("nothing")
