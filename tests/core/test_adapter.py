@@ -147,8 +147,8 @@ def test_bfloat16_compute_with_float32_factors():
 
     method = ON_THE_TOWER["L"]
     delta = random_delta(method, PARAMS)
-    found = equations(jax.make_jaxpr(functools.partial(forward, dtype=jnp.bfloat16))(delta).jaxpr)
-    dots = [str(v.aval.dtype) for eqn in found if eqn.primitive.name == "dot_general" for v in eqn.invars]
+    eqns = equations(jax.make_jaxpr(functools.partial(forward, dtype=jnp.bfloat16))(delta).jaxpr)
+    dots = [str(v.aval.dtype) for eqn in eqns if eqn.primitive.name == "dot_general" for v in eqn.invars]
     assert set(dots) == {"bfloat16"}  # no product runs in float32
 
 
@@ -240,19 +240,22 @@ def test_compacter_is_an_adapter_of_kronecker_sums(layers):
     method = lj.compacter(sites, rank=4, n=n, layers=layers)
     dense = lj.adapter(sites, rank=4, layers=layers)
     delta = random_delta(method, PARAMS, size=0.6)
-    own, rule = delta["@mlp_out/compacter"], np.asarray(delta["@shared/compacter"]["rule"], np.float64)
+    site_factors, rule = delta["@mlp_out/compacter"], np.asarray(delta["@shared/compacter"]["rule"], np.float64)
     count = len(layers or range(LAYERS))
     thin = {}
     for name in ("down", "up"):
-        left, right = np.asarray(own[f"{name}_left"], np.float64), np.asarray(own[f"{name}_right"], np.float64)
+        left, right = (
+            np.asarray(site_factors[f"{name}_left"], np.float64),
+            np.asarray(site_factors[f"{name}_right"], np.float64),
+        )
         thin[name] = np.array([[left[k, i] @ right[k, i] for i in range(n)] for k in range(count)])
-    whole = {
+    matrices = {
         name: np.array([sum(np.kron(rule[i], thin[name][k, i]) for i in range(n)) for k in range(count)])
         for name in thin
     }
-    assert whole["down"].shape == (count, WIDTH, 4) and whole["up"].shape == (count, 4, WIDTH)
-    factors = {name: x.astype(np.float32) for name, x in whole.items()}
-    factors |= {name: own[name] for name in ("down_bias", "up_bias")}
+    assert matrices["down"].shape == (count, WIDTH, 4) and matrices["up"].shape == (count, 4, WIDTH)
+    factors = {name: x.astype(np.float32) for name, x in matrices.items()}
+    factors |= {name: site_factors[name] for name in ("down_bias", "up_bias")}
 
     def loss(method, delta):
         out = lj.lift(tower("scan"))(method.apply(PARAMS, delta), TOKENS)
@@ -271,14 +274,14 @@ def test_compacter_is_an_adapter_of_kronecker_sums(layers):
         blocks = g.reshape(count, n, i // n, n, o // n)
         wanted["rule"] += np.einsum("kaibo,knio->nab", blocks, thin[name])
         of_thin = np.einsum("kaibo,nab->knio", blocks, rule)
-        left, right = np.asarray(own[f"{name}_left"]), np.asarray(own[f"{name}_right"])
+        left, right = np.asarray(site_factors[f"{name}_left"]), np.asarray(site_factors[f"{name}_right"])
         wanted[f"{name}_left"] = np.einsum("knio,knro->knir", of_thin, right)
         wanted[f"{name}_right"] = np.einsum("knio,knir->knro", of_thin, left)
         wanted[f"{name}_bias"] = np.asarray(dense_grads["@mlp_out/adapter"][f"{name}_bias"])
-    found = grads["@mlp_out/compacter"] | grads["@shared/compacter"]
-    assert set(found) == set(wanted)
+    factor_grads = grads["@mlp_out/compacter"] | grads["@shared/compacter"]
+    assert set(factor_grads) == set(wanted)
     for name, want in wanted.items():
-        close(found[name], want.astype(np.float32), 2e-5)
+        close(factor_grads[name], want.astype(np.float32), 2e-5)
 
 
 class Hashable:

@@ -52,16 +52,16 @@ def pair(family, folder):
 
 def module(torch: Any, factors: dict[str, np.ndarray], activation: str) -> Any:
     """An adapter as a function of torch, and its tensors by our names."""
-    own = {name: torch.tensor(np.asarray(x), requires_grad=True) for name, x in factors.items()}
+    tensors = {name: torch.tensor(np.asarray(x), requires_grad=True) for name, x in factors.items()}
     act = {"gelu": lambda x: torch.nn.functional.gelu(x, approximate="tanh"), "relu": torch.relu, "tanh": torch.tanh}
 
     def run(x):
         h = x
-        if "scale" in own:
-            h = torch.nn.functional.layer_norm(x, x.shape[-1:], own["scale"], own["shift"], 1e-5)
-        return x + act[activation](h @ own["down"] + own["down_bias"]) @ own["up"] + own["up_bias"]
+        if "scale" in tensors:
+            h = torch.nn.functional.layer_norm(x, x.shape[-1:], tensors["scale"], tensors["shift"], 1e-5)
+        return x + act[activation](h @ tensors["down"] + tensors["down_bias"]) @ tensors["up"] + tensors["up_bias"]
 
-    return run, own
+    return run, tensors
 
 
 def hooked(torch: Any, places: list, delta: lj.Delta, activation: str, layers: list[int]) -> tuple[list, dict]:
@@ -70,13 +70,13 @@ def hooked(torch: Any, places: list, delta: lj.Delta, activation: str, layers: l
     for key, stacked in delta.items():
         site = key.removeprefix("@").split("/")[0]
         for n, at in enumerate(layers):
-            run, own = module(torch, jax.tree.map(lambda x: x[n], stacked), activation)  # noqa: B023
+            run, adapter_tensors = module(torch, jax.tree.map(lambda x: x[n], stacked), activation)  # noqa: B023
 
             def hook(_, __, out, run=run):
                 return (run(out[0]), *out[1:]) if isinstance(out, tuple) else run(out)
 
             hooks.append(places[at][site].register_forward_hook(hook))
-            tensors[key, n] = own
+            tensors[key, n] = adapter_tensors
     return hooks, tensors
 
 
@@ -127,8 +127,8 @@ def test_as_modules_of_torch_in_transformers(pairs, family, kind):
     for hook in hooks:
         hook.remove()
     close(out, logits.detach().numpy())
-    for (key, n), own in tensors.items():
-        for name, tensor in own.items():
+    for (key, n), adapter_tensors in tensors.items():
+        for name, tensor in adapter_tensors.items():
             close(grads[key][name][n], tensor.grad.numpy(), 1e-4)
     if not causal:
         heads = [x for name, x in theirs.named_parameters() if name.startswith("classifier")]

@@ -175,11 +175,11 @@ def test_layers_of_a_stack_need_the_shapes_of_the_base():
     params = stacked(PARAMS, 2)
     axes = {"h/*/kernel": "sio"}
     some = given_delta(lj.lora(lj.select("**/kernel", axes=axes, layers=[1]), rank=2), 1, params)
-    whole = given_delta(lj.lora(lj.select("**/kernel", axes=axes), rank=1), 2, params)
+    all_layers = given_delta(lj.lora(lj.select("**/kernel", axes=axes), rank=1), 2, params)
     with pytest.raises(ValueError, match=r"h/down/kernel: the factors \['a', 'b'\] do not tell .*pass params="):
-        add([whole, some], [1, 1])
-    pair = added([some, whole], [0.5, 2], params=jax.eval_shape(lambda: params))
-    is_sum(pair, [some, whole], [0.5, 2], params)
+        add([all_layers, some], [1, 1])
+    pair = added([some, all_layers], [0.5, 2], params=jax.eval_shape(lambda: params))
+    is_sum(pair, [some, all_layers], [0.5, 2], params)
     scanned = Stack(layers=2, scan=True)
     run = lj.lift(lambda params: scanned.apply({"params": params}, X), on_dense="error")
 

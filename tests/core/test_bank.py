@@ -235,9 +235,9 @@ def test_what_cannot_be_is_said() -> None:
     taps = lj.adapter({"mlp_out": (2, D)}, rank=1)
     dora = lj.dora(lj.select("**/attn/key/kernel", axes=gpt2.AXES), rank=1)
     no_low_rank = "no change of low rank"
-    for method, said in ((ia3, no_low_rank), (dora, no_low_rank), (taps, "adapter changes activations")):
+    for method, message in ((ia3, no_low_rank), (dora, no_low_rank), (taps, "adapter changes activations")):
         bank = lj.bank([method])
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             bank.apply(PARAMS, bank.init(jax.random.key(0), PARAMS))
     drops = lj.bank([lora("**/attn/query/kernel", 1, dropout=rate) for rate in (0.0, 0.5)])
     with pytest.raises(ValueError, match="one dropout"):

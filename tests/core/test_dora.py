@@ -190,9 +190,9 @@ def test_strength_goes_from_the_base_to_the_adapter():
     delta = trained(initial(method, params))
     at = jax.jit(lambda s: lj.merge(method.apply(params, delta, strength=s)))
     same(at(jnp.float32(0)), params)
-    whole = merged_params(method, params, delta)
-    close(at(jnp.float32(1)), whole, 1e-6)
-    between = jax.tree.map(lambda w, v: np.asarray(w) + np.float32(0.25) * np.asarray(v - w), params, whole)
+    merged = merged_params(method, params, delta)
+    close(at(jnp.float32(1)), merged, 1e-6)
+    between = jax.tree.map(lambda w, v: np.asarray(w) + np.float32(0.25) * np.asarray(v - w), params, merged)
     close(at(jnp.float32(0.25)), between, 1e-6)
 
 
@@ -240,9 +240,9 @@ def test_what_trains_and_how_much():
         "fixed_norm": "frozen",
     }
     adapted = method.apply(params, delta, key=KEY)
-    said = lj.labels(adapted)["w"]
-    assert (said.a, said.b, said.m) == ("trainable",) * 3
-    assert (said.base, said.fixed_norm, said.scale, said.strength, said.key) == ("frozen",) * 5
+    labels = lj.labels(adapted)["w"]
+    assert (labels.a, labels.b, labels.m) == ("trainable",) * 3
+    assert (labels.base, labels.fixed_norm, labels.scale, labels.strength, labels.key) == ("frozen",) * 5
     assert lj.check(method, params).trained == 8 * 2 + 2 * 6 + 6
     with pytest.raises(ValueError, match="w: Dora cannot be unmerged; keep the base"):
         lj.unmerge(lj.merge(adapted), method, delta)

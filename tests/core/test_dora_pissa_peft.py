@@ -29,12 +29,12 @@ FACTORS = {"lora_A": "a", "lora_B": "b", "lora_embedding_A": "a", "lora_embeddin
 
 def factors_of(made, paths, what=lambda parameter: parameter):
     """What trains in a PEFT model, or its gradients, as `{our path: {factor: array}}`."""
-    found = {}
+    factors = {}
     for name, parameter in made.named_parameters():
         if parameter.requires_grad:
             module, kind = name.removeprefix("base_model.model.").split(".")[:2]
-            found.setdefault(paths[module], {})[FACTORS[kind]] = of_torch(what(parameter))
-    return found
+            factors.setdefault(paths[module], {})[FACTORS[kind]] = of_torch(what(parameter))
+    return factors
 
 
 def moved(made):
@@ -126,9 +126,9 @@ def test_a_convolution_is_peft_s():
 
     def ours(of):
         """(r, in, k, k), (out, r, 1, 1) and (1, out, 1, 1) in our layouts."""
-        found = {n.split(".")[3]: of(p).detach().numpy() for n, p in made.named_parameters() if p.requires_grad}
-        a, b = found["lora_A"].transpose(2, 3, 1, 0), found["lora_B"][:, :, 0, 0].T
-        return {"a": a, "b": b, "m": found["lora_magnitude_vector"].reshape(-1)}
+        arrays = {n.split(".")[3]: of(p).detach().numpy() for n, p in made.named_parameters() if p.requires_grad}
+        a, b = arrays["lora_A"].transpose(2, 3, 1, 0), arrays["lora_B"][:, :, 0, 0].T
+        return {"a": a, "b": b, "m": arrays["lora_magnitude_vector"].reshape(-1)}
 
     first = jax.jit(method.init)(KEY, {"w": kernel})
     delta = lj.Delta({"w": first["w"] | ours(lambda p: p)})

@@ -57,9 +57,14 @@ def test_labels_of_params_joint_trees_and_adapted_params():
         "delta/b/value",
     }
     adapted = METHOD.apply(PARAMS, DELTA, key=jax.random.key(1))
-    said = lj.labels(adapted)
-    assert (said["w"].base, said["w"].a, said["w"].b, said["w"].scale) == ("frozen", "trainable", "trainable", "frozen")
-    assert said["b"].value == "trainable" and said["v"] == said["n"] == "frozen"
+    labelled = lj.labels(adapted)
+    assert (labelled["w"].base, labelled["w"].a, labelled["w"].b, labelled["w"].scale) == (
+        "frozen",
+        "trainable",
+        "trainable",
+        "frozen",
+    )
+    assert labelled["b"].value == "trainable" and labelled["v"] == labelled["n"] == "frozen"
     dropping = lj.lora(lj.select("w"), rank=2, dropout=0.5)
     adapted = dropping.apply(PARAMS, random_delta(dropping, PARAMS), key=jax.random.key(1))
     labels = lj.labels(adapted)

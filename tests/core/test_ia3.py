@@ -248,9 +248,9 @@ def test_counts_and_what_trains():
     assert {row.path: row.trained for row in report.rows} == counts and report.trained == 28
     delta = random_delta(method, params)
     assert set(jax.tree.leaves(lj.labels(delta))) == {"trainable"}
-    said = lj.labels(method.apply(params, delta))
-    assert said["down"]["bias"] == said["attn"]["query"]["kernel"] == "frozen"
-    for w in said["attn"]["key"].values():
+    labels = lj.labels(method.apply(params, delta))
+    assert labels["down"]["bias"] == labels["attn"]["query"]["kernel"] == "frozen"
+    for w in labels["attn"]["key"].values():
         assert (w.base, w.outputs, w.inputs) == ("frozen", "trainable", None)
 
     def loss(params):
@@ -318,12 +318,12 @@ def test_a_bias_of_another_order_is_named():
 def test_what_cannot_be_is_said():
     params = {"a": {"kernel": W, "bias": BIAS}, "b": {"kernel": W, "other": W, "bias": BIAS}}
     method = lj.ia3(lj.select("a/kernel"))
-    for wrong, said in [
+    for wrong, message in [
         (lj.ia3(lj.select("a/*")), "a/bias with axes 'o': IA3 needs a weight with input and output axes"),
         (lj.ia3(lj.select("a/kernel"), feedforward="b/*"), r"feedforward='b/\*' matches none of the selected weights"),
         (lj.ia3(lj.select("b/{kernel,other}")), "b/other is not the only selected weight beside b/bias"),
     ]:
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             lj.check(wrong, params)
     delta = random_delta(method, params)
     with pytest.raises(ValueError, match=r"lacks, or has besides, .*@shared/c"):

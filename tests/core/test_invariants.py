@@ -148,14 +148,14 @@ def test_4_vmap_over_deltas_equals_a_loop(name):
 
     @jax.jit
     def run(deltas):
-        own = jax.vmap(lambda d, x: lifted(METHODS[name].apply(PARAMS, d), x[None])[0])(deltas, X)
-        return jax.vmap(gradient(name).__wrapped__)(deltas), own
+        own_outputs = jax.vmap(lambda d, x: lifted(METHODS[name].apply(PARAMS, d), x[None])[0])(deltas, X)
+        return jax.vmap(gradient(name).__wrapped__)(deltas), own_outputs
 
-    (grads, out), own = run(together)
+    (grads, out), own_outputs = run(together)
     want_grads, want = stacked_leaves(*map(gradient(name), deltas))
     close(out, want)
     close(grads, want_grads, 2e-5)
-    close(own, np.stack([want[n, n] for n in range(4)]))
+    close(own_outputs, np.stack([want[n, n] for n in range(4)]))
 
 
 def test_4_stacked_deltas_share_one_base():
@@ -283,6 +283,6 @@ def test_a_chain_applies_without_tracing_its_members_init():
 
     members = [METHODS["vera"]._replace(init=init), METHODS["shift"]._replace(init=init)]
     delta = lj.Delta(random_delta(METHODS["vera"], PARAMS) | random_delta(METHODS["shift"], PARAMS))
-    untraced, whole = lj.chain(*members), lj.chain(METHODS["vera"], METHODS["shift"])
-    got, want = jax.jit(lambda p, d: [lj.merge(chain.apply(p, d)) for chain in (untraced, whole)])(PARAMS, delta)
+    untraced, reference = lj.chain(*members), lj.chain(METHODS["vera"], METHODS["shift"])
+    got, want = jax.jit(lambda p, d: [lj.merge(chain.apply(p, d)) for chain in (untraced, reference)])(PARAMS, delta)
     same(got, want)

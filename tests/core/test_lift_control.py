@@ -346,10 +346,10 @@ def test_remat_and_constraints_stay_what_they_are():
     method = lj.lora(lj.select("*"), rank=2)
     delta = random_delta(method, PARAMS)
     jaxpr = jax.make_jaxpr(lambda d: lj.lift(fn, on_dense="error")(method.apply(PARAMS, d), X))(delta).jaxpr
-    found = {eqn.primitive.name: eqn.params for eqn in jaxpr.eqns}
-    (remat,) = (params for name, params in found.items() if name in ("checkpoint", "remat2", "remat"))
+    eqn_params = {eqn.primitive.name: eqn.params for eqn in jaxpr.eqns}
+    (remat,) = (params for name, params in eqn_params.items() if name in ("checkpoint", "remat2", "remat"))
     assert remat["policy"] is policy and remat["prevent_cse"] is False
-    assert found["sharding_constraint"]["sharding"] == held
+    assert eqn_params["sharding_constraint"]["sharding"] == held
 
 
 def test_the_sharding_of_an_explicit_product_is_that_of_its_result():

@@ -316,8 +316,8 @@ def test_counts_and_what_trains():
     method, params = lj.lokr(lj.select("w"), rank=1), {"w": W}
     delta = random_delta(method, params)
     assert set(jax.tree.leaves(lj.labels(delta))) == {"trainable"}
-    said = lj.labels(method.apply(params, delta))["w"]
-    assert (said.base, said.scale, said.w1, said.w2_a) == ("frozen", "frozen", "trainable", "trainable")
+    labels = lj.labels(method.apply(params, delta))["w"]
+    assert (labels.base, labels.scale, labels.w1, labels.w2_a) == ("frozen", "frozen", "trainable", "trainable")
 
     def loss(params):
         return jnp.sum(lj.lift(lambda p: X @ p["w"])(method.apply(params, delta)))
@@ -330,11 +330,11 @@ def test_strength_and_unmerge():
     method = lj.lokr(lj.select("w"), rank=1, alpha=3)
     delta = random_delta(method, params)
     run = jax.jit(lambda s: lj.merge(method.apply(params, delta, strength=s)))
-    whole, half, base = jax.jit(
+    full_strength, half, base = jax.jit(
         lambda merged, d: (added("io", 3.0)(params, d), added("io", 1.5)(params, d), lj.unmerge(merged, method, d))
     )(run(jnp.float32(1)), delta)
     same(run(jnp.float32(0)), params)
-    close(run(jnp.float32(1)), whole)
+    close(run(jnp.float32(1)), full_strength)
     close(run(jnp.float32(0.5)), half)
     close(base, params, 1e-6)
 
@@ -367,8 +367,8 @@ def test_shardings():
     place = lambda *names: jax.NamedSharding(mesh, P(*names))  # noqa: E731
     placed = {"w": jax.device_put(W, place(None, "t"))}
     close(jax.jit(lambda d, p: fn(method.apply(p, d), jax.device_put(x, place("b"))))(delta, placed), want)
-    whole = jax.shard_map(lambda p, x: x @ p["w"], mesh=mesh, in_specs=(P(), P("b")), out_specs=P("b"))
-    close(jax.jit(lambda d: lj.lift(whole, on_dense="error")(method.apply(params, d), x))(delta), want)
+    uncut = jax.shard_map(lambda p, x: x @ p["w"], mesh=mesh, in_specs=(P(), P("b")), out_specs=P("b"))
+    close(jax.jit(lambda d: lj.lift(uncut, on_dense="error")(method.apply(params, d), x))(delta), want)
     cut = jax.shard_map(lambda p, x: x @ p["w"], mesh=mesh, in_specs=(P(None, "t"), P("b")), out_specs=P("b", "t"))
     with pytest.raises(ValueError, match=r"w: \(8, 3\) is a part of a weight"):
         lj.lift(cut)(method.apply(params, delta), x)

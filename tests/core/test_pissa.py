@@ -218,8 +218,8 @@ def test_what_trains_and_how_much():
     delta = initial(method, params)
     labels = {"a": "trainable", "b": "trainable", "fixed_a": "frozen", "fixed_b": "frozen"}
     assert dict(lj.labels(delta)["w"]) == labels
-    said = lj.labels(method.apply(params, delta))["w"]
-    assert {name: getattr(said, name) for name in labels} == labels and said.base == said.scale == "frozen"
+    labelled = lj.labels(method.apply(params, delta))["w"]
+    assert {name: getattr(labelled, name) for name in labels} == labels and labelled.base == labelled.scale == "frozen"
     assert lj.check(method, params).trained == 8 * 2 + 2 * 6
     tx = lj.freeze_base(optax.adamw(0.1, weight_decay=0.1))
     run = lj.lift(lambda p: X @ p["w"], on_dense="error")

@@ -75,10 +75,10 @@ def test_chains_are_lora_and_a_prefix():
     for name, alone in (("LoRA + PE", EMBED), ("LoRA + PL", LAYER)):
         delta = random_delta(PREFIXES[name], params, size=0.5)
         low = lj.Delta({path: delta[path] for path in delta if "attn" in path})
-        own = lj.Delta({path: delta[path] for path in delta if path not in low})
+        prefix_delta = lj.Delta({path: delta[path] for path in delta if path not in low})
         merged = merged_params(LORA, params, low)
         got = run({"params": PREFIXES[name].apply(params, delta)}, IDS, MASK)
-        close(got, run({"params": alone.apply(merged, own)}, IDS, MASK), 2e-5)
+        close(got, run({"params": alone.apply(merged, prefix_delta)}, IDS, MASK), 2e-5)
 
 
 @pytest.mark.parametrize("name", ["PE", pytest.param("PL", marks=pytest.mark.slow)])
@@ -150,8 +150,8 @@ def test_gradients_reach_the_trained_rows_alone(tie):
     assert not np.any(of_base["wte"]["embedding"])
     assert np.any(of_base["h_0"]["attn"]["query"]["kernel"])
     adapted = EMBED.apply(params, delta)
-    said = lj.labels(adapted)["wte"]["embedding"]
-    assert (said.base, said.rows) == ("frozen", "trainable")
+    labels = lj.labels(adapted)["wte"]["embedding"]
+    assert (labels.base, labels.rows) == ("frozen", "trainable")
     assert sum(x.size for x in jax.tree.leaves(lj.partition(adapted)[0])) == 3 * D
 
 
@@ -239,8 +239,8 @@ def test_look_ups_of_many_kinds():
     got = jax.jit(lambda ids: lj.lift(lambda p: p["embedding"][ids])(method.apply(short, delta)))(ids)
     same(got, np.concatenate([short["embedding"], np.asarray(rows).astype(jnp.bfloat16)])[np.asarray(ids)])
     start = np.asarray(jax.jit(method.init)(KEY, short)["embedding"]["rows"])
-    known = short["embedding"].astype(np.float32)
-    assert start.dtype == np.float32 and bool((start[:, None] == known[None]).all(-1).any(-1).all())
+    vocabulary = short["embedding"].astype(np.float32)
+    assert start.dtype == np.float32 and bool((start[:, None] == vocabulary[None]).all(-1).any(-1).all())
 
 
 @pytest.mark.parametrize("name", ["PE", "PL"])

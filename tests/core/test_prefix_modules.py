@@ -122,8 +122,8 @@ def test_prefixes_of_an_encoder(tmp_path):
     ids = np.array([[0, V, V + 1, 3, 4, 2, 1, 1], [0, V, V + 1, 8, 9, 10, 11, 2]], np.int32)
     mask = ids != 1
     which, real = torch.tensor(ids - V).long(), torch.tensor(mask)
-    known = torch.tensor(np.minimum(ids, V - 1)).long()
-    embeds = hf_model.roberta.embeddings.word_embeddings(known).detach()
+    plain_ids = torch.tensor(np.minimum(ids, V - 1)).long()
+    embeds = hf_model.roberta.embeddings.word_embeddings(plain_ids).detach()
     positions = torch.where(real, real.cumsum(1) + 1, 1)
     embed = lj.prefix_embedding(lj.select("embeddings/word/embedding"), prefix=2)
     sites = {"block_out": (2, D)}
@@ -132,16 +132,16 @@ def test_prefixes_of_an_encoder(tmp_path):
         delta = random_delta(method, params, size=0.5)
         (trained,) = (torch.tensor(np.asarray(x)) for x in jax.tree.leaves(delta))
 
-        def put(x, own):
-            return torch.where((which >= 0)[..., None], own[which.clamp(min=0)], x)
+        def put(x, vectors):
+            return torch.where((which >= 0)[..., None], vectors[which.clamp(min=0)], x)
 
         hooks = []
         for n, block in enumerate(hf_model.roberta.encoder.layer if by_layer else ()):
-            hook = lambda _, __, out, n=n, own=trained: put(out, own[n])  # noqa: E731
+            hook = lambda _, __, out, n=n, vectors=trained: put(out, vectors[n])  # noqa: E731
             hooks.append(block.register_forward_hook(hook))
-        own = embeds if by_layer else put(embeds, trained)
+        inputs = embeds if by_layer else put(embeds, trained)
         with torch.no_grad():
-            logits = hf_model(inputs_embeds=own, attention_mask=real.long(), position_ids=positions).logits
+            logits = hf_model(inputs_embeds=inputs, attention_mask=real.long(), position_ids=positions).logits
         for hook in hooks:
             hook.remove()
         got = jax.jit(lj.lift(model.apply, on_dense="error"))({"params": method.apply(params, delta)}, ids, mask)

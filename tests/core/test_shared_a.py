@@ -116,9 +116,9 @@ def test_what_cannot_be_shared_is_said():
         METHOD.apply(PARAMS, lacking)
     with pytest.raises(ValueError, match="@shared/h_9/attn"):
         METHOD.apply(PARAMS, lj.Delta(delta | {"@shared/h_9/attn": {"a": jnp.ones((8, 2))}}))
-    own = lj.Delta(delta | {"h_0/attn/key/kernel": {"a": jnp.ones((8, 2)), "b": jnp.ones((2, 8))}})
+    unshared = lj.Delta(delta | {"h_0/attn/key/kernel": {"a": jnp.ones((8, 2)), "b": jnp.ones((2, 8))}})
     with pytest.raises(ValueError, match="key/kernel has a factor 'a' of its own, but it is that of @shared/h_0/attn"):
-        METHOD.apply(PARAMS, own)
+        METHOD.apply(PARAMS, unshared)
     with pytest.raises(TypeError, match="takes a Delta"):
         METHOD.apply(PARAMS, dict(delta))
 

@@ -37,14 +37,14 @@ from tests.helpers.sites import (
 def by_hand(p, tokens, delta, layers=None, strength=None):
     """The model without names, changed where `delta` says, one layer after the other."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    own = (tokens % 2 + positions)[..., None].astype(jnp.float32)
+    token_values = (tokens % 2 + positions)[..., None].astype(jnp.float32)
     layers = range(LAYERS) if layers is None else layers
 
     def change(site, n, x):
         if n not in layers or f"@{site}/mix" not in delta:
             return x
         f = jax.tree.map(lambda leaf: leaf[list(layers).index(n)], delta[f"@{site}/mix"])
-        y = x * f["scale"][None, None] + jnp.tanh(x @ f["w"]) * own
+        y = x * f["scale"][None, None] + jnp.tanh(x @ f["w"]) * token_values
         return y if strength is None else x + strength * (y - x)
 
     x = p["wte"][tokens] + jnp.sin(positions.astype(jnp.float32))[..., None]
@@ -61,7 +61,7 @@ SLOW = ("scan", "remat", "remat of all", "jit of scan", "unrolled scan", "remat 
 @functools.cache
 def wanted():
     """For every subset: a delta, and output and gradients (of delta and base) by hand."""
-    found = {}
+    by_subset = {}
     for subset, layers in SUBSETS.items():
         delta = random_delta(mix(layers=layers), PARAMS, size=0.5)
 
@@ -70,8 +70,8 @@ def wanted():
             return weighted(out), out
 
         (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(delta, PARAMS)
-        found[subset] = delta, out, grads
-    return found
+        by_subset[subset] = delta, out, grads
+    return by_subset
 
 
 @pytest.mark.parametrize(
@@ -128,8 +128,8 @@ def test_strength(name):
     base = tower(name)(PARAMS, TOKENS)
     if name == "loop":  # out of jit
         same(partly(PARAMS, TOKENS, delta, 0.0), base)
-        whole = lj.lift(tower(name))(mix().apply(PARAMS, delta), TOKENS)
-        same(partly(PARAMS, TOKENS, delta, jnp.float32(1)), whole)
+        tapped = lj.lift(tower(name))(mix().apply(PARAMS, delta), TOKENS)
+        same(partly(PARAMS, TOKENS, delta, jnp.float32(1)), tapped)
     jitted = jax.jit(partly)
     for strength, expected in ((0.0, base), (1.0, want), (0.3, partly_by_hand())):
         close(jitted(PARAMS, TOKENS, delta, strength), expected)
@@ -164,11 +164,11 @@ def test_many_deltas_with_one_base(name):
         return plain(delta, tokens, s), measured(plain)(delta, tokens[n], s)
 
     s = np.float32([0.5, 1.0])
-    got, own = many(together, TOKENS, s)
+    got, own_results = many(together, TOKENS, s)
     want, want_own = jax.tree.map(lambda *leaf: np.stack(leaf), *(one(d, TOKENS, n, s[n]) for n, d in enumerate(each)))
     close(got, want)
-    close(own[1], want_own[1])
-    close(own[0], want_own[0], 2e-5)
+    close(own_results[1], want_own[1])
+    close(own_results[0], want_own[0], 2e-5)
 
 
 def test_several_examples_inside_the_model():
@@ -184,8 +184,8 @@ def test_taps_with_adapted_weights():
     low = lj.lora(lj.select("w", axes="sio"), rank=2)
     method = lj.chain(low, mix(), lj.tune(lj.select("wte")))
     delta = random_delta(method, PARAMS, size=0.5)
-    own = {path: lj.Delta({path: delta[path]}) for path in ("w", "wte")}
-    merged = merged_params(low, PARAMS, own["w"]) | {"wte": delta["wte"]["value"]}
+    deltas = {path: lj.Delta({path: delta[path]}) for path in ("w", "wte")}
+    merged = merged_params(low, PARAMS, deltas["w"]) | {"wte": delta["wte"]["value"]}
 
     def run(delta, name):
         return lj.lift(tower(name), on_dense="error")(method.apply(PARAMS, delta), TOKENS)
@@ -283,8 +283,8 @@ def test_a_policy_by_names_saves_what_the_model_names():
         return x + jnp.tanh(Mix()(f, named(x @ w, "mlp_out"), seen))
 
     def count(run):
-        found = equations(jax.make_jaxpr(jax.grad(lambda d: jnp.sum(run(d))))(delta).jaxpr)
-        return sum(eqn.primitive.name == "dot_general" for eqn in found)
+        eqns = equations(jax.make_jaxpr(jax.grad(lambda d: jnp.sum(run(d))))(delta).jaxpr)
+        return sum(eqn.primitive.name == "dot_general" for eqn in eqns)
 
     def lifted(name):
         return count(lambda d: lj.lift(tower(name))(mix({"mlp_out": LAYERS}).apply(PARAMS, d), TOKENS))
@@ -303,11 +303,11 @@ def test_a_tapped_tree_is_labelled_split_and_trained():
     method = lj.chain(mix(layers=(0, 3)), lj.lora(lj.select("w", axes="sio"), rank=2))
     delta = random_delta(method, PARAMS, size=0.5)
     tree = method.apply(PARAMS, delta, strength=0.5)
-    said = lj.labels(tree)
-    assert jax.tree.structure(said) == jax.tree.structure(tree)
-    assert set(jax.tree.leaves([tap.factors for tap in said.taps])) == {"trainable"}
-    assert [tap.strength for tap in said.taps] == ["frozen"] * 2
-    assert (said.params["wte"], said.params["w"].base, said.params["w"].a) == ("frozen", "frozen", "trainable")
+    labels = lj.labels(tree)
+    assert jax.tree.structure(labels) == jax.tree.structure(tree)
+    assert set(jax.tree.leaves([tap.factors for tap in labels.taps])) == {"trainable"}
+    assert [tap.strength for tap in labels.taps] == ["frozen"] * 2
+    assert (labels.params["wte"], labels.params["w"].base, labels.params["w"].a) == ("frozen", "frozen", "trainable")
     trained, frozen = lj.partition(tree)
     assert sum(x.size for x in jax.tree.leaves(trained)) == sum(x.size for x in jax.tree.leaves(delta))
     same(lj.rejoin(trained, frozen), tree)
@@ -335,8 +335,8 @@ def test_fixed_factors_of_a_tap_do_not_train():
     start = lambda key, site, n: {"by": jnp.ones((n, WIDTH)), "fixed_size": jnp.ones(n)}  # noqa: E731
     method = per_site({"method": "shift"}, {"mlp_out": 1}, start, Shift())
     delta = method.init(KEY, {})
-    said = lj.labels(method.apply({}, delta)).taps[0].factors
-    assert said == lj.labels(delta)["@mlp_out/shift"] == {"by": "trainable", "fixed_size": "frozen"}
+    labels = lj.labels(method.apply({}, delta)).taps[0].factors
+    assert labels == lj.labels(delta)["@mlp_out/shift"] == {"by": "trainable", "fixed_size": "frozen"}
     assert lj.check(method, {}).trained == WIDTH
 
 

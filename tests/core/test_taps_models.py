@@ -117,16 +117,16 @@ def test_with_a_cache_as_without(scan):
     params = gpt2.to_scanned(gpt2_params()) if scan else gpt2_params()
     adapted = {"params": method.apply(params, jax.jit(method.init)(KEY, params))}
     run = jax.jit(lj.lift(gpt2.GPT2(config).apply))
-    whole = run(adapted, IDS, MASK)
+    uncached = run(adapted, IDS, MASK)
     cache = gpt2.init_cache(config, 2, 10)
     ids, mask = np.asarray(IDS), np.asarray(MASK)
     logits, cache = run(adapted, ids[:, :5], mask[:, :5], cache=cache)
-    logits, whole = np.asarray(logits), np.asarray(whole)
-    close(logits[1], whole[1, :5])
-    close(logits[0, 2:], whole[0, 2:5])
+    logits, uncached = np.asarray(logits), np.asarray(uncached)
+    close(logits[1], uncached[1, :5])
+    close(logits[0, 2:], uncached[0, 2:5])
     for n in (5, 6):
         logits, cache = run(adapted, ids[:, n : n + 1], None, cache=cache)
-        close(np.asarray(logits)[:, 0], whole[:, n])
+        close(np.asarray(logits)[:, 0], uncached[:, n])
 
 
 @pytest.mark.parametrize("options", LAYOUTS, ids=["loop", "loop remat", "scan", "scan remat"])
@@ -134,8 +134,8 @@ def test_sites_are_the_published_ones(options):
     for module, make, config in ((gpt2, gpt2.GPT2, CONFIG), (encoder, encoder.Encoder, ENCODER)):
         model = make(dataclasses.replace(config, dtype="bfloat16", **options))
         params = jax.eval_shape(model.init, KEY, IDS)
-        found = lj.sites(lambda p, ids, model=model: model.apply(p, ids), params, IDS)
-        assert {name: (count, shape[2:], dtype) for name, (count, shape, dtype) in found.items()} == module.sites(
+        sites = lj.sites(lambda p, ids, model=model: model.apply(p, ids), params, IDS)
+        assert {name: (count, shape[2:], dtype) for name, (count, shape, dtype) in sites.items()} == module.sites(
             model.config
         )
     assert lj.sites(tower("scan in scan"), PARAMS, TOKENS)["mlp_out"] == (LAYERS, (2, 5, WIDTH), "float32")
@@ -194,8 +194,8 @@ def test_tapped_params_have_shardings():
     method = lj.chain(lj.lora(lj.select("**/query/kernel", axes=gpt2.AXES), rank=2), of_ids(0.3))
     params = gpt2_params()
     adapted = jax.eval_shape(method.apply, params, jax.eval_shape(method.init, KEY, params))
-    found = sharding.shardings(adapted, mesh, sharding.gpt2_rules(CONFIG.vocab_size, mesh))
-    assert jax.tree.structure(found) == jax.tree.structure(adapted)
-    query = found.params["h_0"]["attn"]["query"]["kernel"]
+    shardings = sharding.shardings(adapted, mesh, sharding.gpt2_rules(CONFIG.vocab_size, mesh))
+    assert jax.tree.structure(shardings) == jax.tree.structure(adapted)
+    query = shardings.params["h_0"]["attn"]["query"]["kernel"]
     assert (query.base.spec, query.a.spec) == (P("fsdp", "tensor"), P("fsdp", None))
-    assert found.taps[0].factors["w"].spec == P()
+    assert shardings.taps[0].factors["w"].spec == P()

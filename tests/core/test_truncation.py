@@ -26,16 +26,16 @@ def test_a_truncation_is_as_near_as_any_matrix_of_its_rank(case, rank):
     axes, params, have, _ = case
     low, before = given_delta(low_rank(axes, have), 1, params)
     method, delta, residual = in_one_program(lambda delta: truncate(low, delta, rank), before)
-    whole, got = (dense(each, axes.count("s")) for each in (before, delta))
-    values = np.linalg.svd(whole, compute_uv=False)
+    dense_change, got = (dense(each, axes.count("s")) for each in (before, delta))
+    values = np.linalg.svd(dense_change, compute_uv=False)
     norm = np.sqrt(np.sum(values**2))
     best = np.sqrt(np.sum(values[:, rank:] ** 2)) / norm
-    kept = min(rank, have, *whole.shape[1:])
+    kept = min(rank, have, *dense_change.shape[1:])
     assert method.spec["rank"] == {"w": kept}
     assert jax.tree.map(jnp.shape, delta) == jax.tree.map(jnp.shape, jax.eval_shape(method.init, KEY, params))
     # within roundings of float32, of the whole
     assert abs(float(residual.paths["w"]) - best) < 2e-6 and float(residual.total) == float(residual.paths["w"])
-    assert abs(np.linalg.norm(got - whole) / norm - best) < 2e-6
+    assert abs(np.linalg.norm(got - dense_change) / norm - best) < 2e-6
 
 
 def test_truncation_forms_no_array_as_large_as_the_weight():

@@ -71,10 +71,10 @@ def summed(axes):
     """A reference: w + A diag(d) B diag(b), from PEFT's (out, in) matrices, layer by layer."""
 
     def dense(params, delta):
-        w, own, shared = params["w"], delta["w"], delta[SHARED]
+        w, factors, shared = params["w"], delta["w"], delta[SHARED]
         size = {c: [n for n, x in zip(w.shape, axes, strict=True) if x in c] for c in ("s", "ivk", "o")}
         inner, outer = math.prod(size["ivk"]), math.prod(size["o"])
-        d, b = own["d"].reshape(-1, own["d"].shape[-1]), own["b"].reshape(-1, outer)
+        d, b = factors["d"].reshape(-1, factors["d"].shape[-1]), factors["b"].reshape(-1, outer)
         down = jnp.stack([(row[:, None] * shared["fixed_a"][:, :inner]).T for row in d])
         up = jnp.stack([(row[:, None] * shared["fixed_b"][:outer]).T for row in b])
         down, up = down.reshape(*size["s"], *size["ivk"], -1), up.reshape(*size["s"], up.shape[1], *size["o"])
@@ -202,8 +202,8 @@ def test_strength_scales_the_change():
     same(run(jnp.float32(0)), LAYERS)
     close(run(jnp.float32(1)), merged_params(METHOD, LAYERS, delta), 1e-7)
     base = np.asarray(LAYERS["large"]["kernel"])
-    whole, half = (np.asarray(run(jnp.float32(s))["large"]["kernel"]) - base for s in (1, 0.5))
-    close(half, np.float32(0.5) * whole)
+    change, half = (np.asarray(run(jnp.float32(s))["large"]["kernel"]) - base for s in (1, 0.5))
+    close(half, np.float32(0.5) * change)
 
 
 def test_bfloat16():
@@ -297,8 +297,8 @@ def test_a_fused_layer_of_peft_s_is_weights_of_one_d():
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     conv = pytest.importorskip("transformers.pytorch_utils").Conv1D(9, 5)
     order = "qkv"
-    whole = np.concatenate([FUSED["attn"][name]["kernel"] for name in order], 1)
-    conv.weight.data = torch.tensor(whole)
+    kernel = np.concatenate([FUSED["attn"][name]["kernel"] for name in order], 1)
+    conv.weight.data = torch.tensor(kernel)
     net = torch.nn.Sequential(conv)
     made = peft.get_peft_model(net, peft.VeraConfig(r=6, target_modules=["0"], fan_in_fan_out=True))
     trained = {name.split(".")[3]: x for name, x in randomized(made).items()}
@@ -363,6 +363,6 @@ def test_what_cannot_be_fused_is_said():
     lacking = lj.Delta({path: factors for path, factors in delta.items() if path != "@shared/attn"})
     with pytest.raises(ValueError, match=r"it lacks, or has besides, \['@shared/attn'\]"):
         method.apply(FUSED, lacking)
-    own = lj.Delta(delta | {"attn/k/kernel": delta["attn/k/kernel"] | {"d": jnp.ones(2)}})
+    unshared = lj.Delta(delta | {"attn/k/kernel": delta["attn/k/kernel"] | {"d": jnp.ones(2)}})
     with pytest.raises(ValueError, match="attn/k/kernel has a factor 'd' of its own, but it is that of @shared/attn"):
-        method.apply(FUSED, own)
+        method.apply(FUSED, unshared)

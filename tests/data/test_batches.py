@@ -32,7 +32,7 @@ def rows(batch: batches.Batch) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         "labels": np.int32,
         "weights": np.float32,
     }
-    found = []
+    read_and_scored = []
     for i in range(len(batch["tokens"])):
         mask, scored = batch["mask"][i], batch["weights"][i] > 0
         assert mask.any() == scored.any()
@@ -44,8 +44,8 @@ def rows(batch: batches.Batch) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
             # tokens count up, so the label must be the one after the token that predicts it
             np.testing.assert_array_equal(batch["tokens"][i][batch["labelled"][i][scored]] + 1, labels)
             assert mask[: len(real)].all()
-            found.append((tuple(real), tuple(labels)))
-    return found
+            read_and_scored.append((tuple(real), tuple(labels)))
+    return read_and_scored
 
 
 @given(sizes=sizes, size=st.integers(1, 9), buckets=st.integers(1, 6), seed=st.integers(0, 5))
@@ -59,11 +59,11 @@ def test_every_example_once_an_epoch(sizes: list[tuple[int, int]], size: int, bu
     assert len(schedule) == -(-len(sizes) // size)
     assert len(schedule.shapes) <= buckets
     for epoch in range(2):
-        found = list(schedule(epoch))
-        assert len(found) == len(schedule)
-        assert sorted(row for batch in found for row in rows(batch)) == sorted(expected)
-        assert sum(not batch["mask"].any(1).all() for batch in found) <= 1
-        for batch in found:
+        epoch_batches = list(schedule(epoch))
+        assert len(epoch_batches) == len(schedule)
+        assert sorted(row for batch in epoch_batches for row in rows(batch)) == sorted(expected)
+        assert sum(not batch["mask"].any(1).all() for batch in epoch_batches) <= 1
+        for batch in epoch_batches:
             shape = (batch["tokens"].shape[1], batch["labels"].shape[1])
             assert shape in schedule.shapes
             assert batch["tokens"].shape[0] == batch["labels"].shape[0] == size
@@ -98,15 +98,15 @@ def test_order_is_of_seed_and_epoch_and_any_position_can_be_had() -> None:
 
 @given(st.lists(st.integers(1, 15), min_size=1, max_size=12), st.integers(1, 4))
 def test_bucket_lengths_waste_least(lengths: list[int], count: int) -> None:
-    found = batches.bucket_lengths(np.array(lengths), count)
-    assert len(found) <= count and list(found) == sorted(set(found)) and found[-1] == max(lengths)
+    ends = batches.bucket_lengths(np.array(lengths), count)
+    assert len(ends) <= count and list(ends) == sorted(set(ends)) and ends[-1] == max(lengths)
 
     def padded(edges: tuple[int, ...]) -> int:
         return sum(min(edge for edge in edges if edge >= n) for n in lengths)
 
     values = sorted(set(lengths))
     choices = [(*edges, values[-1]) for k in range(min(count, len(values))) for edges in combinations(values[:-1], k)]
-    assert padded(tuple(found)) == min(map(padded, choices))
+    assert padded(tuple(ends)) == min(map(padded, choices))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_packed(documents: list[int], length: int, size: int) -> None:
     if len(stream) < 2:
         return
     schedule = batches.packed(stream, size, length, eos=0)
-    found = []
+    packed_rows = []
     for batch in schedule(0):
         assert batch["tokens"].shape == batch["labels"].shape == (size, length)
         for i in range(size):
@@ -154,13 +154,13 @@ def test_packed(documents: list[int], length: int, size: int) -> None:
             np.testing.assert_array_equal(np.cumsum(begins), row["segments"][real])
             np.testing.assert_array_equal(positions == 0, begins)
             assert (np.diff(positions)[~begins[1:]] == 1).all()
-            found.append((tuple(tokens), tuple(row["labels"][real])))
+            packed_rows.append((tuple(tokens), tuple(row["labels"][real])))
     last = len(stream) - 1
     expected = [
         (tuple(stream[at : min(at + length, last)]), tuple(stream[at + 1 : at + 1 + length]))
         for at in range(0, last, length)
     ]
-    assert sorted(found) == sorted(expected)
+    assert sorted(packed_rows) == sorted(expected)
 
 
 def test_bad_sizes() -> None:

@@ -34,13 +34,13 @@ def test_a_small_file(tmp_path: Path, name: str) -> None:
 
 def plainly(path: Path) -> list[list[tuple[str, str]]]:
     """The pairs of each entry."""
-    found = []
+    pairs_by_entry = []
     for fields in json.loads(gzip.decompress(path.read_bytes())):
         context = ""
         for subject, relation, tail in fields["tripleset"]:
             context += " | " + subject + " : " + relation.lower() + " : " + tail
-        found.append([(context[3:], annotation["text"] or "") for annotation in fields["annotations"]])
-    return found
+        pairs_by_entry.append([(context[3:], annotation["text"] or "") for annotation in fields["annotations"]])
+    return pairs_by_entry
 
 
 @pytest.mark.parametrize(

@@ -109,8 +109,8 @@ def test_a_csv_of_another_form(tmp_path: Path, content: str, message: str) -> No
 
 
 def test_a_damaged_file(tmp_path: Path) -> None:
-    whole = gzip.compress(LINES.encode())
-    (tmp_path / "cut.txt.gz").write_bytes(whole[: len(whole) // 2])
+    compressed = gzip.compress(LINES.encode())
+    (tmp_path / "cut.txt.gz").write_bytes(compressed[: len(compressed) // 2])
     (tmp_path / "latin.txt").write_bytes("name : Café||x\n".encode("latin-1"))
     for name in ("cut.txt.gz", "latin.txt"):
         with pytest.raises(ValueError, match=rf"{name}: not a readable UTF-8 file"):
@@ -118,10 +118,10 @@ def test_a_damaged_file(tmp_path: Path) -> None:
 
 
 def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    calls = []
 
     def load_dataset(name: str, config: str | None, split: str) -> datasets.Dataset:
-        asked.append((name, split))
+        calls.append((name, split))
         if name == "nobody/nothing":
             raise ConnectionError("no network")
         columns = ("a", "b") if name == "some/other" else ("meaning_representation", "human_reference")
@@ -129,7 +129,7 @@ def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     data = e2e.load("tuetschek/e2e_nlg", "valid")
-    assert asked == [("tuetschek/e2e_nlg", "validation")]
+    assert calls == [("tuetschek/e2e_nlg", "validation")]
     assert data[0] == {"context": CONTEXT, "completion": "A text."}
     with pytest.raises(FileNotFoundError, match=r"nobody/nothing.*no network.*e2e-dataset"):
         e2e.load("nobody/nothing")
@@ -137,4 +137,4 @@ def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
         e2e.load("some/other")
     with pytest.raises(FileNotFoundError, match="no such file"):
         e2e.load("tests/misspelt")  # the folder exists: a path, not a name
-    assert len(asked) == 3
+    assert len(calls) == 3

@@ -269,13 +269,13 @@ def numbered(index: list[int]) -> datasets.Dataset:
 @pytest.mark.parametrize(("name", "split", "file", "values"), SUBMISSIONS, ids=[row[2] for row in SUBMISSIONS])
 @given(data=st.data())
 def test_submissions_of_labels(name: str, split: str, file: str, values: list[str], data: st.DataObject) -> None:
-    found = data.draw(st.lists(st.integers(0, len(values) - 1), min_size=1, max_size=5))
-    index = data.draw(st.permutations(range(len(found))))
-    predictions = np.array(found, data.draw(st.sampled_from([np.int32, np.int64, np.uint8])))
+    labels = data.draw(st.lists(st.integers(0, len(values) - 1), min_size=1, max_size=5))
+    index = data.draw(st.permutations(range(len(labels))))
+    predictions = np.array(labels, data.draw(st.sampled_from([np.int32, np.int64, np.uint8])))
     title, text = glue.submission(name, split, numbered(index), predictions)
     assert title == file
     rows = list(csv.reader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE))
-    assert rows == [["index", "prediction"], *([str(i), values[label]] for i, label in zip(index, found, strict=True))]
+    assert rows == [["index", "prediction"], *([str(i), values[label]] for i, label in zip(index, labels, strict=True))]
     assert text.endswith("\n") and "\r" not in text
 
 

@@ -75,9 +75,9 @@ def test_a_prefix_and_an_infix_stand_around_the_context(tokenizer: Tokenizer) ->
     data, inserted = dataset(("name : X", "X ."), ("area : X", "Y .")), {"before": range(300, 303), "after": [303]}
     plain, encoded = (pairs.encode(data, tokenizer, eos=0, length=99, **how) for how in ({}, inserted))
     for n in range(2):
-        own, whole = (each.tokens[each.offsets[n] : each.offsets[n + 1]].tolist() for each in (plain, encoded))
+        plain_ids, all_ids = (each.tokens[each.offsets[n] : each.offsets[n + 1]].tolist() for each in (plain, encoded))
         start = plain.starts[n]
-        assert whole == [300, 301, 302, *own[:start], 303, *own[start:]]
+        assert all_ids == [300, 301, 302, *plain_ids[:start], 303, *plain_ids[start:]]
         assert encoded.starts[n] == start + 4
     np.testing.assert_array_equal(encoded.labels, plain.labels)
     prompt = pairs.prompts(data["context"], tokenizer, eos=0, **inserted)[0]

@@ -77,31 +77,31 @@ def test_tokens_are_those_of_transformers(kind: str, rows: list[tuple[str, str]]
     ours = byte_level() if kind == "byte_level" else wordpiece()
     before = ours.to_str()
     first, second = [a for a, _ in rows], [b for _, b in rows] if pairs else None
-    found = encode(dataset(first, second), ours, length=length, labels=2)
+    encoded = encode(dataset(first, second), ours, length=length, labels=2)
     assert ours.to_str() == before
     for other in others:
         options = {"truncation": "longest_first", "max_length": length, "return_token_type_ids": True}
         expected = other(first, second, **options)
-        assert parts(found.tokens, found.offsets) == expected["input_ids"]
-        assert parts(found.token_types, found.offsets) == expected["token_type_ids"]
-    whole = others[1](first, second)["input_ids"]
-    assert found.truncated == sum(len(ids) > length for ids in whole)
-    assert found.lengths.tolist() == [min(len(ids), length) for ids in whole]
-    assert len(found) == len(rows) and not found.labels.any()
+        assert parts(encoded.tokens, encoded.offsets) == expected["input_ids"]
+        assert parts(encoded.token_types, encoded.offsets) == expected["token_type_ids"]
+    full_ids = others[1](first, second)["input_ids"]
+    assert encoded.truncated == sum(len(ids) > length for ids in full_ids)
+    assert encoded.lengths.tolist() == [min(len(ids), length) for ids in full_ids]
+    assert len(encoded) == len(rows) and not encoded.labels.any()
     for name, dtype in {"tokens": np.int32, "token_types": np.int32, "offsets": np.int64, "labels": np.int32}.items():
-        assert getattr(found, name).dtype == dtype
+        assert getattr(encoded, name).dtype == dtype
 
 
 @given(sizes=st.tuples(st.integers(0, 30), st.integers(0, 30)), length=st.integers(5, 40))
 def test_the_longer_sentence_is_cut(sizes: tuple[int, int], length: int) -> None:
-    found = encode(dataset(['"' * sizes[0]], ["?" * sizes[1]]), byte_level(), length=length, labels=2)
+    encoded = encode(dataset(['"' * sizes[0]], ["?" * sizes[1]]), byte_level(), length=length, labels=2)
     mark, question = (byte_level().encode(text, add_special_tokens=False).ids[0] for text in '"?')
-    left = tuple(int((found.tokens == token).sum()) for token in (mark, question))
-    assert found.tokens.tolist() == [0, *[mark] * left[0], 2, 2, *[question] * left[1], 2]
+    left = tuple(int((encoded.tokens == token).sum()) for token in (mark, question))
+    assert encoded.tokens.tolist() == [0, *[mark] * left[0], 2, 2, *[question] * left[1], 2]
     if sum(sizes) + 4 <= length:
-        assert left == sizes and not found.truncated
+        assert left == sizes and not encoded.truncated
     else:
-        assert sum(left) + 4 == length and found.truncated == 1
+        assert sum(left) + 4 == length and encoded.truncated == 1
         # neither is cut while the other is longer
         assert all(left[i] == sizes[i] or left[i] >= left[1 - i] - 1 for i in (0, 1))
 
@@ -118,9 +118,9 @@ def test_a_prefix_stands_behind_the_first_special_token_and_counts_for_the_lengt
 
 def test_many_examples_and_their_labels() -> None:
     numbers = [i % 3 for i in range(20_000)]  # more than go through the tokenizer at once
-    found = encode(dataset(['"' * n for n in numbers], label=numbers), byte_level(), length=8, labels=3)
-    assert (found.lengths - 2).tolist() == found.labels.tolist() == numbers
-    assert found.labels.dtype == np.int32
+    encoded = encode(dataset(['"' * n for n in numbers], label=numbers), byte_level(), length=8, labels=3)
+    assert (encoded.lengths - 2).tolist() == encoded.labels.tolist() == numbers
+    assert encoded.labels.dtype == np.int32
     scores = encode(dataset(["a", "b"], label=[0.25, 5.0]), byte_level(), length=8, labels=1).labels
     assert scores.dtype == np.float32 and scores.tolist() == [0.25, 5.0]
     assert encode(dataset(["a"]), byte_level(), length=8, labels=1).labels.dtype == np.float32
@@ -159,7 +159,7 @@ def test_every_text_once_an_epoch(lengths: list[int], size: int, buckets: int, r
     assert len(schedule) == -(-len(lengths) // size)
     assert len(schedule.shapes) <= buckets and all(n == 1 for _, n in schedule.shapes)
     for epoch in range(2):
-        found, order = [], schedule(epoch)
+        row_tokens, order = [], schedule(epoch)
         assert len(order) == len(schedule)
         for batch, rows in zip(order, order.rows, strict=True):
             dtypes = {
@@ -182,8 +182,8 @@ def test_every_text_once_an_epoch(lengths: list[int], size: int, buckets: int, r
                 tokens = batch["tokens"][i][batch["mask"][i]].tolist()
                 assert batch["tokens"][i][: len(tokens)].tolist() == tokens
                 assert batch["labels"][i] == (data.labels[row] if row >= 0 else 0)
-                found += [(row, tokens)] if row >= 0 else []
-        assert sorted(found) == list(enumerate(parts(data.tokens, data.offsets)))
+                row_tokens += [(row, tokens)] if row >= 0 else []
+        assert sorted(row_tokens) == list(enumerate(parts(data.tokens, data.offsets)))
 
 
 def least(lengths: list[int], size: int, buckets: int) -> int:

@@ -60,7 +60,7 @@ def test_a_small_file(tmp_path: Path, name: str) -> None:
 def plainly(path: Path) -> list[tuple]:
     """The file's pairs: numbered entries, nothing checked."""
     entries = json.loads(gzip.decompress(path.read_bytes()))["entries"]
-    found = []
+    examples = []
     for i in range(len(entries)):
         fields = entries[i][str(i + 1)]
         context = ""
@@ -69,8 +69,8 @@ def plainly(path: Path) -> list[tuple]:
         for text in fields["lexicalisations"]:
             if text["comment"] != "toFix":
                 seen = fields["category"] not in ARTISTS
-                found.append((context[3:], text["lex"], fields["category"], seen))
-    return found
+                examples.append((context[3:], text["lex"], fields["category"], seen))
+    return examples
 
 
 @pytest.mark.parametrize(
@@ -176,10 +176,10 @@ def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
             for category, triples, texts, comments, kind in lines
         ]
     )
-    asked = []
+    calls = []
 
     def load_dataset(name: str, config: str | None, split: str) -> datasets.Dataset:
-        asked.append((name, config, split))
+        calls.append((name, config, split))
         if name == "owner/script":
             raise RuntimeError("Dataset scripts are no longer supported, but found web_nlg.py")
         return copy if name == "owner/web_nlg" else copy.remove_columns("lex")
@@ -187,7 +187,7 @@ def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert rows(triples.webnlg("owner/web_nlg", "test")) == ROWS
     assert rows(triples.webnlg("owner/web_nlg", "valid")) == ROWS
-    assert asked == [("owner/web_nlg", "webnlg_challenge_2017", split) for split in ("test", "dev")]
+    assert calls == [("owner/web_nlg", "webnlg_challenge_2017", split) for split in ("test", "dev")]
     with pytest.raises(FileNotFoundError, match=r"owner/script: .*scripts are no longer.*microsoft/LoRA"):
         triples.webnlg("owner/script")
     with pytest.raises(ValueError, match=r"owner/other: the columns \['category', 'lex', .*it has"):

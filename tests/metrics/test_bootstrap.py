@@ -87,13 +87,13 @@ def test_intervals_cover() -> None:
 def test_report(quick: None) -> None:
     references = corpus(60)
     hypotheses = system(references, 0.3, 1)
-    found = report(hypotheses, references, style="dart", samples=200)
-    assert found["bleu"]["score"] == pytest.approx(bleu(hypotheses, references))
-    assert all(part["low"] < part["score"] < part["high"] for part in found.values())
-    assert found == report(hypotheses, references, style="dart", samples=200)
-    assert found != report(hypotheses, references, style="dart", samples=200, seed=1)
+    intervals = report(hypotheses, references, style="dart", samples=200)
+    assert intervals["bleu"]["score"] == pytest.approx(bleu(hypotheses, references))
+    assert all(part["low"] < part["score"] < part["high"] for part in intervals.values())
+    assert intervals == report(hypotheses, references, style="dart", samples=200)
+    assert intervals != report(hypotheses, references, style="dart", samples=200, seed=1)
     narrow = report(hypotheses, references, style="dart", samples=200, level=0.5)["ter"]
-    assert found["ter"]["low"] < narrow["low"] < narrow["high"] < found["ter"]["high"]
+    assert intervals["ter"]["low"] < narrow["low"] < narrow["high"] < intervals["ter"]["high"]
 
 
 def test_paired(quick: None) -> None:

@@ -16,20 +16,20 @@ from lora_jax.metrics.glue import MAIN, METRICS, glue
 CLASSES = sorted(set(TASKS) - {"stsb"})
 
 
-def counts(found: list[int], true: list[int]) -> tuple[int, int, int, int]:
+def counts(predicted: list[int], true: list[int]) -> tuple[int, int, int, int]:
     """True and false positives, false and true negatives."""
-    both = list(zip(found, true, strict=True))
+    both = list(zip(predicted, true, strict=True))
     return both.count((1, 1)), both.count((1, 0)), both.count((0, 1)), both.count((0, 0))
 
 
-def matthews(found: list[int], true: list[int]) -> float:
-    tp, fp, fn, tn = counts(found, true)
+def matthews(predicted: list[int], true: list[int]) -> float:
+    tp, fp, fn, tn = counts(predicted, true)
     below = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
     return (tp * tn - fp * fn) / sqrt(below) if below else 0.0
 
 
-def f1(found: list[int], true: list[int]) -> float:
-    tp, fp, fn, _ = counts(found, true)
+def f1(predicted: list[int], true: list[int]) -> float:
+    tp, fp, fn, _ = counts(predicted, true)
     return 2 * tp / (2 * tp + fp + fn) if tp else 0.0
 
 
@@ -46,11 +46,11 @@ def ranks(values: list[float]) -> list[float]:
 
 @given(rows=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=30))
 def test_of_two_classes(rows: list[tuple[int, int]]) -> None:
-    found, true = [a for a, _ in rows], [b for _, b in rows]
+    predicted, true = [a for a, _ in rows], [b for _, b in rows]
     accuracy = fsum(a == b for a, b in rows) / len(rows)
-    expected = {"accuracy": accuracy, "f1": f1(found, true), "matthews": matthews(found, true)}
+    expected = {"accuracy": accuracy, "f1": f1(predicted, true), "matthews": matthews(predicted, true)}
     for name in ("cola", "sst2", "mrpc", "qqp", "qnli", "rte"):
-        scores = glue(name, np.array(found, np.int32), true)
+        scores = glue(name, np.array(predicted, np.int32), true)
         assert list(scores) == list(METRICS[name])
         assert scores == pytest.approx({metric: expected[metric] for metric in METRICS[name]}, abs=1e-12)
         assert all(type(score) is float for score in scores.values())
@@ -68,18 +68,18 @@ quarters = st.integers(-8, 28).map(lambda n: n / 4)
 
 @given(rows=st.lists(st.tuples(quarters, quarters), min_size=1, max_size=30))
 def test_correlations(rows: list[tuple[float, float]]) -> None:
-    found, true = [a for a, _ in rows], [b for _, b in rows]
-    expected = {"pearson": pearson(found, true), "spearman": pearson(ranks(found), ranks(true))}
-    scores = glue("stsb", np.array(found, np.float32), np.array(true, np.float32))
+    predicted, true = [a for a, _ in rows], [b for _, b in rows]
+    expected = {"pearson": pearson(predicted, true), "spearman": pearson(ranks(predicted), ranks(true))}
+    scores = glue("stsb", np.array(predicted, np.float32), np.array(true, np.float32))
     assert list(scores) == ["pearson", "spearman"]
     assert scores == pytest.approx(expected, abs=1e-9)  # sums in float64
 
 
 def test_by_hand() -> None:
     # 2 true and 1 false positive, 1 false and 1 true negative
-    found, true = [1, 1, 1, 0, 0], [1, 1, 0, 1, 0]
-    assert glue("mrpc", found, true) == pytest.approx({"accuracy": 3 / 5, "f1": 4 / 6})
-    assert glue("cola", found, true) == pytest.approx({"matthews": (2 * 1 - 1 * 1) / sqrt(3 * 3 * 2 * 2)})
+    predicted, true = [1, 1, 1, 0, 0], [1, 1, 0, 1, 0]
+    assert glue("mrpc", predicted, true) == pytest.approx({"accuracy": 3 / 5, "f1": 4 / 6})
+    assert glue("cola", predicted, true) == pytest.approx({"matthews": (2 * 1 - 1 * 1) / sqrt(3 * 3 * 2 * 2)})
     assert glue("stsb", [1.0, 2.0, 4.0], [0.0, 5.0, 4.0]) == pytest.approx(
         {"pearson": 0.6186, "spearman": 0.5}, abs=1e-4
     )
@@ -107,12 +107,12 @@ def test_names() -> None:
 def test_what_cannot_be_scored() -> None:
     with pytest.raises(ValueError, match="no GLUE task 'wnli': one of cola"):
         glue("wnli", [0], [0])
-    for found, true in (([0, 1], [0]), ([], []), ([[0]], [[0]]), (0, 0)):
+    for predicted, true in (([0, 1], [0]), ([], []), ([[0]], [[0]]), (0, 0)):
         with pytest.raises(ValueError, match=r"both \(N,\), N > 0"):
-            glue("rte", found, true)
-    for found in ([0.2, 0.8], ["a", "b"], [True, False]):
+            glue("rte", predicted, true)
+    for predicted in ([0.2, 0.8], ["a", "b"], [True, False]):
         with pytest.raises(ValueError, match="both must be integers, ids of labels"):
-            glue("rte", found, [0, 1])
+            glue("rte", predicted, [0, 1])
     for value in (np.nan, np.inf):
         with pytest.raises(ValueError, match="NaN or infinite"):
             glue("stsb", [value, 1.0], [0.0, 1.0])

@@ -61,7 +61,7 @@ def written_out(hypothesis: list[str], reference: list[str]) -> float:
 
 def every_shift(words: list[str], goal: list[str]) -> list[list[str]]:
     """A run of words that stands at another index of the goal goes there; only runs that cannot be longer."""
-    found = []
+    shifted = []
     for size in range(1, len(words) + 1):
         for i in range(len(words) - size + 1):
             for j in range(len(goal) - size + 1):
@@ -69,8 +69,8 @@ def every_shift(words: list[str], goal: list[str]) -> list[list[str]]:
                 if i != j and words[i : i + size] == goal[j : j + size] and not longer:
                     moved = words[:i] + words[i + size :]
                     moved[j:j] = words[i : i + size]
-                    found.append(moved)
-    return found
+                    shifted.append(moved)
+    return shifted
 
 
 def distance(one: list[str], other: list[str]) -> int:
