@@ -110,7 +110,11 @@ def test_bucket_lengths_waste_least(lengths: list[int], count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "eos"), [("base/tokenizer.json", 0), ("data/gpt2_tokenizer/tokenizer.json", 50256)]
+    ("tokenizer", "eos"),
+    [
+        ("base/tokenizer.json", 0),
+        pytest.param("data/gpt2_tokenizer/tokenizer.json", 50256, marks=pytest.mark.slow),
+    ],
 )
 def test_e2e_computes_few_padded_tokens(shared: Path, tokenizer: str, eos: int) -> None:
     data = e2e.load(shared / "data/e2e", "train")

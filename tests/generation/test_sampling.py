@@ -39,7 +39,11 @@ def probabilities(params: Any, tokens: list[int], temperature: float, top_k: int
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.7}, {"temperature": 2.0, "top_k": 7, "top_p": 0.8}],
+    [
+        {"temperature": 2.0, "top_k": 7, "top_p": 0.8},
+        {"top_p": 0.7},
+        *(pytest.param(options, marks=pytest.mark.slow) for options in ({}, {"temperature": 0.5}, {"top_k": 4})),
+    ],
     ids=str,
 )
 def test_frequencies(params: Any, options: dict[str, Any]) -> None:

@@ -77,8 +77,13 @@ THERE_AND_BACK = {
 }
 
 
-@pytest.mark.parametrize("kind, fields", THERE_AND_BACK.values(), ids=THERE_AND_BACK)
-def test_conformance_15_there_and_back(kind, fields, tmp_path):
+# Each is a combination of what the quick ones have in other combinations.
+SLOW = ("vera", "vera, Conv1D", "vera, a fused layer", "ia3", "ia3, a fused layer", "lokr")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in THERE_AND_BACK])
+def test_conformance_15_there_and_back(name, tmp_path):
+    kind, fields = THERE_AND_BACK[name]
     method, delta, again, want = there_and_back(kind, tmp_path, **fields)
     assert_close(theirs(read_by_peft(kind, again)), want, 0.0)
     # and as if it had been made here

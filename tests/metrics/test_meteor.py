@@ -14,6 +14,7 @@ from lora_jax.metrics.java import aggregate, meteor_statistics
 SITTING = [7, 6, 4, 3, 2, 2, 3, 3, *[0] * 8, 1, 1, 1, 0, 1, 7, 6]
 
 
+@pytest.mark.slow  # the program takes 15 s; test_evaluate runs it, quick
 def test_statistics_and_sums_are_the_programs() -> None:
     hypotheses = ["The cat was sitting on the mat.", "dogs ||| bark", "", "a red car", "x y", "x y"]
     references = [["The cat sat on the mat."], ["dogs bark"], ["a"], ["", "the blue house", "a  car, red"]]
