@@ -2,11 +2,12 @@
 
     python tests/mutants.py                      # all of tests/mutants.json, two at a time; about half an hour
     python tests/mutants.py --area=training --jobs=1
-    python tests/mutants.py --out=mutants.json   # keeps results: a stopped run resumes, changed entries are run anew
+    python tests/mutants.py --out=FILE           # keeps results: a stopped run resumes, changed entries are run anew
 
 An entry of tests/mutants.json names an area, a file, the text `old` (which stands once in the file), the wrong text
 `new`, and the `tests` (pytest's names) that are to notice it. A mutant is noticed where these tests fail; it survives
 where they pass. Tests that fail without any change are an error, which is found first. At most 5% may survive.
+Results: docs/results/mutants.json.
 """
 
 import argparse
