@@ -22,7 +22,7 @@ from jax.sharding import AxisType, Mesh
 
 from lora_jax.core.arrays import factor_axes, is_adapted
 from lora_jax.core.lifting.taps import untapped
-from lora_jax.core.selection import flatten, look_up, matches, path_of
+from lora_jax.core.selection import flatten, look_up, matches_any, path_of
 from lora_jax.core.transforms import method_shardings
 from lora_jax.models.family import family_of
 
@@ -146,7 +146,7 @@ def _find(path: str, specs: Mapping[str, P], rules: Rules, mesh: Mesh) -> P:
     for end in ends:
         if end in specs:
             return specs[end]
-    if any(end.rpartition("/")[0] in specs for end in ends) and not any(matches(glob, path) for glob in rules):
+    if any(end.rpartition("/")[0] in specs for end in ends) and not matches_any(rules, path):
         if mesh.size > 1:
             logging.warning("%s lies along no axis of its weight, and no rule names it: it stays whole", path)
         return P()

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 import lora_jax as lj
-from lora_jax.core.selection import flatten, matches
+from lora_jax.core.selection import flatten, matches_any
 from lora_jax.data import glue
 from lora_jax.interop import hf
 from lora_jax.models import encoder, gpt2
@@ -33,7 +33,7 @@ def count(config: ConfigDict) -> Count:
     needs, or the method does not fit."""
     model = model_of(config)
     params, heads = asking.param_shapes(model), config.get("head", ())
-    below_head = lambda path: not any(matches(glob, path) for glob in heads)  # noqa: E731
+    below_head = lambda path: not matches_any(heads, path)  # noqa: E731
     nothing = config.method == "none"
     rows = [] if nothing else lj.check(lj.from_spec(methods.spec(config, model)), params).rows
     kept = [row for row in rows if below_head(row.path)]

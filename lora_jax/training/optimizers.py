@@ -9,7 +9,7 @@ import jax
 import optax
 
 from lora_jax.core.freezing import freeze_base
-from lora_jax.core.selection import matches
+from lora_jax.core.selection import matches_any
 from lora_jax.core.transforms.registry import owners
 from lora_jax.training.config import OptimizerConfig
 
@@ -51,10 +51,10 @@ def optimizer(
 
     def decays(keys: tuple, _: Any) -> bool:
         path, factor = (jax.tree_util.keystr(keys[:n], simple=True, separator="/") for n in (1, 2))
-        if any(matches(glob, name) for glob in globs for name in (path, factor)):
+        if matches_any(globs, path) or matches_any(globs, factor):
             return True
         names = [glob for traits in owners(spec or {}, path) for glob in traits.decays] if "matrices" in globs else []
-        return any(matches(glob, factor) for glob in names)
+        return matches_any(names, factor)
 
     def rates(delta: Any) -> Any:  # "b": what LoRA+ speeds up (so named in checkpoints)
         def label(path: str, name: str) -> str:

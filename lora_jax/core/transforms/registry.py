@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from lora_jax.core.selection import Selection, matches, strings
+from lora_jax.core.selection import Selection, matches_any, strings
 from lora_jax.core.transforms.transform import ParamTransform, Spec, chain
 
 
@@ -72,7 +72,7 @@ def owners(spec: Mapping[str, Any], path: str) -> list[Traits]:
     def owns(part: Spec) -> bool:
         if path.startswith("@"):
             return path.endswith(f"/{part.get('method')}")
-        selected, excluded = (any(matches(glob, path) for glob in part.get(key) or ()) for key in ("select", "exclude"))
+        selected, excluded = (matches_any(part.get(key) or (), path) for key in ("select", "exclude"))
         return selected and not excluded
 
     parts = traits_of(spec)
