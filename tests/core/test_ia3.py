@@ -13,7 +13,7 @@ import lora_jax as lj
 from tests.helpers.marks import diagonal
 from tests.helpers.methods import SHAPES, as_dense, as_peft, as_some_layers, network, randomized, tree
 from tests.helpers.networks import Stack, Tied, started
-from tests.helpers.reference import close, ints, merged_params, normal, random_delta, replaced, same
+from tests.helpers.reference import close, ints, merged_params, normal, random_delta, replaced, same, sine_gradient
 from tests.helpers.structural import CASES, X, slow_beyond_kinds
 
 KEY = jax.random.key(0)
@@ -62,15 +62,7 @@ def test_convolutions_of_peft(feedforward, window):
         y = lax.conv_general_dilated(x.numpy(), p["weight"], (2, 2), [(1, 1)] * 2)
         return y + p["bias"][None, :, None, None]
 
-    @jax.jit
-    def run(delta):
-        def loss(delta):
-            y = lj.lift(fn, on_dense="error")(method.apply(params, delta))
-            return jnp.sum(jnp.sin(y)), y
-
-        return jax.value_and_grad(loss, has_aux=True)(delta), lj.merge(method.apply(params, delta))
-
-    ((_, y), grads), merged = run(delta)
+    y, grads, merged = sine_gradient(fn, method, params, delta)
     close(y, out.detach().numpy())
     close(jax.tree.leaves(grads), [scale.grad.numpy().ravel()], 2e-5)
     close(merged, tree(model.merge_and_unload())["0"], 1e-6)

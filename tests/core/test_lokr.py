@@ -16,7 +16,7 @@ from lora_jax.planning.flops import equations
 from tests.helpers.marks import diagonal, slow_but
 from tests.helpers.methods import SHAPES, as_dense, as_peft, as_some_layers, network, randomized, tree
 from tests.helpers.networks import Stack, Tied, started
-from tests.helpers.reference import close, ints, merged_params, normal, random_delta, replaced, same
+from tests.helpers.reference import close, ints, merged_params, normal, random_delta, replaced, same, sine_gradient
 from tests.helpers.structural import CASES, X, slow_beyond_kinds
 
 KEY = jax.random.key(0)
@@ -95,15 +95,7 @@ def test_convolutions_of_peft(window, rank):
     def fn(p):
         return lax.conv_general_dilated(x.numpy(), p["weight"], (2, 2), [(1, 1)] * 2)
 
-    @jax.jit
-    def run(delta):
-        def loss(delta):
-            y = lj.lift(fn, on_dense="error")(method.apply(params, delta))
-            return jnp.sum(jnp.sin(y)), y
-
-        return jax.value_and_grad(loss, has_aux=True)(delta), lj.merge(method.apply(params, delta))
-
-    ((_, y), grads), merged = run(delta)
+    y, grads, merged = sine_gradient(fn, method, params, delta)
     close(y, out.detach().numpy())
     close(grads["weight"], {name: tensor.grad.numpy() for name, tensor in trained.items()}, 2e-5)
     close(merged["weight"], model.merge_and_unload()[0].weight.detach().numpy(), 1e-6)

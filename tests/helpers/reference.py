@@ -197,3 +197,18 @@ def agree(
     same_shapes = jax.tree.map(lambda s, w: s.shape == w.shape and s.dtype == w.dtype, shapes, want)
     assert all(jax.tree.leaves(same_shapes))
     return delta, next(subjaxprs(traced.jaxpr.eqns[0]))
+
+
+def sine_gradient(fn, method, params, delta):
+    """`fn` lifted on the adapted params, the gradient of the sum of its sine for the delta, and the merged params."""
+
+    @jax.jit
+    def run(delta):
+        def loss(delta):
+            y = lj.lift(fn, on_dense="error")(method.apply(params, delta))
+            return jnp.sum(jnp.sin(y)), y
+
+        (_, y), grads = jax.value_and_grad(loss, has_aux=True)(delta)
+        return y, grads, lj.merge(method.apply(params, delta))
+
+    return run(delta)
