@@ -12,9 +12,11 @@ TORCH ?= torch==2.13.0
 PYTEST_ARGS ?= -n 2 --dist worksteal
 
 PY := $(VENV)/bin/python
-INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check
+# The versions that the tests were last seen to pass with; `make lock` writes them anew. `LOCK=` takes the newest.
+LOCK ?= tests/constraints.txt
+INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check $(LOCK:%=-c %)
 
-.PHONY: quickstart test test-all test-wheel test-core test-tpu test-matrix lint results
+.PHONY: quickstart test test-all test-wheel test-core test-tpu test-matrix lint lock results
 
 quickstart: $(VENV)/.installed
 	$(PY) -m experiments.quickstart
@@ -47,11 +49,19 @@ lint: $(VENV)/.installed-test
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+# For the oldest Python alone: newer ones test the newest packages. jax and torch have lines of their own above.
+lock:
+	rm -rf .venv-lock
+	$(MAKE) .venv-lock/.installed-test VENV=.venv-lock VERSION=3.11 LOCK=
+	.venv-lock/bin/python -m pip list --format=freeze --exclude-editable \
+	  | grep -v -E '^(jax|jaxlib|torch|lora_jax|pip|setuptools)==' \
+	  | sed 's/$$/ ; python_version < "3.12"/' > tests/constraints.txt
+
 results: $(VENV)/.installed
 	$(PY) -m experiments.results
 
-# One stamp for each set of packages; after a change of pyproject.toml they are installed anew.
-$(VENV)/.installed: pyproject.toml
+# One stamp for each set of packages; after a change of these files they are installed anew.
+$(VENV)/.installed: pyproject.toml $(LOCK)
 	$(if $(PYTHON),,$(error no Python $(VERSION) found: install one, or say PYTHON=/path/to/python))
 	$(PY) -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv $(VENV)
 	$(INSTALL) "$(JAX)" -e ".[all]"

@@ -2,14 +2,18 @@
 
 import ast
 import functools
+import itertools
 import json
 import re
 import resource
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import lora_jax
 
@@ -189,6 +193,18 @@ def test_no_text_names_a_machine():
     for file in texts(".py", ".md", ".toml", ".ipynb", ".json", ".sh", ""):
         if file.name != "LICENSE":
             assert not machine_path.search(file.read_text()), file
+
+
+def test_the_locked_versions_are_those_asked_for():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = (extra for name, extra in project["optional-dependencies"].items() if name not in ("cuda", "tpu"))
+    asked = [Requirement(line) for line in itertools.chain(project["dependencies"], *extras)]
+    locked = (Requirement(line) for line in (ROOT / "tests" / "constraints.txt").read_text().splitlines())
+    versions = {canonicalize_name(r.name): next(iter(r.specifier)).version for r in locked}
+    apart = ("jax", "lora-jax")  # the Makefile names the one, and installs the other from here
+    wanted = {canonicalize_name(r.name): r.specifier for r in asked if canonicalize_name(r.name) not in apart}
+    missing = {name for name, bounds in wanted.items() if not bounds.contains(versions.get(name, "0"))}
+    assert not missing, f"{missing}: `make lock` writes tests/constraints.txt anew"
 
 
 def run_python(code: str) -> str:
