@@ -6,6 +6,7 @@ keeps no checksum of array data: a flipped bit would be read silently, so every 
 warns of what is damaged (`logging.warning`) and takes the checkpoint before it.
 """
 
+import concurrent.futures.thread  # noqa: F401  what it does at the end is registered, see below
 import contextlib
 import functools
 import json
@@ -78,7 +79,8 @@ def _finish_saves() -> None:
             logging.error("%s cannot be written: %s", writer.directory, _first_line(error))
 
 
-# Writing needs threads of pools, which start none any more when Python calls what `atexit` has: this comes before.
+# Writing needs pools of threads, which Python has stopped when it calls what `atexit` has. This is called before, in the
+# opposite order of registration: before what stops the pools.
 threading._register_atexit(_finish_saves)  # type: ignore[attr-defined]
 
 

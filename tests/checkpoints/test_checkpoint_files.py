@@ -225,10 +225,11 @@ from lora_jax import checkpoints
 
 class State(NamedTuple):
     delta: Any
+    step: Any
 
 
-def save():  # what is being written keeps the manager
-    state = State({"w": {"a": jnp.ones((2000, 1000))}})
+def save():
+    state = State({"w": {"a": jnp.ones((2000, 1000))}}, jnp.ones(1))
     checkpoints.save(checkpoints.manager(sys.argv[1]), 1, state, spec={}, base={})
 
 
