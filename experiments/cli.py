@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -11,9 +12,10 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
-from experiments.ending import end, parse, unraisable, with_new_names
+from experiments.ending import end, parse, unraisable, with_homes, with_new_names
 from lora_jax.distributed import processes
 from lora_jax.metrics.statistics import spread  # noqa: F401  used as cli.spread
+from lora_jax.training import stopping
 
 flags.DEFINE_string("workdir", None, "Folder of the run: made, or resumed if it holds one.")
 flags.DEFINE_string("out", None, "What to write: see above.")
@@ -28,7 +30,8 @@ flags.DEFINE_integer("heartbeat", 10, "Seconds of silence after which a process 
 
 def run(main: Callable[[], None]) -> None:
     """absl's `app.run`, but a bad flag or a ValueError, TypeError or OSError of main ends the
-    program with its message alone and exit code 1; -v=1 shows where it came from.
+    program with its message alone and exit code 1; -v=1 shows where it came from. An InterruptedError, what a run that
+    a signal stopped ends in, ends it with 128 + the number of the signal.
 
     With the flags of several processes it makes them one run first; the first one prints. One that fails ends at once,
     without waiting for the others, which then end as well."""
@@ -50,6 +53,10 @@ def run(main: Callable[[], None]) -> None:
                 if jax.distributed.is_initialized() and jax.process_index() > 0:
                     stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
                 main()
+        except InterruptedError as error:
+            if processes.is_primary():
+                print(error, flush=True)
+            sys.exit(128 + (stopping.requested() or signal.SIGINT))
         except (ValueError, TypeError, OSError) as error:
             if flags.FLAGS.verbosity > 0:
                 traceback.print_exc()
@@ -62,7 +69,7 @@ def run(main: Callable[[], None]) -> None:
             reason = (str(error).splitlines() or [""])[0]
             end(f"{type(error).__name__} {reason} (has another process of the run ended?)")
 
-    sys.argv[1:] = with_new_names(sys.argv[1:])  # ml_collections reads sys.argv
+    sys.argv[1:] = with_homes(with_new_names(sys.argv[1:]))  # ml_collections reads sys.argv
     app.run(guarded, flags_parser=parse)
 
 

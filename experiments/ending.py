@@ -23,6 +23,19 @@ def with_new_names(arguments: Sequence[str]) -> list[str]:
     return list(arguments)
 
 
+def with_homes(arguments: Sequence[str]) -> list[str]:
+    """The arguments, with the home folder in the place of a `~` that begins a path: a shell leaves --workdir=~/runs to
+    the program. Contexts are texts."""
+
+    def expanded(argument: str) -> str:
+        name, equals, value = argument.partition("=")
+        if name.lstrip("-") == "context" or not name.startswith("-"):
+            return argument
+        return name + equals + re.sub(r"(?<![^,:])~[\w.-]*(?=/|$)", lambda home: os.path.expanduser(home[0]), value)
+
+    return [expanded(argument) for argument in arguments]
+
+
 def parse(argv: Sequence[str]) -> list[str]:
     """absl's parsing of the flags; a flag or a key of the config that there is not ends the program."""
     try:

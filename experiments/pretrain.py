@@ -23,7 +23,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main() -> None:
     made = runs.pretrain(CONFIG.value, Path(flags.FLAGS.workdir), started=lambda run: print(run.report))
     if not made.finished:
-        return print(f"saved at step {made.step} of {made.total}: the same command resumes it")
+        raise InterruptedError(f"saved at step {made.step} of {made.total}: the same command resumes it")
     print(f"validation: {made.loss:.4f} nats, perplexity {made.perplexity:.1f} a token")
     print(f"model: {made.model}")
 

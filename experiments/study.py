@@ -28,6 +28,7 @@ from experiments import cli, train
 from lora_jax.interop import hf
 from lora_jax.models.family import dimensions_of
 from lora_jax.runs import budget, tables
+from lora_jax.training import stopping
 
 flags.DEFINE_enum("task", "e2e", ["e2e", "mrpc"], "What is learnt.")
 flags.DEFINE_string("base", None, "A folder: a GPT-2 for E2E, a RoBERTa or BERT for MRPC.")
@@ -39,6 +40,7 @@ for _name in ("workdir", "data", "out"):
 flags.mark_flags_as_required(["workdir", "base", "data"])
 
 
+@stopping.noted()
 def main() -> None:
     values = flags.FLAGS
     names = study.methods_of(values.task)

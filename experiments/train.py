@@ -7,8 +7,9 @@
 Every key of the config can be set as --config.KEY=VALUE; lora_jax/runs/config.py lists them, the
 config file the names after its colon. The workdir gets config.json, metrics.jsonl, TensorBoard events, loss.png,
 checkpoints/ and at the end adapter/ and summary.json; where the config has several seeds, a folder
-for each and the medians in summary.json. The same command resumes a run that was stopped: by
-Ctrl-C, SIGTERM (saves first), SIGKILL or a crash.
+for each and the medians in summary.json. The same command resumes a run that was stopped: Ctrl-C (SIGINT), SIGTERM and
+SIGHUP save it after the step and end it with status 128 + the signal's number, a second one ends it at once; SIGKILL or
+a crash cost the steps since the last checkpoint. A workdir that another process writes is refused.
 
 Several values train at once, in one program, every combination each in its folder:
 
@@ -38,10 +39,13 @@ def main() -> None:
     (sweep if runs.is_sweep(config) else train)(config, workdir)
 
 
-def train(config: ConfigDict, workdir: Path) -> bool:
-    """Trains to the end, or until it is stopped: then False."""
-    command = cli.command("train")
-    return runs.train(config, workdir, command=command, started=show_start, ended=show_end).finished
+def train(config: ConfigDict, workdir: Path) -> None:
+    """Trains to the end; an InterruptedError where a signal stopped it."""
+    result = runs.train(config, workdir, command=cli.command("train"), started=show_start, ended=show_end)
+    if not result.finished:
+        run = result.members[-1] if result.members else result
+        end = f"saved at step {run.step} of {run.total}" if run.step else "stopped before the first step"
+        raise InterruptedError(f"{end}: the same command resumes it")
 
 
 def show_start(run: runs.Prepared) -> None:
@@ -53,8 +57,6 @@ def show_start(run: runs.Prepared) -> None:
 
 
 def show_end(result: runs.RunResult) -> None:
-    if not result.finished:
-        return print(f"saved at step {result.step} of {result.total}: the same command resumes it")
     if result.summary:
         print(json.dumps(result.summary, indent=2))
     if result.adapter:
@@ -67,7 +69,7 @@ def sweep(config: ConfigDict, workdir: Path) -> None:
 
     result = runs.sweep(config, workdir, command=cli.command("train"), started=show)
     if not result.finished:
-        return print(f"saved before step {result.total}: the same command resumes it")
+        raise InterruptedError(f"saved before step {result.total}: the same command resumes it")
     if result.rows:
         print(tables.table([row | {"command": None} for row in result.rows]))
         print(f"plot: {workdir / 'sweep.png'}")

@@ -20,7 +20,8 @@ _DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F
 
 
 def _adapter_file(path: str | Path) -> Path:
-    return Path(path) if Path(path).suffix == ".safetensors" else Path(path) / _ADAPTER
+    path = Path(path).expanduser()
+    return path if path.suffix == ".safetensors" else path / _ADAPTER
 
 
 def save_adapter(path: str | Path, method: ParamTransform, delta: Delta, base_id: Mapping[str, str]) -> Path:

@@ -1,9 +1,10 @@
 """What checkpoints and adapters share: digests, checksums, the identity of a base, files written all or not at all."""
 
+import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -125,17 +126,26 @@ def check_base(expected: Mapping[str, str], actual: Mapping[str, str], where: st
 
 def write_atomically(path: str | Path, content: bytes | Iterable[bytes | memoryview]) -> None:
     """Writes a file, given at once or in pieces, so that a crash at any moment leaves the old one or the new one."""
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = open_beside(path)
     try:
         with os.fdopen(handle, "wb") as file:
             for piece in [content] if isinstance(content, bytes) else content:
                 file.write(piece)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's own is for the owner alone
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def open_beside(path: Path) -> tuple[int, Path]:
+    """A new file beside a path, to be renamed to it: its descriptor and its path. Who may read it is as the umask says;
+    a file of `tempfile` would be its owner's alone."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    while True:
+        temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
+        with contextlib.suppress(FileExistsError):
+            return os.open(temporary, flags, 0o666), temporary

@@ -6,11 +6,14 @@ keeps no checksum of array data: a flipped bit would be read silently, so every 
 warns of what is damaged (`logging.warning`) and takes the checkpoint before it.
 """
 
+import concurrent.futures.thread  # noqa: F401  what it does at the end is registered, see below
 import contextlib
 import functools
 import json
 import logging
 import shutil
+import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -25,6 +28,7 @@ from lora_jax.core.transforms import Delta, ParamTransform, from_spec
 from lora_jax.distributed import processes
 
 S = TypeVar("S")
+_MANAGERS: weakref.WeakSet[ocp.CheckpointManager] = weakref.WeakSet()
 
 
 class Run(NamedTuple):
@@ -48,7 +52,8 @@ class _Manager(ocp.CheckpointManager):
 
 
 def manager(workdir: str | Path, *, keep: int = 3) -> ocp.CheckpointManager:
-    """Orbax's manager of `workdir/checkpoints` for writing: saves in the background, keeps the newest `keep`.
+    """Orbax's manager of `workdir/checkpoints` for writing: saves in the background, keeps the newest `keep`. A process
+    that ends waits for what is being written.
 
     What earlier writers left unfinished is removed: one run at a time writes a workdir. With several processes all of
     them call this, with one folder that all of them can read and write.
@@ -60,7 +65,23 @@ def manager(workdir: str | Path, *, keep: int = 3) -> ocp.CheckpointManager:
             shutil.rmtree(unfinished, ignore_errors=True)
 
     processes.on_primary(clear)
-    return _Manager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
+    writer = _Manager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True))
+    _MANAGERS.add(writer)
+    return writer
+
+
+def _finish_saves() -> None:
+    """Waits, at the end of the process, for what is being written."""
+    for writer in list(_MANAGERS):
+        try:
+            writer.wait_until_finished()
+        except Exception as error:  # whatever orbax and tensorstore raise
+            logging.error("%s cannot be written: %s", writer.directory, _first_line(error))
+
+
+# Writing needs pools of threads, which Python has stopped when it calls what `atexit` has. This is called before, in the
+# opposite order of registration: before what stops the pools.
+threading._register_atexit(_finish_saves)  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -174,7 +195,7 @@ def load(workdir: str | Path, *, step: int | None = None) -> Run:
     >>> run = load("runs/e2e")  # doctest: +SKIP
     >>> adapted = run.method.apply(params, run.delta)  # doctest: +SKIP
     """
-    file = Path(workdir) / "config.json"
+    file = Path(workdir).expanduser() / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"{file} does not exist: is {workdir} the workdir of a run?")
     config = json.loads(file.read_text())
@@ -200,7 +221,7 @@ def latest_step(workdir: str | Path) -> int | None:
 
 
 def _folder(workdir: str | Path) -> Path:
-    return Path(workdir).absolute() / "checkpoints"
+    return Path(workdir).expanduser().absolute() / "checkpoints"
 
 
 def _steps(workdir: str | Path) -> list[int]:

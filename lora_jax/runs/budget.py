@@ -20,6 +20,7 @@ from lora_jax.runs import bases, methods, run
 from lora_jax.runs.evaluation import complete
 from lora_jax.runs.reload import load
 from lora_jax.runs.tables import write_json
+from lora_jax.training import locks, stopping
 
 
 def write_pairs(task: str, source: str, folder: Path, counts: Mapping[str, int | None]) -> None:
@@ -59,6 +60,7 @@ def resize(config: ConfigDict, option: str, sizes: Sequence[int], *, like: Confi
     return size
 
 
+@stopping.noted()
 def best_rate(config: ConfigDict, folder: Path, rates: Sequence[float], steps: int) -> tuple[ConfigDict, Path]:
     """Trains the first steps of a run with each learning rate, in folder/rate_RATE, where that is not done yet; an
     InterruptedError where it is stopped.
@@ -70,10 +72,12 @@ def best_rate(config: ConfigDict, folder: Path, rates: Sequence[float], steps: i
     for rate in rates:
         member, workdir = config.copy_and_resolve_references(), folder / f"rate_{rate:g}"
         member.optimizer.learning_rate = rate
-        training.claim(workdir, member)  # another config's results are refused
-        if steps not in _validated(workdir):
-            if not training.train(run.prepare(member, workdir).job._replace(total=steps)).finished:
-                raise InterruptedError(f"{workdir} was stopped: the same command resumes it")
+        with locks.locked(workdir):
+            training.claim(workdir, member)  # another config's results are refused
+            if steps not in _validated(workdir):
+                stopping.check(workdir)
+                if not training.train(run.prepare(member, workdir).job._replace(total=steps)).finished:
+                    raise InterruptedError(f"{workdir} was stopped: the same command resumes it")
         losses[_validated(workdir)[steps]] = member, workdir
     return losses[min(losses)]
 
@@ -84,22 +88,24 @@ def _validated(workdir: Path) -> dict[int, float]:
     return {entry["step"]: entry["validation_loss"] for entry in entries if "validation_loss" in entry}
 
 
+@stopping.noted()
+@locks.holding()
 def finish(
-    config: ConfigDict, workdir: Path, train: Callable[[ConfigDict, Path], bool], contexts: int = 0
+    config: ConfigDict, workdir: Path, train: Callable[[ConfigDict, Path], None], contexts: int = 0
 ) -> dict[str, Any]:
     """A run's summary with `method_trained`, the number of parameters that train without a head; kept in study.json of
     the workdir.
 
     Args:
-      train: trains the run, or resumes it; False where it was stopped, which is an InterruptedError.
+      train: trains the run, or resumes it; an InterruptedError where it was stopped.
       contexts: of a text task, BLEU of greedy texts for so many is in the summary too.
     """
     file = workdir / "study.json"
     training.claim(workdir, config)
     if file.is_file():
         return json.loads(file.read_text())
-    if not train(config, workdir):
-        raise InterruptedError(f"{workdir} was stopped: the same command resumes it")
+    train(config, workdir)
+    stopping.check(workdir)
     summary = json.loads((workdir / "summary.json").read_text())
     summary["method_trained"] = trained(config, bases.load(config))
     if contexts:

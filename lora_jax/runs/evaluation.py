@@ -1,5 +1,6 @@
 """A run's texts and their scores, its labels and theirs."""
 
+import contextlib
 import json
 import math
 import time
@@ -24,6 +25,7 @@ from lora_jax.metrics.scores import FILLED
 from lora_jax.runs import bases, methods, tasks
 from lora_jax.runs.reload import Loaded, load, text_task
 from lora_jax.runs.tables import write_json
+from lora_jax.training import stopping
 
 TextMetric = Callable[[list[str], list[list[str]]], float]  # (predictions, references of each) -> a figure
 Rows = list[dict[str, Any]]  # of predictions.jsonl
@@ -37,6 +39,7 @@ class Evaluation(NamedTuple):
     result: dict[str, Any]
 
 
+@stopping.noted()
 def evaluate(
     run: Loaded | str | Path,
     *,
@@ -66,6 +69,7 @@ def evaluate(
 
     Raises:
       FileNotFoundError: the data are not there. ValueError: the run classifies, or `missing` has no meaning here.
+      InterruptedError: a signal stopped it (SIGINT, SIGTERM, SIGHUP); the same call resumes it.
     """
     loaded = run if isinstance(run, Loaded) else load(run)
     task = text_task(loaded.task, loaded.config, loaded.workdir)
@@ -78,6 +82,7 @@ def evaluate(
     kept = folder / "predictions.jsonl.part"
     resumed, started = kept.exists(), time.perf_counter()
     texts = complete(loaded, list(groups), decoding=decoding, batch_size=batch_size, seed=seed, kept=kept)
+    stopping.check(folder)
     seconds = None if resumed else time.perf_counter() - started
     rows = [{"context": c, "prediction": text, "references": groups[c]} for c, text in zip(groups, texts, strict=True)]
     if "seen" in examples.column_names:
@@ -87,6 +92,7 @@ def evaluate(
     result: dict[str, Any] = {"command": command, "split": split, "params": loaded.kind, "step": loaded.step}
     result |= {"decoding": decoding_options(loaded.config, decoding), "missing": missing}
     result |= {"contexts": len(groups), "references": len(examples), **_validate(loaded, examples)}
+    stopping.check(folder)
     result |= {"scores": scores(rows, task, missing, metrics)}
     result |= {"seconds": seconds, "device": jax.devices()[0].device_kind}
     write_json(folder / "evaluate.json", result)
@@ -168,6 +174,7 @@ def complete(
 
     Raises:
       ValueError: the file holds completions of other contexts or settings.
+      InterruptedError: a signal came, and there is such a file; what it holds is resumed.
     """
     options = decoding_options(loaded.config, decoding)
     settings = options | {"params": loaded.kind, "seed": seed, "batch_size": batch_size, "contexts": list(texts)}
@@ -176,13 +183,18 @@ def complete(
     tokens, ends = _prompts(loaded, loaded.spec, texts)
     options |= {"eos": ends, "batch_size": batch_size, "done": done.copy(), **sampling_key(options, seed)}
     batches = completions(loaded.model, loaded.params, loaded.tokenizer, tokens, **options)
-    with tqdm(total=len(texts), initial=len(done), unit="text", desc="generate") as bar:
+    with contextlib.ExitStack() as stack:
+        if kept:
+            stack.enter_context(stopping.noted())
+        bar = stack.enter_context(tqdm(total=len(texts), initial=len(done), unit="text", desc="generate"))
         for batch in batches:
             if kept:
                 with kept.open("a", encoding="utf-8") as file:
                     file.writelines(json.dumps([row, text], ensure_ascii=False) + "\n" for row, text in batch.items())
             bar.update(len(batch.keys() - done.keys()))
             done |= batch
+            if kept and len(done) < len(texts):
+                stopping.check(kept)
     return [done[row] for row in range(len(texts))]
 
 

@@ -97,7 +97,10 @@ def train(
     base = checkpoints.identity(params, "runs/quickstart/base")
     parts: dict[str, Any] = {"method": method, "model": model, "params": params, "base": base}
     job = training.prepare(config, workdir, **parts, batches=style.train, validation=style.valid)
-    return training.train(job).delta, base
+    result = training.train(job)
+    if not result.finished:
+        raise InterruptedError(f"{workdir} was stopped at step {result.step} of {steps}")
+    return result.delta, base
 
 
 def score(model: gpt2.GPT2, params: Any, tokenizer: Tokenizer, style: Style) -> Score:

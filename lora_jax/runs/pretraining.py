@@ -20,12 +20,13 @@ from lora_jax.interop import hf
 from lora_jax.models import gpt2
 from lora_jax.runs import bases
 from lora_jax.runs.run import Prepared, ignore
+from lora_jax.training import locks, stopping
 
 
 class Pretrained(NamedTuple):
     """What `pretrain` returns."""
 
-    finished: bool  # False where SIGTERM ended it; all is saved, and the same call resumes it
+    finished: bool  # False where SIGINT, SIGTERM or SIGHUP ended it; all is saved, and the same call resumes it
     step: int  # the steps done
     total: int  # the steps of the run
     model: Path | None = None  # the Hugging Face folder; None where not all is done
@@ -36,6 +37,8 @@ class Pretrained(NamedTuple):
         return math.exp(self.loss)
 
 
+@stopping.noted()
+@locks.holding()
 def pretrain(config: ConfigDict, workdir: str | Path, *, started: Callable[[Prepared], None] = ignore) -> Pretrained:
     """Trains a GPT-2 as a config of configs/pretrain.py says, or resumes it.
 
@@ -46,7 +49,7 @@ def pretrain(config: ConfigDict, workdir: str | Path, *, started: Callable[[Prep
       workdir: made where there is none.
       started: called with the run before it trains.
     """
-    workdir = Path(workdir)
+    workdir = Path(workdir).expanduser()
     training.claim(workdir, config)
     held_out = text.files(config.data.validation)
     train = [path for path in text.files(config.data.path) if path not in held_out]

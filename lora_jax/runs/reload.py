@@ -19,6 +19,7 @@ from lora_jax.models.layouts import to_loop
 from lora_jax.runs import bases, methods
 from lora_jax.runs.config import is_sweep
 from lora_jax.runs.tasks import Task, TextTask, task_named
+from lora_jax.training import locks
 
 Kind = Literal["base", "adapted", "merged"]
 Form = Literal["merged", "peft", "native"]
@@ -58,7 +59,7 @@ def load(workdir: str | Path, *, params: Kind = "adapted", base: str | None = No
       FileNotFoundError: no run there, or no base.
       ValueError: the base is another than the run's, or the workdir holds several runs.
     """
-    workdir = Path(workdir)
+    workdir = Path(workdir).expanduser()
     config = read_config(workdir)
     if params != "base" and config.method == "none":
         raise ValueError(f"{workdir} trained nothing (method none): there is --params=base only")
@@ -97,7 +98,7 @@ def adapter(path: str | Path, base: bases.Base) -> tuple[ParamTransform, Delta]:
     Raises:
       FileNotFoundError: it is not there. ValueError: it is of no form, damaged, or another base's.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     file = path / "config.json"
     if file.is_file() and "model_type" not in json.loads(file.read_text()):  # of a run, not of a model
         read_config(path)  # registers a method from a file
@@ -123,7 +124,7 @@ def adapter(path: str | Path, base: bases.Base) -> tuple[ParamTransform, Delta]:
 
 def read_config(workdir: str | Path) -> ConfigDict:
     """The config of the run in a workdir; the methods from files that it names are registered."""
-    file = Path(workdir) / "config.json"
+    file = Path(workdir).expanduser() / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: is {workdir} the workdir of a run?")
     config = ConfigDict(json.loads(file.read_text()))
@@ -157,7 +158,7 @@ def export_run(workdir: str | Path, form: Form, out: str | Path, *, base: str | 
 
     Returns: what was written, and the step that it is of.
     """
-    workdir, out = Path(workdir), Path(out)
+    workdir, out = Path(workdir).expanduser(), Path(out).expanduser()
     config = read_config(workdir)
     method, delta, step, trained_on = trained(workdir, config)
     if form == "native":
@@ -185,20 +186,21 @@ def import_run(source: str | Path, config: ConfigDict, workdir: str | Path) -> I
     Raises:
       ValueError: the folder is of no form, or of another base; the workdir holds a run already.
     """
-    workdir = Path(workdir)
+    workdir = Path(workdir).expanduser()
     if config.get("seeds"):
         config = config.copy_and_resolve_references()
         config.seeds = ()  # one delta is one run
     methods.register_own(config)
     base = bases.load(config)
     method, delta = adapter(source, base)
-    training.claim(workdir, config)
-    if checkpoints.latest_step(workdir) is not None:
-        raise ValueError(f"{workdir} holds a run already: give a new --workdir")
-    method.apply(lj.without_tuned(base.params, delta), delta)  # an error where it does not fit
-    tx = training.optimizer(config.optimizer, lambda step: 0.0, spec=method.spec)
-    key, dtype = jax.random.key(config.seed), base.model.config.dtype
-    state = training.new_state(method, tx, base.params, key, delta, dtype=dtype)
-    with checkpoints.manager(workdir) as manager:
-        checkpoints.save(manager, 0, state, spec=method.spec, base=base.identity)
-    return Imported(delta, checkpoints.save_adapter(workdir / "adapter", method, delta, base.identity))
+    with locks.locked(workdir):
+        training.claim(workdir, config)
+        if checkpoints.latest_step(workdir) is not None:
+            raise ValueError(f"{workdir} holds a run already: give a new --workdir")
+        method.apply(lj.without_tuned(base.params, delta), delta)  # an error where it does not fit
+        tx = training.optimizer(config.optimizer, lambda step: 0.0, spec=method.spec)
+        key, dtype = jax.random.key(config.seed), base.model.config.dtype
+        state = training.new_state(method, tx, base.params, key, delta, dtype=dtype)
+        with checkpoints.manager(workdir) as manager:
+            checkpoints.save(manager, 0, state, spec=method.spec, base=base.identity)
+        return Imported(delta, checkpoints.save_adapter(workdir / "adapter", method, delta, base.identity))

@@ -21,6 +21,7 @@ from lora_jax.metrics.statistics import spread
 from lora_jax.runs import bases, methods, tables
 from lora_jax.runs.config import is_sweep
 from lora_jax.runs.tasks import Task, task_named
+from lora_jax.training import locks, stopping
 
 
 class Setup(NamedTuple):
@@ -68,7 +69,7 @@ class RunResult(NamedTuple):
     """What `train` returns."""
 
     workdir: Path
-    finished: bool  # False where SIGTERM ended it; all is saved, and the same call resumes it
+    finished: bool  # False where SIGINT, SIGTERM or SIGHUP ended it; all is saved, and the same call resumes it
     step: int = 0  # the steps done
     total: int = 0  # the steps of the run
     delta: Delta | None = None  # trained; None of method "none", and of several seeds
@@ -81,6 +82,7 @@ def ignore(_: Any) -> None:
     """What `started` and `ended` do if nothing is given."""
 
 
+@locks.holding(keep=True)
 def prepare(
     config: ConfigDict,
     workdir: str | Path,
@@ -107,9 +109,12 @@ def prepare(
     parts: dict[str, Any] = {"method": setup.method, "objective": setup.objective, "initial": initial}
     parts |= {"model": base.model, "params": base.params, "base": base.identity, "placement": base.placement}
     parts |= {"batches": setup.batches["train"], "validation": setup.batches["valid"], "loggers": loggers}
-    return Prepared(Path(workdir), training.prepare(config, workdir, **parts), report, note)
+    job = training.prepare(config, workdir, **parts)
+    return Prepared(Path(workdir).expanduser(), job, report, note)
 
 
+@stopping.noted()
+@locks.holding()
 def train(
     config: ConfigDict,
     workdir: str | Path,
@@ -125,7 +130,8 @@ def train(
     """Trains what a config says, or resumes it; of several `seeds` a run each, in folders seed_0, seed_1, ...
 
     The workdir gets config.json, metrics.jsonl, TensorBoard events, loss.png, checkpoints/, and at the end adapter/ and
-    summary.json (of several seeds: the medians).
+    summary.json (of several seeds: the medians); no other process writes it meanwhile. The first SIGINT (Ctrl-C),
+    SIGTERM or SIGHUP ends the run after the step, all saved: the result is not `finished`. A second one acts as before.
 
     Args:
       config: of `default_config`, or of a config file.
@@ -140,6 +146,7 @@ def train(
     Raises:
       FileNotFoundError, ValueError, OSError: as `prepare` and `training.train`.
     """
+    workdir = Path(workdir).expanduser()
     if is_sweep(config):
         raise ValueError("the config has values to sweep: runs.sweep trains them")
     run = partial(_train, task=task, method=method, metrics=metrics, command=command, started=started, ended=ended)
@@ -147,8 +154,8 @@ def train(
         for logger in loggers:
             stack.callback(logger.close)
         if not config.get("seeds"):
-            return run(config, Path(workdir), loggers)
-        result = _train_seeds(config, Path(workdir), loggers, run, command)
+            return run(config, workdir, loggers)
+        result = _train_seeds(config, workdir, loggers, run, command)
         if result.finished:
             ended(result)
         return result
@@ -181,6 +188,7 @@ def _warm_start(config: ConfigDict, method: lj.ParamTransform, base: bases.Base)
     return fitting, note
 
 
+@locks.holding()
 def _train(
     config: ConfigDict,
     workdir: Path,
@@ -216,6 +224,7 @@ def _validate_base(
 ) -> int:
     """Method "none": logs validation's loss and metrics of the base; returns the base's number of parameters."""
     base, _, batches, objective = load_setup(config, bases.mesh_of(config), **parts)
+    stopping.check(workdir)
     objective = training.with_metrics(objective, config.get("metrics", ()))
     figures = training.validate(objective, base.params, batches["valid"], placement=base.placement)
     with training.Log(workdir, -1, loggers) as log:
@@ -237,12 +246,15 @@ def _train_seeds(
         configs[folder] = member = config.copy_and_resolve_references()
         member.seed, member.seeds = seed, ()
         if processes.on_primary(folder.is_dir):
-            training.claim(folder, member)  # before anything is written: another config is refused
+            with locks.locked(folder):
+                training.claim(folder, member)  # before anything is written: another config is refused
     training.claim(workdir, config)
     members, summaries = [], []
     for folder, member in configs.items():
         file = folder / "summary.json"
         if not processes.on_primary(file.is_file):
+            if stopping.requested():
+                return RunResult(workdir, False, members=tuple(members))
             members.append(run(member, folder, [training.Prefixed(logger, f"{folder.name}/") for logger in loggers]))
             if not members[-1].finished:
                 return RunResult(workdir, False, members=tuple(members))

@@ -15,6 +15,7 @@ from lora_jax.distributed import processes
 from lora_jax.runs import bases, methods, tables
 from lora_jax.runs.run import load_setup
 from lora_jax.runs.tasks import Task
+from lora_jax.training import locks, stopping
 from lora_jax.training import sweep as training_sweep
 
 KEYS = {"learning_rate": "optimizer.learning_rate", "weight_decay": "optimizer.weight_decay", "seed": "seed"}
@@ -24,12 +25,14 @@ class SweepResult(NamedTuple):
     """What `sweep` returns."""
 
     workdir: Path
-    finished: bool  # False where SIGTERM ended it; all is saved, and the same call resumes it
+    finished: bool  # False where SIGINT, SIGTERM or SIGHUP ended it; all is saved, and the same call resumes it
     total: int  # the steps of the sweep
     members: dict[str, training.Result | None]  # by the names of their folders; None for one that diverged
     rows: list[dict[str, Any]]  # of sweep.json, one for each member; none on all but the first process
 
 
+@stopping.noted()
+@locks.holding()
 def sweep(
     config: ConfigDict,
     workdir: str | Path,
@@ -53,7 +56,7 @@ def sweep(
     Raises:
       FileNotFoundError, ValueError, OSError: as `training.sweep.prepare` and `train`.
     """
-    workdir = Path(workdir)
+    workdir = Path(workdir).expanduser()
     with contextlib.ExitStack() as stack:
         for logger in loggers:
             stack.callback(logger.close)

@@ -5,17 +5,13 @@ Nothing in it waits for the device: metrics are summed there and fetched once a 
 
 import contextlib
 import dataclasses
-import itertools
 import json
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from lora_jax import checkpoints
@@ -23,6 +19,7 @@ from lora_jax.core.transforms import Delta, ParamTransform, from_spec, without_t
 from lora_jax.data.batches import Batch, Schedule, Stacked
 from lora_jax.distributed import processes
 from lora_jax.distributed.sharding import Placement
+from lora_jax.training import locks, stopping
 from lora_jax.training import step as steps
 from lora_jax.training.config import TrainConfig
 from lora_jax.training.logging import LabelCount, Log, Logger, Meter, Prefixed, fetch, plot_loss
@@ -30,8 +27,6 @@ from lora_jax.training.objectives import Objective, language_model, with_metrics
 from lora_jax.training.optimizers import optimizer, schedule
 from lora_jax.training.validation import Figures, validator
 from lora_jax.training.workdir import claim, difference
-
-_SYNC_POINTS = itertools.count(1)
 
 
 class Member(NamedTuple):
@@ -76,13 +71,14 @@ class Job(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What `train` returns; not `finished` where SIGTERM ended it (all is saved)."""
+    """What `train` returns; not `finished` where a signal ended it (`training.stopping`; all is saved)."""
 
     delta: Delta
     step: int
     finished: bool
 
 
+@locks.holding(keep=True)
 def prepare(
     config: Any,
     workdir: str | Path,
@@ -98,7 +94,8 @@ def prepare(
     placement: Placement | None = None,
     loggers: Sequence[Logger] = (),
 ) -> Job:
-    """A run of this config in this workdir, from its start or from its newest good checkpoint.
+    """A run of this config in this workdir, from its start or from its newest good checkpoint. No other process writes
+    the workdir until the run was trained or this process ends.
 
     Drop the params afterwards: the job has all that it needs, each tuned leaf once. With several processes
     (`jax.distributed`) all of them call this with the same arguments, and a workdir that all of them can write.
@@ -113,10 +110,11 @@ def prepare(
       loggers: written to besides metrics.jsonl and TensorBoard's events; the caller closes them.
 
     Raises:
-      ValueError: the workdir holds another config's run or another base's or method's, no checkpoint of it is good, the
-        batch does not divide over micro-batches and devices, or a process has no device on the mesh.
+      ValueError: another process writes the workdir, it holds another config's run or another base's or method's, no
+        checkpoint of it is good, the batch does not divide over micro-batches and devices, or a process has no device
+        on the mesh.
     """
-    workdir, settings = Path(workdir).absolute(), TrainConfig.of(config)
+    workdir, settings = Path(workdir).expanduser().absolute(), TrainConfig.of(config)
     claim(workdir, config)
     placement = placement or Placement.one_device()
     processes.check_mesh(placement.mesh)
@@ -177,28 +175,30 @@ def _state(
 
 
 def train(job: Job) -> Result:
-    """Trains a run to the end, or to SIGTERM, and leaves metrics, checkpoints and loss.png in the workdir.
+    """Trains a run to the end, or until a signal stops it, and leaves metrics, checkpoints and loss.png in the workdir,
+    which other processes may write from then on.
 
     Raises:
       ValueError: a batch has no labels, or loss or gradient are not finite; names the step. The checkpoints stay.
       OSError: the workdir cannot be written; names the newest complete checkpoint.
     """
-    state, done = drive(job)
-    plot_loss(job.workdir)
+    with locks.locked(job.workdir), stopping.noted():
+        state, done = drive(job)
+        plot_loss(job.workdir)
     return Result(state.delta, done, done == job.total)
 
 
 def drive(job: Job) -> tuple[steps.State, int]:
-    """The loop, of a run or of a sweep: the state at the end, or at SIGTERM, and the steps done. All is saved.
+    """The loop, of a run or of a sweep, in a block of `stopping.noted`: the state at the end, or at a signal, and the
+    steps done. All is saved.
 
     Raises: as `train`; of a sweep a ValueError where every run diverged.
     """
     settings, state, done = job.settings, job.state, job.start
-    if done == job.total:  # launched again
+    if done == job.total or stopping.requested():  # launched again, or stopped before
         return state, done
     epoch_steps = len(job.batches)
     with contextlib.ExitStack() as stack:
-        stopping = stack.enter_context(_sigterm())
         manager = stack.enter_context(checkpoints.opened(job.workdir, keep=settings.max_to_keep))
         logs = [stack.enter_context(_log(job, member)) for member in job.members]
         hidden = not processes.is_primary()
@@ -208,7 +208,7 @@ def drive(job: Job) -> tuple[steps.State, int]:
         for done, batch in enumerate(_batches(job, labels), job.start + 1):
             state = job.step(state, job.params, job.put(batch))
             bar.update()
-            stop = stopping(done)
+            stop = stopping.after_step()
             epoch_ends = done == job.total or done % epoch_steps == 0
             logs_now = done == job.total or done % settings.log_every == 0
             validates = epoch_ends or done % (settings.eval_every or job.total) == 0
@@ -279,23 +279,3 @@ def _check_finite(job: Job, state: steps.State) -> None:
         raise ValueError(f"every member of {job.workdir} diverged: {bad}")
     problem = f"step {bad[0]}: the loss or its gradient is not finite"
     raise ValueError(f"{problem}; the checkpoints from before stay in {job.workdir}")
-
-
-@contextlib.contextmanager
-def _sigterm() -> Iterator[Callable[[int], bool]]:
-    """`stopping(step)`, called after each step: whether the run, or one of its processes, has got SIGTERM; true for all
-    processes after the same step."""
-    if jax.distributed.is_initialized():  # its preemption service takes the signal
-        # It wants numbers that grow as long as the process lives, whichever run a step is of, and from one caller (the
-        # manager of checkpoints does not): the stop is planned for the step after the largest last number.
-        yield lambda step: multihost_utils.reached_preemption_sync_point(next(_SYNC_POINTS))
-        return
-    if threading.current_thread() is not threading.main_thread():  # no signals arrive elsewhere
-        yield lambda step: False
-        return
-    received: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
-    try:
-        yield lambda step: bool(received)
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -23,6 +23,7 @@ from lora_jax.core.transforms import from_spec, traits_of, without_tuned
 from lora_jax.data.batches import Schedule, Stacked
 from lora_jax.distributed import processes
 from lora_jax.distributed.sharding import Placement
+from lora_jax.training import locks, stopping
 from lora_jax.training import step as steps
 from lora_jax.training.config import OptimizerConfig, TrainConfig
 from lora_jax.training.logging import Logger, fetch, plot_loss
@@ -35,6 +36,7 @@ from lora_jax.training.workdir import claim
 _RATES = ("learning_rate", "weight_decay")
 
 
+@locks.holding(keep=True)
 def prepare(
     config: Any,
     workdir: str | Path,
@@ -59,13 +61,14 @@ def prepare(
       loggers: written to besides the files of each member, whose name stands before the names of its entries.
 
     Raises:
-      ValueError: the workdir holds another config's sweep or another base's, or the members differ in what cannot be
-        swept.
+      ValueError: another process writes the workdir, it holds another config's sweep or another base's, or the members
+        differ in what cannot be swept.
     """
-    workdir = Path(workdir).absolute()
+    workdir = Path(workdir).expanduser().absolute()
     claim(workdir, config)
     for member in members:
-        claim(workdir / member.name, member.config)
+        with locks.locked(workdir / member.name):
+            claim(workdir / member.name, member.config)
     placement = placement or Placement.one_device()
     processes.check_mesh(placement.mesh)
     settings = [TrainConfig.of(member.config) for member in members]
@@ -112,13 +115,19 @@ def prepare(
 
 
 def train(sweep: Job) -> list[Result | None] | None:
-    """Trains to the end, or to SIGTERM; leaves metrics, a checkpoint and an adapter in each member's folder.
+    """Trains to the end, or until a signal stops it; leaves metrics, a checkpoint and an adapter in each member's
+    folder.
 
-    Returns: the result of each member, None for one whose loss or gradient was not finite; None where SIGTERM ended it
+    Returns: the result of each member, None for one whose loss or gradient was not finite; None where a signal ended it
       (all is saved).
 
     Raises: as `loop.train`; a ValueError where every member diverged.
     """
+    with locks.locked(sweep.workdir, *(sweep.workdir / member.name for member in sweep.members)), stopping.noted():
+        return _train(sweep)
+
+
+def _train(sweep: Job) -> list[Result | None] | None:
     states, done = drive(sweep)
     if done != sweep.total:
         return None

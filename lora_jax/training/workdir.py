@@ -14,6 +14,7 @@ from lora_jax.core.arrays import is_adapted
 from lora_jax.core.lifting.taps import untapped
 from lora_jax.core.selection import flatten
 from lora_jax.distributed import processes
+from lora_jax.training import locks
 from lora_jax.training.config import TrainConfig, as_json, with_new_names
 from lora_jax.training.logging import read_metrics
 
@@ -29,13 +30,16 @@ _OLD_MATRICES = [
 
 
 def claim(workdir: str | Path, config: Any) -> None:
-    """Writes config.json, the resolved config (a ConfigDict or a TrainConfig), into the workdir; one that left nothing
-    else there (it failed at once) is replaced. Of several processes the first one does it.
+    """Makes this process the one that writes the workdir (`locks.locked`), until it has trained there or ends, and
+    writes config.json, the resolved config (a ConfigDict or a TrainConfig). One that left nothing else there (it failed
+    at once) is replaced. Of several processes the first one does it.
 
     Raises:
-      ValueError: the workdir holds a run of another config; shows every difference; on all processes.
+      ValueError: another process writes the workdir, or it holds a run of another config (shows every difference); on
+        all processes.
     """
-    path, new = Path(workdir) / "config.json", as_json(config)
+    workdir = Path(workdir).expanduser()
+    path, new = workdir / "config.json", as_json(config)
 
     def write() -> None:
         if path.exists() and (latest_step(workdir) is not None or read_metrics(workdir)):
@@ -50,7 +54,8 @@ def claim(workdir: str | Path, config: Any) -> None:
                 raise ValueError(f"{problem}. Give another --workdir, or the config it began with")
         write_atomically(path, (json.dumps(new, indent=2) + "\n").encode())
 
-    processes.on_primary(write)
+    with locks.locked(workdir, keep=True):
+        processes.on_primary(write)
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -200,7 +202,52 @@ def test_a_file_that_could_not_be_written_leaves_the_old_one(tmp_path: Path) -> 
     with pytest.raises(OSError, match="disk full"):
         checkpoints.write_atomically(tmp_path / "file", pieces())
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_bytes() == b"old"
-    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("mask", [0o002, 0o022, 0o027, 0o077])
+def test_the_umask_says_who_may_read_a_file(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        checkpoints.write_atomically(tmp_path / "file", b"new")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+LEAVES_A_SAVE = """
+import sys
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from lora_jax import checkpoints
+
+
+class State(NamedTuple):
+    delta: Any
+    step: Any
+
+
+def save():
+    state = State({"w": {"a": jnp.ones((2000, 1000))}}, jnp.ones(1))
+    checkpoints.save(checkpoints.manager(sys.argv[1]), 1, state, spec={}, base={})
+
+
+save()
+if sys.argv[2] == "exit":
+    sys.exit(3)
+if sys.argv[2] == "error":
+    raise RuntimeError
+"""
+
+
+@pytest.mark.parametrize("end, code", [("end", 0), pytest.param("exit", 3, marks=pytest.mark.slow), ("error", 1)])
+def test_a_process_that_ends_waits_for_what_it_saves(tmp_path: Path, end: str, code: int) -> None:
+    arguments = [sys.executable, "-c", LEAVES_A_SAVE, str(tmp_path), end]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=100)
+    assert done.returncode == code, done.stderr
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    assert checkpoints.meta_of(tmp_path)["step"] == 1
 
 
 def test_cut_off_checkpoints(written: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

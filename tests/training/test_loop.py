@@ -101,7 +101,7 @@ def test_what_a_run_leaves(straight: Straight) -> None:
     assert last["real_share"] == pytest.approx(real.mean())
     assert last["epoch"] == 3 and last["tokens_per_second"] > 0
     names = {path.name.split(".")[0] for path in straight.workdir.iterdir()}
-    assert names == {"checkpoints", "config", "events", "loss", "metrics"}
+    assert names == {"", "checkpoints", "config", "events", "loss", "metrics"}  # "": .lock
     assert (straight.workdir / "loss.png").read_bytes()[1:4] == b"PNG"
     run = checkpoints.load(straight.workdir)
     assert run.step == 15 and equal_bits(run.delta, straight.delta)

@@ -1,0 +1,215 @@
+"""One process writes a workdir: a second one that is started there is refused, and nothing is lost."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from lora_jax import checkpoints, training
+from lora_jax.training import locks
+from tests.helpers.cli import command, environment, fork, make_inputs, run
+from tests.helpers.runs import prepare, run_config, without_times
+
+REFUSED = r"is being written by process \d+ on host .+ since [\d:+ -]+: wait for it, stop it, or give another --workdir"
+STEPS = ("--config.epochs=1", "--config.save_every=6", "--config.data.buckets=1")  # 12
+OTHER = "--config.optimizer.learning_rate=0.01"
+
+
+@contextlib.contextmanager
+def held_elsewhere(workdir: Path, holder: str = "") -> Iterator[None]:
+    """As if another process held the workdir: a lock belongs to an opened file, not to a process."""
+    workdir.mkdir(exist_ok=True)
+    with (workdir / ".lock").open("w") as file:
+        file.write(holder)
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def is_free(workdir: Path) -> bool:
+    try:
+        with (workdir / ".lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def test_who_writes_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    holder = {"pid": 1234, "host": "there", "since": "2026-11-30 03:12:45+00:00"}
+    message = "being written by process 1234 on host there since 2026-11-30 03:12:45.00:00: wait for it, stop it, or"
+    with held_elsewhere(tmp_path, json.dumps(holder)):
+        for start in (training.claim, lambda workdir, config: prepare(workdir, config)):
+            with pytest.raises(ValueError, match=message):
+                start(tmp_path, run_config())
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        assert json.loads((tmp_path / ".lock").read_text()) == holder
+    with held_elsewhere(tmp_path), pytest.raises(ValueError, match="being written by another process: wait"):
+        training.claim(tmp_path, run_config())
+    training.claim(tmp_path, run_config())
+
+
+def test_blocks_in_each_other(tmp_path: Path) -> None:
+    with locks.locked(tmp_path):
+        holder = json.loads((tmp_path / ".lock").read_text())
+        assert holder["pid"] == os.getpid()
+        with locks.locked(tmp_path, keep=True), locks.locked(tmp_path / "." / "sub" / ".."):
+            pass
+        assert not is_free(tmp_path) and json.loads((tmp_path / ".lock").read_text()) == holder
+    assert is_free(tmp_path) and (tmp_path / ".lock").read_text() == ""
+
+
+def test_prepared_and_trained(tmp_path: Path) -> None:
+    """From `prepare` to the end of `train`; free after every error."""
+    config = run_config(epochs=1, steps=1)
+    job = prepare(tmp_path, config, validation=None)
+    assert not is_free(tmp_path)
+    with pytest.raises(ValueError, match="another config"):
+        checkpoints.write_atomically(tmp_path / "metrics.jsonl", b'{"step": 1}\n')
+        prepare(tmp_path, run_config(epochs=3))
+    assert is_free(tmp_path)
+    job = prepare(tmp_path, config, validation=None)
+    assert not is_free(tmp_path) and training.train(job).finished and is_free(tmp_path)
+
+
+def test_a_dead_holders_lock_is_taken_over(tmp_path: Path) -> None:
+    hold = """if True:
+        import fcntl, time
+        file = open(".lock", "w")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        print(flush=True)
+        time.sleep(100)
+    """
+    process = subprocess.Popen([sys.executable, "-c", hold], cwd=tmp_path, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None and process.stdout.readline()
+        with pytest.raises(ValueError, match="is being written by another process"):
+            training.claim(tmp_path, run_config())
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    with locks.locked(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_forked_process_does_not_keep_the_lock(tmp_path: Path) -> None:
+    with locks.locked(tmp_path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # JAX's, of threads
+        child = os.fork()
+        if child == 0:
+            time.sleep(100)
+    try:
+        assert is_free(tmp_path)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_folder_that_was_deleted_and_made_again(tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    training.claim(workdir, run_config())
+    shutil.rmtree(workdir)
+    with held_elsewhere(workdir), pytest.raises(ValueError, match="is being written"):
+        training.claim(workdir, run_config())
+    with locks.locked(workdir):
+        assert not is_free(workdir)
+
+
+@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.EOPNOTSUPP, None])
+def test_without_locks_there_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reason: int | None
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(reason, "no locks here")
+
+    if reason is None:  # Windows
+        monkeypatch.setattr(locks, "fcntl", None)
+    else:
+        monkeypatch.setattr(locks.fcntl, "flock", flock)
+    with locks.locked(tmp_path):
+        training.claim(tmp_path, run_config())
+    (record,) = caplog.records
+    assert "nothing keeps a second process from writing there" in record.getMessage()
+
+
+# Pairs of starts
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, data, and runs that nobody disturbed: "straight", and "other" of another config."""
+    folder = tmp_path_factory.mktemp("inputs")
+    make_inputs(folder, layers=1)
+    with ThreadPoolExecutor(2) as pool:
+        cases = [("straight", ()), ("other", (OTHER,))]
+        runs = [pool.submit(run, folder, folder / name, *STEPS, *flags) for name, flags in cases]
+        for done in runs:
+            assert done.result().returncode == 0, done.result().stderr
+    return folder
+
+
+def start_twice(inputs: Path, folder: Path, offset: float, second: tuple[str, ...]) -> str:
+    """Starts a run, and after some seconds the same one or one of another config, in one workdir; returns what became
+    of the second start: "refused", "done before" or "first", as which its files are compared."""
+    workdir, started = folder / "run", []
+    for number, flags in enumerate(((), second)):
+        streams = folder / str(number)
+        streams.mkdir(parents=True)
+        arguments = command(inputs, workdir, *STEPS, *flags)[3:]
+        started.append(fork("experiments.train", *arguments, streams=streams, env=environment()))
+        if number == 0:
+            time.sleep(offset)
+    for process in started:
+        process.join(120)
+    outputs = [(folder / str(number) / "out").read_text() for number in (0, 1)]
+    errors = [(folder / str(number) / "err").read_text() for number in (0, 1)]
+    codes = [process.exitcode for process in started]
+    winner = 0 if codes[0] == 0 else 1
+    assert codes[winner] == 0, errors
+    undisturbed = inputs / ("other" if winner and second else "straight")
+    assert without_times(workdir) == without_times(undisturbed)
+    for name in ("adapter/adapter.safetensors", "loss.png"):
+        assert (workdir / name).read_bytes() == (undisturbed / name).read_bytes()
+    configs = [json.loads((path / "config.json").read_text()) for path in (workdir, undisturbed)]
+    assert configs[0] == configs[1]
+    assert checkpoints.load(workdir).step == 12 and (workdir / "summary.json").is_file()
+    assert len(list(workdir.glob("events*"))) == 1 and not list(workdir.rglob("*tmp*"))
+    if codes == [0, 0]:
+        assert not second and "is trained already: all 12 steps are done" in outputs[1], (outputs, errors)
+        return "done before"
+    (line,) = [line for line in errors[1 - winner].splitlines() if line.startswith("error: ")]
+    assert codes[1 - winner] == 1 and "Traceback" not in errors[1 - winner]
+    assert "is being written by " in line or (second and "holds the run of another config" in line), line
+    return "first" if winner else "refused"
+
+
+def test_three_pairs_of_starts(inputs: Path, tmp_path: Path) -> None:
+    cases: list[tuple[float, tuple[str, ...]]] = [(0, (OTHER,)), (1.5, ()), (0.5, (OTHER,))]
+    with ThreadPoolExecutor(3) as pool:
+        ends = [pool.submit(start_twice, inputs, tmp_path / str(n), *case) for n, case in enumerate(cases)]
+        assert {end.result() for end in ends} <= {"refused", "first"}
+
+
+@pytest.mark.slow
+def test_two_hundred_pairs_of_starts(inputs: Path, tmp_path: Path) -> None:
+    chosen = random.Random(5)
+    cases = [(chosen.uniform(0, 5), ((), (OTHER,))[number % 2]) for number in range(190)]
+    cases += [(0.0, ((), (OTHER,))[number % 2]) for number in range(10)]
+    with ThreadPoolExecutor(3) as pool:
+        ends = [pool.submit(start_twice, inputs, tmp_path / str(n), *case) for n, case in enumerate(cases)]
+        counts = [end.result() for end in ends]
+    print({name: counts.count(name) for name in set(counts)})
+    assert counts.count("refused") >= 50 and counts.count("done before") >= 5
