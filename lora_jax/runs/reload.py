@@ -35,7 +35,7 @@ class Loaded(NamedTuple):
     method: ParamTransform | None  # None for the base alone, as the delta
     delta: Delta | None
     step: int  # of the checkpoint; 0 for the base alone
-    base: dict[str, str]  # its `checkpoints.identity`
+    base: dict[str, Any]  # its `checkpoints.identity`
     task: Task  # what the run learnt
     kind: Kind
 
@@ -73,7 +73,7 @@ def load(workdir: str | Path, *, params: Kind = "adapted", base: str | None = No
     return Loaded(workdir, config, model, used, tokenizer, method, delta, step, identity, task, params)
 
 
-def trained(workdir: Path, config: ConfigDict) -> tuple[ParamTransform, Delta, int, dict[str, str]]:
+def trained(workdir: Path, config: ConfigDict) -> tuple[ParamTransform, Delta, int, dict[str, Any]]:
     """Method, delta, step and base's identity of a run: of its best epoch, where its config says what is best, or else
     of its newest checkpoint."""
     if config.get("seeds") or is_sweep(config):

@@ -189,14 +189,17 @@ def _train(
     command: str | None,
     started: Callable[[Prepared], None],
     ended: Callable[[RunResult], None],
+    done: Sequence[Path] = (),
     **parts: Any,
 ) -> RunResult:
-    """One run, with the task, method and metrics that `train` was given."""
+    """One run, with the task, method and metrics that `train` was given, on the data of those that are `done`."""
     training.claim(workdir, config)
     if config.method == "none" and parts["method"] is None:
         result, trained, total = RunResult(workdir, True), 0, _validate_base(config, workdir, loggers, parts)
     else:
         run = prepare(config, workdir, loggers=loggers, **parts)
+        for other in done:
+            training.check_resumed(other, checkpoints.meta_of(other).get("data", {}), run.job.data)
         started(run)
         job, (_, trained, total) = run.job, run.report
         delta, step, finished = training.train(job)
@@ -239,11 +242,14 @@ def _train_seeds(
         if processes.on_primary(folder.is_dir):
             training.claim(folder, member)  # before anything is written: another config is refused
     training.claim(workdir, config)
-    members, summaries = [], []
+    members, summaries, done = [], [], []
     for folder, member in configs.items():
         file = folder / "summary.json"
-        if not processes.on_primary(file.is_file):
-            members.append(run(member, folder, [training.Prefixed(logger, f"{folder.name}/") for logger in loggers]))
+        if processes.on_primary(file.is_file):
+            done += [folder] if processes.on_primary(partial(checkpoints.latest_step, folder)) else []
+        else:
+            prefixed = [training.Prefixed(logger, f"{folder.name}/") for logger in loggers]
+            members.append(run(member, folder, prefixed, done=done))
             if not members[-1].finished:
                 return RunResult(workdir, False, members=tuple(members))
         summaries.append(json.loads(processes.on_primary(file.read_text)))

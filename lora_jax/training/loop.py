@@ -29,7 +29,7 @@ from lora_jax.training.logging import LabelCount, Log, Logger, Meter, Prefixed, 
 from lora_jax.training.objectives import Objective, language_model, with_metrics
 from lora_jax.training.optimizers import optimizer, schedule
 from lora_jax.training.validation import Figures, validator
-from lora_jax.training.workdir import claim, difference
+from lora_jax.training.workdir import check_resumed, claim, data_of, difference
 
 _SYNC_POINTS = itertools.count(1)
 
@@ -50,7 +50,7 @@ class Job(NamedTuple):
     settings: TrainConfig  # of the loop
     workdir: Path  # with the checkpoints
     members: tuple[Member, ...]  # the run, or those of the sweep
-    base: dict[str, str]  # the base's `checkpoints.identity`
+    base: dict[str, Any]  # the base's `checkpoints.identity`
     params: Any  # the base, without the leaves that the delta holds
     state: steps.State  # new, or of the newest checkpoint; of a sweep stacked and padded. `drive` uses it up
     start: int  # the steps done
@@ -59,6 +59,7 @@ class Job(NamedTuple):
     step: Callable[[steps.State, Any, Any], steps.State]  # (state, params, batch) -> state
     validate: Callable[[steps.State], Sequence[Figures | None]] | None  # of each run, None where its loss is not finite
     put: Callable[[Batch], dict[str, jax.Array]]  # places a batch
+    data: Mapping[str, Any] = {}  # of `workdir.data_of`
     shapes: tuple[steps.State, ...] | None = None  # of a sweep: each run's state without leading axis and padding
     loggers: tuple[Logger, ...] = ()  # written to besides the files
 
@@ -90,7 +91,7 @@ def prepare(
     method: ParamTransform,
     model: Any,
     params: Any,
-    base: dict[str, str],
+    base: dict[str, Any],
     batches: Schedule,
     validation: Schedule | None = None,
     objective: Objective | None = None,
@@ -113,8 +114,8 @@ def prepare(
       loggers: written to besides metrics.jsonl and TensorBoard's events; the caller closes them.
 
     Raises:
-      ValueError: the workdir holds another config's run or another base's or method's, no checkpoint of it is good, the
-        batch does not divide over micro-batches and devices, or a process has no device on the mesh.
+      ValueError: the workdir holds another config's run or another base's, data's or method's, no checkpoint of it is
+        good, the batch does not divide over micro-batches and devices, or a process has no device on the mesh.
     """
     workdir, settings = Path(workdir).absolute(), TrainConfig.of(config)
     claim(workdir, config)
@@ -131,7 +132,9 @@ def prepare(
     def start(params: Any) -> steps.State:
         return steps.new_state(method, tx, params, jax.random.key(settings.seed), initial, dtype=dtype)
 
-    state = _state(workdir, method, start, params, base, placement)
+    data = processes.on_primary(partial(data_of, batches, validation, initial))
+    state, meta = _state(workdir, method, start, params, base, placement)
+    check_resumed(workdir, meta.get("data", {}), data, int(state.step), total)
     params = without_tuned(params, state.delta)
     objective = with_metrics(objective or language_model(model, settings.label_smoothing), settings.metrics)
     validate = None
@@ -153,27 +156,29 @@ def prepare(
         step=jax.jit(step, donate_argnums=0, out_shardings=shardings),
         validate=validate,
         put=put,
+        data=data,
         loggers=tuple(loggers),
     )
 
 
 def _state(
-    workdir: Path, method: ParamTransform, start: Callable, params: Any, base: dict[str, str], placement: Placement
-) -> steps.State:
-    """The newest good checkpoint, or where there is none the start; placed on the mesh."""
+    workdir: Path, method: ParamTransform, start: Callable, params: Any, base: dict[str, Any], placement: Placement
+) -> tuple[steps.State, Mapping[str, Any]]:
+    """The newest good checkpoint and its metadata, or where there is none the start and {}; placed on the mesh."""
     shapes = jax.eval_shape(start, params)
     adapted = jax.eval_shape(method.apply, params, shapes.delta)
     state_shardings = steps.state_shardings(shapes, placement, adapted)
     if processes.on_primary(lambda: checkpoints.latest_step(workdir)) is None:
-        return jax.jit(start, out_shardings=state_shardings)(params)
+        return jax.jit(start, out_shardings=state_shardings)(params), {}
     like = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), shapes, state_shardings)
     state = checkpoints.restore(workdir, like, base=base)
-    spec = checkpoints.meta_of(workdir)["spec"]
+    meta = checkpoints.meta_of(workdir)
+    spec = meta["spec"]
     if json.dumps(spec) != json.dumps(method.spec):  # equal also of a method that no name makes again
         then, now = from_spec(spec).apply(params, state.delta), method.apply(params, state.delta)
         if other := difference(then, now):
             raise ValueError(f"{workdir} holds the delta of another method than the config's: {other}")
-    return state
+    return state, meta
 
 
 def train(job: Job) -> Result:
@@ -228,7 +233,8 @@ def drive(job: Job) -> tuple[steps.State, int]:
                     specs = [member.method.spec for member in job.members]
                     spec = specs[0] if job.shapes is None else {"method": "sweep", "of": specs}
                     position = divmod(done, epoch_steps)
-                    checkpoints.save(manager, done, state, spec=spec, base=job.base, position=position)
+                    parts = {"spec": spec, "base": job.base, "position": position, "data": job.data}
+                    checkpoints.save(manager, done, state, **parts)
             if stop:
                 break
     return state, done
