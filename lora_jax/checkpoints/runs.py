@@ -198,7 +198,7 @@ def meta_of(workdir: str | Path) -> dict[str, Any]:
 
 def has_data(workdir: str | Path) -> bool:
     """Whether the newest good checkpoint has digests of its data; for one process."""
-    folders = [_folder(workdir) / str(step) for step in sorted(_steps(workdir), reverse=True)]
+    folders = (_folder(workdir) / str(step) for step in sorted(_steps(workdir))[::-1])
     return bool(next((meta for meta in map(_meta, folders) if meta), {}).get("data"))
 
 

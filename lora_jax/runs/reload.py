@@ -17,7 +17,7 @@ from lora_jax.interop import hf, peft
 from lora_jax.models.family import family_of
 from lora_jax.models.layouts import to_loop
 from lora_jax.runs import bases, methods
-from lora_jax.runs.config import is_sweep
+from lora_jax.runs.config import check, is_sweep
 from lora_jax.runs.tasks import Task, TextTask, task_named
 
 Kind = Literal["base", "adapted", "merged"]
@@ -189,6 +189,7 @@ def import_run(source: str | Path, config: ConfigDict, workdir: str | Path) -> I
     if config.get("seeds"):
         config = config.copy_and_resolve_references()
         config.seeds = ()  # one delta is one run
+    check(config)
     methods.register_own(config)
     base = bases.load(config)
     method, delta = adapter(source, base)

@@ -19,7 +19,7 @@ from lora_jax.data.batches import Schedule
 from lora_jax.distributed import processes
 from lora_jax.metrics.statistics import spread
 from lora_jax.runs import bases, methods, tables
-from lora_jax.runs.config import is_sweep
+from lora_jax.runs.config import check, is_sweep
 from lora_jax.runs.tasks import Task, task_named
 
 
@@ -142,6 +142,7 @@ def train(
     """
     if is_sweep(config):
         raise ValueError("the config has values to sweep: runs.sweep trains them")
+    check(config)
     run = partial(_train, task=task, method=method, metrics=metrics, command=command, started=started, ended=ended)
     with contextlib.ExitStack() as stack:
         for logger in loggers:

@@ -27,7 +27,7 @@ from lora_jax.training import step as steps
 from lora_jax.training.config import TrainConfig
 from lora_jax.training.logging import LabelCount, Log, Logger, Meter, Prefixed, fetch, plot_loss
 from lora_jax.training.objectives import Objective, language_model, with_metrics
-from lora_jax.training.optimizers import optimizer, schedule
+from lora_jax.training.optimizers import check_decay, optimizer, schedule
 from lora_jax.training.validation import Figures, validator
 from lora_jax.training.workdir import check_resumed, claim, data_of, difference
 
@@ -135,6 +135,7 @@ def prepare(
     data = processes.on_primary(partial(data_of, batches, validation, initial))
     state, meta = _state(workdir, method, start, params, base, placement)
     check_resumed(workdir, meta.get("data", {}), data, int(state.step), total)
+    check_decay(settings.optimizer, state.delta)
     params = without_tuned(params, state.delta)
     objective = with_metrics(objective or language_model(model, settings.label_smoothing), settings.metrics)
     validate = None

@@ -28,7 +28,7 @@ from lora_jax.training.config import OptimizerConfig, TrainConfig
 from lora_jax.training.logging import Logger, fetch, plot_loss
 from lora_jax.training.loop import Job, Member, Result, drive
 from lora_jax.training.objectives import Objective, with_metrics
-from lora_jax.training.optimizers import optimizer, schedule
+from lora_jax.training.optimizers import check_decay, optimizer, schedule
 from lora_jax.training.validation import validator
 from lora_jax.training.workdir import check_resumed, claim, data_of
 
@@ -62,13 +62,12 @@ def prepare(
       ValueError: the workdir holds another config's sweep or another base's, or the members differ in what cannot be
         swept.
     """
-    workdir = Path(workdir).absolute()
+    workdir, settings = Path(workdir).absolute(), [TrainConfig.of(member.config) for member in members]
     claim(workdir, config)
     for member in members:
         claim(workdir / member.name, member.config, sweep=workdir)
     placement = placement or Placement.one_device()
     processes.check_mesh(placement.mesh)
-    settings = [TrainConfig.of(member.config) for member in members]
     total = settings[0].steps or settings[0].epochs * len(members[0].batches)
     objective = with_metrics(objective, settings[0].metrics)
     spec, values = _common([member.method.spec for member in members])
@@ -82,6 +81,7 @@ def prepare(
     data = processes.on_primary(partial(data_of, members[0].batches, validation))
     states, shapes, meta = _states(workdir, members, base, placement.replicated, dtype)
     check_resumed(workdir, meta.get("data", {}), data, int(states.step[0]), total)
+    check_decay(settings[0].optimizer, states.delta)
     params = without_tuned(members[0].params, states.delta)
     params = processes.place(params, placement.shardings(params))
     values = processes.place(values, placement.replicated)

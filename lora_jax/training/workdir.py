@@ -16,20 +16,13 @@ from lora_jax.core.selection import flatten
 from lora_jax.data.batches import Schedule
 from lora_jax.data.digest import digest, digest_of
 from lora_jax.distributed import processes
-from lora_jax.training.config import TrainConfig, as_json, with_new_names
+from lora_jax.training.config import OLD_MATRICES, TrainConfig, as_json, with_new_names
 from lora_jax.training.logging import read_metrics
 
 # What may change when a run resumes. How the base is called may; its identity is compared.
 MAY_CHANGE = ("base", "decode", "log_every", "save_every", "max_to_keep", "mesh")
 # Where the data are may change too, from a checkpoint on that has digests of them: those are compared.
 _PATHS = {"data.path", "data.validation", "tokenizer", "warm_start"}
-
-# What ("matrices",) was called in config.json then.
-_OLD_MATRICES = [
-    "**/{kernel,embedding}/{value,a,b,w1,w1_a,w1_b,w2,w2_a,w2_b,rows}",
-    "@shared/**/a",
-    "@*/*/{down,up,down_left,down_right,up_left,up_right,values}",
-]
 
 
 def claim(workdir: str | Path, config: Any, *, sweep: str | Path | None = None) -> None:
@@ -63,7 +56,7 @@ def claim(workdir: str | Path, config: Any, *, sweep: str | Path | None = None) 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     """A config's values by their full keys, with the defaults of the keys that it does not have."""
     values = flatten_dict(as_json(TrainConfig()), sep=".") | flatten_dict(config, sep=".")
-    if values["optimizer.decay"] == _OLD_MATRICES:
+    if values["optimizer.decay"] == OLD_MATRICES:
         values["optimizer.decay"] = ["matrices"]
     return values
 

@@ -326,7 +326,7 @@ def test_what_cannot_be_is_said():
     with pytest.raises(ValueError, match="activation='swish': choose one of"):
         lj.compacter(BOTH, rank=4, activation="swish")
     for rank in (0, -1, 1.5):
-        with pytest.raises(ValueError, match=f"rank={rank}: a whole number from 1"):
+        with pytest.raises(ValueError, match=f"rank={rank} must be a whole number from 1"):
             lj.adapter(BOTH, rank=rank)
     with pytest.raises(ValueError, match="name a site at least"):
         lj.adapter({}, rank=2)
