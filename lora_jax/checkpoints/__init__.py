@@ -3,6 +3,7 @@
 from lora_jax.core.extras import extra
 
 with extra("train"):
+    from lora_jax.checkpoints import serialization  # noqa: F401  (registers Delta)
     from lora_jax.checkpoints.adapters import load_adapter, save_adapter
     from lora_jax.checkpoints.files import check_base, checksums, identity, write_atomically
     from lora_jax.checkpoints.runs import (

@@ -200,6 +200,7 @@ def import_run(source: str | Path, config: ConfigDict, workdir: str | Path) -> I
     tx = training.optimizer(config.optimizer, lambda step: 0.0, spec=method.spec)
     key, dtype = jax.random.key(config.seed), base.model.config.dtype
     state = training.new_state(method, tx, base.params, key, delta, dtype=dtype)
+    file = checkpoints.save_adapter(workdir / "adapter", method, delta, base.identity)  # refuses what is not finite
     with checkpoints.manager(workdir) as manager:
         checkpoints.save(manager, 0, state, spec=method.spec, base=base.identity)
-    return Imported(delta, checkpoints.save_adapter(workdir / "adapter", method, delta, base.identity))
+    return Imported(delta, file)

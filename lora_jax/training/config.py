@@ -27,7 +27,7 @@ OLD_MATRICES = [
 ]
 
 _FROM_0, _ABOVE_0 = Range(least=0), Range(above=0)
-_STEPS = Range(least=0, whole=True, optional=True)  # between two of something; 0 is as None
+_STEPS = Range(least=0, whole=True, optional=True)
 SEED = Range(least=0, below=2**63, whole=True)
 
 
@@ -51,7 +51,7 @@ class OptimizerConfig:
     learning_rate: Annotated[float, _FROM_0] = 2e-4  # the peak
     schedule: str = "linear"  # after the warm-up: "linear" or "cosine" down to `end_lr_ratio`, or "constant"
     # steps of linear warm-up from 0; None: `warmup_ratio` of all steps, rounded up
-    warmup_steps: Annotated[int | None, Range(least=0, whole=True, optional=True)] = None
+    warmup_steps: Annotated[int | None, _STEPS] = None
     warmup_ratio: Annotated[float, SHARE] = 0.0
     end_lr_ratio: Annotated[float, SHARE] = 0.0  # the rate at the last step, over the peak
     b1: Annotated[float, PROBABILITY] = 0.9
@@ -95,8 +95,8 @@ class TrainConfig:
     metrics: tuple[str, ...] = ()  # of `register_metric`: metrics of validation besides those of the objective
     best: str | None = None  # the validation metric whose highest value's delta is kept in adapter/; None: the last
     log_every: Annotated[int, COUNT] = 100  # steps between two entries of the training loss
-    eval_every: Annotated[int | None, _STEPS] = None  # steps between two validations, besides each epoch's end
-    save_every: Annotated[int | None, _STEPS] = 1000  # steps between two checkpoints, besides each epoch's end
+    eval_every: Annotated[int | None, _STEPS] = None  # steps between validations, besides epochs' ends
+    save_every: Annotated[int | None, _STEPS] = 1000  # steps between checkpoints, besides epochs' ends
     max_to_keep: Annotated[int, COUNT] = 3  # checkpoints, the newest ones
     optimizer: OptimizerConfig = OptimizerConfig()
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
@@ -25,6 +26,7 @@ from lora_jax.distributed import processes
 from lora_jax.distributed.sharding import Placement
 from lora_jax.training import step as steps
 from lora_jax.training.config import TrainConfig
+from lora_jax.training.finite import not_finite
 from lora_jax.training.logging import LabelCount, Log, Logger, Meter, Prefixed, fetch, plot_loss
 from lora_jax.training.objectives import Objective, language_model, with_metrics
 from lora_jax.training.optimizers import check_decay, optimizer, schedule
@@ -186,7 +188,7 @@ def train(job: Job) -> Result:
     """Trains a run to the end, or to SIGTERM, and leaves metrics, checkpoints and loss.png in the workdir.
 
     Raises:
-      ValueError: a batch has no labels, or loss or gradient are not finite; names the step. The checkpoints stay.
+      ValueError: a batch has no labels, or loss, gradient or delta are not finite; names the step. What is saved stays.
       OSError: the workdir cannot be written; names the newest complete checkpoint.
     """
     state, done = drive(job)
@@ -201,7 +203,7 @@ def drive(job: Job) -> tuple[steps.State, int]:
     """
     settings, state, done = job.settings, job.state, job.start
     if done == job.total:  # launched again
-        return state, done
+        return _checked(job, state, done), done
     epoch_steps = len(job.batches)
     with contextlib.ExitStack() as stack:
         stopping = stack.enter_context(_sigterm())
@@ -225,12 +227,14 @@ def drive(job: Job) -> tuple[steps.State, int]:
                 state = meter.write(done, state)
                 if len(meter.bad) == len(job.members):
                     _check_finite(job, state)
+            if validates or saves:
+                with meter.paused(state):
+                    state = _checked(job, state, done)
             if job.validate and validates:
                 with meter.paused(state):
                     _validate(job, job.validate(state), logs, meter, done, state)
             if saves:
                 with meter.paused(state):
-                    _check_finite(job, state)
                     specs = [member.method.spec for member in job.members]
                     spec = specs[0] if job.shapes is None else {"method": "sweep", "of": specs}
                     position = divmod(done, epoch_steps)
@@ -263,8 +267,9 @@ def _validate(
     """Logs validation's loss and metrics, and keeps a delta in adapter/ where it is the best so far."""
     if not any(figures):
         raise ValueError("the validation loss is not finite")
+    diverged = [metrics["bad_step"] > 0 for metrics in fetch(state)]
     for number, (member, log, values) in enumerate(zip(job.members, logs, figures, strict=True)):
-        if values is None:
+        if values is None or diverged[number]:
             continue
         best = TrainConfig.of(member.config).best
         if best and best not in values:
@@ -277,15 +282,29 @@ def _validate(
         meter.say(f"step {done}{', ' if member.name else ''}{member.name}: {shown}")
 
 
-def _check_finite(job: Job, state: steps.State) -> None:
-    """A ValueError where every run had a step whose loss or gradient was not finite; what is saved stays."""
+def _checked(job: Job, state: steps.State, done: int) -> steps.State:
+    """The state, before something of it is kept: a run whose delta is not finite had a bad step, as one whose loss was
+    not; a ValueError where every run had one."""
+    factors = not_finite(state.delta, members=job.shapes is not None)
+    metrics = np.array(jax.device_get(state.metrics))
+    bad_steps = np.atleast_2d(metrics)[:, steps.METRICS.index("bad_step")]
+    if late := {number: name for number, name in factors.items() if not bad_steps[number]}:
+        bad_steps[list(late)] = done
+        state = state._replace(metrics=processes.place(metrics, state.metrics.sharding))
+    _check_finite(job, state, late)
+    return state
+
+
+def _check_finite(job: Job, state: steps.State, factors: Mapping[int, str] = {}) -> None:
+    """A ValueError where every run had a bad step: of loss or gradient, or by the `factors` of its delta that are not
+    finite, {run: name}; what is saved stays."""
     bad = {number: int(metrics["bad_step"]) for number, metrics in enumerate(fetch(state))}
     if not all(bad.values()):
         return
     if job.shapes is not None:
         raise ValueError(f"every member of {job.workdir} diverged: {bad}")
-    problem = f"step {bad[0]}: the loss or its gradient is not finite"
-    raise ValueError(f"{problem}; the checkpoints from before stay in {job.workdir}")
+    what = f"the delta is not finite ({factors[0]})" if factors else "the loss or its gradient is not finite"
+    raise ValueError(f"step {bad[0]}: {what}; the checkpoints from before stay in {job.workdir}")
 
 
 @contextlib.contextmanager

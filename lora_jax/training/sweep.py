@@ -117,8 +117,8 @@ def prepare(
 def train(sweep: Job) -> list[Result | None] | None:
     """Trains to the end, or to SIGTERM; leaves metrics, a checkpoint and an adapter in each member's folder.
 
-    Returns: the result of each member, None for one whose loss or gradient was not finite; None where SIGTERM ended it
-      (all is saved).
+    Returns: the result of each member, None for one whose loss, gradient or delta was not finite; None where SIGTERM
+      ended it (all is saved).
 
     Raises: as `loop.train`; a ValueError where every member diverged.
     """
