@@ -53,11 +53,12 @@ def write_adapter(file: Path) -> Path:
     """Writes the adapter in a converted file, as the flags say."""
     values = flags.FLAGS
     tensors = read_file(file, ignored=loralib.IGNORED)
-    model, params, _ = hf.load(values.base, **_wishes(tensors))
+    model, params, tokenizer = hf.load(values.base, **_wishes(tensors))
     enabled = [text == "1" for text in values.enabled]
     method, delta = loralib.load(file, params, alpha=values.alpha, enabled=enabled, unmerged=values.unmerged)
     print(lj.check(method, params))
-    return checkpoints.save_adapter(values.adapter, method, delta, bases.identity(model, params, values.base))
+    base_id = bases.identity(model, params, values.base, tokenizer=tokenizer)
+    return checkpoints.save_adapter(values.adapter, method, delta, base_id)
 
 
 def _wishes(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:

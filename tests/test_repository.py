@@ -23,6 +23,7 @@ PACKAGE = ROOT / "lora_jax"
 # The modules of the core and what is built on it: each imports only what stands before it, jax, numpy and optax.
 CORE_ORDER = [
     "core.extras",
+    "core.ranges",
     "core.dropout",
     "core.selection",
     "core.arrays",

@@ -24,7 +24,7 @@ def _adapter_file(path: str | Path) -> Path:
     return path if path.suffix == ".safetensors" else path / _ADAPTER
 
 
-def save_adapter(path: str | Path, method: ParamTransform, delta: Delta, base_id: Mapping[str, str]) -> Path:
+def save_adapter(path: str | Path, method: ParamTransform, delta: Delta, base_id: Mapping[str, Any]) -> Path:
     """Writes an adapter as one file, which it returns; equal adapters give equal bytes. `path` is a folder (for
     `adapter.safetensors`) or a file that ends in `.safetensors`, `base_id` comes from `identity`.
 

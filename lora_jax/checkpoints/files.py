@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, NamedSharding, P, lax
+from tokenizers import Tokenizer
 
 from lora_jax.core.transforms import Delta
 from lora_jax.distributed import processes
@@ -53,17 +54,39 @@ def table_of(arrays: Mapping[str, Any]) -> dict[str, list]:
     return table
 
 
-def identity(params: Any, source: str) -> dict[str, str]:
+def identity(
+    params: Any, source: str, *, config: Mapping[str, Any] | None = None, tokenizer: Tokenizer | None = None
+) -> dict[str, Any]:
     """What tells one base from another: `{"source", "shapes", "content"}`, of which "shapes" is a digest of all paths,
-    shapes and dtypes, and "content" one of all bytes.
+    shapes and dtypes, and "content" one of all bytes; and "config" and "tokenizer" where they are given.
 
     Args:
       params: the base as `interop.hf.load` gives it (the layout counts: loop is not scanned), on any mesh.
       source: the folder or the hub's name it was loaded from, for messages only.
+      config: what else its function depends on, JSON (`models.family.function_fields`).
+      tokenizer: that of the base, of which the identity has a digest.
     """
     table = table_of(named(params))
     shapes = {name: [shape, dtype] for name, (shape, dtype, _) in table.items()}
-    return {"source": str(source), "shapes": digest(json.dumps(shapes)), "content": digest(json.dumps(table))}
+    parts = {"source": str(source), "shapes": digest(json.dumps(shapes)), "content": digest(json.dumps(table))}
+    further = {} if config is None else {"config": json.loads(json.dumps(dict(config)))}
+    return parts | further | ({} if tokenizer is None else {"tokenizer": _tokenizer_digest(tokenizer)})
+
+
+def _tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """Of a tokenizer without the truncation and padding that its file asks for, which texts are encoded without. A
+    field that is not set is as one that is not there: later versions of `tokenizers` write more of them."""
+
+    def set_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: x for name, x in pairs if x is not None and x is not False and x not in ("", [], {})}
+
+    # The vocabulary and what follows, most of it, are digested as they are written: parsing them takes three times as
+    # long as all else. Inside a string the quotes of `"vocab":` would be escaped.
+    head, key, rest = tokenizer.to_str().partition('"vocab":')
+    fields = json.loads(f"{head}{key}0}}}}" if key else head, object_pairs_hook=set_fields)
+    for name in ("truncation", "padding"):
+        fields.pop(name, None)
+    return digest(json.dumps(fields, sort_keys=True) + rest)
 
 
 def checksums(arrays: Mapping[str, Array]) -> dict[str, str]:
@@ -115,13 +138,25 @@ def _mixed(x: Array) -> Array:
     return x ^ (x >> np.uint32(16))
 
 
-def check_base(expected: Mapping[str, str], actual: Mapping[str, str], where: str | Path) -> None:
-    """A ValueError that shows the difference, where `actual` is not the base that `where` needs."""
-    for part, what in (("shapes", "other shapes"), ("content", "other weights of the same shapes")):
+def check_base(expected: Mapping[str, Any], actual: Mapping[str, Any], where: str | Path) -> None:
+    """A ValueError that shows the difference, where `actual` is not the base that `where` needs. Of config and
+    tokenizer, which older files and identities of parameters alone lack, what both have is compared."""
+    needed, given = f"{where} belongs to the base {expected['source']!r}", repr(actual["source"])
+    for part, what in (
+        ("shapes", "other shapes"),
+        ("content", "other weights of the same shapes"),
+        ("tokenizer", "another tokenizer"),
+    ):
+        if part == "tokenizer" and not (part in expected and part in actual):
+            continue
         if expected[part] != actual[part]:
-            needed = f"{where} belongs to the base {expected['source']!r} ({part} {expected[part][:12]})"
-            given = f"{actual['source']!r} has {what} ({actual[part][:12]})"
-            raise ValueError(f"{needed}, but {given}: give the base it was trained on")
+            digests = expected[part][:12], actual[part][:12]
+            problem = f"{needed} ({part} {digests[0]}), but {given} has {what} ({digests[1]})"
+            raise ValueError(f"{problem}: give the base it was trained on")
+    then, now = expected.get("config") or {}, actual.get("config") or {}
+    if different := [name for name in then if name in now and then[name] != now[name]]:
+        fields = ", ".join(f"{name} {then[name]!r}, not {now[name]!r}" for name in different)
+        raise ValueError(f"{needed}, whose config has {fields} as {given}: give the base it was trained on")
 
 
 def write_atomically(path: str | Path, content: bytes | Iterable[bytes | memoryview]) -> None:

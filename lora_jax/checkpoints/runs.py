@@ -79,8 +79,8 @@ def _finish_saves() -> None:
             logging.error("%s cannot be written: %s", writer.directory, _first_line(error))
 
 
-# Writing needs pools of threads, which Python has stopped when it calls what `atexit` has. This is called before, in the
-# opposite order of registration: before what stops the pools.
+# Writing needs pools of threads, which Python has stopped when it calls what `atexit` has. This is called before that,
+# and in the opposite order of registration: before what stops the pools.
 threading._register_atexit(_finish_saves)  # type: ignore[attr-defined]
 
 
@@ -122,8 +122,9 @@ def save(
     state: Any,
     *,
     spec: Mapping[str, Any],
-    base: Mapping[str, str],
+    base: Mapping[str, Any],
     position: Sequence[int] = (),
+    data: Mapping[str, Any] = {},
 ) -> None:
     """Begins to save a training state; `manager.wait_until_finished()` waits for it.
 
@@ -135,6 +136,7 @@ def save(
         data (`jax.random.key_data`).
       spec, base: of the transform, and of `identity`.
       position: in the data (epoch, batch), for the reader.
+      data: digests of the data, JSON, which a run that resumes is compared with.
 
     Raises:
       OSError: this checkpoint, or the one before, could not be written; names the complete one.
@@ -142,7 +144,7 @@ def save(
     parts = {"delta": named(state.delta), "rest": named(state._replace(delta=None))}
     parts = {part: {name: jnp.asarray(x) for name, x in arrays.items()} for part, arrays in parts.items()}
     meta: dict[str, Any] = {"step": step, "spec": dict(spec), "base": dict(base), "position": list(position)}
-    meta["arrays"] = {}
+    meta |= {"data": dict(data), "arrays": {}}
     for part, arrays in parts.items():  # [shape, dtype, checksum]
         sums = checksums(arrays)
         meta["arrays"][part] = {
@@ -165,7 +167,7 @@ def forget_after(manager: ocp.CheckpointManager, step: int) -> None:
             manager.delete(later)
 
 
-def restore(workdir: str | Path, like: S, *, base: Mapping[str, str] | None = None) -> S:
+def restore(workdir: str | Path, like: S, *, base: Mapping[str, Any] | None = None) -> S:
     """The newest good checkpoint as a state to resume from.
 
     With several processes all of them call it, and each reads what its devices will hold.
@@ -213,6 +215,12 @@ def meta_of(workdir: str | Path) -> dict[str, Any]:
     for _, meta in _good_steps(workdir):
         return meta
     raise ValueError(f"{_folder(workdir)}: no checkpoint is readable")
+
+
+def has_data(workdir: str | Path) -> bool:
+    """Whether the newest good checkpoint has digests of its data; for one process."""
+    folders = (_folder(workdir) / str(step) for step in sorted(_steps(workdir))[::-1])
+    return bool(next((meta for meta in map(_meta, folders) if meta), {}).get("data"))
 
 
 def latest_step(workdir: str | Path) -> int | None:

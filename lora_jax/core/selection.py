@@ -116,7 +116,7 @@ class Selection(NamedTuple):
                 leaves[path] = leaf
         for glob in (*self.globs, *self.exclude):
             if not any(matches(glob, path) for path in leaves):
-                raise ValueError(f"{glob!r} matches no parameter{_nearest(glob, leaves)}")
+                raise ValueError(f"{glob!r} matches no parameter{nearest(glob, leaves)}")
         paths = [path for path in leaves if matches_any(self.globs, path) and not matches_any(self.exclude, path)]
         layers = set(self.layers or (0,))
         chosen = {path: leaves[path] for path in paths if self._layers_of(path, leaves[path]) & layers}
@@ -189,7 +189,8 @@ def select(
     return Selection(globs, axes, chosen, strings(exclude))
 
 
-def _nearest(glob: str, paths: Iterable[str]) -> str:
+def nearest(glob: str, paths: Iterable[str]) -> str:
+    """The end of an error: the paths that are most like a glob that matches none of them."""
     plain = _braces(glob)[0].replace("**/", "").replace("*", "")
     by_end = {"/".join(path.split("/")[-plain.count("/") - 1 :]): path for path in paths}
     near = difflib.get_close_matches(plain, by_end, n=3, cutoff=0.0)

@@ -28,6 +28,7 @@ from lora_jax.models.family import family_of
 
 AXES = ("data", "fsdp", "tensor")
 
+Shape = tuple[int, ...]
 Rules = Mapping[str, P]  # glob -> PartitionSpec, the first match wins
 
 
@@ -80,7 +81,8 @@ def shardings(
       rules: of parameters. Scalars are replicated, and so is, with a warning, what a method keeps under a weight's path
         along no axis of it, where no rule names it.
       adapted: `method.apply(params, delta)`, of which shapes suffice (`jax.eval_shape`): says how the factors of a
-        delta, and what has their path in an optimizer's state, follow the weights. Not needed for parameters.
+        delta, and what has their path in an optimizer's state, follow the weights. What lacks an axis of its factor
+        (Adafactor's state) follows the others where its shape tells which they are. Not needed for parameters.
       misfits: what becomes of an axis that does not divide over the devices of its rule. "replicate": it stays whole,
         and a warning says so.
 
@@ -93,7 +95,7 @@ def shardings(
 
     def place(keys: tuple, leaf: Any) -> NamedSharding:
         path = path_of(keys)
-        spec = _find(path, specs, rules, mesh) if leaf.ndim else P()
+        spec = _find(path, leaf.shape, specs, rules, mesh) if leaf.ndim else P()
         return NamedSharding(mesh, _fitting(path, leaf.shape, spec, mesh, misfits))
 
     return jax.tree_util.tree_map_with_path(place, tree)
@@ -125,27 +127,40 @@ class Placement(NamedTuple):
         return shardings(tree, self.mesh, self.rules, adapted)
 
 
-def _specs(tree: Any, rules: Rules) -> Iterator[tuple[str, P]]:
-    """(path, spec) of every parameter; of an adapted one also those of base and factors."""
+def _specs(tree: Any, rules: Rules) -> Iterator[tuple[str, tuple[P, Shape]]]:
+    """(path, (spec, shape)) of every parameter; of an adapted one also those of base and factors."""
     for path, leaf in flatten(untapped(tree)[0], is_leaf=is_adapted)[0]:
         spec = look_up(rules, path, "sharding rules") if leaf.ndim else P()
-        yield path, spec
+        yield path, (spec, leaf.shape)
         if not is_adapted(leaf):
             continue
-        yield from ((f"{path}/{name}", spec) for name in ("base", "value"))
+        yield from ((f"{path}/{name}", (spec, leaf.shape)) for name in ("base", "value"))
         of_axis: dict[Any, Any] = dict(enumerate(spec))
         for name, layout in leaf.layout.items():
-            yield f"{path}/{name}", P(*(of_axis.get(axis) for axis in factor_axes(layout, leaf.axes)))
+            of_factor = P(*(of_axis.get(axis) for axis in factor_axes(layout, leaf.axes)))
+            yield f"{path}/{name}", (of_factor, getattr(getattr(leaf, name), "shape", ()))
 
 
-def _find(path: str, specs: Mapping[str, P], rules: Rules, mesh: Mesh) -> P:
+def _follow(shape: Shape, spec: P, followed: Shape) -> P:
+    """The spec of a leaf with the path of one of that spec and shape: along the axes that both have."""
+    if shape == followed:
+        return spec
+    entries = [*spec, *[None] * (len(followed) - len(spec))]
+    if len(shape) == len(followed):
+        return P(*(entry if n == m else None for entry, n, m in zip(entries, shape, followed, strict=False)))
+    lacking = [n for n in range(len(followed)) if followed[:n] + followed[n + 1 :] == shape]
+    left = {P(*entries[:n], *entries[n + 1 :]) for n in lacking}
+    return left.pop() if len(left) == 1 else P()
+
+
+def _find(path: str, shape: Shape, specs: Mapping[str, tuple[P, Shape]], rules: Rules, mesh: Mesh) -> P:
     """That of the longest end of the path that has one (`0/mu/h_0/...` ends in `h_0/...`), or by rule; P() for what
     a method keeps under a weight's path beside the factors."""
     parts = path.split("/")
     ends = ["/".join(parts[start:]) for start in range(len(parts))]
     for end in ends:
         if end in specs:
-            return specs[end]
+            return _follow(shape, *specs[end])
     if any(end.rpartition("/")[0] in specs for end in ends) and not matches_any(rules, path):
         if mesh.size > 1:
             logging.warning("%s lies along no axis of its weight, and no rule names it: it stays whole", path)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
+from lora_jax.core.ranges import COUNT
 from lora_jax.core.transforms import ParamTransform, Traits, per_site, register
 
 ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu, "tanh": jnp.tanh}
@@ -74,8 +75,7 @@ def adapter(
     Delta: 1 paths, 230 numbers
       @mlp_out/adapter: down float32(2, 16, 3), down_bias float32(2, 3), up float32(2, 3, 16), up_bias float32(2, 16)
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank={rank!r}: a whole number from 1")
+    rank = COUNT("rank", rank)
     counts, widths = occurrences(sites)
     dtype = jnp.dtype(dtype)
 

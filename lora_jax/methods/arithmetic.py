@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from lora_jax.core.arrays import LowRank, Tuned, is_adapted, widened
+from lora_jax.core.ranges import COUNT
 from lora_jax.core.selection import CLASS, Selection, flatten, look_up, matches_any, select
 from lora_jax.core.transforms import Delta, ParamTransform, chain, from_spec, traits_of
 from lora_jax.methods.bias_delta import BiasDelta, bias_delta
@@ -85,9 +86,7 @@ def truncate(
     factors, axes = _sums([(method, delta)], [1], params)
     squares = {}
     for path in axes:
-        r = look_up(rank, path, "rank")
-        if not isinstance(r, int) or r < 1:
-            raise ValueError(f"{path}: rank={r!r} must be a whole number from 1")
+        r = COUNT(f"{path}: rank", look_up(rank, path, "rank"))
         factors[path], squares[path] = _truncated(**factors[path], stacked=axes[path].count("s"), rank=r)
     if not axes:
         raise ValueError(f"nothing in this delta of {method.spec['method']!r} has low rank")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from lora_jax.core.ranges import COUNT
 from lora_jax.core.transforms import Factors, ParamTransform, Traits, per_site, register
 from lora_jax.methods.adapter import Bottleneck, occurrences
 
@@ -48,8 +49,9 @@ def compacter(
     208
     """
     counts, widths = occurrences(sites)
+    rank, n = COUNT("rank", rank), COUNT("n", n)
     for name, size in {**widths, "rank": rank}.items():
-        if not (isinstance(n, int) and n > 0) or size % n or size < 1:
+        if size % n:
             what = f"a whole number that divides rank={rank} and the width of each site: {name} {size}"
             raise ValueError(f"n={n!r} must be {what}")
     dtype = jnp.dtype(dtype)

@@ -11,9 +11,10 @@ from jax import Array, lax
 
 from lora_jax.core.arrays import Op, Summed, adapted_array, sides, static, widened
 from lora_jax.core.lifting.rules import Dot, LookUp
+from lora_jax.core.ranges import COUNT, Range
 from lora_jax.core.selection import Selection, look_up
 from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_target, register
-from lora_jax.methods.lora import Ranks
+from lora_jax.methods.lora import ALPHA, Ranks
 
 Matrices = list[Array]  # (in, out) each, to be multiplied
 
@@ -129,8 +130,8 @@ def lokr(
     Delta: 1 paths, 120 numbers
       kernel: w1 float32(8, 10), w2_a float32(8, 2), w2_b float32(2, 12)
     """
-    if decompose_factor != -1 and decompose_factor < 1:
-        raise ValueError(f"decompose_factor={decompose_factor!r}: a whole number from 1, or -1 for the square root")
+    rank, alpha = COUNT("rank", rank), ALPHA("alpha", alpha)
+    decompose_factor = Range(least=1, whole=True, other=-1)("decompose_factor", decompose_factor)
 
     def shapes(target: Target) -> dict[str, tuple[int, ...]]:
         return _shapes(target, look_up(rank, target.path, "rank"), decompose_both, decompose_factor)
@@ -160,8 +161,6 @@ def lokr(
 
 def _shapes(target: Target, r: int, decompose_both: bool, factor: int) -> dict[str, tuple[int, ...]]:
     target.need_weight("LoKr")
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise ValueError(f"{target.path}: rank={r!r} must be a whole number from 1")
     p, m = factorization(math.prod(target.outputs), factor)
     q, n = factorization(math.prod(target.sizes("iv")), factor)
     w1 = {"w1_a": (p, r), "w1_b": (r, q)} if decompose_both and r < max(p, q) / 2 else {"w1": (p, q)}

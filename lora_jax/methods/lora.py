@@ -11,6 +11,7 @@ from jax import Array
 
 from lora_jax.core import transforms
 from lora_jax.core.arrays import LowRank
+from lora_jax.core.ranges import COUNT, PROBABILITY, Range
 from lora_jax.core.selection import Selection, look_up, matches_any, strings
 from lora_jax.core.transforms import Factors, Params, ParamTransform, Spec, Target
 
@@ -18,6 +19,7 @@ Ranks = int | Mapping[str, int]  # of all leaves, or glob -> rank
 
 _SCALE_RULES = {"alpha/r": lambda alpha, r: alpha / r, "alpha/sqrt(r)": lambda alpha, r: alpha / math.sqrt(r)}
 _A_INITS = ("kaiming_uniform", "gaussian")
+ALPHA = Range(optional=True)
 
 
 def lora(
@@ -78,8 +80,8 @@ class Options:
             raise ValueError(f"a_init={self.a_init!r}: choose one of {_A_INITS}")
         if self.scale_rule not in _SCALE_RULES:
             raise ValueError(f"scale_rule={self.scale_rule!r}: choose one of {tuple(_SCALE_RULES)}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout={self.dropout}: a probability from 0 to below 1")
+        for name, numbers in (("rank", COUNT), ("alpha", ALPHA), ("dropout", PROBABILITY)):
+            object.__setattr__(self, name, numbers(name, getattr(self, name)))
         object.__setattr__(self, "shared", strings(self.shared))
 
     def spec(self) -> Spec:
@@ -101,7 +103,7 @@ class Options:
         target.need_weight("LoRA")
         r = look_up(self.rank, target.path, "rank")
         most = min(math.prod(target.inputs), math.prod(target.outputs))
-        if not isinstance(r, int) or not 1 <= r <= (most if self.strict else r):
+        if self.strict and r > most:
             raise ValueError(f"{target.path}: rank={r!r} must be a whole number from 1 to min(in, out) = {most}")
         return {"a": (*target.stacked, *target.inputs, r), "b": (*target.stacked, r, *target.outputs)}
 

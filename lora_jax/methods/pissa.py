@@ -65,7 +65,7 @@ def pissa(
         every_layer: dict[str, Any] = {name: target.all_layers(factor) for name, factor in factors.items()}
         return Pissa(**target.fields, **every_layer, scale=target.scale(strength * low.scale(target.path)))
 
-    spec = {"method": "pissa", **selection.spec(), "rank": rank, "alpha": alpha}
+    spec = {"method": "pissa", **selection.spec(), "rank": low.rank, "alpha": low.alpha}
     spec |= {"scale_rule": scale_rule, "dtype": jnp.dtype(dtype).name}
     return per_target(spec, selection, init, adapt, shapes=shapes)
 

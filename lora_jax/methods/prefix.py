@@ -14,6 +14,7 @@ from jax import Array
 
 from lora_jax.core.arrays import Op, Weight, adapted_array
 from lora_jax.core.lifting.taps import Tap
+from lora_jax.core.ranges import COUNT, Range
 from lora_jax.core.selection import Absent, Selection
 from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_site, per_target, register
 from lora_jax.methods.adapter import occurrences
@@ -57,7 +58,8 @@ def prefix_embedding(selection: Selection, *, prefix: int, infix: int = 0) -> Pa
     >>> lj.check(method, {"embedding": jnp.ones((9, 4))}).trained
     16
     """
-    count = _count(prefix, infix)
+    prefix, infix = _counts(prefix, infix)
+    count = prefix + infix
 
     def shapes(target: Target) -> dict[str, tuple[int, ...]]:
         if isinstance(target.leaf, Absent) or target.axes != "vo":
@@ -114,7 +116,8 @@ def prefix_layer(sites: Mapping[str, Sequence[Any]], *, vocabulary: int, prefix:
     >>> lj.check(lj.prefix_layer({"block_out": (2, 16)}, vocabulary=50, prefix=3, infix=1), {}).trained
     128
     """
-    count = _count(prefix, infix)
+    prefix, infix = _counts(prefix, infix)
+    count, vocabulary = prefix + infix, COUNT("vocabulary", vocabulary)
     counts, widths = occurrences(sites)
 
     def init(key: Array, site: str, n: int) -> dict[str, Array]:
@@ -132,10 +135,12 @@ def prefix_layer(sites: Mapping[str, Sequence[Any]], *, vocabulary: int, prefix:
     return alone._replace(apply=apply)
 
 
-def _count(prefix: int, infix: int) -> int:
-    if not all(isinstance(n, int) and n >= 0 for n in (prefix, infix)) or prefix + infix < 1:
-        raise ValueError(f"prefix={prefix!r}, infix={infix!r}: whole numbers, together at least one token")
-    return prefix + infix
+def _counts(prefix: int, infix: int) -> tuple[int, int]:
+    whole = Range(least=0, whole=True)
+    prefix, infix = whole("prefix", prefix), whole("infix", infix)
+    if prefix + infix < 1:
+        raise ValueError(f"prefix={prefix}, infix={infix}: whole numbers, together at least one token")
+    return prefix, infix
 
 
 traits = Traits(decays=("**/values",), fast=(), inserts=lambda spec: (spec["prefix"], spec["infix"]))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from lora_jax.core.arrays import Adapted, LowRank, Weight, adapted_array, static, widened
+from lora_jax.core.ranges import Range
 from lora_jax.core.selection import Absent, Selection
 from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_target, register
 
@@ -45,9 +46,9 @@ def token_rows(selection: Selection, *, indices: Sequence[int]) -> ParamTransfor
     >>> lj.check(method, {"embedding": jnp.ones((10, 4))}).trained
     8
     """
-    chosen = tuple(indices)
-    if not chosen or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in chosen):
-        raise ValueError(f"indices={chosen}: name one row or more, counted from 0")
+    chosen = tuple(Range(least=0, whole=True)("indices", n) for n in indices)
+    if not chosen:
+        raise ValueError("indices=(): name one row or more, counted from 0")
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"indices={chosen}: a row is there twice")
 

@@ -11,6 +11,7 @@ from jax import Array, lax
 
 from lora_jax.core import transforms
 from lora_jax.core.arrays import LowRank, Summed, adapted_array
+from lora_jax.core.ranges import COUNT, FINITE
 from lora_jax.core.selection import Selection, matches, strings
 from lora_jax.core.transforms import Factors, Params, ParamTransform, Target
 
@@ -59,8 +60,7 @@ def vera(selection: Selection, *, rank: int, d_initial: float = 0.1, fused: Iter
     >>> lj.check(lj.vera(lj.select("*"), rank=8), {"small": jnp.ones((3, 2)), "large": jnp.ones((5, 4))}).trained
     22
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank={rank!r} must be a whole number from 1")
+    rank, d_initial = COUNT("rank", rank), FINITE("d_initial", d_initial)
     fused = strings(fused)
 
     def targets(params: Params) -> list[Part]:

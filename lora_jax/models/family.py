@@ -60,6 +60,8 @@ class Family:
       with_head: `(config, head, labels) -> config` with those values of its fields `head`, "classification" or
         "regression", and `labels`; None: the model does not classify.
       head_params: the top-level parameters that belong to a task's head rather than to the pretrained base.
+      varies: fields of the config that may differ between two uses of one pretrained model: its head, what acts in
+        training alone, what the shapes of the parameters say. How it is computed (`dtype`, ...) may too.
     """
 
     name: str
@@ -72,8 +74,10 @@ class Family:
     output_head: OutputHead | None = None
     with_head: Callable[[Any, str, int], Any] | None = None
     head_params: tuple[str, ...] = ()
+    varies: tuple[str, ...] = ()
 
 
+_COMPUTATION = ("scan_layers", "remat", "dtype", "param_dtype", "residual")  # fields of every config
 _FAMILIES: dict[str, Family] = {}
 _MODULES = ("lora_jax.models.gpt2", "lora_jax.models.encoder")  # they register their families
 
@@ -103,6 +107,14 @@ def family_of(model: Any) -> Family:
 def dimensions_of(model: Any) -> Dimensions:
     """The size of a model, or of the model of that config."""
     return family_of(model).dimensions(getattr(model, "config", model))
+
+
+def function_fields(model: Any) -> dict[str, Any]:
+    """The fields of a model's config, JSON, that say which function its pretrained parameters compute."""
+    family, config = family_of(model), getattr(model, "config", model)
+    names = {field.name for field in dataclasses.fields(config)} - {*_COMPUTATION, *family.varies}
+    fields = {"family": family.name} | {name: getattr(config, name) for name in sorted(names)}
+    return {name: x for name, x in fields.items() if isinstance(x, str | int | float | bool | list | tuple | None)}
 
 
 def new_cache(model: Any, batch: int, length: int) -> dict:

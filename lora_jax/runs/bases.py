@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from lora_jax import Delta, ParamTransform, checkpoints
 from lora_jax.distributed import processes, sharding
 from lora_jax.interop import hf
-from lora_jax.models.family import family_of
+from lora_jax.models.family import family_of, function_fields
 from lora_jax.runs.tasks import Task, task_named
 
 PUBLIC = "huggingface.co/gpt2, gpt2-medium, gpt2-large, FacebookAI/roberta-base and FacebookAI/roberta-large"
@@ -26,7 +26,7 @@ class Base(NamedTuple):
     model: Any  # of lora_jax.models
     params: Any
     tokenizer: Tokenizer
-    identity: dict[str, str]
+    identity: dict[str, Any]  # `checkpoints.identity`, of config and tokenizer too
     placement: sharding.Placement
     new: tuple[str, ...] = ()  # globs of what the source lacks and every method has to train
 
@@ -72,7 +72,7 @@ def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None
     # Digests are of the loop layout in float32: what was read otherwise is read again for them, tensor by tensor.
     as_digested = mesh.size == 1 and layout == {"scan_layers": False, "dtype": "float32"}
     # no other process reads all of it
-    digests = processes.on_primary(lambda: identity(stored_model, params if as_digested else stored, source, new))
+    digests = processes.on_primary(lambda: identity(model, params if as_digested else stored, source, new, tokenizer))
     return Base(model, params, tokenizer, digests, placement, new)
 
 
@@ -84,12 +84,16 @@ def check_task(model: Any, name: str, source: str, task: Task | None = None) -> 
         raise ValueError(f"{source} is a {family.name}, but {name} needs a model that {needed}")
 
 
-def identity(model: Any, params: Any, source: str, new: Sequence[str] | None = None) -> dict[str, str]:
-    """`checkpoints.identity` of what stands below the heads: a head trains, and so is part of the delta; the same base
-    is the same with whatever head it was loaded, and without. `new`: of `Base`, if it is known."""
+def identity(
+    model: Any, params: Any, source: str, new: Sequence[str] | None = None, tokenizer: Tokenizer | None = None
+) -> dict[str, Any]:
+    """`checkpoints.identity` of what stands below the heads, and of the model's config: a head trains, and so is part
+    of the delta; the same base is the same with whatever head it was loaded, and without. `new`: of `Base`, if it is
+    known."""
     new = hf.untrained(model, source) if new is None else new
     heads = {*family_of(model).head_params, *(glob.partition("/")[0] for glob in new)}
-    return checkpoints.identity({name: part for name, part in params.items() if name not in heads}, source)
+    below = {name: part for name, part in params.items() if name not in heads}
+    return checkpoints.identity(below, source, config=function_fields(model), tokenizer=tokenizer)
 
 
 def adapter(path: Path, base: Base) -> tuple[ParamTransform, Delta]:

@@ -17,6 +17,7 @@ from lora_jax.data import pairs, tasks
 from lora_jax.metrics import bleu
 from lora_jax.models.family import family_of
 from lora_jax.runs import bases, methods, run
+from lora_jax.runs.config import check
 from lora_jax.runs.evaluation import complete
 from lora_jax.runs.reload import load
 from lora_jax.runs.tables import write_json
@@ -72,6 +73,7 @@ def best_rate(config: ConfigDict, folder: Path, rates: Sequence[float], steps: i
     for rate in rates:
         member, workdir = config.copy_and_resolve_references(), folder / f"rate_{rate:g}"
         member.optimizer.learning_rate = rate
+        check(member)
         with locks.locked(workdir):
             training.claim(workdir, member)  # another config's results are refused
             if steps not in _validated(workdir):

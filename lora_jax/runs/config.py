@@ -10,10 +10,23 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from lora_jax.training.config import OptimizerConfig, TrainConfig, as_config_dict
+from lora_jax.core.ranges import COUNT, FINITE, PROBABILITY, Range
+from lora_jax.runs import methods
+from lora_jax.training.config import SEED, OptimizerConfig, TrainConfig, as_config_dict
 
 QV = ("**/attn/{query,value}/kernel",)
 ATTENTION_AND_MLP = ("attention_out", "mlp_out")
+_FROM_0 = Range(least=0, whole=True)
+# The numbers of a config besides training's and the methods' own.
+NUMBERS = {
+    **{f"data.{name}": COUNT for name in ("length", "batch_size", "buckets")},
+    **{f"mesh.{name}": COUNT for name in ("data", "fsdp", "tensor")},
+    **{f"decode.{name}": COUNT for name in ("num_beams", "max_new_tokens")},
+    **{"decode.length_penalty": FINITE, "decode.no_repeat_ngram_size": _FROM_0},
+    **{"model.dropout": PROBABILITY, "model.attention_dropout": PROBABILITY, "model.query_block": _FROM_0},
+    **{f"model.{name}": COUNT for name in ("n_embd", "n_layer", "n_head", "n_positions")},  # of one that is pretrained
+    "vocab_size": COUNT,
+}
 SWEPT = ("learning_rate", "weight_decay", "alpha", "rank", "seed")  # alpha and rank: of the method
 
 
@@ -104,6 +117,32 @@ def _method_options(
         "prefix_embedding": weights | {"select": ("**/{wte,word}/embedding",), "prefix": 64, "infix": 0},
         "prefix_layer": {"sites": ("block_out",), "prefix": 8, "infix": 0},
     }
+
+
+def check(config: ConfigDict) -> None:
+    """A ValueError that names a config's numbers which are out of their range; of a run, one of several seeds, or a
+    member of a sweep, before anything is written."""
+    settings, problems = TrainConfig.of(config), []
+    values = {name: (numbers, _value(config, name)) for name, numbers in NUMBERS.items()}
+    values |= {f"seeds[{n}]": (SEED, seed) for n, seed in enumerate(config.get("seeds", ()))}
+    for name, (numbers, value) in values.items():
+        try:
+            if value is not None:
+                numbers(name, value)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join(problems))
+    size, parts = _value(config, "data.batch_size"), settings.accumulate
+    if size is not None and size % parts:
+        raise ValueError(f"accumulate={parts} must divide data.batch_size={size}")
+    methods.check(config)
+
+
+def _value(config: ConfigDict, name: str) -> Any:
+    """What a config has at "group.name"; None where it has nothing there."""
+    group, _, key = name.rpartition(".")
+    return ((config.get(group) or {}) if group else config).get(key)
 
 
 def is_sweep(config: ConfigDict) -> bool:

@@ -59,6 +59,24 @@ def _part(name: str, config: ConfigDict, model: Any) -> dict[str, Any]:
     return options
 
 
+def check(config: ConfigDict) -> None:
+    """What the factories of a config's methods refuse of their options, whatever the model; a ValueError."""
+    for name in config.get("method", "none").split("+"):
+        if name not in config:  # of a file, or "none", or not there
+            continue
+        options = {"method": name, **json.loads(config[name].to_json())}
+        if "sites" in options:  # a width that every `n` of a compacter divides
+            options["sites"] = {site: [1, options.get("n", 1)] for site in options["sites"]}
+        if name == "prefix_layer":
+            options["vocabulary"] = 1
+        if "layers" in options:
+            options["layers"] = options["layers"] or None
+        try:
+            lj.from_spec(options)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+
 def from_file(name: str) -> Any:
     """The object of "FILE.py:OBJECT", or None; the file, run once, registers its methods, as reloading needs too."""
     path, _, attribute = name.rpartition(":")

@@ -19,6 +19,7 @@ from lora_jax.distributed import processes, sharding
 from lora_jax.interop import hf
 from lora_jax.models import gpt2
 from lora_jax.runs import bases
+from lora_jax.runs.config import check
 from lora_jax.runs.run import Prepared, ignore
 from lora_jax.training import locks, stopping
 
@@ -50,6 +51,7 @@ def pretrain(config: ConfigDict, workdir: str | Path, *, started: Callable[[Prep
       started: called with the run before it trains.
     """
     workdir = Path(workdir).expanduser()
+    check(config)
     training.claim(workdir, config)
     held_out = text.files(config.data.validation)
     train = [path for path in text.files(config.data.path) if path not in held_out]

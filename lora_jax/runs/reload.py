@@ -17,7 +17,7 @@ from lora_jax.interop import hf, peft
 from lora_jax.models.family import family_of
 from lora_jax.models.layouts import to_loop
 from lora_jax.runs import bases, methods
-from lora_jax.runs.config import is_sweep
+from lora_jax.runs.config import check, is_sweep
 from lora_jax.runs.tasks import Task, TextTask, task_named
 from lora_jax.training import locks
 
@@ -36,7 +36,7 @@ class Loaded(NamedTuple):
     method: ParamTransform | None  # None for the base alone, as the delta
     delta: Delta | None
     step: int  # of the checkpoint; 0 for the base alone
-    base: dict[str, str]  # its `checkpoints.identity`
+    base: dict[str, Any]  # its `checkpoints.identity`
     task: Task  # what the run learnt
     kind: Kind
 
@@ -74,7 +74,7 @@ def load(workdir: str | Path, *, params: Kind = "adapted", base: str | None = No
     return Loaded(workdir, config, model, used, tokenizer, method, delta, step, identity, task, params)
 
 
-def trained(workdir: Path, config: ConfigDict) -> tuple[ParamTransform, Delta, int, dict[str, str]]:
+def trained(workdir: Path, config: ConfigDict) -> tuple[ParamTransform, Delta, int, dict[str, Any]]:
     """Method, delta, step and base's identity of a run: of its best epoch, where its config says what is best, or else
     of its newest checkpoint."""
     if config.get("seeds") or is_sweep(config):
@@ -190,6 +190,7 @@ def import_run(source: str | Path, config: ConfigDict, workdir: str | Path) -> I
     if config.get("seeds"):
         config = config.copy_and_resolve_references()
         config.seeds = ()  # one delta is one run
+    check(config)
     methods.register_own(config)
     base = bases.load(config)
     method, delta = adapter(source, base)
@@ -201,6 +202,7 @@ def import_run(source: str | Path, config: ConfigDict, workdir: str | Path) -> I
         tx = training.optimizer(config.optimizer, lambda step: 0.0, spec=method.spec)
         key, dtype = jax.random.key(config.seed), base.model.config.dtype
         state = training.new_state(method, tx, base.params, key, delta, dtype=dtype)
+        file = checkpoints.save_adapter(workdir / "adapter", method, delta, base.identity)  # refuses what is not finite
         with checkpoints.manager(workdir) as manager:
             checkpoints.save(manager, 0, state, spec=method.spec, base=base.identity)
-        return Imported(delta, checkpoints.save_adapter(workdir / "adapter", method, delta, base.identity))
+        return Imported(delta, file)

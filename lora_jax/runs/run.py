@@ -19,7 +19,7 @@ from lora_jax.data.batches import Schedule
 from lora_jax.distributed import processes
 from lora_jax.metrics.statistics import spread
 from lora_jax.runs import bases, methods, tables
-from lora_jax.runs.config import is_sweep
+from lora_jax.runs.config import check, is_sweep
 from lora_jax.runs.tasks import Task, task_named
 from lora_jax.training import locks, stopping
 
@@ -149,6 +149,7 @@ def train(
     workdir = Path(workdir).expanduser()
     if is_sweep(config):
         raise ValueError("the config has values to sweep: runs.sweep trains them")
+    check(config)
     run = partial(_train, task=task, method=method, metrics=metrics, command=command, started=started, ended=ended)
     with contextlib.ExitStack() as stack:
         for logger in loggers:
@@ -197,14 +198,17 @@ def _train(
     command: str | None,
     started: Callable[[Prepared], None],
     ended: Callable[[RunResult], None],
+    done: Sequence[Path] = (),
     **parts: Any,
 ) -> RunResult:
-    """One run, with the task, method and metrics that `train` was given."""
+    """One run, with the task, method and metrics that `train` was given, on the data of those that are `done`."""
     training.claim(workdir, config)
     if config.method == "none" and parts["method"] is None:
         result, trained, total = RunResult(workdir, True), 0, _validate_base(config, workdir, loggers, parts)
     else:
         run = prepare(config, workdir, loggers=loggers, **parts)
+        for other in done:
+            training.check_resumed(other, checkpoints.meta_of(other).get("data", {}), run.job.data)
         started(run)
         job, (_, trained, total) = run.job, run.report
         delta, step, finished = training.train(job)
@@ -249,13 +253,16 @@ def _train_seeds(
             with locks.locked(folder):
                 training.claim(folder, member)  # before anything is written: another config is refused
     training.claim(workdir, config)
-    members, summaries = [], []
+    members, summaries, done = [], [], []
     for folder, member in configs.items():
         file = folder / "summary.json"
-        if not processes.on_primary(file.is_file):
+        if processes.on_primary(file.is_file):
+            done += [folder] if processes.on_primary(partial(checkpoints.latest_step, folder)) else []
+        else:
             if stopping.requested():
                 return RunResult(workdir, False, members=tuple(members))
-            members.append(run(member, folder, [training.Prefixed(logger, f"{folder.name}/") for logger in loggers]))
+            prefixed = [training.Prefixed(logger, f"{folder.name}/") for logger in loggers]
+            members.append(run(member, folder, prefixed, done=done))
             if not members[-1].finished:
                 return RunResult(workdir, False, members=tuple(members))
         summaries.append(json.loads(processes.on_primary(file.read_text)))

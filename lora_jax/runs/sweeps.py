@@ -13,6 +13,7 @@ import lora_jax as lj
 from lora_jax import training
 from lora_jax.distributed import processes
 from lora_jax.runs import bases, methods, tables
+from lora_jax.runs.config import check
 from lora_jax.runs.run import load_setup
 from lora_jax.runs.tasks import Task
 from lora_jax.training import locks, stopping
@@ -90,6 +91,8 @@ def _prepare(
     if config.method == "none" or config.get("warm_start"):
         raise ValueError("a sweep trains new adapters: no method 'none', no warm_start")
     configs = members(config)
+    for member in configs.values():
+        check(member)
     first, *_ = configs.values()
     mesh = bases.mesh_of(config)
     base, _, batches, objective = load_setup(first, mesh, task=task, metrics=metrics)

@@ -18,10 +18,19 @@ with extra("train"):
     from lora_jax.training.optimizers import optimizer, schedule
     from lora_jax.training.step import METRICS, State, make_step, new_state, state_shardings
     from lora_jax.training.validation import validate
-    from lora_jax.training.workdir import claim, difference
+    from lora_jax.training.workdir import check_resumed, claim, difference
 
 __all__ = ["METRICS", "TIMES", "Job", "JsonLines", "Log", "Logger", "Metric", "Objective", "OptimizerConfig"]
-__all__ += ["Prefixed", "Result", "State", "TensorBoard", "TrainConfig", "claim", "classifier", "cross_entropy"]
-__all__ += ["difference", "language_model", "make_step", "new_state", "optimizer", "plot_loss", "prepare"]
-__all__ += ["read_metrics", "register_metric", "schedule", "squared_error", "state_shardings", "train", "validate"]
-__all__ += ["with_metrics"]
+__all__ += ["Prefixed", "Result", "State", "TensorBoard", "TrainConfig", "check_resumed", "claim", "classifier"]
+__all__ += [
+    "cross_entropy",
+    "difference",
+    "language_model",
+    "make_step",
+    "new_state",
+    "optimizer",
+    "plot_loss",
+    "prepare",
+]
+__all__ += ["read_metrics", "register_metric", "schedule", "squared_error", "state_shardings", "train"]
+__all__ += ["validate", "with_metrics"]

@@ -5,9 +5,11 @@ import json
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from ml_collections import ConfigDict, config_dict
+
+from lora_jax.core.ranges import COUNT, PROBABILITY, SHARE, Range
 
 # The names of before 2026-11-30, which configs, command lines and config.json may still have.
 RENAMED = {
@@ -17,27 +19,56 @@ RENAMED = {
     "optimizer.b_ratio": "optimizer.loraplus_lr_ratio",
 }
 
+# What ("matrices",) of `OptimizerConfig.decay` was called in config.json then.
+OLD_MATRICES = [
+    "**/{kernel,embedding}/{value,a,b,w1,w1_a,w1_b,w2,w2_a,w2_b,rows}",
+    "@shared/**/a",
+    "@*/*/{down,up,down_left,down_right,up_left,up_right,values}",
+]
+
+_FROM_0, _ABOVE_0 = Range(least=0), Range(above=0)
+_STEPS = Range(least=0, whole=True, optional=True)
+SEED = Range(least=0, below=2**63, whole=True)
+
+
+def _check_numbers(config: Any, prefix: str = "") -> None:
+    """Makes the numbers of a config's fields Python's; a ValueError names all those out of their range."""
+    problems = []
+    for name, kind in typing.get_type_hints(type(config), include_extras=True).items():
+        for numbers in (x for x in typing.get_args(kind) if isinstance(x, Range)):
+            try:
+                object.__setattr__(config, name, numbers(prefix + name, getattr(config, name)))
+            except ValueError as error:
+                problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join(problems))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW under a schedule; `lora_jax.training.optimizer` makes it."""
 
-    learning_rate: float = 2e-4  # the peak
+    learning_rate: Annotated[float, _FROM_0] = 2e-4  # the peak
     schedule: str = "linear"  # after the warm-up: "linear" or "cosine" down to `end_lr_ratio`, or "constant"
-    warmup_steps: int | None = None  # steps of linear warm-up from 0; None: `warmup_ratio` of all steps, rounded up
-    warmup_ratio: float = 0.0
-    end_lr_ratio: float = 0.0  # the rate at the last step, over the peak
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.01  # decoupled, times the rate
+    # steps of linear warm-up from 0; None: `warmup_ratio` of all steps, rounded up
+    warmup_steps: Annotated[int | None, _STEPS] = None
+    warmup_ratio: Annotated[float, SHARE] = 0.0
+    end_lr_ratio: Annotated[float, SHARE] = 0.0  # the rate at the last step, over the peak
+    b1: Annotated[float, PROBABILITY] = 0.9
+    b2: Annotated[float, PROBABILITY] = 0.999
+    eps: Annotated[float, _ABOVE_0] = 1e-8
+    weight_decay: Annotated[float, _FROM_0] = 0.01  # decoupled, times the rate
     # Globs of the delta's `path` or `path/factor` that decay; "matrices": what the method's traits name. The default,
     # all that trains, is the authors'.
     decay: tuple[str, ...] = ("**",)
-    clip_norm: float | None = None  # the largest global norm of the gradient; None: no clipping
+    # the largest global norm of the gradient; None: no clipping
+    clip_norm: Annotated[float | None, Range(above=0, optional=True)] = None
     # The rate, and with it the decay, of LoRA's B, or what the method's traits name instead, over that of the other
     # factors (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
-    loraplus_lr_ratio: float = 1.0
+    loraplus_lr_ratio: Annotated[float, _ABOVE_0] = 1.0
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "optimizer.")
 
     @classmethod
     def of(cls, config: Any) -> "OptimizerConfig":
@@ -55,18 +86,22 @@ class OptimizerConfig:
 class TrainConfig:
     """A run, besides what trains and on what."""
 
-    seed: int = 0  # of the delta's start, of dropout and of the order of the data
-    epochs: int = 1  # how often each example comes
-    steps: int | None = None  # the length of the run, instead of `epochs`; the rate decays until then
-    accumulate: int = 1  # micro-batches that a batch is split into
-    label_smoothing: float = 0.0  # of a language model's loss in training
+    seed: Annotated[int, SEED] = 0  # of the delta's start, of dropout and of the order of the data
+    epochs: Annotated[int, COUNT] = 1  # how often each example comes
+    # the length of the run, instead of `epochs`; the rate decays until then
+    steps: Annotated[int | None, Range(least=1, whole=True, optional=True)] = None
+    accumulate: Annotated[int, COUNT] = 1  # micro-batches that a batch is split into
+    label_smoothing: Annotated[float, PROBABILITY] = 0.0  # of a language model's loss in training
     metrics: tuple[str, ...] = ()  # of `register_metric`: metrics of validation besides those of the objective
     best: str | None = None  # the validation metric whose highest value's delta is kept in adapter/; None: the last
-    log_every: int = 100  # steps between two entries of the training loss
-    eval_every: int | None = None  # steps between two validations, besides each epoch's end
-    save_every: int | None = 1000  # steps between two checkpoints, besides each epoch's end
-    max_to_keep: int = 3  # checkpoints, the newest ones
+    log_every: Annotated[int, COUNT] = 100  # steps between two entries of the training loss
+    eval_every: Annotated[int | None, _STEPS] = None  # steps between validations, besides epochs' ends
+    save_every: Annotated[int | None, _STEPS] = 1000  # steps between checkpoints, besides epochs' ends
+    max_to_keep: Annotated[int, COUNT] = 3  # checkpoints, the newest ones
     optimizer: OptimizerConfig = OptimizerConfig()
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
 
     @classmethod
     def of(cls, config: Any) -> "TrainConfig":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from lora_jax import checkpoints
@@ -22,11 +23,12 @@ from lora_jax.distributed.sharding import Placement
 from lora_jax.training import locks, stopping
 from lora_jax.training import step as steps
 from lora_jax.training.config import TrainConfig
+from lora_jax.training.finite import not_finite
 from lora_jax.training.logging import LabelCount, Log, Logger, Meter, Prefixed, fetch, plot_loss
 from lora_jax.training.objectives import Objective, language_model, with_metrics
-from lora_jax.training.optimizers import optimizer, schedule
+from lora_jax.training.optimizers import check_decay, optimizer, schedule
 from lora_jax.training.validation import Figures, validator
-from lora_jax.training.workdir import claim, difference
+from lora_jax.training.workdir import check_resumed, claim, data_of, difference
 
 
 class Member(NamedTuple):
@@ -45,7 +47,7 @@ class Job(NamedTuple):
     settings: TrainConfig  # of the loop
     workdir: Path  # with the checkpoints
     members: tuple[Member, ...]  # the run, or those of the sweep
-    base: dict[str, str]  # the base's `checkpoints.identity`
+    base: dict[str, Any]  # the base's `checkpoints.identity`
     params: Any  # the base, without the leaves that the delta holds
     state: steps.State  # new, or of the newest checkpoint; of a sweep stacked and padded. `drive` uses it up
     start: int  # the steps done
@@ -54,6 +56,7 @@ class Job(NamedTuple):
     step: Callable[[steps.State, Any, Any], steps.State]  # (state, params, batch) -> state
     validate: Callable[[steps.State], Sequence[Figures | None]] | None  # of each run, None where its loss is not finite
     put: Callable[[Batch], dict[str, jax.Array]]  # places a batch
+    data: Mapping[str, Any] = {}  # of `workdir.data_of`
     shapes: tuple[steps.State, ...] | None = None  # of a sweep: each run's state without leading axis and padding
     loggers: tuple[Logger, ...] = ()  # written to besides the files
 
@@ -86,7 +89,7 @@ def prepare(
     method: ParamTransform,
     model: Any,
     params: Any,
-    base: dict[str, str],
+    base: dict[str, Any],
     batches: Schedule,
     validation: Schedule | None = None,
     objective: Objective | None = None,
@@ -110,9 +113,9 @@ def prepare(
       loggers: written to besides metrics.jsonl and TensorBoard's events; the caller closes them.
 
     Raises:
-      ValueError: another process writes the workdir, it holds another config's run or another base's or method's, no
-        checkpoint of it is good, the batch does not divide over micro-batches and devices, or a process has no device
-        on the mesh.
+      ValueError: another process writes the workdir, it holds another config's run or another base's, data's or
+        method's, no checkpoint of it is good, the batch does not divide over micro-batches and devices, or a process
+        has no device on the mesh.
     """
     workdir, settings = Path(workdir).expanduser().absolute(), TrainConfig.of(config)
     claim(workdir, config)
@@ -129,7 +132,10 @@ def prepare(
     def start(params: Any) -> steps.State:
         return steps.new_state(method, tx, params, jax.random.key(settings.seed), initial, dtype=dtype)
 
-    state = _state(workdir, method, start, params, base, placement)
+    data = processes.on_primary(partial(data_of, batches, validation, initial))
+    state, meta = _state(workdir, method, start, params, base, placement)
+    check_resumed(workdir, meta.get("data", {}), data, int(state.step), total)
+    check_decay(settings.optimizer, state.delta)
     params = without_tuned(params, state.delta)
     objective = with_metrics(objective or language_model(model, settings.label_smoothing), settings.metrics)
     validate = None
@@ -151,27 +157,29 @@ def prepare(
         step=jax.jit(step, donate_argnums=0, out_shardings=shardings),
         validate=validate,
         put=put,
+        data=data,
         loggers=tuple(loggers),
     )
 
 
 def _state(
-    workdir: Path, method: ParamTransform, start: Callable, params: Any, base: dict[str, str], placement: Placement
-) -> steps.State:
-    """The newest good checkpoint, or where there is none the start; placed on the mesh."""
+    workdir: Path, method: ParamTransform, start: Callable, params: Any, base: dict[str, Any], placement: Placement
+) -> tuple[steps.State, Mapping[str, Any]]:
+    """The newest good checkpoint and its metadata, or where there is none the start and {}; placed on the mesh."""
     shapes = jax.eval_shape(start, params)
     adapted = jax.eval_shape(method.apply, params, shapes.delta)
     state_shardings = steps.state_shardings(shapes, placement, adapted)
     if processes.on_primary(lambda: checkpoints.latest_step(workdir)) is None:
-        return jax.jit(start, out_shardings=state_shardings)(params)
+        return jax.jit(start, out_shardings=state_shardings)(params), {}
     like = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), shapes, state_shardings)
     state = checkpoints.restore(workdir, like, base=base)
-    spec = checkpoints.meta_of(workdir)["spec"]
+    meta = checkpoints.meta_of(workdir)
+    spec = meta["spec"]
     if json.dumps(spec) != json.dumps(method.spec):  # equal also of a method that no name makes again
         then, now = from_spec(spec).apply(params, state.delta), method.apply(params, state.delta)
         if other := difference(then, now):
             raise ValueError(f"{workdir} holds the delta of another method than the config's: {other}")
-    return state
+    return state, meta
 
 
 def train(job: Job) -> Result:
@@ -179,7 +187,7 @@ def train(job: Job) -> Result:
     which other processes may write from then on.
 
     Raises:
-      ValueError: a batch has no labels, or loss or gradient are not finite; names the step. The checkpoints stay.
+      ValueError: a batch has no labels, or loss, gradient or delta are not finite; names the step. What is saved stays.
       OSError: the workdir cannot be written; names the newest complete checkpoint.
     """
     with locks.locked(job.workdir), stopping.noted():
@@ -195,7 +203,9 @@ def drive(job: Job) -> tuple[steps.State, int]:
     Raises: as `train`; of a sweep a ValueError where every run diverged.
     """
     settings, state, done = job.settings, job.state, job.start
-    if done == job.total or stopping.requested():  # launched again, or stopped before
+    if done == job.total:  # launched again
+        return _checked(job, state, done), done
+    if stopping.requested():  # stopped before
         return state, done
     epoch_steps = len(job.batches)
     with contextlib.ExitStack() as stack:
@@ -219,16 +229,19 @@ def drive(job: Job) -> tuple[steps.State, int]:
                 state = meter.write(done, state)
                 if len(meter.bad) == len(job.members):
                     _check_finite(job, state)
+            if validates or saves:
+                with meter.paused(state):
+                    state = _checked(job, state, done)
             if job.validate and validates:
                 with meter.paused(state):
                     _validate(job, job.validate(state), logs, meter, done, state)
             if saves:
                 with meter.paused(state):
-                    _check_finite(job, state)
                     specs = [member.method.spec for member in job.members]
                     spec = specs[0] if job.shapes is None else {"method": "sweep", "of": specs}
                     position = divmod(done, epoch_steps)
-                    checkpoints.save(manager, done, state, spec=spec, base=job.base, position=position)
+                    parts = {"spec": spec, "base": job.base, "position": position, "data": job.data}
+                    checkpoints.save(manager, done, state, **parts)
             if stop:
                 break
     return state, done
@@ -256,8 +269,9 @@ def _validate(
     """Logs validation's loss and metrics, and keeps a delta in adapter/ where it is the best so far."""
     if not any(figures):
         raise ValueError("the validation loss is not finite")
+    diverged = [metrics["bad_step"] > 0 for metrics in fetch(state)]
     for number, (member, log, values) in enumerate(zip(job.members, logs, figures, strict=True)):
-        if values is None:
+        if values is None or diverged[number]:
             continue
         best = TrainConfig.of(member.config).best
         if best and best not in values:
@@ -270,12 +284,26 @@ def _validate(
         meter.say(f"step {done}{', ' if member.name else ''}{member.name}: {shown}")
 
 
-def _check_finite(job: Job, state: steps.State) -> None:
-    """A ValueError where every run had a step whose loss or gradient was not finite; what is saved stays."""
+def _checked(job: Job, state: steps.State, done: int) -> steps.State:
+    """The state, before something of it is kept: a run whose delta is not finite had a bad step, as one whose loss was
+    not; a ValueError where every run had one."""
+    factors = not_finite(state.delta, members=job.shapes is not None)
+    metrics = np.array(jax.device_get(state.metrics))
+    bad_steps = np.atleast_2d(metrics)[:, steps.METRICS.index("bad_step")]
+    if late := {number: name for number, name in factors.items() if not bad_steps[number]}:
+        bad_steps[list(late)] = done
+        state = state._replace(metrics=processes.place(metrics, state.metrics.sharding))
+    _check_finite(job, state, late)
+    return state
+
+
+def _check_finite(job: Job, state: steps.State, factors: Mapping[int, str] = {}) -> None:
+    """A ValueError where every run had a bad step: of loss or gradient, or by the `factors` of its delta that are not
+    finite, {run: name}; what is saved stays."""
     bad = {number: int(metrics["bad_step"]) for number, metrics in enumerate(fetch(state))}
     if not all(bad.values()):
         return
     if job.shapes is not None:
         raise ValueError(f"every member of {job.workdir} diverged: {bad}")
-    problem = f"step {bad[0]}: the loss or its gradient is not finite"
-    raise ValueError(f"{problem}; the checkpoints from before stay in {job.workdir}")
+    what = f"the delta is not finite ({factors[0]})" if factors else "the loss or its gradient is not finite"
+    raise ValueError(f"step {bad[0]}: {what}; the checkpoints from before stay in {job.workdir}")

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import optax
 
-from lora_jax.core.freezing import freeze_base
-from lora_jax.core.selection import matches_any
+from lora_jax.core.freezing import freeze_base, partition
+from lora_jax.core.selection import matches, matches_any, nearest
 from lora_jax.core.transforms.registry import owners
-from lora_jax.training.config import OptimizerConfig
+from lora_jax.training.config import OLD_MATRICES, OptimizerConfig
 
 
 def schedule(config: Any, steps: int, peak: Any = None) -> optax.Schedule:
@@ -33,6 +33,17 @@ def schedule(config: Any, steps: int, peak: Any = None) -> optax.Schedule:
         raise ValueError(f"optimizer.schedule is {config.schedule!r}, not one of {sorted(after)}")
     decay = after[config.schedule]
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup]) if warmup else decay
+
+
+def check_decay(config: Any, delta: Any) -> None:
+    """A ValueError where a glob of `decay`, "matrices" apart, matches nothing that trains of a delta, of which shapes
+    suffice."""
+    globs = list(OptimizerConfig.of(config).decay)
+    keys = [keys for keys, _ in jax.tree.leaves_with_path(partition(delta)[0])]
+    names = {jax.tree_util.keystr(part[:n], simple=True, separator="/") for part in keys for n in (1, 2)}
+    for glob in globs if globs != OLD_MATRICES else []:
+        if glob != "matrices" and not any(matches(glob, name) for name in names):
+            raise ValueError(f"optimizer.decay={glob!r} matches nothing that trains{nearest(glob, names)}")
 
 
 def optimizer(

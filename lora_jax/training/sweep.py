@@ -29,9 +29,9 @@ from lora_jax.training.config import OptimizerConfig, TrainConfig
 from lora_jax.training.logging import Logger, fetch, plot_loss
 from lora_jax.training.loop import Job, Member, Result, drive
 from lora_jax.training.objectives import Objective, with_metrics
-from lora_jax.training.optimizers import optimizer, schedule
+from lora_jax.training.optimizers import check_decay, optimizer, schedule
 from lora_jax.training.validation import validator
-from lora_jax.training.workdir import claim
+from lora_jax.training.workdir import check_resumed, claim, data_of
 
 _RATES = ("learning_rate", "weight_decay")
 
@@ -42,7 +42,7 @@ def prepare(
     workdir: str | Path,
     members: Sequence[Member],
     *,
-    base: dict[str, str],
+    base: dict[str, Any],
     objective: Objective,
     validation: Schedule | None = None,
     placement: Placement | None = None,
@@ -65,13 +65,13 @@ def prepare(
         differ in what cannot be swept.
     """
     workdir = Path(workdir).expanduser().absolute()
+    settings = [TrainConfig.of(member.config) for member in members]
     claim(workdir, config)
     for member in members:
         with locks.locked(workdir / member.name):
-            claim(workdir / member.name, member.config)
+            claim(workdir / member.name, member.config, sweep=workdir)
     placement = placement or Placement.one_device()
     processes.check_mesh(placement.mesh)
-    settings = [TrainConfig.of(member.config) for member in members]
     total = settings[0].steps or settings[0].epochs * len(members[0].batches)
     objective = with_metrics(objective, settings[0].metrics)
     spec, values = _common([member.method.spec for member in members])
@@ -82,7 +82,10 @@ def prepare(
     size, micro = members[0].batches.batch_size, settings[0].accumulate
     put, held = processes.batch_placer(placement.mesh, size, micro, len(members) if apart else None)
     schedules = tuple(dataclasses.replace(member.batches, held=held) for member in members)
-    states, shapes = _states(workdir, members, base, placement.replicated, dtype)
+    data = processes.on_primary(partial(data_of, members[0].batches, validation))
+    states, shapes, meta = _states(workdir, members, base, placement.replicated, dtype)
+    check_resumed(workdir, meta.get("data", {}), data, int(states.step[0]), total)
+    check_decay(settings[0].optimizer, states.delta)
     params = without_tuned(members[0].params, states.delta)
     params = processes.place(params, placement.shardings(params))
     values = processes.place(values, placement.replicated)
@@ -109,6 +112,7 @@ def prepare(
         step=lambda states, params, batch: step(states, values, params, batch),
         validate=validate,
         put=put,
+        data=data,
         shapes=tuple(shapes),
         loggers=tuple(loggers),
     )
@@ -118,8 +122,8 @@ def train(sweep: Job) -> list[Result | None] | None:
     """Trains to the end, or until a signal stops it; leaves metrics, a checkpoint and an adapter in each member's
     folder.
 
-    Returns: the result of each member, None for one whose loss or gradient was not finite; None where a signal ended it
-      (all is saved).
+    Returns: the result of each member, None for one whose loss, gradient or delta was not finite; None where a signal
+      ended it (all is saved).
 
     Raises: as `loop.train`; a ValueError where every member diverged.
     """
@@ -141,8 +145,8 @@ def _train(sweep: Job) -> list[Result | None] | None:
         state = sweep.part(states, number)
         if processes.on_primary(partial(checkpoints.latest_step, folder)) != done:
             with checkpoints.opened(folder) as manager:
-                position = divmod(done, len(member.batches))
-                checkpoints.save(manager, done, state, spec=spec, base=sweep.base, position=position)
+                parts = {"position": divmod(done, len(member.batches)), "data": sweep.data}
+                checkpoints.save(manager, done, state, spec=spec, base=sweep.base, **parts)
         if not TrainConfig.of(member.config).best:  # else the best is there already
             checkpoints.save_adapter(folder / "adapter", member.method, state.delta, sweep.base)
         results.append(Result(state.delta, done, True))
@@ -182,9 +186,10 @@ def _over_members(function: Callable, axes: tuple[int | None, ...], together: bo
 
 
 def _states(
-    workdir: Path, members: Sequence[Member], base: dict[str, str], place: jax.NamedSharding, dtype: Any
-) -> tuple[steps.State, list[steps.State]]:
-    """The states of all members, stacked, new or of the newest good checkpoint; and the shapes of each."""
+    workdir: Path, members: Sequence[Member], base: dict[str, Any], place: jax.NamedSharding, dtype: Any
+) -> tuple[steps.State, list[steps.State], Mapping[str, Any]]:
+    """The states of all members, stacked, new or of the newest good checkpoint; the shapes of each; and the
+    checkpoint's metadata, {} of new ones."""
     settings = [TrainConfig.of(member.config) for member in members]
     specs = [json.dumps(member.method.spec) for member in members]
     tx = optimizer(settings[0].optimizer, optax.constant_schedule(0.0), spec=members[0].method.spec)
@@ -201,14 +206,15 @@ def _states(
         def stacked(x: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
             return x.update(shape=(len(members), *shape), sharding=place)
 
-        return checkpoints.restore(workdir, jax.tree.map(stacked, shapes[0], largest), base=base), shapes
+        like = jax.tree.map(stacked, shapes[0], largest)
+        return checkpoints.restore(workdir, like, base=base), shapes, checkpoints.meta_of(workdir)
 
     def padded(x: Array, shape: tuple[int, ...]) -> Array:
         edges = [(0, most - size, 0) for size, most in zip(x.shape, shape, strict=True)]
         return jax.lax.pad(x, jnp.zeros((), x.dtype), edges)
 
     states = [jax.tree.map(padded, start(params, key), largest) for start, params, key in calls]
-    return processes.place(jax.tree.map(lambda *xs: jnp.stack(xs), *states), place), shapes
+    return processes.place(jax.tree.map(lambda *xs: jnp.stack(xs), *states), place), shapes, {}
 
 
 def _common(specs: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:

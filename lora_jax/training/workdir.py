@@ -2,37 +2,35 @@
 
 import dataclasses
 import json
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from lora_jax.checkpoints import latest_step, write_atomically
+from lora_jax.checkpoints import has_data, latest_step, write_atomically
 from lora_jax.core.arrays import is_adapted
 from lora_jax.core.lifting.taps import untapped
 from lora_jax.core.selection import flatten
+from lora_jax.data.batches import Schedule
+from lora_jax.data.digest import digest, digest_of
 from lora_jax.distributed import processes
 from lora_jax.training import locks
-from lora_jax.training.config import TrainConfig, as_json, with_new_names
+from lora_jax.training.config import OLD_MATRICES, TrainConfig, as_json, with_new_names
 from lora_jax.training.logging import read_metrics
 
 # What may change when a run resumes. How the base is called may; its identity is compared.
 MAY_CHANGE = ("base", "decode", "log_every", "save_every", "max_to_keep", "mesh")
-
-# What ("matrices",) was called in config.json then.
-_OLD_MATRICES = [
-    "**/{kernel,embedding}/{value,a,b,w1,w1_a,w1_b,w2,w2_a,w2_b,rows}",
-    "@shared/**/a",
-    "@*/*/{down,up,down_left,down_right,up_left,up_right,values}",
-]
+# Where the data are may change too, from a checkpoint on that has digests of them: those are compared.
+_PATHS = {"data.path", "data.validation", "tokenizer", "warm_start"}
 
 
-def claim(workdir: str | Path, config: Any) -> None:
+def claim(workdir: str | Path, config: Any, *, sweep: str | Path | None = None) -> None:
     """Makes this process the one that writes the workdir (`locks.locked`), until it has trained there or ends, and
     writes config.json, the resolved config (a ConfigDict or a TrainConfig). One that left nothing else there (it failed
-    at once) is replaced. Of several processes the first one does it.
+    at once) is replaced. Of several processes the first one does it. `sweep`: of a member of a sweep, the sweep's
+    workdir, which has the checkpoints.
 
     Raises:
       ValueError: another process writes the workdir, or it holds a run of another config (shows every difference); on
@@ -44,13 +42,15 @@ def claim(workdir: str | Path, config: Any) -> None:
     def write() -> None:
         if path.exists() and (latest_step(workdir) is not None or read_metrics(workdir)):
             here, there = _comparable(new), _comparable(with_new_names(json.loads(path.read_text())))
-            different = [
-                f"{key} is {there.get(key, 'absent')!r} there and {here.get(key, 'absent')!r} here"
+            different = {
+                key: f"{key} is {there.get(key, 'absent')!r} there and {here.get(key, 'absent')!r} here"
                 for key in sorted(here.keys() | there.keys())
                 if key.split(".")[0] not in MAY_CHANGE and here.get(key) != there.get(key)
-            ]
+            }
+            if different.keys() & _PATHS and has_data(sweep or workdir):
+                different = {key: text for key, text in different.items() if key not in _PATHS}
             if different:
-                problem = f"{workdir} holds the run of another config: {'; '.join(different)}"
+                problem = f"{workdir} holds the run of another config: {'; '.join(different.values())}"
                 raise ValueError(f"{problem}. Give another --workdir, or the config it began with")
         write_atomically(path, (json.dumps(new, indent=2) + "\n").encode())
 
@@ -61,9 +61,38 @@ def claim(workdir: str | Path, config: Any) -> None:
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     """A config's values by their full keys, with the defaults of the keys that it does not have."""
     values = flatten_dict(as_json(TrainConfig()), sep=".") | flatten_dict(config, sep=".")
-    if values["optimizer.decay"] == _OLD_MATRICES:
+    if values["optimizer.decay"] == OLD_MATRICES:
         values["optimizer.decay"] = ["matrices"]
     return values
+
+
+def data_of(batches: Schedule, validation: Schedule | None, initial: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """What a checkpoint keeps of a run's data, as encoded, and of the entries that it starts from; JSON."""
+    parts = {"train": digest(batches)} | ({} if validation is None else {"validation": digest(validation)})
+    return parts | ({"initial": {"digest": digest_of(dict(initial))}} if initial else {})
+
+
+def check_resumed(
+    workdir: str | Path, then: Mapping[str, Any], now: Mapping[str, Any], done: int = 0, total: int = 0
+) -> None:
+    """A ValueError where the data of a run are not those that it began with, or give fewer steps than it has done.
+
+    Args:
+      then, now: of `data_of`. Earlier versions kept none; what both have is compared.
+      done, total: the steps.
+    """
+    for part in ("train", "validation"):
+        if part in then and part in now and then[part] != now[part]:
+            (old, new), name = (then[part], now[part]), {"train": "training"}.get(part, part)
+            counts = f"it began with {old['examples']} examples ({old['digest'][:12]})"
+            problem = f"{workdir} holds a run on other {name} data: {counts}, here are {new['examples']}"
+            way_out = "Give another --workdir, or the data it began with"
+            raise ValueError(f"{problem} ({new['digest'][:12]}). {way_out}")
+    if then and then.get("initial") != now.get("initial"):
+        raise ValueError(f"{workdir} holds a run that began from another adapter (warm_start). Give another --workdir")
+    if done > total:
+        problem = f"{workdir}: the run has done {done} steps, but its data now give {total}"
+        raise ValueError(f"{problem}. Give another --workdir, or the data it began with")
 
 
 def difference(first: Any, second: Any, among: Container[str] | None = None) -> str:

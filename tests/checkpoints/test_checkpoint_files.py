@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import serialization
+from flax.training.train_state import TrainState
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.experimental import multihost_utils
@@ -334,3 +337,18 @@ def test_identity_tells_bases_apart() -> None:
     negative_zero = {"layer": {"kernel": jnp.ones((8, 6)), "bias": -jnp.zeros(6)}}
     changed = checkpoints.identity(negative_zero, "ones")
     assert changed["shapes"] == BASE["shapes"] and changed["content"] != BASE["content"]
+
+
+def test_flax_serializes_a_delta_and_a_train_state_of_one() -> None:
+    factors = {"a": jnp.ones((3, 2)), "b": jnp.zeros((2, 4))}
+    delta = lj.Delta({"h_0/query/kernel": factors, "@shared/x": {"d": jnp.ones(2)}})
+    blank = jax.tree.map(jnp.zeros_like, delta)
+    state = TrainState.create(apply_fn=None, params=blank, tx=lj.freeze_base(optax.sgd(0.1, momentum=0.9)))
+    for target, filled in ((blank, delta), (state, state.apply_gradients(grads=delta))):
+        again = serialization.from_bytes(target, serialization.to_bytes(filled))
+        assert jax.tree.structure(again) == jax.tree.structure(filled)
+        jax.tree.map(np.testing.assert_array_equal, again, filled)
+    restored = serialization.msgpack_restore(serialization.to_bytes(delta))
+    jax.tree.map(np.testing.assert_array_equal, lj.Delta(restored), delta)
+    with pytest.raises(ValueError, match="do not match"):
+        serialization.from_bytes(lj.Delta({"other": {"a": jnp.ones(2)}}), serialization.to_bytes(delta))

@@ -326,11 +326,14 @@ def test_what_cannot_be_is_said():
     with pytest.raises(ValueError, match="activation='swish': choose one of"):
         lj.compacter(BOTH, rank=4, activation="swish")
     for rank in (0, -1, 1.5):
-        with pytest.raises(ValueError, match=f"rank={rank}: a whole number from 1"):
+        with pytest.raises(ValueError, match=f"rank={rank} must be a whole number from 1"):
             lj.adapter(BOTH, rank=rank)
     with pytest.raises(ValueError, match="name a site at least"):
         lj.adapter({}, rank=2)
-    for rank, n in ((3, 2), (4, 3), (0, 2), (4, 0)):
+    for rank, n in ((0, 2), (4, 0)):
+        with pytest.raises(ValueError, match=r"(rank|n)=0 must be a whole number from 1"):
+            lj.compacter(BOTH, rank=rank, n=n)
+    for rank, n in ((3, 2), (4, 3)):
         with pytest.raises(ValueError, match=f"n={n} must be a whole number that divides rank={rank}"):
             lj.compacter(BOTH, rank=rank, n=n)
     with pytest.raises(ValueError, match=r"layers=\[2\]: name some of the 2 of the site"):

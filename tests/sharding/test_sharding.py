@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lj
 from lora_jax import sharding
 from lora_jax.models import gpt2
+from lora_jax.training import new_state, state_shardings
 from tests.helpers.meshes import CONFIG, SCANNED, mesh_of
 
 METHOD = lj.lora(
@@ -204,6 +205,42 @@ def test_adapters_are_spread_over_fsdp():
     places = sharding.shardings(delta, mesh, rules, jax.eval_shape(method.apply, params, delta))["@mlp_out/adapter"]
     assert places["down"].spec == P(None, "fsdp") and places["up"].spec == P(None, None, "fsdp")
     assert places["down_bias"].spec == P()
+
+
+FACTORED = {
+    "adafactor": lambda: optax.adafactor(1e-2, min_dim_size_to_factor=2),
+    "factored_rms": lambda: optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=2), optax.scale(-1e-2)),
+    "sm3": lambda: optax.sm3(1e-2),
+}
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 2, 4)])
+@pytest.mark.parametrize("name", FACTORED)
+def test_the_state_of_a_factored_optimizer_is_placed_and_steps_as_on_one_device(name, sizes):
+    """With fewer axes than a factor it follows those that are left, or is replicated."""
+    config = dataclasses.replace(CONFIG, n_layer=1)
+    mesh, (_, params, _) = mesh_of(*sizes), setup(config)
+    method = lj.chain(METHOD, lj.tune(lj.select("**/up/kernel", "ln_f/*")))
+    tx = lj.freeze_base(FACTORED[name]())
+    placement = sharding.Placement(mesh, sharding.gpt2_rules(config.vocab_size, mesh))
+    delta = jax.jit(method.init)(jax.random.key(2), params)
+    start = functools.partial(new_state, method, tx)
+    shapes = jax.eval_shape(start, params, jax.random.key(0))
+    places = state_shardings(shapes, placement, jax.eval_shape(method.apply, params, shapes.delta))
+    if name == "adafactor":
+        factored = places.optimizer.inner_states["trainable"].inner_state[0]
+        up = [moment["h_0/mlp/up/kernel"]["value"].spec for moment in (factored.v_row, factored.v_col, factored.v)]
+        assert up == [P("fsdp"), P("tensor"), P()]
+
+    def stepped(delta, state):
+        grads = jax.tree.map(lambda x: jnp.cos(3 * x), delta)
+        return optax.apply_updates(delta, tx.update(grads, state, delta)[0])
+
+    state = jax.jit(tx.init, out_shardings=places.optimizer)(jax.device_put(delta, places.delta))
+    got = jax.jit(stepped)(jax.device_put(delta, places.delta), state)
+    want = jax.jit(stepped)(delta, tx.init(delta))
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
 def test_the_table_says_where_each_array_lies():

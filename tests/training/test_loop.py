@@ -209,6 +209,38 @@ def test_a_loss_that_is_not_finite_stops_the_run(straight: Straight, tmp_path: P
     assert [e["step"] for e in training.read_metrics(tmp_path)] == ([2, 4, 6] if log_every == 2 else [])
 
 
+OVERFLOW = {"optimizer.learning_rate": 3e38, "optimizer.loraplus_lr_ratio": 4.0, "optimizer.warmup_steps": 0}
+
+
+def test_a_delta_that_is_not_finite_is_neither_saved_nor_returned(tmp_path: Path) -> None:
+    """Where it happens in the last step, whose loss and gradient are finite."""
+    job = prepare(tmp_path, run_config(steps=1, log_every=1, best="validation_loss", **OVERFLOW))
+    match = r"step 1: the delta is not finite \(h_0/attn/query/kernel:b\); the checkpoints from before stay"
+    with pytest.raises(ValueError, match=match):
+        training.train(job)
+    assert np.isfinite(training.read_metrics(tmp_path)[-1]["loss"])
+    assert checkpoints.latest_step(tmp_path) is None and not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(("step", "kept"), [(4, None), (5, 4), (7, 5), (15, 12)])
+def test_the_last_checkpoint_before_is_finite(straight: Straight, tmp_path: Path, step: int, kept: int | None) -> None:
+    job = with_programs_of(straight.job, prepare(tmp_path, run_config(**CONFIG), validation=None))
+
+    def spoiled(state: Any, params: Any, batch: Any) -> Any:
+        new = straight.job.step(state, params, batch)
+        if int(new.step) != step:
+            return new
+        factors = new.delta["h_0/attn/value/kernel"]
+        bad = factors | {"a": factors["a"].at[3, 1].set(-jnp.inf)}
+        return new._replace(delta=lj.Delta({**new.delta, "h_0/attn/value/kernel": bad}))
+
+    with pytest.raises(ValueError, match=rf"step ({step}|{step + 1}): the (delta|loss) .* not finite"):
+        training.train(job._replace(step=spoiled, validate=None))
+    assert checkpoints.latest_step(tmp_path) == kept
+    if kept:
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(checkpoints.load(tmp_path).delta))
+
+
 def test_a_batch_without_labels_stops_the_run(straight: Straight, tmp_path: Path) -> None:
     job = with_programs_of(straight.job, prepare(tmp_path, run_config(), batches=with_weights(1, 0)))
     with pytest.raises(ValueError, match="step 1: batch 0 of epoch 0 has no labels"):

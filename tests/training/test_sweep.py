@@ -187,6 +187,19 @@ def test_a_diverging_member_leaves_the_others_alone(tmp_path: Path) -> None:
         sweep.train(ready(tmp_path / "all", diverging, validation=None))
 
 
+def test_a_member_whose_delta_is_not_finite_has_diverged(tmp_path: Path) -> None:
+    """In the last step, whose loss and gradient are finite, as is the validation loss here."""
+    options = {"steps": 1, "log_every": 1, "best": "validation_loss", "optimizer.warmup_steps": 0}
+    values = [{"learning_rate": 1e-2}, {"learning_rate": 3e38}]
+    swept = members(values, buckets=1, **options, **{"optimizer.loraplus_lr_ratio": 4.0})
+    job = ready(tmp_path, swept, validation=None)
+    results = sweep.train(job._replace(validate=lambda states: [{"validation_loss": 1.0}] * 2))
+    assert results is not None and results[1] is None and results[0] is not None
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(results[0].delta))
+    assert [(tmp_path / member.name / "adapter").exists() for member in swept] == [True, False]
+    assert np.isfinite(training.read_metrics(tmp_path / swept[1].name)[-1]["loss"])
+
+
 def test_what_cannot_be_swept_is_said(tmp_path: Path) -> None:
     lokr = {"method": "lokr", "select": QV["select"], "rank": 2}
     for values, spec, message in [
