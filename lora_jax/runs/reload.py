@@ -98,6 +98,7 @@ def adapter(path: str | Path, base: bases.Base) -> tuple[ParamTransform, Delta]:
       FileNotFoundError: it is not there. ValueError: it is of no form, damaged, or another base's.
     """
     path = Path(path)
+    checkpoints.finish_replacing(path)
     file = path / "config.json"
     if file.is_file() and "model_type" not in json.loads(file.read_text()):  # of a run, not of a model
         read_config(path)  # registers a method from a file

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
+from lora_jax.checkpoints import finish_replacing, replaced_together
 from lora_jax.core import transforms
 from lora_jax.core.arrays import is_adapted
 from lora_jax.core.extras import extra
@@ -156,8 +157,9 @@ def save(
     """Writes a folder that `load` and transformers' `from_pretrained` read.
 
     Parameters of either layout, of float32, float16 or bfloat16, are stored as they are. Files of the same names are
-    replaced only when all new ones are complete, and weights under other names that the new ones make obsolete are
-    deleted; others stay.
+    replaced when all new ones are complete, all or none, and weights under other names that the new ones make obsolete
+    are deleted; others stay. A save that is broken off at any moment leaves what `load` reads as the old model or as
+    the new one.
 
     Args:
       folder: made where it is missing.
@@ -220,22 +222,11 @@ def _merged(leaf: Any) -> Any:
 
 
 def _write(folder: Path, fields: dict, tensors: Tensors, tokenizer: Tokenizer | None, shard_size: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
-        complete = Path(temporary)
-        (complete / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-        _write_weights(complete, tensors, shard_size)
+    with replaced_together(folder, last="config.json", obsolete=_WEIGHTS.fullmatch) as new:
+        (new / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        _write_weights(new, tensors, shard_size)
         if tokenizer is not None:
-            tokenizer.save(str(complete / "tokenizer.json"))
-        new = sorted((file.name for file in complete.iterdir()), key=lambda name: name == INDEX)
-        if INDEX in new:  # a crash must not leave what would be read in place of the new files
-            for old in (INDEX, WEIGHTS):
-                (folder / old).unlink(missing_ok=True)
-        for name in new:
-            os.replace(complete / name, folder / name)
-    for file in list(folder.iterdir()):
-        if _WEIGHTS.fullmatch(file.name) and file.name not in new:
-            file.unlink()
+            (new / "tokenizer.json").write_bytes(tokenizer.to_str(pretty=True).encode())
 
 
 def _write_weights(folder: Path, tensors: Tensors, shard_size: int) -> None:
@@ -244,7 +235,10 @@ def _write_weights(folder: Path, tensors: Tensors, shard_size: int) -> None:
     size = parameters = 0
     for held in _packed(tensors, shard_size):
         file = folder / f"{len(shards)}.safetensors"
-        save_file(held, file, metadata={"format": "pt"})
+        try:
+            save_file(held, file, metadata={"format": "pt"})
+        except SafetensorError as error:  # of the disk: what is held is valid
+            raise OSError(f"{file.name}: {error}") from error
         shutil.copymode(folder / "config.json", file)  # the library: for the owner alone
         shards.append(list(held))
         size += sum(tensor.nbytes for tensor in held.values())
@@ -272,6 +266,7 @@ def _packed(tensors: Tensors, most: int) -> Iterator[dict[str, np.ndarray]]:
 
 def _described(folder: Path) -> tuple[Format, dict[str, Any]]:
     """The format that config.json names, and its fields."""
+    finish_replacing(folder)
     fields = read_json(folder / "config.json")
     return format_of(fields.get("model_type"), str(folder)), fields
 
