@@ -166,13 +166,14 @@ def export_run(workdir: str | Path, form: Form, out: str | Path, *, base: str | 
     shape = config.mesh.to_dict() if config.get("mesh") else {}
     # The mesh of the run where it has several devices and they are there: its base may be too large for one.
     mesh = sharding.make_mesh(shape) if 1 < math.prod(shape.values()) <= jax.device_count() else None
-    loaded = bases.load(config, base, mesh)
+    source = base or config.base
+    loaded = bases.load(config, source, mesh)
     checkpoints.check_base(trained_on, loaded.identity, workdir)
     if form == "merged":
         if mesh is not None:
             adapted = jax.eval_shape(method.apply, loaded.params, delta)
             delta = jax.device_put(delta, loaded.placement.shardings(delta, adapted))
-        hf.save(out, loaded.model, method.apply(loaded.params, delta), loaded.tokenizer, merge=True)
+        hf.save(out, loaded.model, method.apply(loaded.params, delta), loaded.tokenizer, merge=True, like=source)
     else:
         peft.save(out, method, to_loop(delta), params=to_loop(loaded.params))
     return out, step

@@ -28,6 +28,7 @@ from lora_jax.core.extras import extra
 from lora_jax.distributed import processes
 from lora_jax.interop.folders import INDEX, WEIGHTS, check_shapes, inside, open_tensors, read_json
 from lora_jax.interop.hf import encoder, gpt2  # noqa: F401  (they register their formats)
+from lora_jax.interop.hf.checks import check_sizes, with_source, without_other_head
 from lora_jax.interop.hf.families import Format, HeadOptions, Stored, format_of, layouts
 from lora_jax.interop.lazy import placed, stacked
 from lora_jax.interop.tensor_files import FLOATS
@@ -92,8 +93,10 @@ def unread(
     types and shapes are checked, and no weight is read."""
     folder = _folder(folder_or_hub_id)
     format, fields = _described(folder)
-    tensors = open_tensors(folder, format.ignored)
-    model, flat = format.from_hf(format, fields, tensors, str(folder), HeadOptions(head, labels, tie, key))
+    tensors, options = open_tensors(folder, format.ignored), HeadOptions(head, labels, tie, key)
+    check_sizes(format, format.config_of(fields, str(folder)), tensors, str(folder))
+    tensors = without_other_head(format, fields, tensors, str(folder), options)
+    model, flat = format.from_hf(format, fields, tensors, str(folder), options)
     return model, unflatten_dict(flat, sep="/"), _tokenizer(folder, model.config.vocab_size)
 
 
@@ -152,6 +155,7 @@ def save(
     tokenizer: Tokenizer | None = None,
     *,
     merge: bool = False,
+    like: str | os.PathLike | None = None,
     shard_size: int = SHARD,
 ) -> None:
     """Writes a folder that `load` and transformers' `from_pretrained` read.
@@ -169,10 +173,14 @@ def save(
       tokenizer: for tokenizer.json.
       merge: the parameters are adapted (`method.apply(params, delta)`), and are merged one by one as they are written:
         the files are those of `save(..., lora_jax.merge(params))`.
+      like: the folder or the Hub's name of the model that this one was made from. What its config.json says besides
+        what the model's config holds is kept: dropout rates, ids of tokens, and where the head is of the same kind and
+        size, `id2label` and `problem_type`.
       shard_size: bytes of weights in one file; where there are more, there are several and an index.
 
     Raises:
-      ValueError: the parameters are not the model's (the names and shapes are shown), or cannot be merged.
+      ValueError: the parameters are not the model's (the names and shapes are shown), or cannot be merged; a tensor is
+        not finite, such as a merged one beyond float16's range; `like` is of another family.
       TypeError: adapted parameters without `merge`, or a model of no known family.
     """
     format = format_of(family_of(model).name, str(folder))
@@ -185,6 +193,8 @@ def save(
     dtypes = {str(leaf.dtype) for leaf in leaves.values()}
     fields = format.fields_of(model.config)  # type: ignore[attr-defined]
     fields["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
+    if like is not None:
+        fields = _with_source(format, fields, like)
     names = layouts(format.architecture, _shapes(model, scanned=False), prefixed=True)
     tensors = _tensors(flatten_dict(params, sep="/"), names, scanned)
     spread = any(isinstance(x, Array) and not x.is_fully_addressable for x in jax.tree.leaves(params))
@@ -195,6 +205,13 @@ def save(
             pass
     if spread:
         multihost_utils.sync_global_devices(f"written {folder}")
+
+
+def _with_source(format: Format, fields: dict[str, Any], like: str | os.PathLike) -> dict[str, Any]:
+    _, source = _described(_folder(like))
+    if source["model_type"] != fields["model_type"]:
+        raise ValueError(f"like={like} is a {source['model_type']}, but the model is a {fields['model_type']}")
+    return with_source(format, fields, source)
 
 
 def _shapes(model: Any, scanned: bool) -> dict[str, tuple[int, ...]]:
@@ -210,7 +227,12 @@ def _tensors(flat: dict[str, Any], names: dict[str, Stored], scanned: bool) -> T
     for paths, tensors in groups.items():
         leaves = [_merged(flat[path]) for path in paths]
         for name, layer, layout in tensors:
-            yield name, layout.join(*(processes.on_host(leaf if layer is None else leaf[layer]) for leaf in leaves))
+            parts = (processes.on_host(leaf if layer is None else leaf[layer]) for leaf in leaves)
+            tensor = layout.join(*parts)
+            if not np.isfinite(tensor).all():
+                limit = f", or beyond the range of {tensor.dtype}" if tensor.itemsize < 4 else ""
+                raise ValueError(f"{name} has entries that are not finite{limit}: a model like that is not saved")
+            yield name, tensor
 
 
 def _merged(leaf: Any) -> Any:
