@@ -36,9 +36,13 @@ def convert(checkpoint: str | Path, out: str | Path) -> tuple[list[str], list[st
     try:
         # safetensors takes contiguous tensors that share no memory.
         alone = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        wide = ((name, x.float() if x.itemsize == 1 else x) for name, x in alone.items() if x.is_floating_point())
+        infinite = [name for name, x in wide if not x.isfinite().all()]
         content = save(alone, metadata={"format": "pt"})
     except (RuntimeError, ValueError, KeyError) as error:  # sparse or quantized tensors, types unknown to the format
         raise ValueError(f"{checkpoint} has a tensor that safetensors cannot hold: {error}") from error
+    if infinite:
+        raise ValueError(f"{checkpoint}: {infinite[0]} has entries that are not finite: it is not written")
     write_atomically(out, content)
     return list(alone), left_out
 

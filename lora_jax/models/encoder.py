@@ -44,7 +44,8 @@ class EncoderConfig(layers.Computation):
         and a layer on the first token; "bert" counts from 0 over all tokens, and its head is a layer on the pooler's
         output.
       max_positions: rows of the position table; RoBERTa's first `pad_id + 1` are not used.
-      head: None, "classification" or "regression" (one number).
+      head: None, "classification" or "regression".
+      labels: outputs of the head: classes, or the numbers of a regression, most often one.
       pooler: a layer and tanh on the first token; BERT's head needs it.
       dropout, attention_dropout: rates in training, of embeddings, sublayers and head, and of attention's weights.
     """
@@ -73,8 +74,6 @@ class EncoderConfig(layers.Computation):
             raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}")
         if not (0 <= self.dropout < 1 and 0 <= self.attention_dropout < 1):
             raise ValueError(f"dropout {self.dropout}, {self.attention_dropout}: rates from 0 to below 1")
-        if self.head == "regression" and self.labels != 1:
-            raise ValueError(f"a regression head has one label, not {self.labels}")
         if self.head and self.pooler != (self.family == "bert"):
             raise ValueError(f"{self.family} with a head has {'a' if self.family == 'bert' else 'no'} pooler")
         layers.check_activation(self.activation)

@@ -88,14 +88,15 @@ def evaluate(
     if "seen" in examples.column_names:
         seen = dict(zip(examples["context"], examples["seen"], strict=True))
         rows = [row | {"seen": seen[row["context"]]} for row in rows]
-    checkpoints.write_atomically(folder / "predictions.jsonl", json_lines(rows))
     result: dict[str, Any] = {"command": command, "split": split, "params": loaded.kind, "step": loaded.step}
     result |= {"decoding": decoding_options(loaded.config, decoding), "missing": missing}
     result |= {"contexts": len(groups), "references": len(examples), **_validate(loaded, examples)}
     stopping.check(folder)
     result |= {"scores": scores(rows, task, missing, metrics)}
     result |= {"seconds": seconds, "device": jax.devices()[0].device_kind}
-    write_json(folder / "evaluate.json", result)
+    with checkpoints.replaced_together(folder, last="evaluate.json") as new:
+        (new / "predictions.jsonl").write_bytes(json_lines(rows))
+        write_json(new / "evaluate.json", result)
     kept.unlink()
     return Evaluation(folder, result)
 
@@ -133,11 +134,12 @@ def predict(
     index = examples["index"] if "index" in examples.column_names else range(len(examples))
     rows = zip(index, predicted.tolist(), examples["label"], strict=True)
     text = "".join("\t".join(map(str, row)) + "\n" for row in [("index", "prediction", "label"), *rows])
-    checkpoints.write_atomically(folder / "predictions.tsv", text.encode())
     result = {"command": command, "task": name, "split": split, "params": loaded.kind, "step": loaded.step}
     figures = objective.metrics(outputs, np.asarray(examples["label"])) if objective.metrics else {}
     result |= {"examples": len(examples), **figures}
-    write_json(folder / "predict.json", result)
+    with checkpoints.replaced_together(folder, last="predict.json") as new:
+        (new / "predictions.tsv").write_bytes(text.encode())
+        write_json(new / "predict.json", result)
     return Evaluation(folder, result)
 
 
@@ -240,6 +242,7 @@ def json_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 def read_predictions(folder: Path) -> Rows:
     """The rows (context, prediction, references) of an evaluation's folder."""
+    checkpoints.finish_replacing(folder)
     file = folder / "predictions.jsonl"
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: experiments.evaluate writes it")

@@ -99,6 +99,7 @@ def adapter(path: str | Path, base: bases.Base) -> tuple[ParamTransform, Delta]:
       FileNotFoundError: it is not there. ValueError: it is of no form, damaged, or another base's.
     """
     path = Path(path).expanduser()
+    checkpoints.finish_replacing(path)
     file = path / "config.json"
     if file.is_file() and "model_type" not in json.loads(file.read_text()):  # of a run, not of a model
         read_config(path)  # registers a method from a file
@@ -166,13 +167,14 @@ def export_run(workdir: str | Path, form: Form, out: str | Path, *, base: str | 
     shape = config.mesh.to_dict() if config.get("mesh") else {}
     # The mesh of the run where it has several devices and they are there: its base may be too large for one.
     mesh = sharding.make_mesh(shape) if 1 < math.prod(shape.values()) <= jax.device_count() else None
-    loaded = bases.load(config, base, mesh)
+    source = base or config.base
+    loaded = bases.load(config, source, mesh)
     checkpoints.check_base(trained_on, loaded.identity, workdir)
     if form == "merged":
         if mesh is not None:
             adapted = jax.eval_shape(method.apply, loaded.params, delta)
             delta = jax.device_put(delta, loaded.placement.shardings(delta, adapted))
-        hf.save(out, loaded.model, method.apply(loaded.params, delta), loaded.tokenizer, merge=True)
+        hf.save(out, loaded.model, method.apply(loaded.params, delta), loaded.tokenizer, merge=True, like=source)
     else:
         peft.save(out, method, to_loop(delta), params=to_loop(loaded.params))
     return out, step

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from lora_jax.checkpoints import write_atomically
+from lora_jax.checkpoints import finish_replacing, write_atomically
 from lora_jax.core.extras import extra
 from lora_jax.training import read_metrics
 
@@ -124,7 +124,11 @@ def rows_of(label: str, workdir: str | Path) -> list[Row]:
     row = {"label": label} | json.loads(file.read_text())
     del row["tokens_per_second"]  # runs share the machine with whatever else it does: experiments.speed compares
     kind = "test-base*" if row["method"] == "none" else "test-[!b]*"
-    results = [json.loads(file.read_text()) for file in Path(workdir, "evaluation").glob(f"{kind}/evaluate.json")]
+    folders = list(Path(workdir, "evaluation").glob(kind))
+    for folder in folders:
+        finish_replacing(folder)
+    files = [folder / "evaluate.json" for folder in folders]
+    results = [json.loads(file.read_text()) for file in files if file.is_file()]
     if not results:
         return [row]
     result = max(results, key=lambda result: result["contexts"])  # others are of the first contexts only

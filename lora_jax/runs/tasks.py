@@ -101,7 +101,7 @@ def classification(
       labels: their names, in the order of their ids; none for a regression.
       metrics: (outputs (N, labels), labels (N,)) -> {name: value}; None: the accuracy, of a regression nothing.
     """
-    head = {"head": "classification", "labels": len(labels)} if labels else {"head": "regression"}
+    head = {"head": "classification", "labels": len(labels)} if labels else {"head": "regression", "labels": 1}
     metrics = metrics or (_accuracy if labels else None)
 
     def schedule(examples: Dataset, config: ConfigDict, base: Any, spec: Mapping[str, Any]) -> Schedule:

@@ -103,6 +103,8 @@ def language_model(model: Any, smoothing: float = 0.0) -> Objective:
 def classifier(model: Any, metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]] | None = None) -> Objective:
     """One label a sequence: cross-entropy of logits (b, labels), or of a regression head the squared error."""
     apply, config = lift(model.apply), model.config
+    if config.head == "regression" and config.labels != 1:
+        raise ValueError(f"a regression on one number needs a head of one label, not of {config.labels}: labels=1")
     drops = config.dropout > 0 or config.attention_dropout > 0
 
     def forward(params: Any, batch: dict[str, Array], key: Array | None = None) -> Array:

@@ -187,9 +187,9 @@ REFUSED = [
     ({"hidden_size": "12"}, "hidden_size='12', not a int"),
     ({"num_hidden_layers": True}, "num_hidden_layers=True, not a int"),
     ({"num_attention_heads": 5}, "12 is not a multiple of heads 5"),
-    ({"num_hidden_layers": 1}, "encoder.layer.1.attention.self.query.weight is not part of the model"),
-    ({"num_hidden_layers": 3}, "encoder.layer.2.attention.self.query.weight is missing"),
-    ({"intermediate_size": 21}, r"intermediate.dense.weight has shape \(20, 12\), not \(21, 12\)"),
+    ({"num_hidden_layers": 1}, "num_hidden_layers 1, but the tensors are of 2 layers"),
+    ({"num_hidden_layers": 3}, "num_hidden_layers 3, but the tensors are of 2 layers"),
+    ({"intermediate_size": 21}, "intermediate_size 21, but encoder.layer.0.intermediate.dense.weight has 20 rows"),
     ({"model_type": "electra"}, "model_type 'electra' is none of bert, gpt2, roberta"),
 ]
 
@@ -229,7 +229,6 @@ def test_arguments_that_do_not_fit(tmp_path: Path) -> None:
         ({"tie": False}, "nothing to tie"),
         ({"labels": 3}, "labels=3 goes with head="),
         ({"head": "classification"}, "say how many classes"),
-        ({"head": "regression", "labels": 2}, "one label, not 2"),
     ]:
         with pytest.raises(ValueError, match=message):
             hf.load(tmp_path, **wanted)

@@ -142,7 +142,7 @@ def test_what_cannot_be_is_said(folder: Path, tmp_path: Path) -> None:
     model, params, tokenizer = hf.load(folder / "base")
     hf.save(small, model, params, tokenizer)
     (small / "config.json").write_text(json.dumps(fields | {"n_layer": 1}))
-    with pytest.raises(ValueError, match="is not part of the model"):
+    with pytest.raises(ValueError, match="n_layer 1, but the tensors are of 2 layers"):
         runs.import_run(small, config, tmp_path / "new")
 
 

@@ -85,6 +85,8 @@ ARCHITECTURE = Architecture(
     ia3_feedforward=("output.dense",),
 )
 _COUNTERS = re.compile(r"(\w+\.)?embeddings\.(position_ids|token_type_ids)")  # in older files
+_TASKS = "Model ForSequenceClassification ForMaskedLM ForPreTraining ForCausalLM LMHeadModel".split()
+_TASKS += ["ForNextSentencePrediction"]
 # What a file of the pretrained model has for other tasks, and RoBERTa's pooler, which its classifier does without.
 _UNUSED = re.compile(r"(lm_head|cls|pooler)\.")
 
@@ -157,14 +159,14 @@ def _with_head(
     """The config with the head asked for, or else the file's; takes a head of other labels out of the tensors."""
     weight = tensors.get("classifier.out_proj.weight" if config.family == "roberta" else "classifier.weight")
     in_file = weight.shape[0] if weight is not None and weight.shape else None
+    numbers = fields.get("problem_type") == "regression"
     if head is None:
         if labels is not None:
             raise ValueError(f"{source}: labels={labels} goes with head='classification'")
         if not in_file:
             return dataclasses.replace(config, pooler="pooler.dense.weight" in tensors)
-        regression = in_file == 1 or fields.get("problem_type") == "regression"
-        head = "regression" if regression else "classification"
-    labels = labels or (1 if head == "regression" else in_file)
+        head = "regression" if in_file == 1 or numbers else "classification"
+    labels = labels or (1 if head == "regression" and not (numbers and in_file) else in_file)
     if labels is None:
         raise ValueError(f"{source} has no head: say how many classes the new one has, labels=")
     if in_file not in (None, labels):
@@ -180,4 +182,23 @@ def _head_needs(config: EncoderConfig) -> dict[str, str]:
 
 
 for _family in FAMILIES:
-    families.register_format(_family, Format(ARCHITECTURE, _config_of, _fields_of, _COUNTERS, _from_hf, _head_needs))
+    families.register_format(
+        _family,
+        Format(
+            ARCHITECTURE,
+            _config_of,
+            _fields_of,
+            _COUNTERS,
+            _from_hf,
+            _head_needs,
+            sizes={
+                "hidden_size": ("hidden", "embeddings.word_embeddings.weight", 1),
+                "max_position_embeddings": ("max_positions", "embeddings.position_embeddings.weight", 0),
+                "type_vocab_size": ("token_types", "embeddings.token_type_embeddings.weight", 0),
+                "intermediate_size": ("inner", "encoder.layer.0.intermediate.dense.weight", 0),
+            },
+            of_source=("hidden_dropout_prob", "attention_probs_dropout_prob"),
+            tasks=_TASKS,
+            other_head="head='classification', labels=... leaves it out for a new one",
+        ),
+    )

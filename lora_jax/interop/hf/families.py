@@ -218,10 +218,6 @@ def language_model(
     leaves = shapes.of_params(model)
     tensors = rename(tensors, lambda name: name.removeprefix(lm_head.prefix), source)
     embedding, output = f"{architecture.embedding}.weight", f"{next(iter(lm_head.modules))}.weight"
-    if embedding in tensors and (rows := tensors[embedding].shape[:1]) not in ((), (config.vocab_size,)):
-        raise ValueError(
-            f"{source}: config.json says vocab_size {config.vocab_size}, but {embedding} has {rows[0]} rows"
-        )
     names = {name: layout for name, layout in layouts(architecture, leaves).items() if name != output}
     expected = {name: layout.shape(leaves) for name, layout in names.items()}
     expected |= {output: expected[embedding]} if output in tensors else {}
@@ -258,6 +254,14 @@ class Format:
     from_hf: Callable[..., tuple[Any, dict[str, Lazy]]] = language_model
     # `(config) -> {end of a tensor's name: glob}` of what its head needs of the pretrained model, and files may lack
     head_needs: Callable[[Any], Mapping[str, str]] = lambda config: {}
+    # What sizes in config.json must agree with: field -> (attribute of the config, tensor, axis); the depth's field.
+    sizes: Mapping[str, tuple[str, str, int]] = dataclasses.field(default_factory=dict)
+    depth: str = "num_hidden_layers"
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # other names of fields -> the fields
+    of_source: Collection[str] = ()  # fields of `fields_of` that a model's source, if it is known, says better
+    # The ends of the architectures' names that are read, () for all; and what to do about another one.
+    tasks: Collection[str] = ()
+    other_head: str = ""
 
 
 _FORMATS: dict[str, Format] = {}

@@ -73,4 +73,22 @@ def _fields_of(config: GPT2Config) -> dict:
     }
 
 
-register_format("gpt2", Format(ARCHITECTURE, _config_of, _fields_of, _MASKS))
+register_format(
+    "gpt2",
+    Format(
+        ARCHITECTURE,
+        _config_of,
+        _fields_of,
+        _MASKS,
+        sizes={
+            "n_embd": ("n_embd", "wte.weight", 1),
+            "n_positions": ("n_positions", "wpe.weight", 0),
+            "n_inner": ("inner", "h.0.mlp.c_fc.weight", 1),
+        },
+        depth="n_layer",
+        aliases=_ALIASES,
+        of_source=("bos_token_id", "attn_pdrop", "embd_pdrop", "resid_pdrop"),
+        tasks=("LMHeadModel", "Model"),
+        other_head="head='lm' leaves it out",
+    ),
+)

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,18 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
+from lora_jax.checkpoints import finish_replacing, replaced_together
 from lora_jax.core import transforms
 from lora_jax.core.arrays import is_adapted
 from lora_jax.core.extras import extra
 from lora_jax.distributed import processes
 from lora_jax.interop.folders import INDEX, WEIGHTS, check_shapes, inside, open_tensors, read_json
 from lora_jax.interop.hf import encoder, gpt2  # noqa: F401  (they register their formats)
+from lora_jax.interop.hf.checks import check_sizes, with_source, without_other_head
 from lora_jax.interop.hf.families import Format, HeadOptions, Stored, format_of, layouts
 from lora_jax.interop.lazy import placed, stacked
 from lora_jax.interop.tensor_files import FLOATS
@@ -91,8 +93,10 @@ def unread(
     types and shapes are checked, and no weight is read."""
     folder = _folder(folder_or_hub_id)
     format, fields = _described(folder)
-    tensors = open_tensors(folder, format.ignored)
-    model, flat = format.from_hf(format, fields, tensors, str(folder), HeadOptions(head, labels, tie, key))
+    tensors, options = open_tensors(folder, format.ignored), HeadOptions(head, labels, tie, key)
+    check_sizes(format, format.config_of(fields, str(folder)), tensors, str(folder))
+    tensors = without_other_head(format, fields, tensors, str(folder), options)
+    model, flat = format.from_hf(format, fields, tensors, str(folder), options)
     return model, unflatten_dict(flat, sep="/"), _tokenizer(folder, model.config.vocab_size)
 
 
@@ -151,13 +155,15 @@ def save(
     tokenizer: Tokenizer | None = None,
     *,
     merge: bool = False,
+    like: str | os.PathLike | None = None,
     shard_size: int = SHARD,
 ) -> None:
     """Writes a folder that `load` and transformers' `from_pretrained` read.
 
     Parameters of either layout, of float32, float16 or bfloat16, are stored as they are. Files of the same names are
-    replaced only when all new ones are complete, and weights under other names that the new ones make obsolete are
-    deleted; others stay.
+    replaced when all new ones are complete, all or none, and weights under other names that the new ones make obsolete
+    are deleted; others stay. A save that is broken off at any moment leaves what `load` reads as the old model or as
+    the new one.
 
     Args:
       folder: made where it is missing.
@@ -167,10 +173,14 @@ def save(
       tokenizer: for tokenizer.json.
       merge: the parameters are adapted (`method.apply(params, delta)`), and are merged one by one as they are written:
         the files are those of `save(..., lora_jax.merge(params))`.
+      like: the folder or the Hub's name of the model that this one was made from. What its config.json says besides
+        what the model's config holds is kept: dropout rates, ids of tokens, and where the head is of the same kind and
+        size, `id2label` and `problem_type`.
       shard_size: bytes of weights in one file; where there are more, there are several and an index.
 
     Raises:
-      ValueError: the parameters are not the model's (the names and shapes are shown), or cannot be merged.
+      ValueError: the parameters are not the model's (the names and shapes are shown), or cannot be merged; a tensor is
+        not finite, such as a merged one beyond float16's range; `like` is of another family.
       TypeError: adapted parameters without `merge`, or a model of no known family.
     """
     format = format_of(family_of(model).name, str(folder))
@@ -183,6 +193,8 @@ def save(
     dtypes = {str(leaf.dtype) for leaf in leaves.values()}
     fields = format.fields_of(model.config)  # type: ignore[attr-defined]
     fields["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
+    if like is not None:
+        fields = _with_source(format, fields, like)
     names = layouts(format.architecture, _shapes(model, scanned=False), prefixed=True)
     tensors = _tensors(flatten_dict(params, sep="/"), names, scanned)
     spread = any(isinstance(x, Array) and not x.is_fully_addressable for x in jax.tree.leaves(params))
@@ -193,6 +205,13 @@ def save(
             pass
     if spread:
         multihost_utils.sync_global_devices(f"written {folder}")
+
+
+def _with_source(format: Format, fields: dict[str, Any], like: str | os.PathLike) -> dict[str, Any]:
+    _, source = _described(_folder(like))
+    if source["model_type"] != fields["model_type"]:
+        raise ValueError(f"like={like} is a {source['model_type']}, but the model is a {fields['model_type']}")
+    return with_source(format, fields, source)
 
 
 def _shapes(model: Any, scanned: bool) -> dict[str, tuple[int, ...]]:
@@ -208,7 +227,12 @@ def _tensors(flat: dict[str, Any], names: dict[str, Stored], scanned: bool) -> T
     for paths, tensors in groups.items():
         leaves = [_merged(flat[path]) for path in paths]
         for name, layer, layout in tensors:
-            yield name, layout.join(*(processes.on_host(leaf if layer is None else leaf[layer]) for leaf in leaves))
+            parts = (processes.on_host(leaf if layer is None else leaf[layer]) for leaf in leaves)
+            tensor = layout.join(*parts)
+            if not np.isfinite(tensor).all():
+                limit = f", or beyond the range of {tensor.dtype}" if tensor.itemsize < 4 else ""
+                raise ValueError(f"{name} has entries that are not finite{limit}: a model like that is not saved")
+            yield name, tensor
 
 
 def _merged(leaf: Any) -> Any:
@@ -220,22 +244,11 @@ def _merged(leaf: Any) -> Any:
 
 
 def _write(folder: Path, fields: dict, tensors: Tensors, tokenizer: Tokenizer | None, shard_size: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
-        complete = Path(temporary)
-        (complete / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-        _write_weights(complete, tensors, shard_size)
+    with replaced_together(folder, last="config.json", obsolete=_WEIGHTS.fullmatch) as new:
+        (new / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        _write_weights(new, tensors, shard_size)
         if tokenizer is not None:
-            tokenizer.save(str(complete / "tokenizer.json"))
-        new = sorted((file.name for file in complete.iterdir()), key=lambda name: name == INDEX)
-        if INDEX in new:  # a crash must not leave what would be read in place of the new files
-            for old in (INDEX, WEIGHTS):
-                (folder / old).unlink(missing_ok=True)
-        for name in new:
-            os.replace(complete / name, folder / name)
-    for file in list(folder.iterdir()):
-        if _WEIGHTS.fullmatch(file.name) and file.name not in new:
-            file.unlink()
+            (new / "tokenizer.json").write_bytes(tokenizer.to_str(pretty=True).encode())
 
 
 def _write_weights(folder: Path, tensors: Tensors, shard_size: int) -> None:
@@ -244,7 +257,10 @@ def _write_weights(folder: Path, tensors: Tensors, shard_size: int) -> None:
     size = parameters = 0
     for held in _packed(tensors, shard_size):
         file = folder / f"{len(shards)}.safetensors"
-        save_file(held, file, metadata={"format": "pt"})
+        try:
+            save_file(held, file, metadata={"format": "pt"})
+        except SafetensorError as error:  # of the disk: what is held is valid
+            raise OSError(f"{file.name}: {error}") from error
         shutil.copymode(folder / "config.json", file)  # the library: for the owner alone
         shards.append(list(held))
         size += sum(tensor.nbytes for tensor in held.values())
@@ -272,6 +288,7 @@ def _packed(tensors: Tensors, most: int) -> Iterator[dict[str, np.ndarray]]:
 
 def _described(folder: Path) -> tuple[Format, dict[str, Any]]:
     """The format that config.json names, and its fields."""
+    finish_replacing(folder)
     fields = read_json(folder / "config.json")
     return format_of(fields.get("model_type"), str(folder)), fields
 

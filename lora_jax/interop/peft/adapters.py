@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from lora_jax.checkpoints import write_atomically
+from lora_jax.checkpoints import finish_replacing, replaced_together
 from lora_jax.core.selection import select
 from lora_jax.core.transforms import Delta, ParamTransform, chain
 from lora_jax.interop import folders
@@ -93,7 +93,8 @@ def save(folder: str | os.PathLike, method: ParamTransform, delta: Delta, *, par
     PiSSA becomes LoRA of twice the rank, as PEFT converts it, so that no singular values need be computed again. One
     that `load` read is written as PiSSA, unless the A's of query, key and value differ, of which PEFT has one.
 
-    The folder is made, or its two files are replaced; other files stay. `params` are the base's, in the loop layout.
+    The folder is made, or its two files are replaced, both or none; other files stay. `params` are the base's, in the
+    loop layout.
 
     Raises:
       ValueError: something that PEFT cannot represent, by its name; a delta that is not this method's, or not finite.
@@ -105,14 +106,16 @@ def save(folder: str | os.PathLike, method: ParamTransform, delta: Delta, *, par
         if not np.isfinite(array.astype(np.float32)).all():
             raise ValueError(f"{name} has entries that are not finite; an adapter like that is not saved")
     named = {name_in_file(name): array for name, array in arrays.items()}
-    write_atomically(Path(folder) / WEIGHTS, safetensors.numpy.save(named, metadata={"format": "pt"}))
-    write_atomically(Path(folder) / CONFIG, to_json(config))
+    with replaced_together(folder, last=CONFIG) as new:
+        (new / WEIGHTS).write_bytes(safetensors.numpy.save(named, metadata={"format": "pt"}))
+        (new / CONFIG).write_bytes(to_json(config))
 
 
 def _files(folder: Path) -> tuple[Path, Path]:
     """The two files of an adapter; an error that says what to do where one is missing."""
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
+    finish_replacing(folder)
     config, weights = folders.inside(folder, CONFIG), folders.inside(folder, WEIGHTS)
     if not config.is_file():
         below = sorted(config.parent.name for config in folder.glob(f"*/{CONFIG}"))
