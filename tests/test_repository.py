@@ -19,6 +19,7 @@ PACKAGE = ROOT / "lora_jax"
 # The modules of the core and what is built on it: each imports only what stands before it, jax, numpy and optax.
 CORE_ORDER = [
     "core.extras",
+    "core.json_files",
     "core.dropout",
     "core.selection",
     "core.arrays",
@@ -41,7 +42,7 @@ HEAVY = {"flax", "orbax", "safetensors", "huggingface_hub", "tokenizers", "datas
 CORE = {"core", "methods"}
 LAYERS = {
     "models": ({"core.dropout", "core.extras"}, {"jax", "flax", "jaxtyping", "numpy"}),
-    "data": ({"core.extras"}, {"numpy", "datasets", "jaxtyping", "tokenizers", "huggingface_hub"}),
+    "data": ({"core.extras", "core.json_files"}, {"numpy", "datasets", "jaxtyping", "tokenizers", "huggingface_hub"}),
     "metrics": ({"core.extras"}, {"numpy", "sacrebleu", "scipy", "sklearn"}),
     "distributed": (CORE | {"models"}, CORE_OUTSIDE),
     "checkpoints": (CORE | {"models", "distributed"}, CORE_OUTSIDE | HEAVY),

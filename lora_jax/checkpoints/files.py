@@ -1,10 +1,11 @@
 """What checkpoints and adapters share: digests, checksums, the identity of a base, files written all or not at all."""
 
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, NamedSharding, P, lax
+from safetensors import SafetensorError
 
 from lora_jax.core.transforms import Delta
 from lora_jax.distributed import processes
@@ -125,7 +127,11 @@ def check_base(expected: Mapping[str, str], actual: Mapping[str, str], where: st
 
 def write_atomically(path: str | Path, content: bytes | Iterable[bytes | memoryview]) -> None:
     """Writes a file, given at once or in pieces, so that a crash at any moment leaves the old one or the new one."""
-    path = Path(path)
+    with naming(path):
+        _write_atomically(Path(path), content)
+
+
+def _write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -139,3 +145,16 @@ def write_atomically(path: str | Path, content: bytes | Iterable[bytes | memoryv
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Around writing a file or a folder: the OSError of a full disk, or what safetensors makes of one, names it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error

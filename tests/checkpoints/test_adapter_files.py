@@ -101,7 +101,7 @@ def test_clear_errors(tmp_path: Path) -> None:
     with safetensors.safe_open(file, framework="numpy") as opened:
         metadata = opened.metadata()
     for change, message in (
-        ({"h_0/attn/query/bias:value": np.ones(6, np.int32)}, "is int32; an adapter is floating"),
+        ({"h_0/attn/query/bias:value": np.ones(6, np.int32)}, "is I32; an adapter is floating"),
         ({"h_0/attn/query/bias:value": np.full(6, np.nan, np.float32)}, "is not finite"),
         ({"h_0/attn/query/bias:value": np.ones(6, np.float32)}, "differs from its digest"),
         ({"h_7/attn/query/bias:value": np.ones(6, np.float32)}, "differs from its digest"),
