@@ -6,12 +6,12 @@ For each score: the first run's minus the second's, with its 95% interval, and p
 alone would give a difference as large.
 """
 
-import json
 from pathlib import Path
 
 from absl import flags
 
 from experiments import cli
+from lora_jax.core.json_files import read_json
 from lora_jax.metrics import paired
 from lora_jax.runs.evaluation import prepared, read_predictions
 from lora_jax.runs.tasks import task_named
@@ -31,7 +31,8 @@ def main() -> None:
     first, second = (read_predictions(folder) for folder in folders)
     if [row["context"] for row in first] != [row["context"] for row in second]:
         raise ValueError(f"{folders[0]} and {folders[1]} are of other contexts")
-    task = task_named(json.loads((Path(values.runs[0]) / "config.json").read_text())["data"]["name"]).text
+    file = Path(values.runs[0], "config.json")
+    task = task_named(read_json(file, strict=False)["data"]["name"]).text
     if task is None:
         raise ValueError(f"{values.runs[0]} is a run that writes no texts")
     (hypotheses, references), (others, _) = prepared(first, task), prepared(second, task)

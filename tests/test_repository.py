@@ -24,6 +24,7 @@ PACKAGE = ROOT / "lora_jax"
 CORE_ORDER = [
     "core.extras",
     "core.ranges",
+    "core.json_files",
     "core.dropout",
     "core.selection",
     "core.arrays",
@@ -46,7 +47,7 @@ HEAVY = {"flax", "orbax", "safetensors", "huggingface_hub", "tokenizers", "datas
 CORE = {"core", "methods"}
 LAYERS = {
     "models": ({"core.dropout", "core.extras"}, {"jax", "flax", "jaxtyping", "numpy"}),
-    "data": ({"core.extras"}, {"numpy", "datasets", "jaxtyping", "tokenizers", "huggingface_hub"}),
+    "data": ({"core.extras", "core.json_files"}, {"numpy", "datasets", "jaxtyping", "tokenizers", "huggingface_hub"}),
     "metrics": ({"core.extras"}, {"numpy", "sacrebleu", "scipy", "sklearn"}),
     "distributed": (CORE | {"models"}, CORE_OUTSIDE),
     "checkpoints": (CORE | {"models", "distributed"}, CORE_OUTSIDE | HEAVY),

@@ -11,6 +11,7 @@ import numpy as np
 import safetensors
 
 from lora_jax.checkpoints.files import digest, named, nested, raw_bytes, table_of, write_atomically
+from lora_jax.core.json_files import parse_json
 from lora_jax.core.transforms import Delta, ParamTransform, from_spec
 from lora_jax.distributed import processes
 
@@ -81,24 +82,45 @@ def load_adapter(path: str | Path) -> tuple[ParamTransform, Delta, dict[str, Any
     file = _adapter_file(path)
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: is {path} an adapter of save_adapter?")
-    try:
-        with safetensors.safe_open(file, framework="numpy") as opened:
-            text = (opened.metadata() or {}).get("lora_jax")
-            arrays = {name: opened.get_tensor(name) for name in opened.keys()}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
+    text, arrays = _read(file)
     if text is None:
         raise ValueError(f"{file} was not written by save_adapter: its metadata lacks 'lora_jax'")
-    for name, array in arrays.items():
-        _check_finite(file, name, array)
     try:
-        info = json.loads(text)
+        info = parse_json(text.encode(), strict=False)
         stored = info.pop("digest")
     except (ValueError, KeyError, TypeError, AttributeError):
         stored = info = None
     if stored is None or stored != digest(json.dumps([info, table_of(arrays)])):
         raise ValueError(f"{file} differs from its digest: it was changed or damaged")
-    if info["format"] != 1:
-        raise ValueError(f"{file} is of format {info['format']}; this version reads format 1")
+    if info.get("format") != 1:
+        raise ValueError(f"{file} is of format {info.get('format')!r}; this version reads format 1")
+    if not (isinstance(info.get("spec"), dict) and isinstance(info.get("base"), dict)):
+        raise ValueError(f"{file} was not written by save_adapter: it lacks its method's spec or its base's identity")
     delta = nested({name: jnp.asarray(x) for name, x in arrays.items()})
-    return from_spec(info["spec"]), delta, info | {"digest": stored}
+    return method_of(file, info["spec"]), delta, info | {"digest": stored}
+
+
+def _read(file: Path) -> tuple[str | None, dict[str, np.ndarray]]:
+    """The metadata's text and the arrays of a safetensors file, all of them floating-point and finite."""
+    try:
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            text = (opened.metadata() or {}).get("lora_jax")
+            for name in opened.keys():  # before numpy meets a type or a size that it does not have
+                entry = opened.get_slice(name)
+                if entry.get_dtype() not in _DTYPES.values():
+                    raise ValueError(f"{name} is {entry.get_dtype()}; an adapter is floating-point")
+                np.empty(entry.get_shape(), np.uint8)
+            arrays = {name: opened.get_tensor(name) for name in opened.keys()}
+    except (safetensors.SafetensorError, ValueError, OverflowError, MemoryError) as error:
+        raise ValueError(f"{file} is no adapter, or not all of one: {error}") from error
+    for name, array in arrays.items():
+        _check_finite(file, name, array)
+    return text, arrays
+
+
+def method_of(file: Path, spec: dict[str, Any]) -> ParamTransform:
+    """The method of the spec that a file holds; a ValueError that names the file where the spec makes none."""
+    try:
+        return from_spec(spec)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{file}: {error}") from error

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, NamedSharding, P, lax
-from tokenizers import Tokenizer
+from safetensors import SafetensorError
 
 from lora_jax.core.transforms import Delta
 from lora_jax.distributed import processes
@@ -55,7 +55,7 @@ def table_of(arrays: Mapping[str, Any]) -> dict[str, list]:
 
 
 def identity(
-    params: Any, source: str, *, config: Mapping[str, Any] | None = None, tokenizer: Tokenizer | None = None
+    params: Any, source: str, *, config: Mapping[str, Any] | None = None, tokenizer: Any = None
 ) -> dict[str, Any]:
     """What tells one base from another: `{"source", "shapes", "content"}`, of which "shapes" is a digest of all paths,
     shapes and dtypes, and "content" one of all bytes; and "config" and "tokenizer" where they are given.
@@ -73,7 +73,7 @@ def identity(
     return parts | further | ({} if tokenizer is None else {"tokenizer": _tokenizer_digest(tokenizer)})
 
 
-def _tokenizer_digest(tokenizer: Tokenizer) -> str:
+def _tokenizer_digest(tokenizer: Any) -> str:
     """Of a tokenizer without the truncation and padding that its file asks for, which texts are encoded without. A
     field that is not set is as one that is not there: later versions of `tokenizers` write more of them."""
 
@@ -161,7 +161,11 @@ def check_base(expected: Mapping[str, Any], actual: Mapping[str, Any], where: st
 
 def write_atomically(path: str | Path, content: bytes | Iterable[bytes | memoryview]) -> None:
     """Writes a file, given at once or in pieces, so that a crash at any moment leaves the old one or the new one."""
-    path = Path(path).expanduser()
+    with naming(path):
+        _write_atomically(Path(path).expanduser(), content)
+
+
+def _write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = open_beside(path)
     try:
@@ -184,3 +188,16 @@ def open_beside(path: Path) -> tuple[int, Path]:
         temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}"
         with contextlib.suppress(FileExistsError):
             return os.open(temporary, flags, 0o666), temporary
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Around writing a file or a folder: the OSError of a full disk, or what safetensors makes of one, names it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error

@@ -23,8 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from lora_jax.checkpoints.adapters import method_of
 from lora_jax.checkpoints.files import check_base, checksums, digest, named, nested
-from lora_jax.core.transforms import Delta, ParamTransform, from_spec
+from lora_jax.core.json_files import LARGEST, read_json
+from lora_jax.core.transforms import Delta, ParamTransform
 from lora_jax.distributed import processes
 
 S = TypeVar("S")
@@ -200,13 +202,14 @@ def load(workdir: str | Path, *, step: int | None = None) -> Run:
     file = Path(workdir).expanduser() / "config.json"
     if not file.exists():
         raise FileNotFoundError(f"{file} does not exist: is {workdir} the workdir of a run?")
-    config = json.loads(file.read_text())
+    config = read_json(file, strict=False)
     for good_step, meta in _good_steps(workdir, step):
         table = meta["arrays"]["delta"]
         wanted = {n: np.empty(shape, jnp.dtype(dtype)) for n, (shape, dtype, _) in table.items()}
         arrays = _read(workdir, good_step, meta, {"delta": wanted})
         if arrays is not None:
-            return Run(from_spec(meta["spec"]), nested(arrays["delta"]), good_step, config)
+            method = method_of(_folder(workdir) / str(good_step), meta["spec"])
+            return Run(method, nested(arrays["delta"]), good_step, config)
     raise ValueError(f"{_folder(workdir)}: no checkpoint is readable{'' if step is None else f' at step {step}'}")
 
 
@@ -252,7 +255,7 @@ def _good_steps(workdir: str | Path, step: int | None = None) -> Iterator[tuple[
 def _meta(folder: Path) -> dict | None:
     """The metadata of a checkpoint, or None (and a warning) where they are damaged."""
     try:
-        meta = dict(json.loads((folder / "meta" / "metadata").read_text()))
+        meta = read_json(folder / "meta" / "metadata", strict=False, largest=16 * LARGEST)
         if meta.pop("digest", "") == digest(json.dumps(meta)):
             return meta
         raise ValueError("its meta differs from its digest")

@@ -2,13 +2,14 @@
 
 import contextlib
 import gzip
-import json
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_jax.core.extras import extra
+from lora_jax.core.json_files import parse_json
 
 with extra("data"):
     import datasets
@@ -27,7 +28,7 @@ def read_text(path: str | Path) -> str:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         text = raw.decode("utf-8-sig")
-    except (EOFError, OSError, UnicodeDecodeError) as error:
+    except (EOFError, OSError, UnicodeDecodeError, zlib.error) as error:
         raise ValueError(f"{path}: not a readable UTF-8 file: {error}") from error
     if not text.strip():
         raise ValueError(f"{path}: the file is empty")
@@ -47,8 +48,8 @@ def read_json(path: str | Path) -> Any:
       FileNotFoundError, ValueError: as for `read_text`, or it is no JSON.
     """
     try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+        return parse_json(read_text(path).encode(), strict=False)
+    except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
 
 

@@ -3,12 +3,12 @@
 The inputs are those that the paper names (appendix C); how GPT-3's prompts were written in detail is not known.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lora_jax.core.extras import extra
+from lora_jax.core.json_files import parse_json
 from lora_jax.data.files import find, of_form, read_lines
 
 with extra("data"):
@@ -80,5 +80,5 @@ def _read(file: Path, take: Callable[[dict[str, Any]], Any], source: str) -> lis
     taken = []
     for number, line in enumerate(read_lines(file), 1):
         with of_form(f"{file}:{number}: not a line of the form wanted; {source}"):
-            taken.append(take(json.loads(line)))
+            taken.append(take(parse_json(line.encode(), strict=False)))
     return taken

@@ -6,12 +6,14 @@ are those of the authors' GPT-2 code (microsoft/LoRA, examples/NLG).
 
 import logging
 import re
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from lora_jax.core.extras import extra
 from lora_jax.data.encoded import Encoded
+from lora_jax.data.tokenizing import column, encodings, plain
 
 with extra("data"):
     import datasets
@@ -24,10 +26,16 @@ def prompts(
     contexts: Sequence[str], tokenizer: Tokenizer, *, eos: int, before: Sequence[int] = (), after: Sequence[int] = ()
 ) -> list[list[int]]:
     """What a model continues to describe each context: the context's tokens and the separator, with the ids of a prefix
-    `before` and of an infix `after` them."""
+    `before` and of an infix `after` them. A context is text: `<|endoftext|>` in it is ordinary characters."""
+    return list(_prompts(contexts, tokenizer, eos, before, after))
+
+
+def _prompts(
+    contexts: Iterable[str], tokenizer: Tokenizer, eos: int, before: Sequence[int], after: Sequence[int]
+) -> Iterator[list[int]]:
     check_eos(tokenizer, eos)
-    encoded = tokenizer.encode_batch(list(contexts), add_special_tokens=False)
-    return [[*before, *encoding.ids, eos, *after] for encoding in encoded]
+    for encoding in encodings(contexts, plain(tokenizer)):
+        yield [*before, *encoding.ids, eos, *after]
 
 
 def encode(
@@ -40,7 +48,8 @@ def encode(
     before: Sequence[int] = (),
     after: Sequence[int] = (),
 ) -> Encoded:
-    """Tokens of every example: BPE(context), eos, BPE(" " + completion), eos.
+    """Tokens of every example: BPE(context), eos, BPE(" " + completion), eos. Both are text: special tokens that they
+    spell out are ordinary characters. The tokenizer stays as it is; truncation and padding of its file do not act.
 
     Args:
       eos: the token that separates and ends (the model config's `eos_token_id`).
@@ -54,42 +63,43 @@ def encode(
     """
     if long not in ("skip", "error"):
         raise ValueError(f'long={long!r}: either "skip" or "error"')
-    heads = prompts(examples["context"], tokenizer, eos=eos, before=before, after=after)
-    spaced = [" " + completion for completion in examples["completion"]]
-    tails = [[*e.ids, eos] for e in tokenizer.encode_batch(spaced, add_special_tokens=False)]
-    sizes = np.array([len(head) + len(tail) for head, tail in zip(heads, tails, strict=True)], np.int64)
-    fits = sizes - 1 <= length
-    skipped = int(np.count_nonzero(~fits))
-    if skipped and (long == "error" or skipped == len(fits)):
-        first = int(fits.argmin())
-        size = sizes[first] - 1
+    tokenizer = plain(tokenizer)
+    heads = _prompts(column(examples, "context"), tokenizer, eos, before, after)
+    tails = encodings((f" {completion}" for completion in column(examples, "completion")), tokenizer)
+    tokens, offsets, starts = array("i"), array("q", [0]), array("q")
+    too_long: dict[int, int] = {}  # the tokens of the examples that are left out, by their numbers
+    for number, (head, tail) in enumerate(zip(heads, tails, strict=True)):
+        size = len(head) + len(tail)  # the last eos is not read
+        if size > length:
+            too_long[number] = size
+            continue
+        tokens.fromlist([*head, *tail.ids, eos])
+        offsets.append(len(tokens))
+        starts.append(len(head))
+    if too_long and (long == "error" or not starts):
+        first, size = next(iter(too_long.items()))
         placeholders = f", {len(before) + len(after)} of them the method's own" if before or after else ""
         raise ValueError(
             f"example {first} (counted from 0) has {size} tokens{placeholders}, {size - length} more than the "
-            f"context of {length}, as have {skipped} of {len(fits)} examples: {examples[first]['context'][:80]!r}"
+            f"context of {length}, as have {len(too_long)} of {len(examples)} examples: "
+            f"{examples[first]['context'][:80]!r}"
         )
-    if skipped:
-        log.warning("skipped %d of %d examples longer than %d tokens", skipped, len(fits), length)
-    kept = [(heads[row], tails[row]) for row in np.flatnonzero(fits)]
-    return Encoded(
-        tokens=np.array([i for head, tail in kept for i in (*head, *tail)], np.int32),
-        offsets=np.concatenate([[0], np.cumsum(sizes[fits])]),
-        starts=np.array([len(head) for head, _ in kept], np.int64),
-        skipped=skipped,
-    )
+    if too_long:
+        log.warning("skipped %d of %d examples longer than %d tokens", len(too_long), len(examples), length)
+    return Encoded(np.asarray(tokens), *(np.array(x, np.int64) for x in (offsets, starts)), skipped=len(too_long))
 
 
 def contexts(examples: datasets.Dataset) -> dict[str, list[str]]:
     """The distinct contexts in order of appearance, each with all its references in file order."""
     groups: dict[str, list[str]] = {}
-    for context, reference in zip(examples["context"], examples["completion"], strict=True):
+    for context, reference in zip(column(examples, "context"), column(examples, "completion"), strict=True):
         groups.setdefault(context, []).append(reference)
     return groups
 
 
 def clean(text: str) -> str:
     r"""What the authors score of a text, generated or reference (microsoft/LoRA, examples/NLG, gpt2_decode.py): up to
-    the end-of-text marker or the first blank line, stripped.
+    the end-of-text marker, also one that the model spelt out in ordinary characters, or the first blank line, stripped.
 
     >>> clean(" A pub .<|endoftext|> B"), clean("A pub .\n\nB")
     ('A pub .', 'A pub .')

@@ -4,12 +4,14 @@ The data are `datasets.Dataset`s with the columns `first`, for pairs `second`, a
 """
 
 import logging
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
 
 from lora_jax.core.extras import extra
 from lora_jax.data.encoded import Texts
+from lora_jax.data.tokenizing import column, encodings
 
 with extra("data"):
     import datasets
@@ -17,14 +19,13 @@ with extra("data"):
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = 8192  # examples in the tokenizer's own form at a time: it takes a hundred times the memory of the tokens
-
 
 def encode(
     examples: datasets.Dataset, tokenizer: Tokenizer, *, length: int, labels: int, before: Sequence[int] = ()
 ) -> Texts:
     """Tokens of every example, as Hugging Face's GLUE scripts make them: the special tokens of the tokenizer's
-    post-processor, and what is too long cut token by token at the end of the longer sentence.
+    post-processor, and what is too long cut token by token at the end of the longer sentence. Sentences are text:
+    `<s>`, `[SEP]` or `<mask>` in them are ordinary characters, which those scripts take for the special tokens.
 
     Args:
       tokenizer: stays as it is; padding and truncation that its file switches on do not act.
@@ -38,22 +39,23 @@ def encode(
         labels - 1.
     """
     pairs = "second" in examples.column_names
-    inputs = list(zip(examples["first"], examples["second"], strict=True)) if pairs else list(examples["first"])
+    first = column(examples, "first")
+    inputs = zip(first, column(examples, "second"), strict=True) if pairs else first
     tokenizer = _truncating(tokenizer, length, pairs, len(before))
-    tokens, token_types, sizes, truncated = [], [], [0], 0
+    tokens, token_types, offsets, truncated = array("i"), array("i"), array("q", [0]), 0
     zeros = [0] * len(before)
-    for start in range(0, len(inputs), _AT_ONCE):
-        encodings = tokenizer.encode_batch_fast(inputs[start : start + _AT_ONCE])
-        tokens.append(np.array([i for e in encodings for i in (*e.ids[:1], *before, *e.ids[1:])], np.int32))
-        token_types.append(np.array([i for e in encodings for i in (*zeros, *e.type_ids)], np.int32))
-        sizes += [len(encoding) + len(before) for encoding in encodings]
-        truncated += sum(bool(encoding.overflowing) for encoding in encodings)
+    for encoding in encodings(inputs, tokenizer, add_special_tokens=True):
+        ids = encoding.ids
+        tokens.fromlist([*ids[:1], *before, *ids[1:]])
+        token_types.fromlist([*zeros, *encoding.type_ids])
+        offsets.append(len(tokens))
+        truncated += bool(encoding.overflowing)
     if truncated:
-        log.warning("cut %d of %d examples to %d tokens", truncated, len(inputs), length)
+        log.warning("cut %d of %d examples to %d tokens", truncated, len(examples), length)
     return Texts(
-        tokens=np.concatenate(tokens),
-        token_types=np.concatenate(token_types),
-        offsets=np.cumsum(sizes),
+        tokens=np.asarray(tokens),
+        token_types=np.asarray(token_types),
+        offsets=np.array(offsets, np.int64),
         labels=_labels(examples, labels),
         truncated=truncated,
     )
@@ -71,6 +73,7 @@ def _truncating(tokenizer: Tokenizer, length: int, pairs: bool, inserted: int) -
         prefix = f" and {inserted} of a prefix" if inserted else ""
         raise ValueError(f"length={length}: must be more than the {special} special tokens{prefix}")
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.encode_special_tokens = True
     tokenizer.no_padding()
     tokenizer.enable_truncation(length - inserted, strategy="longest_first")
     return tokenizer

@@ -1,6 +1,7 @@
 """Plain text for pretraining: files -> documents -> one stream of tokens."""
 
 import re
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 from lora_jax.core.extras import extra
 from lora_jax.data.files import read_text
 from lora_jax.data.pairs import check_eos
+from lora_jax.data.tokenizing import encodings, plain
 
 with extra("data"):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -43,14 +45,17 @@ def documents(path: str | Path) -> list[str]:
 
 
 def encode(paths: Iterable[str | Path], tokenizer: Tokenizer, *, eos: int) -> np.ndarray:
-    """All documents as one stream (total,) int32: eos, document, eos, document, ...
+    """All documents as one stream (total,) int32: eos, document, eos, document, ... Inside a line `<|endoftext|>` is
+    text, and so ordinary characters.
 
     Raises:
       ValueError: a file is empty; eos is no token of the tokenizer.
     """
     check_eos(tokenizer, eos)
-    encoded = (tokenizer.encode_batch_fast(documents(path), add_special_tokens=False) for path in paths)
-    return np.concatenate([np.array([eos, *document.ids], np.int32) for file in encoded for document in file])
+    tokens = array("i")
+    for document in encodings((document for path in paths for document in documents(path)), plain(tokenizer)):
+        tokens.fromlist([eos, *document.ids])
+    return np.asarray(tokens)
 
 
 def train_tokenizer(paths: Iterable[str | Path], vocab_size: int) -> Tokenizer:

@@ -112,5 +112,7 @@ def clean(ids: Sequence[int] | Int[np.ndarray, " length"], tokenizer: Tokenizer,
 
 def end_tokens(tokenizer: Tokenizer, eos: int) -> list[int]:
     """The authors' end tokens: eos, and a blank line where that is one token (GPT-2's 628)."""
-    blank = tokenizer.encode("\n\n", add_special_tokens=False).ids
-    return [eos, *blank] if len(blank) == 1 else [eos]
+    encoding = tokenizer.encode("\n\n", add_special_tokens=False)
+    # Without the padding, and nothing cut, that the tokenizer's file may ask for.
+    blank = [i for i, mask in zip(encoding.ids, encoding.attention_mask, strict=True) if mask]
+    return [eos, *blank] if len(blank) == 1 and not encoding.overflowing else [eos]

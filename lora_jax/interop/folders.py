@@ -6,8 +6,9 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_jax.core import json_files
 from lora_jax.interop.lazy import Lazy
-from lora_jax.interop.tensor_files import LARGEST_JSON, open_file, parse_json
+from lora_jax.interop.tensor_files import open_file
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -33,20 +34,8 @@ def inside(folder: str | os.PathLike, name: str) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, as strict as `tensor_files.parse_json`; a FileNotFoundError where there is none, and a
-    ValueError where it is larger than 16 MiB, no JSON object, or a symlink out of its folder."""
-    path = inside(path.parent, path.name)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    if (size := path.stat().st_size) > LARGEST_JSON:
-        raise ValueError(f"{path} is no JSON that is read here: {size} bytes, more than {LARGEST_JSON}")
-    try:
-        value = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return value
+    """`core.json_files.read_json`, and a ValueError where the file is a symlink out of its folder."""
+    return json_files.read_json(inside(path.parent, path.name))
 
 
 def open_tensors(folder: Path, ignored: re.Pattern) -> dict[str, Lazy]:
@@ -88,7 +77,19 @@ def _open_shards(folder: Path, ignored: re.Pattern) -> dict[str, Lazy]:
 
 
 def _open(path: Path, ignored: re.Pattern) -> dict[str, Lazy]:
-    return {name: tensor.astype("float32") for name, tensor in open_file(path, ignored=ignored).items()}
+    tensors = open_file(path, ignored=ignored)
+    check_not_empty({name: tensor.shape for name, tensor in tensors.items()}, path)
+    return {name: tensor.astype("float32") for name, tensor in tensors.items()}
+
+
+def check_not_empty(shapes: Shapes, source: str | os.PathLike) -> None:
+    """A ValueError where a tensor has no entries, that says how DeepSpeed writes such."""
+    if empty := [name for name, shape in shapes.items() if 0 in shape]:
+        raise ValueError(
+            f"{source}: tensors without entries: {first_ten(empty)}. Was it saved under DeepSpeed ZeRO-3, which leaves "
+            "them so unless it gathers them? Save again with stage3_gather_16bit_weights_on_model_save, or make the "
+            "weights from its checkpoint with zero_to_fp32.py"
+        )
 
 
 def check_shapes(

@@ -1,15 +1,12 @@
-"""Safetensors and JSON files of unknown origin, read strictly: a file is valid as a whole, or an error names it.
+"""Safetensors files of unknown origin, read strictly: a file is valid as a whole, or an error names it.
 
 Stricter than the safetensors library where a file is ambiguous or could do harm: duplicate keys, a header of more than
 16 MiB, entries that are no objects, types and numbers that no weight has. Nothing is unpickled.
 """
 
 import contextlib
-import json
-import math
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from lora_jax.core.json_files import LARGEST, parse_json
 from lora_jax.interop.lazy import Index, Lazy
 
 FLOATS = ("float32", "float16", "bfloat16")
-LARGEST_JSON = 16 << 20  # bytes; the headers of models with 100,000 tensors are smaller
 
 # The file's names -> numpy's; other types keep the file's name.
 _DTYPES = {f"{kind[0].upper()}{bits}": f"{kind}{bits}" for kind in ("float", "int", "uint") for bits in (8, 16, 32, 64)}
@@ -70,7 +67,7 @@ def _check_header(path: Path) -> None:
         if size < 8:
             raise _damaged(path, f"{size} bytes hold no header")
         length = int.from_bytes(file.read(8), "little")
-        if length > min(LARGEST_JSON, size - 8):
+        if length > min(LARGEST, size - 8):
             raise _damaged(path, f"a header of {length} bytes in a file of {size}")
         try:
             header = parse_json(file.read(length))
@@ -123,24 +120,3 @@ def _tensor(file: Any, name: str, dtype: np.dtype, path: Path, index: Index | No
 
 def _damaged(path: Path, why: Any) -> ValueError:
     return ValueError(f"{path} is cut off or damaged ({why}): fetch it again")
-
-
-def parse_json(data: bytes) -> Any:
-    """A value from JSON in UTF-8 as RFC 8259 defines it: no NaN, no infinities, no byte order mark, no key twice. All
-    else is a ValueError, and so is what is nested more deeply than Python's parser allows."""
-    try:
-        return json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
-        raise ValueError(f"the key {twice[0]!r} is there twice")
-    return dict(pairs)
-
-
-def _finite(digits: str) -> float:
-    if not math.isfinite(number := float(digits)):
-        raise ValueError(f"{digits} is no number of JSON, or too large to be held")
-    return number

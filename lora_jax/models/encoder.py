@@ -70,6 +70,10 @@ class EncoderConfig(layers.Computation):
     def __post_init__(self) -> None:
         if self.family not in FAMILIES or self.head not in HEADS:
             raise ValueError(f"family {self.family!r}, head {self.head!r}: choose from {FAMILIES} and {HEADS}")
+        layers.check_least(1, vocab_size=self.vocab_size, hidden=self.hidden, layers=self.layers, heads=self.heads)
+        layers.check_least(1, inner=self.inner, token_types=self.token_types, labels=self.labels)
+        layers.check_least(0, eps=self.eps, pad_id=self.pad_id)
+        layers.check_least(1, max_length=self.max_length)
         if self.hidden % self.heads:
             raise ValueError(f"hidden {self.hidden} is not a multiple of heads {self.heads}")
         if not (0 <= self.dropout < 1 and 0 <= self.attention_dropout < 1):

@@ -55,6 +55,9 @@ class GPT2Config(layers.Computation):
     family: ClassVar[str] = "gpt2"
 
     def __post_init__(self) -> None:
+        layers.check_least(1, vocab_size=self.vocab_size, n_positions=self.n_positions, n_embd=self.n_embd)
+        layers.check_least(1, n_layer=self.n_layer, n_head=self.n_head, n_inner=self.inner)
+        layers.check_least(0, layer_norm_epsilon=self.layer_norm_epsilon, eos_token_id=self.eos_token_id)
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         layers.check_activation(self.activation)

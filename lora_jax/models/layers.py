@@ -69,6 +69,13 @@ def check_activation(name: str) -> None:
         raise ValueError(f"activation {name!r} is none of {', '.join(ACTIVATIONS)}")
 
 
+def check_least(least: int, **values: int | float) -> None:
+    """A ValueError where a value is below the least one."""
+    for name, value in values.items():
+        if not value >= least:
+            raise ValueError(f"{name}={value}: at least {least}")
+
+
 class Norm(nn.LayerNorm):
     """LayerNorm (Ba et al. 2016), computed in float32, for any dtype."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_jax.checkpoints import write_atomically
+from lora_jax.core.json_files import read_json
 from lora_jax.models.family import dimensions_of, family_of
 from lora_jax.planning import asking, topologies
 from lora_jax.planning.asking import Answer, Layout, Workload
@@ -134,7 +135,7 @@ class Cache:
 
     def __init__(self, file: Path | None) -> None:
         self.file = file
-        self.answers: dict[str, Answer] = json.loads(file.read_text()) if file and file.is_file() else {}
+        self.answers: dict[str, Answer] = read_json(file, strict=False) if file and file.is_file() else {}
 
     def ask(self, workload: Workload, topology: Topology, layout: Layout) -> Answer:
         """`asking.ask`, or its answer of before."""

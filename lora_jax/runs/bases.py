@@ -25,7 +25,7 @@ class Base(NamedTuple):
 
     model: Any  # of lora_jax.models
     params: Any
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer  # special tokens in texts are ordinary characters to it
     identity: dict[str, Any]  # `checkpoints.identity`, of config and tokenizer too
     placement: sharding.Placement
     new: tuple[str, ...] = ()  # globs of what the source lacks and every method has to train
@@ -57,6 +57,7 @@ def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None
         raise FileNotFoundError(f"{error}. The paper's bases are public: {PUBLIC}") from error
     if tokenizer is None:
         raise FileNotFoundError(f"{source} has no tokenizer.json: put that of the base there")
+    tokenizer.encode_special_tokens = True  # as `data.tokenizing.plain`, which then makes no copies
     check_task(stored_model, config.data.name, source, task)
     new = hf.untrained(stored_model, source)
     mesh = sharding.make_mesh({}) if mesh is None else mesh

@@ -1,7 +1,6 @@
 """Comparing methods at one budget: a size for a number of parameters, a learning rate after the first steps."""
 
 import bisect
-import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -13,6 +12,7 @@ import lora_jax as lj
 from lora_jax import training
 from lora_jax.checkpoints import write_atomically
 from lora_jax.core.extras import extra
+from lora_jax.core.json_files import read_json
 from lora_jax.data import pairs, tasks
 from lora_jax.metrics import bleu
 from lora_jax.models.family import family_of
@@ -105,10 +105,10 @@ def finish(
     file = workdir / "study.json"
     training.claim(workdir, config)
     if file.is_file():
-        return json.loads(file.read_text())
+        return read_json(file, strict=False)
     train(config, workdir)
     stopping.check(workdir)
-    summary = json.loads((workdir / "summary.json").read_text())
+    summary = read_json(workdir / "summary.json", strict=False)
     summary["method_trained"] = trained(config, bases.load(config))
     if contexts:
         summary["bleu"] = greedy_bleu(workdir, contexts)

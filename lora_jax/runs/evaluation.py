@@ -15,8 +15,10 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from lora_jax import Delta, ParamTransform, checkpoints, training
+from lora_jax.core.json_files import parse_json
 from lora_jax.data import glue
 from lora_jax.data.batches import bucketed, in_order
+from lora_jax.data.files import of_form
 from lora_jax.data.pairs import contexts, prompts
 from lora_jax.data.tasks import TextTask, references
 from lora_jax.generation import completions, end_tokens
@@ -191,7 +193,7 @@ def complete(
         bar = stack.enter_context(tqdm(total=len(texts), initial=len(done), unit="text", desc="generate"))
         for batch in batches:
             if kept:
-                with kept.open("a", encoding="utf-8") as file:
+                with checkpoints.naming(kept), kept.open("a", encoding="utf-8") as file:
                     file.writelines(json.dumps([row, text], ensure_ascii=False) + "\n" for row, text in batch.items())
             bar.update(len(batch.keys() - done.keys()))
             done |= batch
@@ -228,11 +230,16 @@ def completed(kept: Path, settings: Mapping[str, Any]) -> dict[int, str]:
         checkpoints.write_atomically(kept, head.encode())
         return {}
     raw = kept.read_bytes()
-    lines = raw[: raw.rfind(b"\n") + 1].decode()  # the last line may have been cut off
-    if not lines.startswith(head):
+    lines = raw[: raw.rfind(b"\n") + 1]  # the last line may have been cut off
+    if not lines.startswith(head.encode()):
         raise ValueError(f"{kept} was begun with other contexts or settings: delete it, or finish it as it was begun")
-    checkpoints.write_atomically(kept, lines.encode())
-    return dict(map(json.loads, lines.split("\n")[1:-1]))  # not splitlines: texts may hold its rarer line ends
+    checkpoints.write_atomically(kept, lines)
+    done = {}
+    for number, line in enumerate(lines.split(b"\n")[1:-1], 2):
+        with of_form(f"{kept}:{number}: not [number, text]: delete the line"):
+            row, text = parse_json(line, strict=False)
+            done[int(row)] = str(text)
+    return done
 
 
 def json_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
@@ -246,7 +253,12 @@ def read_predictions(folder: Path) -> Rows:
     file = folder / "predictions.jsonl"
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: experiments.evaluate writes it")
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+    rows = []
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
+        with of_form(f"{file}:{number}: no row of experiments.evaluate"):
+            row = parse_json(line or b"{}", strict=False)
+            rows += [row | {name: row[name] for name in ("context", "prediction", "references")}] if line else []
+    return rows
 
 
 def scores(

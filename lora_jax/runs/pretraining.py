@@ -57,7 +57,8 @@ def pretrain(config: ConfigDict, workdir: str | Path, *, started: Callable[[Prep
     train = [path for path in text.files(config.data.path) if path not in held_out]
     tokenizer, eos = _tokenizer(config, workdir, train)
     texts = {name: text.encode(files, tokenizer, eos=eos) for name, files in (("train", train), ("valid", held_out))}
-    shape = gpt2.GPT2Config(vocab_size=tokenizer.get_vocab_size(), eos_token_id=eos, **config.model.to_dict())
+    rows = 1 + max(tokenizer.get_vocab().values())  # of the embedding: some ids below may have no token
+    shape = gpt2.GPT2Config(vocab_size=rows, eos_token_id=eos, **config.model.to_dict())
     run = _prepare(config, workdir, gpt2.GPT2(shape), texts)
     started(run)
     job = run.job
@@ -67,7 +68,8 @@ def pretrain(config: ConfigDict, workdir: str | Path, *, started: Callable[[Prep
     folder = workdir / "model"
     hf.save(folder, gpt2.GPT2(shape), job.method.apply(job.params, result.delta), tokenizer, merge=True)
     entries = processes.on_primary(lambda: training.read_metrics(workdir))
-    loss = next(entry["validation_loss"] for entry in reversed(entries) if "validation_loss" in entry)
+    losses = (entry["validation_loss"] for entry in reversed(entries) if "validation_loss" in entry)
+    loss = next(losses, math.nan)  # where metrics.jsonl was deleted
     return Pretrained(True, result.step, job.total, folder, loss)
 
 
@@ -79,12 +81,12 @@ def _tokenizer(config: ConfigDict, workdir: Path, texts: Sequence[Path]) -> tupl
 
     def make() -> None:
         if checkpoints.latest_step(workdir) is None:
-            given = Tokenizer.from_file(config.tokenizer) if config.tokenizer else None
+            given = hf.read_tokenizer(config.tokenizer) if config.tokenizer else None
             made = given or text.train_tokenizer(texts, config.vocab_size)
             checkpoints.write_atomically(kept, made.to_str().encode())
 
     processes.on_primary(make)
-    tokenizer = Tokenizer.from_file(str(kept))
+    tokenizer = hf.read_tokenizer(kept)
     eos = tokenizer.token_to_id(text.END)
     if eos is None:
         raise ValueError(f"{config.tokenizer} has no token {text.END!r}, which parts documents")

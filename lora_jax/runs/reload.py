@@ -1,6 +1,6 @@
 """A run from its workdir, ready to use; and out to folders of other forms, and in from them."""
 
-import json
+import logging
 import math
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 import lora_jax as lj
 from lora_jax import Delta, ParamTransform, checkpoints, training
+from lora_jax.core.json_files import read_json
 from lora_jax.distributed import sharding
 from lora_jax.interop import hf, peft
 from lora_jax.models.family import family_of
@@ -87,7 +88,9 @@ def trained(workdir: Path, config: ConfigDict) -> tuple[ParamTransform, Delta, i
         raise FileNotFoundError(f"{workdir} has no best epoch yet: it was stopped before its first validation")
     method, delta, info = checkpoints.load_adapter(workdir / "adapter")
     validated = [entry for entry in training.read_metrics(workdir) if config.best in entry]
-    best = max(validated, key=lambda entry: entry[config.best], default={"step": 0})  # an imported one has none
+    if not validated and checkpoints.latest_step(workdir):  # an imported one, of step 0, has none
+        logging.warning("%s has no %s: the best epoch's step counts as 0", workdir / "metrics.jsonl", config.best)
+    best = max(validated, key=lambda entry: entry[config.best], default={"step": 0})
     return method, delta, best["step"], info["base"]
 
 
@@ -101,7 +104,7 @@ def adapter(path: str | Path, base: bases.Base) -> tuple[ParamTransform, Delta]:
     path = Path(path).expanduser()
     checkpoints.finish_replacing(path)
     file = path / "config.json"
-    if file.is_file() and "model_type" not in json.loads(file.read_text()):  # of a run, not of a model
+    if file.is_file() and "model_type" not in read_json(file, strict=False):  # of a run, not of a model
         read_config(path)  # registers a method from a file
         run = checkpoints.load(path)
         checkpoints.check_base(checkpoints.meta_of(path)["base"], base.identity, path)
@@ -128,7 +131,9 @@ def read_config(workdir: str | Path) -> ConfigDict:
     file = Path(workdir).expanduser() / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: is {workdir} the workdir of a run?")
-    config = ConfigDict(json.loads(file.read_text()))
+    config = ConfigDict(read_json(file, strict=False))
+    if missing := [key for key in ("base", "data", "method") if key not in config]:
+        raise ValueError(f"{file} has no {missing[0]!r}: it is not the config of a run of experiments.train")
     methods.register_own(config)
     return config
 

@@ -1,7 +1,6 @@
 """A config and a workdir -> a run."""
 
 import contextlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from ml_collections import ConfigDict
 
 import lora_jax as lj
 from lora_jax import Delta, checkpoints, training
+from lora_jax.core.json_files import read_json
 from lora_jax.core.selection import flatten
 from lora_jax.data.batches import Schedule
 from lora_jax.distributed import processes
@@ -265,7 +265,7 @@ def _train_seeds(
             members.append(run(member, folder, prefixed, done=done))
             if not members[-1].finished:
                 return RunResult(workdir, False, members=tuple(members))
-        summaries.append(json.loads(processes.on_primary(file.read_text)))
+        summaries.append(processes.on_primary(partial(read_json, file, strict=False)))
     summary = None
     if processes.is_primary():
         names = summaries[0]["validation"]

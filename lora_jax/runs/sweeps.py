@@ -18,6 +18,7 @@ from lora_jax.runs.run import load_setup
 from lora_jax.runs.tasks import Task
 from lora_jax.training import locks, stopping
 from lora_jax.training import sweep as training_sweep
+from lora_jax.training.logging import warns_of_plot
 
 KEYS = {"learning_rate": "optimizer.learning_rate", "weight_decay": "optimizer.weight_decay", "seed": "seed"}
 
@@ -76,7 +77,8 @@ def sweep(
                 row = tables.summarize(member.config, workdir / member.name, command=command, **numbers)
             rows.append(row)
         tables.write_rows(workdir / "sweep.json", rows)
-        tables.plot_losses(workdir / "sweep.png", {name: workdir / name for name in names})
+        with warns_of_plot(workdir / "sweep.png"):
+            tables.plot_losses(workdir / "sweep.png", {name: workdir / name for name in names})
     return SweepResult(workdir, True, job.total, dict(zip(names, results, strict=True)), rows)
 
 

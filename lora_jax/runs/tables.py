@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from lora_jax.checkpoints import finish_replacing, write_atomically
 from lora_jax.core.extras import extra
+from lora_jax.core.json_files import read_json
 from lora_jax.training import read_metrics
 
 # A row is a dict. Of its entries the table shows those named here, in this order: the title, and the format of a number
@@ -93,8 +94,11 @@ def summarize(config: ConfigDict, workdir: Path, *, command: str | None = None, 
     adapter, and validation's figures of the best epoch where the config says what is best, else of the last."""
     entries = read_metrics(workdir)
     speeds = [entry["tokens_per_second"] for entry in entries if "tokens_per_second" in entry]
-    validated = [entry for entry in entries if "validation_loss" in entry]
     best = config.get("best")
+    validated = [entry for entry in entries if (best or "validation_loss") in entry]
+    if not validated:
+        problem = f"{workdir / 'metrics.jsonl'} has no {best or 'validation_loss'}, which summary.json is made of"
+        raise ValueError(f"{problem}: put the file back")
     chosen = max(validated, key=lambda entry: entry[best]) if best else validated[-1]
     figures = {name: value for name, value in chosen.items() if name != "step"}
     adapter = workdir / "adapter" / "adapter.safetensors"
@@ -121,14 +125,14 @@ def rows_of(label: str, workdir: str | Path) -> list[Row]:
     file = Path(workdir) / "summary.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: experiments.train writes it at its end")
-    row = {"label": label} | json.loads(file.read_text())
+    row = {"label": label} | read_json(file, strict=False)
     del row["tokens_per_second"]  # runs share the machine with whatever else it does: experiments.speed compares
     kind = "test-base*" if row["method"] == "none" else "test-[!b]*"
     folders = list(Path(workdir, "evaluation").glob(kind))
     for folder in folders:
         finish_replacing(folder)
     files = [folder / "evaluate.json" for folder in folders]
-    results = [json.loads(file.read_text()) for file in files if file.is_file()]
+    results = [read_json(file, strict=False) for file in files if file.is_file()]
     if not results:
         return [row]
     result = max(results, key=lambda result: result["contexts"])  # others are of the first contexts only
@@ -147,7 +151,7 @@ def fill(text: str, folder: Path) -> str:
         file = folder / f"{match[1]}.json"
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist, but a table is marked {match[1]!r}")
-        rows = [row for row in json.loads(file.read_text())["rows"] if row["label"].startswith(match[2] or "")]
+        rows = [row for row in read_rows(file) if row["label"].startswith(match[2] or "")]
         return f"{match[0].splitlines()[0]}\n{table(rows)}<!-- end -->"
 
     return re.sub(r"<!-- results: (\w+)(?: (\w+))? -->\n.*?<!-- end -->", table_of, text, flags=re.S)
@@ -190,7 +194,12 @@ def write_json(file: str | Path, value: Any) -> None:
 
 def read_rows(file: Path) -> list[Row]:
     """The rows of a file of results; none where there is no file."""
-    return json.loads(file.read_text())["rows"] if file.is_file() else []
+    if not file.is_file():
+        return []
+    rows = read_json(file, strict=False).get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "label" in row for row in rows):
+        raise ValueError(f"{file} has no list of rows with labels: it is no file of results")
+    return rows
 
 
 def write_rows(file: Path, rows: list[Row]) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import os
 import time
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from lora_jax.checkpoints import write_atomically
 from lora_jax.core.extras import extra
+from lora_jax.core.json_files import parse_json
 from lora_jax.data.batches import Batch
 from lora_jax.distributed import processes
 from lora_jax.training.step import METRICS, State
@@ -24,16 +26,27 @@ TIMES = ("seconds", "tokens_per_second")
 
 
 def read_metrics(workdir: str | Path, last_step: float = math.inf) -> list[dict[str, Any]]:
-    """The entries of metrics.jsonl up to a step; a half-written last line is left out."""
+    """The entries of metrics.jsonl up to a step, none where there is no such file; a half-written last line is left
+    out. A ValueError where a line is no JSON object of numbers, "step" among them."""
     path = Path(workdir) / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     entries = []
     for number, line in enumerate(lines, 1):
         try:
-            entries.append(json.loads(line))
+            entries.append(_entry(line))
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: not JSON: {line[:80]!r}") from error
+            problem = f"{path}:{number}: no entry of metrics ({error}): {line[:80]!r}"
+            raise ValueError(f"{problem}; mend the line or delete it") from error
     return [entry for entry in entries if entry["step"] <= last_step]
+
+
+def _entry(line: bytes) -> dict[str, Any]:
+    entry = parse_json(line, strict=False)
+    if not isinstance(entry, dict) or "step" not in entry:
+        raise ValueError("it has no step")
+    if wrong := [name for name, value in entry.items() if not isinstance(value, int | float)]:
+        raise ValueError(f"its {wrong[0]} is no number")
+    return entry
 
 
 class Logger(Protocol):
@@ -217,9 +230,23 @@ class Meter:
 
 
 def plot_loss(workdir: str | Path) -> None:
-    """Draws loss.png from metrics.jsonl: training loss and validation loss; the first of several processes does."""
-    if not processes.is_primary():
-        return
+    """Draws loss.png from metrics.jsonl: training loss and validation loss; the first of several processes does. A
+    warning where it cannot be drawn or written."""
+    if processes.is_primary():
+        with warns_of_plot(Path(workdir) / "loss.png"):
+            _plot_loss(workdir)
+
+
+@contextlib.contextmanager
+def warns_of_plot(file: Path) -> Iterator[None]:
+    """Around drawing a plot of a run that is trained: an error in it costs the plot alone, with a warning."""
+    try:
+        yield
+    except Exception as error:  # whatever matplotlib raises
+        logging.warning("%s could not be drawn: %s", file, (str(error).splitlines() or [type(error).__name__])[0])
+
+
+def _plot_loss(workdir: str | Path) -> None:
     with extra("train"):
         from matplotlib.figure import Figure  # slow to import
 

@@ -6,6 +6,7 @@ Nothing in it waits for the device: metrics are summed there and fetched once a 
 import contextlib
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -249,7 +250,14 @@ def drive(job: Job) -> tuple[steps.State, int]:
 
 def _log(job: Job, member: Member) -> Log:
     loggers = [Prefixed(logger, f"{member.name}/") for logger in job.loggers] if member.name else job.loggers
-    return Log(job.workdir / member.name, job.start, loggers)
+    workdir, best = job.workdir / member.name, TrainConfig.of(member.config).best
+    file = workdir / "metrics.jsonl"
+    if job.start and not processes.on_primary(file.exists):
+        problem = f"{file} is missing, though {job.start} steps are done"
+        if best:
+            raise ValueError(f"{problem}: which {best} is the best so far is in it. Put it back, or begin anew")
+        logging.warning("%s: it begins anew", problem)
+    return Log(workdir, job.start, loggers)
 
 
 def _batches(job: Job, labels: LabelCount) -> Iterator[Batch]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from lora_jax.checkpoints import has_data, latest_step, write_atomically
 from lora_jax.core.arrays import is_adapted
+from lora_jax.core.json_files import read_json
 from lora_jax.core.lifting.taps import untapped
 from lora_jax.core.selection import flatten
 from lora_jax.data.batches import Schedule
@@ -34,14 +36,16 @@ def claim(workdir: str | Path, config: Any, *, sweep: str | Path | None = None) 
 
     Raises:
       ValueError: another process writes the workdir, or it holds a run of another config (shows every difference); on
-        all processes.
+        all processes. Or its name is not UTF-8, or its config.json is damaged.
     """
     workdir = Path(workdir).expanduser()
+    if not_utf8(workdir):
+        raise ValueError(f"the workdir {str(workdir)!r} is not UTF-8, as names in checkpoints must be: give another")
     path, new = workdir / "config.json", as_json(config)
 
     def write() -> None:
         if path.exists() and (latest_step(workdir) is not None or read_metrics(workdir)):
-            here, there = _comparable(new), _comparable(with_new_names(json.loads(path.read_text())))
+            here, there = _comparable(new), _comparable(with_new_names(read_json(path, strict=False)))
             different = {
                 key: f"{key} is {there.get(key, 'absent')!r} there and {here.get(key, 'absent')!r} here"
                 for key in sorted(here.keys() | there.keys())
@@ -56,6 +60,11 @@ def claim(workdir: str | Path, config: Any, *, sweep: str | Path | None = None) 
 
     with locks.locked(workdir, keep=True):
         processes.on_primary(write)
+
+
+def not_utf8(path: str | Path) -> bool:
+    """Whether a path holds bytes that are no UTF-8, which Python keeps as half surrogates."""
+    return any("\ud800" <= character <= "\udfff" for character in os.path.abspath(path))
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import lora_jax as lj
 from lora_jax import checkpoints
+from lora_jax.checkpoints import files
 
 PARAMS = {
     "h_0": {"attn": {"query": {"kernel": jnp.ones((8, 6)), "bias": jnp.zeros(6)}}},
@@ -101,13 +102,84 @@ def test_clear_errors(tmp_path: Path) -> None:
     with safetensors.safe_open(file, framework="numpy") as opened:
         metadata = opened.metadata()
     for change, message in (
-        ({"h_0/attn/query/bias:value": np.ones(6, np.int32)}, "is int32; an adapter is floating"),
+        ({"h_0/attn/query/bias:value": np.ones(6, np.int32)}, "is I32; an adapter is floating"),
         ({"h_0/attn/query/bias:value": np.full(6, np.nan, np.float32)}, "is not finite"),
         ({"h_0/attn/query/bias:value": np.ones(6, np.float32)}, "differs from its digest"),
         ({"h_7/attn/query/bias:value": np.ones(6, np.float32)}, "differs from its digest"),
     ):
         file.write_bytes(safetensors.numpy.save(arrays | change, metadata=metadata))
         with pytest.raises(ValueError, match=message):
+            checkpoints.load_adapter(file)
+
+
+def packed(arrays: bytes, header: dict) -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + arrays
+
+
+TYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "I8", "I32", "U64", "BOOL", "C64")
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_type_that_no_adapter_has(tmp_path: Path, dtype: str) -> None:
+    """numpy has no name for some of them."""
+    file, size = tmp_path / "adapter.safetensors", {"F4": 48, "F6_E2M3": 64, "I32": 24, "U64": 48, "C64": 48}
+    count = {"F4": 96, "F6_E2M3": 512 // 6 // 4 * 4}.get(dtype, 6)
+    nbytes = {"F6_E2M3": count * 6 // 8}.get(dtype, size.get(dtype, 6))
+    entry = {"dtype": dtype, "shape": [count], "data_offsets": [0, nbytes]}
+    file.write_bytes(packed(bytes(nbytes), {"__metadata__": {"lora_jax": "{}"}, "a:b": entry}))
+    with pytest.raises(ValueError, match=rf"adapter.safetensors is no adapter.*a:b is {dtype}; an adapter is floating"):
+        checkpoints.load_adapter(file)
+
+
+def test_shapes_that_numpy_has_not(tmp_path: Path) -> None:
+    for shape in ([0, 2**62, 2**62], [0, 2**63], [1] * 100):
+        nbytes = 0 if 0 in shape else 4
+        header = {"a:b": {"dtype": "F32", "shape": shape, "data_offsets": [0, nbytes]}}
+        (tmp_path / "adapter.safetensors").write_bytes(packed(bytes(nbytes), header))
+        with pytest.raises(ValueError, match=r"adapter.safetensors is no adapter, or not all of one"):
+            checkpoints.load_adapter(tmp_path)
+
+
+SPEC = METHOD.spec
+VALUES: list = [None, ..., 3, "x", []]
+FORGED: list[tuple[dict, str]] = [
+    ({"format": 2}, "is of format 2; this version reads format 1"),
+    ({"format": None}, "is of format None"),
+    ({"format": ...}, "is of format None"),
+    *(
+        ({name: value}, "lacks its method's spec or its base's identity")
+        for name in ("spec", "base")
+        for value in VALUES
+    ),
+    ({"spec": {}}, "the spec's method None is not known"),
+    ({"spec": {"method": ["lora"]}}, r"the spec's method \['lora'\] is not known"),
+    ({"spec": {"method": "lora", "select": 3}}, ""),
+    ({"spec": {"method": "lora", "select": ["**"], "rank": 2, "x": 1}}, "does not fit"),
+    ({"spec": {"method": "chain", "of": 3}}, ""),
+    ({"spec": {"method": "chain", "of": [3]}}, ""),
+    ({"spec": {"method": "chain", "of": {"a": 1}}}, ""),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), FORGED, ids=str)
+def test_metadata_with_the_right_digest(tmp_path: Path, change: dict, says: str) -> None:
+    """A digest is no secret: what it is of may be anything."""
+    file = checkpoints.save_adapter(tmp_path, METHOD, delta(), BASE)
+    arrays = safetensors.numpy.load_file(file)
+    info = {name: x for name, x in ({"format": 1, "spec": SPEC, "base": BASE} | change).items() if x is not ...}
+    info["digest"] = files.digest(json.dumps([info, files.table_of(arrays)]))
+    file.write_bytes(safetensors.numpy.save(arrays, metadata={"lora_jax": json.dumps(info)}))
+    with pytest.raises(ValueError, match=rf"adapter.safetensors.*{says}"):
+        checkpoints.load_adapter(file)
+
+
+def test_metadata_that_are_no_json(tmp_path: Path) -> None:
+    file = checkpoints.save_adapter(tmp_path, METHOD, delta(), BASE)
+    arrays = safetensors.numpy.load_file(file)
+    for text in ("", "{", "[]", "null", "[" * 100_000, '{"digest": ' + '{"a":' * 100_000, '{"digest": 3}'):
+        file.write_bytes(safetensors.numpy.save(arrays, metadata={"lora_jax": text}))
+        with pytest.raises(ValueError, match=r"adapter.safetensors differs from its digest"):
             checkpoints.load_adapter(file)
 
 

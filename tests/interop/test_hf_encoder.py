@@ -190,6 +190,15 @@ REFUSED = [
     ({"num_hidden_layers": 1}, "num_hidden_layers 1, but the tensors are of 2 layers"),
     ({"num_hidden_layers": 3}, "num_hidden_layers 3, but the tensors are of 2 layers"),
     ({"intermediate_size": 21}, "intermediate_size 21, but encoder.layer.0.intermediate.dense.weight has 20 rows"),
+    ({"num_attention_heads": 0}, "heads=0: at least 1"),
+    ({"hidden_size": -12}, "hidden=-12: at least 1"),
+    ({"intermediate_size": 20.0}, "intermediate_size=20.0, not a int"),
+    ({"layer_norm_eps": "1e-5"}, "layer_norm_eps='1e-5', not a float"),
+    ({"layer_norm_eps": -1e-5}, "eps=-1e-05: at least 0"),
+    ({"pad_token_id": None}, "pad_token_id=None, not a int"),
+    ({"pad_token_id": -1}, "pad_id=-1: at least 0"),
+    ({"pad_token_id": 600}, "max_length=-5"),
+    ({"vocab_size": [31]}, r"vocab_size=\[31\], not a int"),
     ({"model_type": "electra"}, "model_type 'electra' is none of bert, gpt2, roberta"),
 ]
 

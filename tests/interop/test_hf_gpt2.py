@@ -233,6 +233,7 @@ def drop(name):
     return lambda tensors: {key: value for key, value in tensors.items() if key != name}
 
 
+SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")
 WTE, QKV = "transformer.wte.weight", "transformer.h.0.attn.c_attn.weight"
 
 
@@ -248,6 +249,8 @@ WTE, QKV = "transformer.wte.weight", "transformer.h.0.attn.c_attn.weight"
         (lambda t: t | {"wte.weight": t[WTE]}, "wte.weight is there twice"),
         (lambda t: t | {WTE: t[WTE] * np.float32(np.nan)}, "wte.weight has entries that are not finite"),
         (lambda t: t | {WTE: t[WTE].astype(np.int8)}, "wte.weight is int8"),
+        (lambda t: {n: x[:0].copy() for n, x in t.items()}, "without entries: .*and 18 more. .* ZeRO-3.*zero_to_fp32"),
+        (lambda t: t | {QKV: t[QKV][:0].copy()}, "without entries: transformer.h.0.attn.c_attn.weight. Was it saved"),
     ],
 )
 def test_wrong_tensors(copy, change, says):
@@ -266,13 +269,31 @@ def test_wrong_tensors(copy, change, says):
         ({"activation_function": "mish"}, "activation 'mish' is none of"),
         ({"n_head": 5}, "n_embd 12 is not a multiple of n_head 5"),
         ({"num_attention_heads": 5}, "n_embd 12 is not a multiple of n_head 5"),
-        ({"n_head": None}, "config.json: "),
+        ({"n_head": None}, "n_head=None, not a int"),
         ({"scale_attn_weights": False}, "scale_attn_weights=False; only True"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ({"add_cross_attention": True}, "add_cross_attention=True"),
         ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"eos_token_id": [1, 2]}, r"eos_token_id=\[1, 2\]"),
+        ({"eos_token_id": None}, r"eos_token_id=None; give it one id"),
+        ({"eos_token_id": True}, r"eos_token_id=True, not a int"),
+        ({"eos_token_id": -1}, r"eos_token_id=-1: at least 0"),
+        ({"tie_word_embeddings": "false"}, r"tie_word_embeddings='false', not a bool"),
+        ({"tie_word_embeddings": 0}, r"tie_word_embeddings=0, not a bool"),
+        ({"tie_word_embeddings": None}, r"tie_word_embeddings=None, not a bool"),
+        *(({name: 0}, f"{name}=0: at least 1") for name in SIZES),
+        *(({name: -2}, f"{name}=-2: at least 1") for name in SIZES),
+        *(({name: "2"}, f"{name}='2', not a int") for name in SIZES),
+        *(({name: 2.0}, f"{name}=2.0, not a int") for name in SIZES),
+        *(({name: True}, f"{name}=True, not a int") for name in SIZES),
+        *(({name: [2]}, rf"{name}=\[2\], not a int") for name in SIZES),
+        ({"activation_function": None}, "activation_function=None, not a str"),
+        ({"activation_function": ["gelu"]}, r"activation_function=\['gelu'\], not a str"),
+        ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon='1e-5', not a float"),
+        ({"layer_norm_epsilon": -1e-5}, "layer_norm_epsilon=-1e-05: at least 0"),
+        ({"layer_norm_epsilon": float("nan")}, "config.json is no JSON .NaN is no number"),
+        ({"layer_norm_epsilon": True}, "layer_norm_epsilon=True, not a float"),
     ],
     ids=str,
 )
@@ -337,7 +358,7 @@ def test_tokenizers(copy):
     a_tokenizer(31).save(str(path))
     assert hf.load(copy)[2].token_to_id("w30") == 30
     a_tokenizer(32).save(str(path))
-    with pytest.raises(ValueError, match=r"tokenizer.json has 32 tokens, but .* vocab_size 31"):
+    with pytest.raises(ValueError, match=r"tokenizer.json: 'w31' is token 31, but .* vocab_size 31"):
         hf.load(copy)
     path.write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer.json is no tokenizer"):

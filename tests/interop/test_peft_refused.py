@@ -53,6 +53,12 @@ def load(folder, kind="gpt2"):
     return peft.load(folder, base(kind).params)
 
 
+def test_what_zero_3_leaves(copy):
+    spoil(copy, lambda tensors: {name: tensor.reshape(-1)[:0].copy() for name, tensor in tensors.items()})
+    with pytest.raises(ValueError, match=rf"{WEIGHTS}: tensors without entries: .*ZeRO-3.*zero_to_fp32"):
+        load(copy)
+
+
 KINDS = {
     "ADALORA": ": it scales by a rank that its file does not hold",
     "PREFIX_TUNING": ": its vectors are past keys and values of every layer",

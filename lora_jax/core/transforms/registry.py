@@ -108,7 +108,7 @@ def from_spec(spec: dict[str, Any]) -> ParamTransform:
     """
     options = dict(spec)
     name, peft = options.pop("method", None), options.pop("peft", None)
-    if name not in _METHODS:
+    if not isinstance(name, str) or name not in _METHODS:
         near = difflib.get_close_matches(str(name), _METHODS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"it is one of {sorted(_METHODS)}"
         raise ValueError(f"the spec's method {name!r} is not known; {hint}")

@@ -5,6 +5,7 @@
 
 from lora_jax.interop.hf.families import Architecture, Format, Head, read_config, register_architecture, register_format
 from lora_jax.interop.hf.models import load, read, save, unread, untrained, without_weights
+from lora_jax.interop.hf.tokenizer import read_tokenizer
 
-__all__ = ["Architecture", "Format", "Head", "load", "read", "read_config", "register_architecture", "register_format"]
-__all__ += ["save", "unread", "untrained", "without_weights"]
+__all__ = ["Architecture", "Format", "Head", "load", "read", "read_config", "read_tokenizer", "register_architecture"]
+__all__ += ["register_format", "save", "unread", "untrained", "without_weights"]

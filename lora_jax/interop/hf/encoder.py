@@ -140,10 +140,6 @@ def _fields_of(config: EncoderConfig) -> dict:
 
 def _config_of(fields: dict, source: str) -> EncoderConfig:
     fields = _DEFAULTS[fields["model_type"]] | fields
-    for name, default in _BASE.items():
-        value, kind = fields[name], type(default)
-        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-            raise ValueError(f"{source}: config.json has {name}={value!r}, not a {kind.__name__}")
     return families.read_config(EncoderConfig, fields, _NAMES | {"family": "model_type"}, _FIXED, source)
 
 

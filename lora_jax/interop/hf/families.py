@@ -8,7 +8,9 @@ and dropouts among them, so an architecture lists all of them.
 import dataclasses
 import logging
 import re
+import typing
 from collections.abc import Callable, Collection, Mapping
+from types import NoneType
 from typing import Any, NamedTuple
 
 import jax
@@ -170,17 +172,28 @@ def layouts(architecture: Architecture, leaves: Collection[str], *, prefixed: bo
     return {f"{module.name}.{which}": module.stored(which) for module in modules for which in module.parameters}
 
 
+_JSON = {bool, int, float, str, NoneType}  # the types whose values config.json can hold as they are
+
+
 def read_config(
     cls: Callable[..., Any], fields: Mapping[str, Any], names: Mapping[str, str], only: Mapping[str, Any], source: str
 ) -> Any:
-    """A model's config from the fields of config.json, whose `names` are given by ours; those absent have defaults. A
-    ValueError where a field of `only` has another value than the supported one, or the config refuses a value."""
+    """A model's config, a dataclass, from the fields of config.json, whose `names` are given by ours; those absent have
+    defaults. A ValueError where a field of `only` has another value than the supported one, one is of another type than
+    the dataclass says (true is no number, a string no size), or the config refuses a value."""
     for name, value in only.items():
         if fields.get(name, value) != value:
             raise ValueError(f"{source}: config.json has {name}={fields[name]!r}; only {value!r} is supported")
+    given = {ours: fields[theirs] for ours, theirs in names.items() if theirs in fields}
+    types_of = typing.get_type_hints(cls)
+    for ours, value in given.items():
+        kinds = typing.get_args(types_of[ours]) or (types_of[ours],)  # several where it may be None
+        if _JSON.issuperset(kinds) and type(value) not in ((*kinds, int) if float in kinds else kinds):
+            expected = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
+            raise ValueError(f"{source}: config.json has {names[ours]}={value!r}, not a {expected}")
     try:
-        return cls(**{ours: fields[theirs] for ours, theirs in names.items() if theirs in fields})
-    except (TypeError, ValueError) as error:
+        return cls(**given)
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{source}: config.json: {error}") from error
 
 

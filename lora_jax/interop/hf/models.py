@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from lora_jax.checkpoints import finish_replacing, replaced_together
+from lora_jax.checkpoints import finish_replacing, naming, replaced_together
 from lora_jax.core import transforms
 from lora_jax.core.arrays import is_adapted
 from lora_jax.core.extras import extra
@@ -30,6 +30,7 @@ from lora_jax.interop.folders import INDEX, WEIGHTS, check_shapes, inside, open_
 from lora_jax.interop.hf import encoder, gpt2  # noqa: F401  (they register their formats)
 from lora_jax.interop.hf.checks import check_sizes, with_source, without_other_head
 from lora_jax.interop.hf.families import Format, HeadOptions, Stored, format_of, layouts
+from lora_jax.interop.hf.tokenizer import read_tokenizer
 from lora_jax.interop.lazy import placed, stacked
 from lora_jax.interop.tensor_files import FLOATS
 from lora_jax.models import shapes
@@ -199,7 +200,8 @@ def save(
     tensors = _tensors(flatten_dict(params, sep="/"), names, scanned)
     spread = any(isinstance(x, Array) and not x.is_fully_addressable for x in jax.tree.leaves(params))
     if not spread or jax.process_index() == 0:
-        _write(Path(folder), fields, tensors, tokenizer, shard_size)
+        with naming(folder):
+            _write(Path(folder), fields, tensors, tokenizer, shard_size)
     else:
         for _ in tensors:  # takes its part in bringing them together
             pass
@@ -311,12 +313,4 @@ def _folder(source: str | os.PathLike) -> Path:
 
 def _tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
     path = inside(folder, "tokenizer.json")
-    if not path.is_file():
-        return None
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path} is no tokenizer ({error})") from error
-    if (size := tokenizer.get_vocab_size()) > vocab_size:
-        raise ValueError(f"{path} has {size} tokens, but config.json says vocab_size {vocab_size}")
-    return tokenizer
+    return read_tokenizer(path, vocab_size) if path.is_file() else None

@@ -51,6 +51,7 @@ def load(folder: str | os.PathLike, params: Any) -> tuple[ParamTransform, Delta]
     """
     config_file, file = _files(Path(folder))
     config, in_file = folders.read_json(config_file), read_file(file)
+    folders.check_not_empty({name: array.shape for name, array in in_file.items()}, file)
     arrays = {name.removeprefix(PREFIX): array for name, array in in_file.items()}
     classifies = config.get("task_type") == "SEQ_CLS" or any(name.startswith("score.") for name in arrays)
     model = model_of(params, prefix_in(arrays, str(file)), classifies, str(file))

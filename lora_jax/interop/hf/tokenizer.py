@@ -1,0 +1,35 @@
+"""tokenizer.json of a Hugging Face folder."""
+
+import os
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+
+def read_tokenizer(path: str | os.PathLike, vocab_size: int | None = None) -> Tokenizer:
+    """The tokenizer of a file, without the truncation and the padding that the file may ask for: they are of one use of
+    it, and would cut texts in another without a word (transformers sets them anew at each call).
+
+    Args:
+      vocab_size: the rows of the model's token embedding.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is no tokenizer, has no tokens, or a token's id is not below `vocab_size`.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        tokenizer = Tokenizer.from_file(os.fspath(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path} is no tokenizer ({error})") from error
+    vocabulary = tokenizer.get_vocab()
+    if not vocabulary:
+        raise ValueError(f"{path} is a tokenizer without tokens")
+    last = max(vocabulary, key=vocabulary.__getitem__)
+    if vocab_size is not None and vocabulary[last] >= vocab_size:
+        problem = f"{last!r} is token {vocabulary[last]}, but config.json says vocab_size {vocab_size}"
+        raise ValueError(f"{path}: {problem}, which is for ids below it")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
