@@ -6,7 +6,6 @@ For each score: the first run's minus the second's, with its 95% interval, and p
 alone would give a difference as large.
 """
 
-import json
 from pathlib import Path
 
 from absl import flags
@@ -14,9 +13,11 @@ from absl import flags
 from experiments import cli
 from lora_jax.metrics import paired
 from lora_jax.runs.evaluation import prepared, read_predictions
-from lora_jax.runs.tasks import task_named
+from lora_jax.runs.reload import read_config
+from lora_jax.runs.tasks import task_in
 
 flags.DEFINE_list("runs", None, "Two workdirs.")
+flags.declare_key_flag("code")
 flags.declare_key_flag("split")
 flags.DEFINE_string("params", "adapted", "Of which evaluation.")
 flags.DEFINE_enum("missing", None, ["first", "empty"], "As for experiments.evaluate.")
@@ -31,7 +32,7 @@ def main() -> None:
     first, second = (read_predictions(folder) for folder in folders)
     if [row["context"] for row in first] != [row["context"] for row in second]:
         raise ValueError(f"{folders[0]} and {folders[1]} are of other contexts")
-    task = task_named(json.loads((Path(values.runs[0]) / "config.json").read_text())["data"]["name"]).text
+    task = task_in(read_config(values.runs[0])).text
     if task is None:
         raise ValueError(f"{values.runs[0]} is a run that writes no texts")
     (hypotheses, references), (others, _) = prepared(first, task), prepared(second, task)

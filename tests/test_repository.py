@@ -20,6 +20,7 @@ PACKAGE = ROOT / "lora_jax"
 CORE_ORDER = [
     "core.extras",
     "core.dropout",
+    "core.globs",
     "core.selection",
     "core.arrays",
     "core.lifting.taps",

@@ -60,6 +60,7 @@ class Family:
       with_head: `(config, head, labels) -> config` with those values of its fields `head`, "classification" or
         "regression", and `labels`; None: the model does not classify.
       head_params: the top-level parameters that belong to a task's head rather than to the pretrained base.
+      token_embedding: glob of the token embedding, in both layouts; "" where a config has to name it.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Family:
     output_head: OutputHead | None = None
     with_head: Callable[[Any, str, int], Any] | None = None
     head_params: tuple[str, ...] = ()
+    token_embedding: str = ""
 
 
 _FAMILIES: dict[str, Family] = {}

@@ -224,4 +224,7 @@ def dimensions(config: GPT2Config) -> Dimensions:
 
 
 _HEAD = OutputHead(lambda config: ("wte",) if config.tie else ("lm_head",))
-register_family(Family("gpt2", GPT2, AXES, sites, sharding_rules, dimensions, init_cache, _HEAD))
+_EMBEDDING = "**/wte/embedding"
+register_family(
+    Family("gpt2", GPT2, AXES, sites, sharding_rules, dimensions, init_cache, _HEAD, token_embedding=_EMBEDDING)
+)

@@ -20,6 +20,7 @@ from lora_jax.runs import bases, methods, run
 from lora_jax.runs.evaluation import complete
 from lora_jax.runs.reload import load
 from lora_jax.runs.tables import write_json
+from lora_jax.runs.tasks import task_named
 
 
 def write_pairs(task: str, source: str, folder: Path, counts: Mapping[str, int | None]) -> None:
@@ -42,7 +43,7 @@ def resize(config: ConfigDict, option: str, sizes: Sequence[int], *, like: Confi
     """Sets the option of a config, such as "lora.rank", to the size, of those given (smallest first), with which it
     trains the number of parameters nearest to that of another config of the same base; returns the size, of several
     with that number the smallest. The method's alpha, where it has one, becomes the size, so that its scale is 1."""
-    base = bases.load(config)
+    base = bases.load(config, task=task_named(config.data.name))
     wanted = trained(like, base)
 
     def count(size: int) -> int:
@@ -101,7 +102,7 @@ def finish(
     if not train(config, workdir):
         raise InterruptedError(f"{workdir} was stopped: the same command resumes it")
     summary = json.loads((workdir / "summary.json").read_text())
-    summary["method_trained"] = trained(config, bases.load(config))
+    summary["method_trained"] = trained(config, bases.load(config, task=task_named(config.data.name)))
     if contexts:
         summary["bleu"] = greedy_bleu(workdir, contexts)
     write_json(file, summary)

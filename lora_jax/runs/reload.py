@@ -18,7 +18,7 @@ from lora_jax.models.family import family_of
 from lora_jax.models.layouts import to_loop
 from lora_jax.runs import bases, methods
 from lora_jax.runs.config import is_sweep
-from lora_jax.runs.tasks import Task, TextTask, task_named
+from lora_jax.runs.tasks import Task, TextTask, task_in, task_named
 
 Kind = Literal["base", "adapted", "merged"]
 Form = Literal["merged", "peft", "native"]
@@ -56,13 +56,14 @@ def load(workdir: str | Path, *, params: Kind = "adapted", base: str | None = No
 
     Raises:
       FileNotFoundError: no run there, or no base.
-      ValueError: the base is another than the run's, or the workdir holds several runs.
+      ValueError: the base is another than the run's, the workdir holds several runs, or its method or task is in a
+        Python file that has not run (`run_file`): reading a run never runs one.
     """
     workdir = Path(workdir)
     config = read_config(workdir)
     if params != "base" and config.method == "none":
         raise ValueError(f"{workdir} trained nothing (method none): there is --params=base only")
-    task = task or task_named(config.data.name)
+    task = task or task_in(config)
     model, plain, tokenizer, identity, *_ = bases.load(config, base, task=task)
     if params == "base":
         return Loaded(workdir, config, model, plain, tokenizer, None, None, 0, identity, task, params)
@@ -100,7 +101,6 @@ def adapter(path: str | Path, base: bases.Base) -> tuple[ParamTransform, Delta]:
     path = Path(path)
     file = path / "config.json"
     if file.is_file() and "model_type" not in json.loads(file.read_text()):  # of a run, not of a model
-        read_config(path)  # registers a method from a file
         run = checkpoints.load(path)
         checkpoints.check_base(checkpoints.meta_of(path)["base"], base.identity, path)
         return run.method, run.delta
@@ -122,13 +122,11 @@ def adapter(path: str | Path, base: bases.Base) -> tuple[ParamTransform, Delta]:
 
 
 def read_config(workdir: str | Path) -> ConfigDict:
-    """The config of the run in a workdir; the methods from files that it names are registered."""
+    """The config of the run in a workdir; no file that it names is run."""
     file = Path(workdir) / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: is {workdir} the workdir of a run?")
-    config = ConfigDict(json.loads(file.read_text()))
-    methods.register_own(config)
-    return config
+    return ConfigDict(json.loads(file.read_text()))
 
 
 def text_task(task: Task, config: ConfigDict, workdir: str | Path) -> TextTask:
@@ -190,7 +188,7 @@ def import_run(source: str | Path, config: ConfigDict, workdir: str | Path) -> I
         config = config.copy_and_resolve_references()
         config.seeds = ()  # one delta is one run
     methods.register_own(config)
-    base = bases.load(config)
+    base = bases.load(config, task=task_named(config.data.name))
     method, delta = adapter(source, base)
     training.claim(workdir, config)
     if checkpoints.latest_step(workdir) is not None:

@@ -20,12 +20,18 @@ from lora_jax.training.logging import read_metrics
 # What may change when a run resumes. How the base is called may; its identity is compared.
 MAY_CHANGE = ("base", "decode", "log_every", "save_every", "max_to_keep", "mesh")
 
-# What ("matrices",) was called in config.json then.
-_OLD_MATRICES = [
-    "**/{kernel,embedding}/{value,a,b,w1,w1_a,w1_b,w2,w2_a,w2_b,rows}",
-    "@shared/**/a",
-    "@*/*/{down,up,down_left,down_right,up_left,up_right,values}",
-]
+# What config.json had then: key -> (value, today's value of the same meaning).
+_OLD_VALUES: dict[str, tuple[list[str], list[str]]] = {
+    "optimizer.decay": (
+        [
+            "**/{kernel,embedding}/{value,a,b,w1,w1_a,w1_b,w2,w2_a,w2_b,rows}",
+            "@shared/**/a",
+            "@*/*/{down,up,down_left,down_right,up_left,up_right,values}",
+        ],
+        ["matrices"],
+    ),
+    "prefix_embedding.select": (["**/{wte,word}/embedding"], []),
+}
 
 
 def claim(workdir: str | Path, config: Any) -> None:
@@ -56,9 +62,7 @@ def claim(workdir: str | Path, config: Any) -> None:
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     """A config's values by their full keys, with the defaults of the keys that it does not have."""
     values = flatten_dict(as_json(TrainConfig()), sep=".") | flatten_dict(config, sep=".")
-    if values["optimizer.decay"] == _OLD_MATRICES:
-        values["optimizer.decay"] = ["matrices"]
-    return values
+    return values | {key: new for key, (old, new) in _OLD_VALUES.items() if values.get(key) == old}
 
 
 def difference(first: Any, second: Any, among: Container[str] | None = None) -> str:
