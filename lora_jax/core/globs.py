@@ -33,7 +33,7 @@ def matches(glob: str, path: str) -> bool:
     Raises:
       ValueError: the glob has more than 1,000 characters and a `*` or braces.
     """
-    return _matcher(glob)(path)
+    return _automaton(glob).matches(path) if "*" in glob or "{" in glob else glob == path
 
 
 def matches_any(globs: Iterable[str], path: str) -> bool:
@@ -64,13 +64,11 @@ def _plainest(glob: str, jumps: dict[int, list[int]]) -> str:
     return text.replace("**/", "").replace("*", "")
 
 
-@functools.lru_cache(maxsize=10_000)
-def _matcher(glob: str) -> Callable[[str], bool]:
-    if "*" not in glob and "{" not in glob:
-        return glob.__eq__
+@functools.lru_cache(maxsize=2000)
+def _automaton(glob: str) -> "_Automaton":
     if len(glob) > LONGEST:
         raise ValueError(f"the glob {glob[:40]!r}... has {len(glob)} characters, more than {LONGEST}: use several")
-    return _Automaton(glob, _jumps(_braces(glob))).matches
+    return _Automaton(glob, _jumps(_braces(glob)))
 
 
 def _braces(glob: str) -> list[_Braces]:

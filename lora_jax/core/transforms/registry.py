@@ -38,6 +38,8 @@ class Traits:
     aliases: tuple[str, ...] = ()
 
 
+_MOST_CHARACTERS = 100_000  # of the globs of a spec together
+
 _METHODS: dict[str, Callable[..., ParamTransform]] = {}
 _TRAITS: dict[str, Traits] = {}
 
@@ -106,6 +108,8 @@ def from_spec(spec: dict[str, Any]) -> ParamTransform:
     >>> lj.from_spec({"method": "lora", "select": ["**/kernel"], "rank": 4}).spec["rank"]
     4
     """
+    if (count := _characters_of_globs(spec)) > _MOST_CHARACTERS:
+        raise ValueError(f"the globs of the spec have {count:,} characters together, more than {_MOST_CHARACTERS:,}")
     options = dict(spec)
     name, peft = options.pop("method", None), options.pop("peft", None)
     if name not in _METHODS:
@@ -123,6 +127,20 @@ def from_spec(spec: dict[str, Any]) -> ParamTransform:
     except TypeError as error:
         raise ValueError(f"the spec of {name!r} does not fit: {error}") from error
     return method if peft is None else method._replace(spec=method.spec | {"peft": peft})
+
+
+def _characters_of_globs(spec: Any) -> int:
+    """The length of all strings in JSON that have to be matched, not just compared."""
+    count, unread = 0, [spec]
+    while unread:
+        match unread.pop():
+            case str(text):
+                count += len(text) if "*" in text or "{" in text else 0
+            case Mapping() as part:
+                unread += [*part.keys(), *part.values()]
+            case list() | tuple() as parts:
+                unread += parts
+    return count
 
 
 register("chain", lambda of: chain(*map(from_spec, of)))
