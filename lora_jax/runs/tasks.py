@@ -20,6 +20,7 @@ from lora_jax.data import batches, glue, pairs, sentences, tasks
 from lora_jax.data.batches import Schedule
 from lora_jax.data.tasks import TextTask
 from lora_jax.metrics.glue import glue as glue_metrics
+from lora_jax.metrics.glue import need_ids
 from lora_jax.models.family import dimensions_of
 from lora_jax.runs import methods
 
@@ -127,6 +128,7 @@ def classification(
 
 
 def _accuracy(outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    need_ids(labels, outputs.shape[-1], "label")
     return {"accuracy": float(np.mean(outputs.argmax(-1) == labels))}
 
 
