@@ -21,6 +21,11 @@ flags.DEFINE_string("workdir", None, "Folder of the run: made, or resumed if it 
 flags.DEFINE_string("out", None, "What to write: see above.")
 flags.DEFINE_string("data", None, "The data, where they are not where the run's config says.")
 flags.DEFINE_string("split", None, "Of the data: by default test of a task of generation, valid of one of GLUE.")
+flags.DEFINE_multi_string(
+    "code",
+    [],
+    "FILE.py, which registers methods and tasks of your own: it runs. A run's files never run by themselves.",
+)
 flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, of a run of several processes (docs/distributed.md).")
 flags.DEFINE_integer("processes", None, "How many processes the run has.", lower_bound=1)
 flags.DEFINE_integer("process", None, "Which of them this one is, from 0.", lower_bound=0)
@@ -52,6 +57,11 @@ def run(main: Callable[[], None]) -> None:
             with contextlib.ExitStack() as stack:
                 if jax.distributed.is_initialized() and jax.process_index() > 0:
                     stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+                if values.code:
+                    from lora_jax.runs.methods import run_file  # slow to import
+
+                    for file in values.code:
+                        run_file(file)
                 main()
         except InterruptedError as error:
             if processes.is_primary():

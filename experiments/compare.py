@@ -11,12 +11,13 @@ from pathlib import Path
 from absl import flags
 
 from experiments import cli
-from lora_jax.core.json_files import read_json
 from lora_jax.metrics import paired
 from lora_jax.runs.evaluation import prepared, read_predictions
-from lora_jax.runs.tasks import task_named
+from lora_jax.runs.reload import read_config
+from lora_jax.runs.tasks import task_in
 
 flags.DEFINE_list("runs", None, "Two workdirs.")
+flags.declare_key_flag("code")
 flags.declare_key_flag("split")
 flags.DEFINE_string("params", "adapted", "Of which evaluation.")
 flags.DEFINE_enum("missing", None, ["first", "empty"], "As for experiments.evaluate.")
@@ -31,8 +32,7 @@ def main() -> None:
     first, second = (read_predictions(folder) for folder in folders)
     if [row["context"] for row in first] != [row["context"] for row in second]:
         raise ValueError(f"{folders[0]} and {folders[1]} are of other contexts")
-    file = Path(values.runs[0], "config.json")
-    task = task_named(read_json(file, strict=False)["data"]["name"]).text
+    task = task_in(read_config(values.runs[0])).text
     if task is None:
         raise ValueError(f"{values.runs[0]} is a run that writes no texts")
     (hypotheses, references), (others, _) = prepared(first, task), prepared(second, task)

@@ -14,7 +14,7 @@ from experiments import reload
 from lora_jax.runs import bases
 from lora_jax.runs.evaluation import answer, decoding_options, sampling_key
 from lora_jax.runs.reload import adapter, read_config, text_task
-from lora_jax.runs.tasks import task_named
+from lora_jax.runs.tasks import task_in
 
 HELP = """A line is a context, which the model completes. Besides:
   :adapter NAME     another adapter: {names}
@@ -34,7 +34,7 @@ def hold(further: dict[str, Path]) -> None:
     """
     workdir = Path(flags.FLAGS.workdir)
     config = read_config(workdir)
-    text_task(task_named(config.data.name), config, workdir)
+    text_task(task_in(config), config, workdir)
     base = bases.load(config, flags.FLAGS.base)
     paths = ({} if config.method == "none" else {"run": workdir}) | further
     if not paths:

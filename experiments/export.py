@@ -23,6 +23,7 @@ from lora_jax import runs
 
 flags.DEFINE_enum("form", None, ["merged", "peft", "native"], "What to write.")
 flags.DEFINE_string("source", None, "A folder to import; its form is detected.")
+flags.declare_key_flag("code")
 flags.declare_key_flag("out")
 flags.declare_key_flag("workdir")
 flags.declare_key_flag("base")

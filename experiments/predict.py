@@ -16,6 +16,7 @@ from absl import flags
 from experiments import cli, reload
 from lora_jax import runs
 
+flags.declare_key_flag("code")
 flags.declare_key_flag("split")
 flags.declare_key_flag("data")
 flags.declare_key_flag("workdir")

@@ -5,8 +5,10 @@ from typing import Any
 
 from absl import flags
 
+from experiments import cli  # noqa: F401  defines --code
 from lora_jax import runs
 
+flags.declare_key_flag("code")
 flags.DEFINE_enum(
     "params",
     "adapted",

@@ -24,8 +24,8 @@ PACKAGE = ROOT / "lora_jax"
 CORE_ORDER = [
     "core.extras",
     "core.ranges",
-    "core.json_files",
     "core.dropout",
+    "core.globs",
     "core.selection",
     "core.arrays",
     "core.lifting.taps",
@@ -47,18 +47,18 @@ HEAVY = {"flax", "orbax", "safetensors", "huggingface_hub", "tokenizers", "datas
 CORE = {"core", "methods"}
 LAYERS = {
     "models": ({"core.dropout", "core.extras"}, {"jax", "flax", "jaxtyping", "numpy"}),
-    "data": ({"core.extras", "core.json_files"}, {"numpy", "datasets", "jaxtyping", "tokenizers", "huggingface_hub"}),
+    "data": ({"core.extras"}, {"numpy", "datasets", "jaxtyping", "tokenizers", "huggingface_hub"}),
     "metrics": ({"core.extras"}, {"numpy", "sacrebleu", "scipy", "sklearn"}),
     "distributed": (CORE | {"models"}, CORE_OUTSIDE),
-    "checkpoints": (CORE | {"models", "distributed"}, CORE_OUTSIDE | HEAVY),
-    "interop": (CORE | {"models", "distributed", "checkpoints"}, CORE_OUTSIDE | HEAVY | {"torch"}),
+    "checkpoints": (CORE | {"models", "distributed", "data.json_files"}, CORE_OUTSIDE | HEAVY),
+    "interop": (CORE | {"models", "distributed", "checkpoints", "data.json_files"}, CORE_OUTSIDE | HEAVY | {"torch"}),
     "generation": (CORE | {"models"}, CORE_OUTSIDE | {"flax", "jaxtyping", "tokenizers", "tqdm"}),
     "training": (
         CORE | {"models", "data", "metrics", "distributed", "checkpoints", "interop", "generation"},
         CORE_OUTSIDE | HEAVY | {"tqdm", "tensorboardX", "matplotlib", "ml_collections", "jaxtyping"},
     ),
 }
-LAYERS["planning"] = (CORE | {"models", "distributed", "checkpoints", "training"}, CORE_OUTSIDE)
+LAYERS["planning"] = (CORE | {"models", "distributed", "checkpoints", "training", "data.json_files"}, CORE_OUTSIDE)
 LAYERS["runs"] = (LAYERS["training"][0] | {"training", "planning"}, LAYERS["training"][1])
 SHORT = {"sharding": "distributed.sharding", "arithmetic": "methods.arithmetic"}  # names that stay importable
 

@@ -11,8 +11,8 @@ import numpy as np
 import safetensors
 
 from lora_jax.checkpoints.files import digest, named, nested, raw_bytes, table_of, write_atomically
-from lora_jax.core.json_files import parse_json
 from lora_jax.core.transforms import Delta, ParamTransform, from_spec
+from lora_jax.data.json_files import parse_json
 from lora_jax.distributed import processes
 
 _ADAPTER = "adapter.safetensors"

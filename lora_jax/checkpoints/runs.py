@@ -25,8 +25,8 @@ import orbax.checkpoint as ocp
 
 from lora_jax.checkpoints.adapters import method_of
 from lora_jax.checkpoints.files import check_base, checksums, digest, named, nested
-from lora_jax.core.json_files import LARGEST, read_json
 from lora_jax.core.transforms import Delta, ParamTransform
+from lora_jax.data.json_files import LARGEST, read_json
 from lora_jax.distributed import processes
 
 S = TypeVar("S")

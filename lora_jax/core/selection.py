@@ -1,17 +1,18 @@
 """Which leaves of a parameter tree a transform meets, and which of their axes are input and output.
 
-A *path* is the keys of `jax.tree_util.tree_flatten_with_path` joined by "/"; a *glob* matches a whole path.
+A *path* is the keys of `jax.tree_util.tree_flatten_with_path` joined by "/"; a *glob* (`globs`) matches a whole path.
 *Axes* are one letter an axis: `i` input, `o` output, `s` stacked, `k` spatial and `v` looked up (both count as input).
 """
 
 import difflib
-import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from lora_jax.core.globs import alternatives, matches, matches_any, plainest
 
 CLASS = {"i": "i", "v": "i", "k": "i", "o": "o", "s": "s"}  # what the letter of an axis counts as
 _DEFAULT_AXES = {"kernel": "io", "embedding": "vo", "weight": "oi"}
@@ -46,39 +47,6 @@ def flatten(params: Any, is_leaf: Callable[[Any], bool] = lambda _: False) -> tu
     return [(path_of(keys), leaf) for keys, leaf in flat], treedef
 
 
-def _braces(glob: str) -> list[str]:
-    """`a/{b,c}` -> `[a/b, a/c]`, innermost braces first."""
-    inner = re.search(r"\{([^{}]*)\}", glob)
-    if not inner:
-        return [glob]
-    heads, tails = glob[: inner.start()], glob[inner.end() :]
-    return [g for option in inner[1].split(",") for g in _braces(heads + option + tails)]
-
-
-_WILD = {r"**/": r"(?:[^/]+/)*", r"/**": r"(?:/[^/]+)*", "**": r"(?:[^/]+(?:/[^/]+)*)?", "*": r"[^/]*"}
-
-
-@functools.cache
-def glob_regex(glob: str) -> re.Pattern:
-    """`*` within one part, `**` any number of parts, `{a,b}` alternatives; matches a whole path."""
-
-    def regex(plain: str) -> str:
-        pieces = re.split(r"((?:^|(?<=/))\*\*/|/\*\*(?=/|$)|\*\*|\*)", plain)
-        return "".join(_WILD.get(piece, re.escape(piece)) for piece in pieces)
-
-    return re.compile("|".join(regex(plain) for plain in _braces(glob)))
-
-
-def matches(glob: str, path: str) -> bool:
-    """Whether the glob matches the whole path."""
-    return glob_regex(glob).fullmatch(path) is not None
-
-
-def matches_any(globs: Iterable[str], path: str) -> bool:
-    """Whether one of the globs matches the whole path."""
-    return any(matches(glob, path) for glob in globs)
-
-
 def strings(value: str | Iterable[str]) -> tuple[str, ...]:
     """One string, or several, as a tuple."""
     return (value,) if isinstance(value, str) else tuple(value)
@@ -103,20 +71,21 @@ class Selection(NamedTuple):
     exclude: tuple[str, ...] = ()
 
     def __call__(self, params: Any) -> dict[str, str]:
-        """`{path: axes}` of the selected leaves, in the tree's order; unnamed axes beyond two are a ValueError."""
+        """`{path: axes}` of the selected leaves, in the tree's order.
+
+        Raises:
+          ValueError: a glob, or an alternative in its braces, matches no leaf; unnamed axes beyond two.
+        """
+        check_globs((*self.globs, *self.exclude), params)
         return {path: self.axes_of(path, leaf) for path, leaf in self.leaves(params).items()}
 
     def leaves(self, params: Any) -> dict[str, Any]:
-        """`{path: leaf}` of the selected floating-point leaves; a glob that matches none is a ValueError."""
-        leaves: dict[str, Any] = {}
-        for path, leaf in flatten(params)[0]:
-            if jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.floating):
-                if path in leaves:
-                    raise ValueError(f"two leaves have the path {path}: rename one")
-                leaves[path] = leaf
+        """`{path: leaf}` of the selected floating-point leaves; a glob that matches none is a ValueError. Of braces one
+        alternative suffices: specs of old files may have others."""
+        leaves = _float_leaves(params)
         for glob in (*self.globs, *self.exclude):
             if not any(matches(glob, path) for path in leaves):
-                raise ValueError(f"{glob!r} matches no parameter{nearest(glob, leaves)}")
+                raise ValueError(f"{glob!r} matches no parameter{nearest(plainest(glob), leaves)}")
         paths = [path for path in leaves if matches_any(self.globs, path) and not matches_any(self.exclude, path)]
         layers = set(self.layers or (0,))
         chosen = {path: leaves[path] for path in paths if self._layers_of(path, leaves[path]) & layers}
@@ -161,6 +130,24 @@ class Selection(NamedTuple):
         return {int(number[1])} if number else set()
 
 
+def check_globs(globs: Iterable[str], params: Any) -> None:
+    """A ValueError for a glob, or an alternative in its braces, that matches no floating-point leaf."""
+    leaves = _float_leaves(params)
+    for glob in globs:
+        paths = [path for path in leaves if matches(glob, path)]
+        if not paths:
+            raise ValueError(f"{glob!r} matches no parameter{nearest(plainest(glob), leaves)}")
+        for alternative, its_plainest, matches_it in alternatives(glob):
+            if not any(map(matches_it, paths)):
+                problem = f"{glob!r}: its alternative {alternative!r} matches no parameter"
+                raise ValueError(f"{problem}{nearest(its_plainest, leaves)}")
+
+
+def mapped(*values: Any) -> list[str]:
+    """The globs of those values that are mappings glob -> value."""
+    return [glob for value in values if isinstance(value, Mapping) for glob in value]
+
+
 def select(
     *globs: str,
     axes: str | Mapping[str, str] | None = None,
@@ -170,7 +157,8 @@ def select(
     """Chooses leaves of a parameter tree by the globs of their paths.
 
     Args:
-      globs: `*` within one part, `**` any number of parts, `{a,b}` alternatives; each must match something.
+      globs: `*` within one part, `**` any number of parts, `{a,b}` alternatives. Each must match something, and so must
+        each alternative.
       axes: one string for all (`"io"`), or a mapping glob -> string (first match wins). Two axes need no naming where
         the leaf's name tells them: `kernel` "io", `embedding` "vo", `weight` "oi" (torch, Equinox), else "io".
       layers: only these: the number in `h_3`, or entries of the stacked axis `s`.
@@ -189,9 +177,19 @@ def select(
     return Selection(globs, axes, chosen, strings(exclude))
 
 
-def nearest(glob: str, paths: Iterable[str]) -> str:
-    """The end of an error: the paths that are most like a glob that matches none of them."""
-    plain = _braces(glob)[0].replace("**/", "").replace("*", "")
+def _float_leaves(params: Any) -> dict[str, Any]:
+    """`{path: leaf}` of the floating-point leaves."""
+    leaves: dict[str, Any] = {}
+    for path, leaf in flatten(params)[0]:
+        if jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.floating):
+            if path in leaves:
+                raise ValueError(f"two leaves have the path {path}: rename one")
+            leaves[path] = leaf
+    return leaves
+
+
+def nearest(plain: str, paths: Iterable[str]) -> str:
+    """The paths that are most like this one, as the end of a message."""
     by_end = {"/".join(path.split("/")[-plain.count("/") - 1 :]): path for path in paths}
     near = difflib.get_close_matches(plain, by_end, n=3, cutoff=0.0)
     near += difflib.get_close_matches(plain, paths := list(paths), n=3, cutoff=0.0)

@@ -4,12 +4,12 @@ import contextlib
 import gzip
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_jax.core.extras import extra
-from lora_jax.core.json_files import parse_json
+from lora_jax.data.json_files import parse_json
 
 with extra("data"):
     import datasets
@@ -109,3 +109,14 @@ def load_from_hub(
 def _check_split(split: str, splits: Mapping[str, Any]) -> None:
     if split not in splits:
         raise ValueError(f"split {split!r}: one of {', '.join(splits)}")
+
+
+def check_unicode(texts: Iterable[str], what: str) -> None:
+    """A ValueError for a text with half of a surrogate pair, which JSON can give (`"\\ud83d"`) and a command line, but
+    no text in UTF-8; `what` the texts are."""
+    for number, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = f"{text[error.start]!r}, half of a surrogate pair, at character {error.start}"
+            raise ValueError(f"{what} {number} (counted from 0) has {half}: {text[:80]!r}") from None

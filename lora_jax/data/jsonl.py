@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.core.extras import extra
-from lora_jax.core.json_files import parse_json
 from lora_jax.data.files import find, of_form, read_lines
+from lora_jax.data.json_files import parse_json
 
 with extra("data"):
     import datasets

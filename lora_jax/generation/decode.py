@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Int
@@ -19,7 +20,7 @@ def generate(
     mask: Any,
     *,
     max_new_tokens: int,
-    eos: int | Sequence[int],
+    eos: int | Sequence[int] | None,
     pad: int = 0,
     num_beams: int = 1,
     length_penalty: float = 1.0,
@@ -36,9 +37,11 @@ def generate(
     Args:
       model: of a family that generates text (GPT-2).
       params: its parameters: plain, adapted (`method.apply(params, delta)`) or merged.
-      tokens, mask: (batch, length), the prompts, padded on the left, and 1 or True at non-padding tokens.
+      tokens, mask: (batch, length), the prompts, padded on the left, and 1 or True at non-padding tokens. No prompts
+        have no new tokens.
       max_new_tokens: the most tokens to add, at least 1.
-      eos: an end token, or several. The one met is part of the result; `pad` follows it.
+      eos: an end token, or several; None: every text has all its new tokens. The one met is part of the result; `pad`
+        follows it.
       num_beams: beams of a beam search; 1 is greedy.
       length_penalty: a finished beam scores log p / length^length_penalty, its length being that of the new tokens
         with the end token.
@@ -59,14 +62,16 @@ def generate(
       (batch, max_new_tokens) int32, the new tokens only.
 
     Raises:
-      ValueError: prompts and new tokens exceed the model's positions; the padding is not on the left; eos or pad is
-        not in the vocabulary; more beams than the vocabulary has tokens; options that do not go together or are out of
-        their range; the logits are NaN.
+      ValueError: prompts and new tokens exceed the model's positions; a prompt is empty; the padding is not on the
+        left; eos or pad is not in the vocabulary; more beams than the vocabulary has tokens; options that do not go
+        together or are out of their range; the logits are NaN.
     """
     # numpy, not jax.numpy, which would compile a conversion for each shape
     tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens, np.int32)
     mask = mask if isinstance(mask, jax.Array) else np.asarray(mask, bool)
-    ends = np.atleast_1d(np.asarray(eos, np.int32))
+    if np.shape(tokens) == np.shape(mask) == (0,):
+        tokens, mask = tokens[:, None], mask[:, None]
+    ends = np.atleast_1d(np.asarray([] if eos is None else eos, np.int32))
     _check_prompts(model, tokens, mask, max_new_tokens, ends.tolist(), pad)
     sampled = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     _check_options(model.config.vocab_size, num_beams, no_repeat_ngram_size, len(ends), key, sampled)
@@ -75,6 +80,8 @@ def generate(
         (early_stopping in (True, False, "never"), f'early_stopping={early_stopping!r}: True, False or "never"'),
         (beam_rule in beam_rules.RULES, f"beam_rule={beam_rule!r}: one of {', '.join(beam_rules.RULES)}"),
     )
+    if not len(tokens):
+        return jnp.zeros((0, max_new_tokens), jnp.int32)
     common = (model, params, tokens, mask, ends, np.int32(pad))
     limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "no_repeat": no_repeat_ngram_size}
     if num_beams > 1:
@@ -106,11 +113,12 @@ def _check_prompts(model: Any, tokens: Any, mask: Any, max_new_tokens: int, ends
     needed = f"prompts of {length} tokens and {new} need {length + max_new_tokens} positions, the model has {most}"
     outside = next((i for i in (*ends, pad) if not 0 <= i < vocabulary), None)
     _check(
+        (length or not shape[0], f"tokens {shape}: the prompts are empty, each needs a token at least"),
         (max_new_tokens >= 1, f"{new}: at least 1"),
         (length + max_new_tokens <= most, needed),
         (outside is None, f"eos={ends}, pad={pad}: {outside} is not in the vocabulary of {vocabulary}"),
     )
-    if not isinstance(mask, jax.core.Tracer):
+    if shape[0] and not isinstance(mask, jax.core.Tracer):
         keep = np.asarray(mask, bool)
         padded_left = keep[:, -1].all() and (keep[:, 1:] | ~keep[:, :-1]).all()
         _check((padded_left, "mask: prompts must be padded on the left and hold a token at least"))

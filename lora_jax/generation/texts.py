@@ -40,7 +40,7 @@ def completions(
     prompts: Prompts,
     *,
     max_new_tokens: int,
-    eos: int | Sequence[int],
+    eos: int | Sequence[int] | None,
     batch_size: int = 32,
     done: Container[int] = (),
     **options: Any,
@@ -63,9 +63,11 @@ def completions(
     """
     room = dimensions_of(model).max_length - max_new_tokens
     for number, prompt in enumerate(prompts):
-        if not 0 < len(prompt) <= room:
+        if not len(prompt):
+            raise ValueError(f"prompt {number} (counted from 0) is empty: it needs a token at least")
+        if len(prompt) > room:
             raise ValueError(
-                f"prompt {number} (counted from 0) has {len(prompt)} tokens, {max(len(prompt) - room, 0)} too many: "
+                f"prompt {number} (counted from 0) has {len(prompt)} tokens, {len(prompt) - room} too many: "
                 f"with max_new_tokens={max_new_tokens} the model has room for 1 to {room}"
             )
     key = options.pop("key", None)
@@ -101,10 +103,12 @@ def batches_of(
         yield batch.tolist(), tokens, mask
 
 
-def clean(ids: Sequence[int] | Int[np.ndarray, " length"], tokenizer: Tokenizer, eos: int | Sequence[int]) -> str:
+def clean(
+    ids: Sequence[int] | Int[np.ndarray, " length"], tokenizer: Tokenizer, eos: int | Sequence[int] | None
+) -> str:
     """The text of generated tokens, as the authors clean it (microsoft/LoRA, examples/NLG): up to the first end
     token or blank line, stripped."""
-    ends = np.flatnonzero(np.isin(ids, eos))
+    ends = np.flatnonzero(np.isin(ids, [] if eos is None else eos))
     kept = ids[: ends[0]] if len(ends) else ids
     text = tokenizer.decode([int(i) for i in kept], skip_special_tokens=False)
     return text.split("<|endoftext|>")[0].split("\n\n")[0].strip()

@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_jax.core import json_files
+from lora_jax.data import json_files
 from lora_jax.interop.lazy import Lazy
 from lora_jax.interop.tensor_files import open_file
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lora_jax.core.json_files import LARGEST, parse_json
+from lora_jax.data.json_files import LARGEST, parse_json
 from lora_jax.interop.lazy import Index, Lazy
 
 FLOATS = ("float32", "float16", "bfloat16")

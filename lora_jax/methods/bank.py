@@ -10,12 +10,15 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from lora_jax.core.arrays import LowRank, adapted_array, einsum, is_adapted, widened
 from lora_jax.core.lifting.taps import untapped
 from lora_jax.core.selection import flatten
 from lora_jax.core.transforms import Delta, Params, ParamTransform, from_spec, keys_of, register
+
+_NONE, _NO_ID = -1, -2  # among the ids
 
 
 @adapted_array
@@ -44,7 +47,7 @@ class Gated(LowRank):
 
 @adapted_array
 class Chosen(LowRank):
-    """base + A_k B_k, of the batch's row n, along x's first axis, with k = `ids[n]`; of -1 the base."""
+    """base + A_k B_k, of the batch's row n, along x's first axis, with k = `ids[n]`; of -1 the base, of less NaN."""
 
     layout: ClassVar = {"a": "smir", "b": "smro", "scale": "sm", "ids": "sn", "key": "s"}
     frozen: ClassVar = (*LowRank.frozen, "ids")
@@ -63,7 +66,8 @@ class Chosen(LowRank):
             return factor.astype(widened(factor.dtype))[k].astype(factor.dtype)
 
         k = jnp.maximum(self.ids, 0)
-        scale = jnp.where(self.ids < 0, 0.0, lax.stop_gradient(self.scale)[k])
+        unscaled = jnp.where(self.ids == _NONE, 0.0, jnp.nan)
+        scale = jnp.where(self.ids < 0, unscaled, lax.stop_gradient(self.scale)[k])
         return jax.vmap(row)(x[:, None], of_rows(self.a), of_rows(self.b), scale)[:, 0]
 
     def delta(self) -> Array:
@@ -76,7 +80,7 @@ def bank(methods: Sequence[ParamTransform]) -> ParamTransform:
     `strength` of `apply` is, for a batch of n rows along the first axis of every input that an adapted weight meets,
     (n,) integers, the adapter of each row, -1 being none (not on explicit meshes, and an embedding's factors are copied
     for each row); or (n, K) numbers, how strong each adapter is in each row. One number, or (1, K), holds for all rows;
-    strength 1 is the sum of all adapters. It may be traced.
+    strength 1 is the sum of all adapters. It may be traced: a row whose id is then below -1, or not below K, is NaN.
 
     The delta has the entries of adapter k under `@k/`: `pack` and `take` go from deltas to it and back. With gradients
     each row trains its own adapter. For methods whose change has low rank: LoRA with its scales, PiSSA, rows.
@@ -88,6 +92,9 @@ def bank(methods: Sequence[ParamTransform]) -> ParamTransform:
     >>> adapted = bank.apply(params, delta, strength=jnp.array([1, -1]))
     >>> lj.lift(lambda p, x: x @ p["kernel"])(adapted, jnp.ones((2, 3))).tolist()
     [[6.0, 6.0], [3.0, 3.0]]
+
+    Raises:
+      ValueError: of `apply`, for an id below -1 or not below K that is no traced one.
     """
     methods = list(methods)
     if not methods:
@@ -132,15 +139,28 @@ def take(delta: Delta, k: int) -> Delta:
 
 
 def _strength(strength: Any, count: int) -> Array:
-    """(n,) integers as they are, all else as (n or 1, count) float32."""
-    strength = jnp.asarray(strength)
+    """(n,) integers with _NO_ID for what is no id, all else as (n or 1, count) float32."""
+    given, strength = strength, jnp.asarray(strength)
     if strength.ndim == 1 and jnp.issubdtype(strength.dtype, jnp.integer):
-        return strength.astype(jnp.int32)
+        _check_ids(given, count)
+        least = 0 if jnp.issubdtype(strength.dtype, jnp.unsignedinteger) else _NONE
+        strength = strength.astype(jnp.int32)
+        return jnp.where((strength < least) | (strength >= count), _NO_ID, strength)
     if strength.ndim not in (0, 2) or (strength.ndim == 2 and strength.shape[1] != count):
         kinds = f"a number, (rows, {count}) for as many adapters, or (rows,) whole numbers"
         raise ValueError(f"strength {strength.shape}: {kinds}")
     strength = strength.astype(jnp.float32)
     return jnp.broadcast_to(strength, (strength.shape[0] if strength.ndim else 1, count))
+
+
+def _check_ids(ids: Any, count: int) -> None:
+    """A ValueError for what is no adapter of a bank of so many, where it can be seen."""
+    hidden = lambda x: isinstance(x, jax.core.Tracer) or (isinstance(x, Array) and not x.is_fully_addressable)  # noqa: E731
+    if not any(map(hidden, jax.tree.leaves(ids))):
+        ids = np.asarray(ids)
+        if len(wrong := np.flatnonzero((ids < _NONE) | (ids >= count))):
+            adapters = f"the bank has {count}, from 0, and -1 is none"
+            raise ValueError(f"row {wrong[0]} has the adapter {ids[wrong[0]]}, but {adapters}")
 
 
 def _joined(adapters: list[tuple[int, LowRank]], strength: Array) -> Gated:
@@ -163,7 +183,8 @@ def _stacked(adapters: list[tuple[int, LowRank]], ids: Array) -> Chosen:
         return jnp.pad(x, [(0, rank - n if at == axis % x.ndim else 0) for at, n in enumerate(x.shape)])
 
     here = jnp.array([k for k, _ in adapters], jnp.int32)[None] == ids[:, None]  # an adapter may leave this leaf alone
-    ids = jnp.where(here, jnp.arange(len(adapters), dtype=jnp.int32)[None], -1).max(1)
+    at = jnp.arange(len(adapters), dtype=jnp.int32)[None]
+    ids = jnp.where(here, at, jnp.minimum(ids, _NONE)[:, None]).max(1)
     ids = jnp.broadcast_to(ids, (*adapters[0][1].scale.shape, len(ids)))
     parts = zip(*((filled(w.a, -1), filled(w.b, stacked), w.scale) for _, w in adapters), strict=True)
     a, b, scale = (jnp.stack(x, stacked) for x in parts)

@@ -127,7 +127,7 @@ def dora(
     def adapt(target: Target, factors: Factors, key: Array | None, strength: Any) -> Dora:
         return Dora(**low.fields(target, factors, key, 1.0), strength=target.scale(strength))
 
-    return per_target({"method": "dora", **low.spec()}, low.targets, init, adapt, shapes=shapes)
+    return per_target({"method": "dora", **low.spec()}, low.targets, init, adapt, shapes=shapes, globs=low.globs)
 
 
 not_additive = "a norm of base and change together divides both; merge it into the base"

@@ -106,7 +106,7 @@ def ia3(selection: Selection, *, feedforward: Iterable[str] = ()) -> ParamTransf
 
     spec = {"method": "ia3", **selection.spec(), "feedforward": list(feedforward)}
     targets = functools.partial(_weights_and_biases, selection, feedforward)
-    return per_target(spec, targets, init, adapt, shapes=shapes)
+    return per_target(spec, targets, init, adapt, shapes=shapes, globs=feedforward)
 
 
 def _weights_and_biases(selection: Selection, feedforward: tuple[str, ...], params: Params) -> list[Target]:

@@ -12,7 +12,7 @@ from jax import Array
 from lora_jax.core import transforms
 from lora_jax.core.arrays import LowRank
 from lora_jax.core.ranges import COUNT, PROBABILITY, Range
-from lora_jax.core.selection import Selection, look_up, matches_any, strings
+from lora_jax.core.selection import Selection, look_up, mapped, matches_any, strings
 from lora_jax.core.transforms import Factors, Params, ParamTransform, Spec, Target
 
 Ranks = int | Mapping[str, int]  # of all leaves, or glob -> rank
@@ -58,7 +58,8 @@ def lora(
     def adapt(target: Target, factors: Factors, key: Array | None, strength: Any) -> LowRank:
         return LowRank(**low.fields(target, factors, key, strength))
 
-    return transforms.per_target({"method": "lora", **low.spec()}, low.targets, low.init, adapt, shapes=low.shapes)
+    spec = {"method": "lora", **low.spec()}
+    return transforms.per_target(spec, low.targets, low.init, adapt, shapes=low.shapes, globs=low.globs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +91,11 @@ class Options:
         spec |= {"a_init": self.a_init, "scale_rule": self.scale_rule, "dtype": jnp.dtype(self.dtype).name}
         spec |= {"shared": list(self.shared)} if self.shared else {}
         return spec if self.strict else spec | {"strict": False}
+
+    @property
+    def globs(self) -> list[str]:
+        """The globs among the options, besides those of the selection."""
+        return [*mapped(self.rank, self.alpha), *self.shared]
 
     def targets(self, params: Params) -> list[Target]:
         """The selected leaves; those of one module that a glob of `shared` matches share their A."""

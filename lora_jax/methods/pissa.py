@@ -67,7 +67,7 @@ def pissa(
 
     spec = {"method": "pissa", **selection.spec(), "rank": low.rank, "alpha": low.alpha}
     spec |= {"scale_rule": scale_rule, "dtype": jnp.dtype(dtype).name}
-    return per_target(spec, selection, init, adapt, shapes=shapes)
+    return per_target(spec, selection, init, adapt, shapes=shapes, globs=low.globs)
 
 
 def _matrix(target: Target) -> Array:

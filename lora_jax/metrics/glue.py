@@ -20,6 +20,8 @@ METRICS = {
 }
 # What the paper's Table 2 reports. Its MNLI is the accuracy on the matched examples (the authors' README).
 MAIN = {name: metrics[0] for name, metrics in METRICS.items()}
+HIDDEN = "is it a test split, which hides its labels? experiments.predict writes what GLUE's server scores"
+_CLASSES = dict.fromkeys(METRICS, 2) | {"mnli": 3, "stsb": 0}
 
 
 def glue(name: str, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
@@ -34,7 +36,8 @@ def glue(name: str, predictions: ArrayLike, labels: ArrayLike) -> dict[str, floa
       labels: (N,) the true ones.
 
     Raises:
-      ValueError: another name, nothing to score, shapes that differ, predictions that are no ids, NaN.
+      ValueError: another name, nothing to score, shapes that differ, predictions or labels that are none of the task's
+        ids (the hub's test splits hide labels as -1), of STS-B labels outside of 0 to 5, NaN.
     """
     if name not in METRICS:
         raise ValueError(f"no GLUE task {name!r}: one of {', '.join(METRICS)}")
@@ -45,10 +48,21 @@ def glue(name: str, predictions: ArrayLike, labels: ArrayLike) -> dict[str, floa
         predicted, true = predicted.astype(np.float64), true.astype(np.float64)
         if not (np.isfinite(predicted).all() and np.isfinite(true).all()):
             raise ValueError("a prediction or a label is NaN or infinite")
+        if (outside := true[(true < 0) | (true > 5)]).size:
+            raise ValueError(f"a label is {outside[0]:g}, not within 0 to 5: {HIDDEN}")
     elif not (predicted.dtype.kind in "iu" and true.dtype.kind in "iu"):
         dtypes = f"predictions of {predicted.dtype} for labels of {true.dtype}"
         raise ValueError(f"{dtypes}: both must be integers, ids of labels")
+    else:
+        need_ids(predicted, _CLASSES[name], "prediction")
+        need_ids(true, _CLASSES[name], "label")
     return {metric: _value(metric, predicted, true) for metric in METRICS[name]}
+
+
+def need_ids(ids: np.ndarray, count: int, what: str) -> None:
+    """A ValueError for what is none of so many ids of labels."""
+    if (outside := ids[(ids < 0) | (ids >= count)]).size:
+        raise ValueError(f"a {what} is {outside[0]}, not one of 0 to {count - 1}: {HIDDEN}")
 
 
 def _value(metric: str, predicted: np.ndarray, true: np.ndarray) -> float:

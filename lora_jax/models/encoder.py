@@ -218,5 +218,13 @@ def with_head(config: EncoderConfig, head: str, labels: int) -> EncoderConfig:
 # A pooler takes part in BERT's classification alone: RoBERTa's, where a file has one, is no part of its base.
 for _name, _params in (("roberta", ("classifier", "pooler")), ("bert", ("classifier",))):
     _common = (Encoder, AXES, sites, sharding_rules, dimensions)
-    _varies = ("head", "labels", "pooler", "dropout", "attention_dropout")
-    register_family(Family(_name, *_common, with_head=with_head, head_params=_params, varies=_varies))
+    register_family(
+        Family(
+            _name,
+            *_common,
+            with_head=with_head,
+            head_params=_params,
+            varies=("head", "labels", "pooler", "dropout", "attention_dropout"),
+            token_embedding="**/word/embedding",
+        )
+    )

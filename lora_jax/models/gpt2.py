@@ -227,5 +227,17 @@ def dimensions(config: GPT2Config) -> Dimensions:
 
 
 _HEAD = OutputHead(lambda config: ("wte",) if config.tie else ("lm_head",))
-_varies = ("n_inner", "query_block")
-register_family(Family("gpt2", GPT2, AXES, sites, sharding_rules, dimensions, init_cache, _HEAD, varies=_varies))
+register_family(
+    Family(
+        "gpt2",
+        GPT2,
+        AXES,
+        sites,
+        sharding_rules,
+        dimensions,
+        init_cache,
+        _HEAD,
+        varies=("n_inner", "query_block"),
+        token_embedding="**/wte/embedding",
+    )
+)

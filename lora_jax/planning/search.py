@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora_jax.checkpoints import write_atomically
-from lora_jax.core.json_files import read_json
+from lora_jax.data.json_files import read_json
 from lora_jax.models.family import dimensions_of, family_of
 from lora_jax.planning import asking, topologies
 from lora_jax.planning.asking import Answer, Layout, Workload

@@ -10,6 +10,7 @@ from lora_jax.core.extras import extra
 with extra("train,hf,data"):
     from lora_jax.runs.config import default_config, is_sweep
     from lora_jax.runs.evaluation import Evaluation, complete, evaluate, predict
+    from lora_jax.runs.methods import run_file
     from lora_jax.runs.pretraining import Pretrained, pretrain
     from lora_jax.runs.reload import Imported, Loaded, export_run, import_run, load
     from lora_jax.runs.run import Prepared, RunResult, prepare, train
@@ -20,4 +21,4 @@ with extra("train,hf,data"):
 __all__ = ["Evaluation", "Imported", "Loaded", "Logger", "Prepared", "Pretrained", "RunResult", "SweepResult", "Task"]
 __all__ += ["TextTask", "classification", "complete", "default_config", "evaluate", "export_run", "generation"]
 __all__ += ["import_run", "is_sweep", "load", "predict", "prepare", "pretrain", "register_metric", "register_task"]
-__all__ += ["sweep", "task_named", "train"]
+__all__ += ["run_file", "sweep", "task_named", "train"]

@@ -15,7 +15,7 @@ from lora_jax import Delta, ParamTransform, checkpoints
 from lora_jax.distributed import processes, sharding
 from lora_jax.interop import hf
 from lora_jax.models.family import family_of, function_fields
-from lora_jax.runs.tasks import Task, task_named
+from lora_jax.runs.tasks import Task, task_in
 
 PUBLIC = "huggingface.co/gpt2, gpt2-medium, gpt2-large, FacebookAI/roberta-base and FacebookAI/roberta-large"
 
@@ -49,7 +49,7 @@ def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None
     Raises:
       FileNotFoundError: it or its tokenizer is not there. ValueError: a model of another kind than the config's task.
     """
-    source, task = source or config.base, task or task_named(config.data.name)
+    source, task = source or config.base, task or task_in(config)
     head = {**task.head, "key": jax.random.key(config.seed)} if task.head else {}
     try:
         stored_model, stored, tokenizer = hf.unread(source, **head)
@@ -77,9 +77,9 @@ def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None
     return Base(model, params, tokenizer, digests, placement, new)
 
 
-def check_task(model: Any, name: str, source: str, task: Task | None = None) -> None:
-    """A ValueError unless the model, or the one of that config, can be trained for the task, or that of that name."""
-    family, task = family_of(model), task or task_named(name)
+def check_task(model: Any, name: str, source: str, task: Task) -> None:
+    """A ValueError unless the model, or the one of that config, can be trained for the task, which has that name."""
+    family = family_of(model)
     if (task.text and not family.init_cache) or (task.head and not family.with_head):
         needed = "generates text" if task.text else "classifies"
         raise ValueError(f"{source} is a {family.name}, but {name} needs a model that {needed}")

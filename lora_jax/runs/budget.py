@@ -12,8 +12,8 @@ import lora_jax as lj
 from lora_jax import training
 from lora_jax.checkpoints import write_atomically
 from lora_jax.core.extras import extra
-from lora_jax.core.json_files import read_json
 from lora_jax.data import pairs, tasks
+from lora_jax.data.json_files import read_json
 from lora_jax.metrics import bleu
 from lora_jax.models.family import family_of
 from lora_jax.runs import bases, methods, run
@@ -21,6 +21,7 @@ from lora_jax.runs.config import check
 from lora_jax.runs.evaluation import complete
 from lora_jax.runs.reload import load
 from lora_jax.runs.tables import write_json
+from lora_jax.runs.tasks import task_named
 from lora_jax.training import locks, stopping
 
 
@@ -44,7 +45,7 @@ def resize(config: ConfigDict, option: str, sizes: Sequence[int], *, like: Confi
     """Sets the option of a config, such as "lora.rank", to the size, of those given (smallest first), with which it
     trains the number of parameters nearest to that of another config of the same base; returns the size, of several
     with that number the smallest. The method's alpha, where it has one, becomes the size, so that its scale is 1."""
-    base = bases.load(config)
+    base = bases.load(config, task=task_named(config.data.name))
     wanted = trained(like, base)
 
     def count(size: int) -> int:
@@ -109,7 +110,7 @@ def finish(
     train(config, workdir)
     stopping.check(workdir)
     summary = read_json(workdir / "summary.json", strict=False)
-    summary["method_trained"] = trained(config, bases.load(config))
+    summary["method_trained"] = trained(config, bases.load(config, task=task_named(config.data.name)))
     if contexts:
         summary["bleu"] = greedy_bleu(workdir, contexts)
     write_json(file, summary)

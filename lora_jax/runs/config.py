@@ -114,7 +114,8 @@ def _method_options(
         "adapter": sites | {"rank": 8, "norm": False},
         "compacter": sites | {"rank": 64, "n": 4},
         # infix: tokens between context and completion, in generation alone
-        "prefix_embedding": weights | {"select": ("**/{wte,word}/embedding",), "prefix": 64, "infix": 0},
+        # select: () is the token embedding, as the model's family names it
+        "prefix_embedding": weights | {"select": (), "prefix": 64, "infix": 0},
         "prefix_layer": {"sites": ("block_out",), "prefix": 8, "infix": 0},
     }
 

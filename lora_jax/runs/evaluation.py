@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from lora_jax import Delta, ParamTransform, checkpoints, training
-from lora_jax.core.json_files import parse_json
 from lora_jax.data import glue
 from lora_jax.data.batches import bucketed, in_order
-from lora_jax.data.files import of_form
+from lora_jax.data.files import check_unicode, of_form
+from lora_jax.data.json_files import parse_json
 from lora_jax.data.pairs import contexts, prompts
 from lora_jax.data.tasks import TextTask, references
 from lora_jax.generation import completions, end_tokens
@@ -80,7 +80,10 @@ def evaluate(
         raise ValueError(f"--missing={missing}: references of {loaded.config.data.name} are not filled, leave it out")
     examples = task.load(data or loaded.config.data.path, split)
     groups = dict(list(contexts(examples).items())[:limit])
+    if not groups:
+        raise ValueError(f"no contexts to complete: split={split!r}, limit={limit}")
     examples = examples.select([i for i, context in enumerate(examples["context"]) if context in groups])
+    check_unicode(examples["completion"], "completion")
     kept = folder / "predictions.jsonl.part"
     resumed, started = kept.exists(), time.perf_counter()
     texts = complete(loaded, list(groups), decoding=decoding, batch_size=batch_size, seed=seed, kept=kept)
@@ -116,6 +119,9 @@ def predict(
       split: of MNLI also valid_mismatched and test_mismatched.
       data: where they are, if not where the run's config says.
       command: the command line that makes the result again, kept in it.
+
+    Raises:
+      FileNotFoundError: the data are not there. ValueError: the run writes texts, or the model's outputs are NaN.
     """
     loaded = run if isinstance(run, Loaded) else load(run)
     task, name, workdir = loaded.task, loaded.config.data.name, loaded.workdir
@@ -127,6 +133,8 @@ def predict(
     forward = jax.jit(objective.forward)
     parts = [forward(loaded.params, batch) for batch in tqdm(epoch, unit="batch", desc="predict")]
     outputs = in_order(epoch, jax.device_get(parts))
+    if (bad := np.flatnonzero(np.isnan(outputs).any(-1))).size:
+        raise ValueError(f"the outputs are NaN for {bad.size} of {len(outputs)} examples: look at the parameters")
     predicted = outputs[:, 0] if task.head["head"] == "regression" else outputs.argmax(-1)
     folder = workdir / "predictions" / f"{split}-{loaded.kind}"
     if name in glue.TASKS and "label" not in examples.column_names:
@@ -177,9 +185,10 @@ def complete(
       kept: a file that keeps completions as they come; a killed call resumes from it.
 
     Raises:
-      ValueError: the file holds completions of other contexts or settings.
+      ValueError: the file holds completions of other contexts or settings; a context is no Unicode text.
       InterruptedError: a signal came, and there is such a file; what it holds is resumed.
     """
+    check_unicode(texts, "context")
     options = decoding_options(loaded.config, decoding)
     settings = options | {"params": loaded.kind, "seed": seed, "batch_size": batch_size, "contexts": list(texts)}
     settings |= {"workdir": str(loaded.workdir.resolve()), "step": loaded.step, "base": loaded.base}
@@ -218,6 +227,7 @@ def _prompts(
     base: Loaded | bases.Base, spec: Mapping[str, Any], texts: Sequence[str]
 ) -> tuple[list[list[int]], list[int]]:
     """The tokens of contexts, with the placeholders of a method of that spec, and the tokens that end a completion."""
+    check_unicode(texts, "context")
     eos = base.model.config.eos_token_id
     inserted = methods.placeholders(spec, base.model)
     return prompts(texts, base.tokenizer, eos=eos, **inserted), end_tokens(base.tokenizer, eos)

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -13,6 +14,8 @@ from ml_collections import ConfigDict
 import lora_jax as lj
 from lora_jax.core.transforms import inserted_tokens
 from lora_jax.models.family import family_of
+
+_OLD_TOKEN_EMBEDDING = ["**/{wte,word}/embedding"]  # what prefix_embedding.select was by default
 
 
 def filled(method: lj.ParamTransform, params: Any, seed: int = 1) -> lj.Delta:
@@ -52,6 +55,10 @@ def _part(name: str, config: ConfigDict, model: Any) -> dict[str, Any]:
         options["sites"] = {site: [sites[site][0], (sites[site][1] or (0,))[-1]] for site in options["sites"]}
     elif name != "tune":
         options["axes"] = dict(family.axes)
+    if name == "prefix_embedding" and options["select"] in ([], _OLD_TOKEN_EMBEDDING):
+        if not family.token_embedding:
+            raise ValueError(f"prefix_embedding.select: a {family.name} names no token embedding, name it there")
+        options["select"] = [family.token_embedding]
     if name == "prefix_layer":
         options["vocabulary"] = model.config.vocab_size
     if "layers" in options:
@@ -69,6 +76,8 @@ def check(config: ConfigDict) -> None:
             options["sites"] = {site: [1, options.get("n", 1)] for site in options["sites"]}
         if name == "prefix_layer":
             options["vocabulary"] = 1
+        if name == "prefix_embedding":
+            options["select"] = options["select"] or ["**"]  # the model's token embedding
         if "layers" in options:
             options["layers"] = options["layers"] or None
         try:
@@ -77,22 +86,50 @@ def check(config: ConfigDict) -> None:
             raise ValueError(f"{name}: {error}") from error
 
 
-def from_file(name: str) -> Any:
-    """The object of "FILE.py:OBJECT", or None; the file, run once, registers its methods, as reloading needs too."""
-    path, _, attribute = name.rpartition(":")
-    file = Path(path)
-    module_name = f"own_file_{file.resolve()}"
-    if module_name not in sys.modules:
+# The Python files that the user has named, on a command line or in a config of his own, and that have run.
+_MODULES: dict[Path, ModuleType] = {}
+
+
+def run_file(path: str | Path) -> ModuleType:
+    """Runs a Python file, once in a process: it registers its methods, and `task_in` knows its tasks.
+
+    Only for a file that the user names. What is read (a workdir, an adapter) never has a file run.
+    """
+    file = Path(path).resolve()
+    if file not in _MODULES:
         if not file.is_file():
-            raise FileNotFoundError(f"{file} does not exist: FILE.py:NAME names an object in a Python file")
-        location: Any = importlib.util.spec_from_file_location(module_name, file)
-        sys.modules[module_name] = importlib.util.module_from_spec(location)
+            raise FileNotFoundError(f"{path} does not exist: FILE.py:NAME names an object in a Python file")
+        location: Any = importlib.util.spec_from_file_location(f"own_file_{file}", file)
+        module = importlib.util.module_from_spec(location)
+        sys.modules[module.__name__] = module  # dataclasses and pickles look there
         try:
-            location.loader.exec_module(sys.modules[module_name])
+            location.loader.exec_module(module)
         except BaseException:
-            del sys.modules[module_name]
+            del sys.modules[module.__name__]
             raise
-    return getattr(sys.modules[module_name], attribute, None)
+        _MODULES[file] = module
+    return _MODULES[file]
+
+
+def from_file(name: str) -> Any:
+    """The object of "FILE.py:OBJECT", or None; runs the file."""
+    path, _, attribute = name.rpartition(":")
+    return getattr(run_file(path), attribute, None)
+
+
+def already_run(name: str, what: str) -> Any:
+    """The object of "FILE.py:OBJECT", or None, of a file that has run; of that name, if it has moved.
+
+    Raises:
+      ValueError: it has not run.
+    """
+    path, _, attribute = name.rpartition(":")
+    file = Path(path).resolve()
+    module = _MODULES.get(file) or next((module for ran, module in _MODULES.items() if ran.name == file.name), None)
+    if module is None:
+        how = f"runs.run_file({path!r}) in Python, or --code={path} of an entry point"
+        raise ValueError(f"{what} is {name!r}, and reading a run runs no file that it names. If you trust it: {how}")
+    return getattr(module, attribute, None)
 
 
 def _function(name: str) -> Callable[[Any], lj.ParamTransform]:

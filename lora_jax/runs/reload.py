@@ -12,14 +12,14 @@ from tokenizers import Tokenizer
 
 import lora_jax as lj
 from lora_jax import Delta, ParamTransform, checkpoints, training
-from lora_jax.core.json_files import read_json
+from lora_jax.data.json_files import read_json
 from lora_jax.distributed import sharding
 from lora_jax.interop import hf, peft
 from lora_jax.models.family import family_of
 from lora_jax.models.layouts import to_loop
 from lora_jax.runs import bases, methods
 from lora_jax.runs.config import check, is_sweep
-from lora_jax.runs.tasks import Task, TextTask, task_named
+from lora_jax.runs.tasks import Task, TextTask, task_in, task_named
 from lora_jax.training import locks
 
 Kind = Literal["base", "adapted", "merged"]
@@ -58,13 +58,14 @@ def load(workdir: str | Path, *, params: Kind = "adapted", base: str | None = No
 
     Raises:
       FileNotFoundError: no run there, or no base.
-      ValueError: the base is another than the run's, or the workdir holds several runs.
+      ValueError: the base is another than the run's, the workdir holds several runs, or its method or task is in a
+        Python file that has not run (`run_file`): reading a run never runs one.
     """
     workdir = Path(workdir).expanduser()
     config = read_config(workdir)
     if params != "base" and config.method == "none":
         raise ValueError(f"{workdir} trained nothing (method none): there is --params=base only")
-    task = task or task_named(config.data.name)
+    task = task or task_in(config)
     model, plain, tokenizer, identity, *_ = bases.load(config, base, task=task)
     if params == "base":
         return Loaded(workdir, config, model, plain, tokenizer, None, None, 0, identity, task, params)
@@ -105,7 +106,6 @@ def adapter(path: str | Path, base: bases.Base) -> tuple[ParamTransform, Delta]:
     checkpoints.finish_replacing(path)
     file = path / "config.json"
     if file.is_file() and "model_type" not in read_json(file, strict=False):  # of a run, not of a model
-        read_config(path)  # registers a method from a file
         run = checkpoints.load(path)
         checkpoints.check_base(checkpoints.meta_of(path)["base"], base.identity, path)
         return run.method, run.delta
@@ -127,14 +127,13 @@ def adapter(path: str | Path, base: bases.Base) -> tuple[ParamTransform, Delta]:
 
 
 def read_config(workdir: str | Path) -> ConfigDict:
-    """The config of the run in a workdir; the methods from files that it names are registered."""
+    """The config of the run in a workdir; no file that it names is run."""
     file = Path(workdir).expanduser() / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: is {workdir} the workdir of a run?")
     config = ConfigDict(read_json(file, strict=False))
     if missing := [key for key in ("base", "data", "method") if key not in config]:
         raise ValueError(f"{file} has no {missing[0]!r}: it is not the config of a run of experiments.train")
-    methods.register_own(config)
     return config
 
 
@@ -199,7 +198,7 @@ def import_run(source: str | Path, config: ConfigDict, workdir: str | Path) -> I
         config.seeds = ()  # one delta is one run
     check(config)
     methods.register_own(config)
-    base = bases.load(config)
+    base = bases.load(config, task=task_named(config.data.name))
     method, delta = adapter(source, base)
     with locks.locked(workdir):
         training.claim(workdir, config)

@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 
 import lora_jax as lj
 from lora_jax import Delta, checkpoints, training
-from lora_jax.core.json_files import read_json
 from lora_jax.core.selection import flatten
 from lora_jax.data.batches import Schedule
+from lora_jax.data.json_files import read_json
 from lora_jax.distributed import processes
 from lora_jax.metrics.statistics import spread
 from lora_jax.runs import bases, methods, tables

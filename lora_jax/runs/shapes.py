@@ -14,6 +14,7 @@ from lora_jax.models import encoder, gpt2
 from lora_jax.models.family import dimensions_of, family_of
 from lora_jax.planning import asking
 from lora_jax.runs import bases, methods
+from lora_jax.runs.tasks import task_named
 
 # The shapes of public bases by their names on the Hub, and of GPT-3, whose weights are not public.
 _GPT2 = {"gpt2": "small", "gpt2-medium": "medium", "gpt2-large": "large", "gpt3": "gpt3"}
@@ -62,7 +63,7 @@ def model_of(config: ConfigDict) -> Any:
         )
     shape = hf.without_weights(base).config if Path(base).is_dir() else PUBLIC[base]
     family = family_of(shape)
-    bases.check_task(shape, config.data.name, base)
+    bases.check_task(shape, config.data.name, base, task_named(config.data.name))
     if family.with_head and task:
         shape = family.with_head(shape, "classification" if task.labels else "regression", task.outputs)
     return family.model(dataclasses.replace(shape, **config.model.to_dict()))

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from lora_jax.checkpoints import finish_replacing, write_atomically
 from lora_jax.core.extras import extra
-from lora_jax.core.json_files import read_json
+from lora_jax.data.json_files import read_json
 from lora_jax.training import read_metrics
 
 # A row is a dict. Of its entries the table shows those named here, in this order: the title, and the format of a number

@@ -20,6 +20,7 @@ from lora_jax.data import batches, glue, pairs, sentences, tasks
 from lora_jax.data.batches import Schedule
 from lora_jax.data.tasks import TextTask
 from lora_jax.metrics.glue import glue as glue_metrics
+from lora_jax.metrics.glue import need_ids
 from lora_jax.models.family import dimensions_of
 from lora_jax.runs import methods
 
@@ -54,10 +55,20 @@ def register_task(name: str, task: Task) -> None:
 
 
 def task_named(name: str) -> Task:
-    """The task of that name: registered, of GLUE, of `data.tasks`, or "FILE.py:NAME", a Task in a Python file. Where
-    there is none, a ValueError shows those there are."""
+    """The task of that name: registered, of GLUE, of `data.tasks`, or "FILE.py:NAME", a Task in a Python file, which
+    runs. Where there is none, a ValueError shows those there are."""
+    return _task(name, methods.from_file)
+
+
+def task_in(config: ConfigDict) -> Task:
+    """The task that a config names, which may be a stored one: as `task_named`, but no file runs; a ValueError says how
+    to run it."""
+    return _task(config.data.name, partial(methods.already_run, what="data.name"))
+
+
+def _task(name: str, from_file: Callable[[str], Any]) -> Task:
     if ".py:" in name:
-        task = methods.from_file(name)
+        task = from_file(name)
         if not isinstance(task, Task):
             raise ValueError(f"data.name is {name!r}, but that is no Task")
         return task
@@ -117,6 +128,7 @@ def classification(
 
 
 def _accuracy(outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    need_ids(labels, outputs.shape[-1], "label")
     return {"accuracy": float(np.mean(outputs.argmax(-1) == labels))}
 
 

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from lora_jax.checkpoints import write_atomically
 from lora_jax.core.extras import extra
-from lora_jax.core.json_files import parse_json
 from lora_jax.data.batches import Batch
+from lora_jax.data.json_files import parse_json
 from lora_jax.distributed import processes
 from lora_jax.training.step import METRICS, State
 

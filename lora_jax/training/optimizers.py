@@ -9,7 +9,8 @@ import jax
 import optax
 
 from lora_jax.core.freezing import freeze_base, partition
-from lora_jax.core.selection import matches, matches_any, nearest
+from lora_jax.core.globs import matches, matches_any, plainest
+from lora_jax.core.selection import nearest
 from lora_jax.core.transforms.registry import owners
 from lora_jax.training.config import OLD_MATRICES, OptimizerConfig
 
@@ -43,7 +44,7 @@ def check_decay(config: Any, delta: Any) -> None:
     names = {jax.tree_util.keystr(part[:n], simple=True, separator="/") for part in keys for n in (1, 2)}
     for glob in globs if globs != OLD_MATRICES else []:
         if glob != "matrices" and not any(matches(glob, name) for name in names):
-            raise ValueError(f"optimizer.decay={glob!r} matches nothing that trains{nearest(glob, names)}")
+            raise ValueError(f"optimizer.decay={glob!r} matches nothing that trains{nearest(plainest(glob), names)}")
 
 
 def optimizer(

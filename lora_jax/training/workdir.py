@@ -12,11 +12,11 @@ from flax.traverse_util import flatten_dict
 
 from lora_jax.checkpoints import has_data, latest_step, write_atomically
 from lora_jax.core.arrays import is_adapted
-from lora_jax.core.json_files import read_json
 from lora_jax.core.lifting.taps import untapped
 from lora_jax.core.selection import flatten
 from lora_jax.data.batches import Schedule
 from lora_jax.data.digest import digest, digest_of
+from lora_jax.data.json_files import read_json
 from lora_jax.distributed import processes
 from lora_jax.training import locks
 from lora_jax.training.config import OLD_MATRICES, TrainConfig, as_json, with_new_names
@@ -26,6 +26,12 @@ from lora_jax.training.logging import read_metrics
 MAY_CHANGE = ("base", "decode", "log_every", "save_every", "max_to_keep", "mesh")
 # Where the data are may change too, from a checkpoint on that has digests of them: those are compared.
 _PATHS = {"data.path", "data.validation", "tokenizer", "warm_start"}
+
+# What config.json had then: key -> (value, today's value of the same meaning).
+_OLD_VALUES: dict[str, tuple[list[str], list[str]]] = {
+    "optimizer.decay": (OLD_MATRICES, ["matrices"]),
+    "prefix_embedding.select": (["**/{wte,word}/embedding"], []),
+}
 
 
 def claim(workdir: str | Path, config: Any, *, sweep: str | Path | None = None) -> None:
@@ -70,9 +76,7 @@ def not_utf8(path: str | Path) -> bool:
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     """A config's values by their full keys, with the defaults of the keys that it does not have."""
     values = flatten_dict(as_json(TrainConfig()), sep=".") | flatten_dict(config, sep=".")
-    if values["optimizer.decay"] == OLD_MATRICES:
-        values["optimizer.decay"] = ["matrices"]
-    return values
+    return values | {key: new for key, (old, new) in _OLD_VALUES.items() if values.get(key) == old}
 
 
 def data_of(batches: Schedule, validation: Schedule | None, initial: Mapping[str, Any] = {}) -> dict[str, Any]:

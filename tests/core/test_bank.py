@@ -109,7 +109,6 @@ def test_strengths_mix_and_are_traced() -> None:
         terms = [(METHODS[k], take(DELTA, k)) for k in range(4) if weights[row, k]]
         method, delta = lj.arithmetic.add(terms, [float(w) for w in weights[row] if w])
         close(got[row], FORWARD({"params": method.apply(PARAMS, delta)}, IDS, MASK)[row])
-    close(mixed(np.int32([7, -1])), logits_alone(-1))  # what there is not is the base
     for strength in forms((-1, 2)) + forms((2, 0)):
         mixed(strength)
     assert mixed._cache_size() == 2  # one for ids, one for weights
@@ -154,6 +153,66 @@ def test_ids_are_those_of_the_bank_where_the_first_adapter_leaves_a_weight_alone
     product = lj.lift(lambda p: jnp.ones((4, 3)) @ p["w"])
     got = jax.jit(lambda ids: product(bank.apply(params, delta, strength=ids)))(ints([0, 1, 2, -1]))
     np.testing.assert_array_equal(got, np.array([[1.0], [11.0], [21.0], [1.0]]) * np.ones(3))
+
+
+IDS_OF_A_BANK = st.lists(st.integers(-5, 6), min_size=3, max_size=3)
+KINDS = st.sampled_from([np.int32, np.int64, np.int8, np.uint8, np.uint32, jnp.int32, list])
+
+
+@given(IDS_OF_A_BANK, KINDS)
+def test_ids_that_are_none_of_the_bank_are_an_error(ids: list[int], kind: Any) -> None:
+    """Whatever holds them, where they can be seen; also 2^32 + 1, of which 32 bits are 1."""
+    params = {"w": jnp.eye(3)}
+    bank = lj.bank([lj.lora(lj.select("w"), rank=1)] * 2)
+    delta = jax.eval_shape(bank.init, jax.random.key(0), params)
+    if kind not in (list, jnp.int32):
+        info = np.iinfo(kind)
+        ids = [n for n in ids if info.min <= n <= info.max] + ([2**32 + 1] if kind is np.int64 and 6 in ids else [])
+    strength = ids if kind is list else kind(ids) if kind is not jnp.int32 else jnp.asarray(ids, kind)
+    if not ids:
+        return
+    wrong = next((row for row, k in enumerate(ids) if not -1 <= k < 2), None)
+    apply = functools.partial(jax.eval_shape, lambda delta: bank.apply(params, delta, strength=strength))
+    if wrong is None:
+        apply(delta)
+    else:
+        with pytest.raises(ValueError, match=f"row {wrong} has the adapter {ids[wrong]}, but the bank has 2, from 0"):
+            apply(delta)
+
+
+@functools.cache
+def two_layers() -> tuple[Any, Any, Any]:
+    """Params, bank and delta: the first adapter has u alone, the second u and w."""
+    params = {"u": jnp.eye(3), "w": jnp.eye(3)}
+    bank = lj.bank([lj.lora(lj.select("u"), rank=1), lj.lora(lj.select("*"), rank=1)])
+    return params, bank, jax.tree.map(jnp.ones_like, bank.init(jax.random.key(0), params))
+
+
+@jax.jit
+def two_layers_of(ids: Any, delta: Any) -> jax.Array:
+    params, bank, _ = two_layers()
+    adapted = bank.apply(params, delta, strength=ids)
+    return lj.lift(lambda p: jnp.ones((3, 3)) @ p["u"] @ p["w"])(adapted)
+
+
+ROW_BY_ROW = jax.jit(jax.vmap(lambda k, delta: two_layers_of(jnp.broadcast_to(k, 3), delta)[0], (0, None)))
+GRADIENT = jax.jit(jax.grad(lambda delta, ids: two_layers_of(ids, delta).sum()))
+
+
+@given(IDS_OF_A_BANK, st.sampled_from([np.int32, np.uint8]))
+def test_rows_of_traced_ids_that_are_none_of_the_bank_are_nan(ids: list[int], kind: Any) -> None:
+    """Under jit, and under vmap; the other rows are as ever. So is the gradient, which then is NaN as well."""
+    strength = np.array(ids).astype(kind)
+    got = np.asarray(two_layers_of(strength, two_layers()[2]))
+    is_id = (strength.astype(int) >= -1) & (strength.astype(int) < 2)
+    assert np.array_equal(np.isnan(got).all(1), ~is_id) and np.isfinite(got[is_id]).all()
+    seen = {-1: 1.0, 0: 4.0, 1: 4.0 + 12.0}
+    np.testing.assert_array_equal(
+        got[is_id], np.array([[seen[k]] * 3 for k in strength[is_id].tolist()]).reshape(-1, 3)
+    )
+    np.testing.assert_array_equal(ROW_BY_ROW(strength, two_layers()[2]), got)
+    gradient = jax.tree.leaves(GRADIENT(two_layers()[2], strength))
+    assert all(np.isfinite(leaf).all() for leaf in gradient) == is_id.all()
 
 
 def test_gradients_of_many_rows_are_summed_in_float32() -> None:

@@ -1,7 +1,8 @@
-"""The glob matcher against a slow one written another way."""
+"""The glob matcher against a slow one written another way, and against the regular expressions that it once was."""
 
 import itertools
 import re
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_jax as lj
+from lora_jax.core import globs as module
+from lora_jax.core.globs import alternatives, matches
 
 
 def expand(glob: str) -> list[str]:
@@ -47,7 +50,7 @@ def chosen(glob: str, paths: list[str]) -> set[str]:
     """What `select` picks among these paths; nothing where it raises."""
     tree = {path: np.ones((1, 1)) for path in paths}
     try:
-        return set(lj.select(glob)(tree))
+        return set(lj.select(glob).leaves(tree))
     except ValueError:
         return set()
 
@@ -106,3 +109,132 @@ def test_globs_by_hand(glob, path, expected):
 def test_no_part_of_a_glob_is_a_regular_expression():
     assert chosen("(a|b)", ["a", "b", "(a|b)"]) == {"(a|b)"}
     assert re.fullmatch("a.c", "abc") and chosen("a.c", ["abc", "a.c"]) == {"a.c"}
+
+
+def former_braces(glob: str) -> list[str]:
+    """`a/{b,c}` -> `[a/b, a/c]`, innermost braces first."""
+    inner = re.search(r"\{([^{}]*)\}", glob)
+    if not inner:
+        return [glob]
+    heads, tails = glob[: inner.start()], glob[inner.end() :]
+    return [g for option in inner[1].split(",") for g in former_braces(heads + option + tails)]
+
+
+FORMER_WILD = {"**/": r"(?:[^/]+/)*", "/**": r"(?:/[^/]+)*", "**": r"(?:[^/]+(?:/[^/]+)*)?", "*": r"[^/]*"}
+
+
+def former_regex(glob: str) -> re.Pattern[str]:
+    """The regular expression that a glob was until 2026-11-30."""
+
+    def regex(plain: str) -> str:
+        pieces = re.split(r"((?:^|(?<=/))\*\*/|/\*\*(?=/|$)|\*\*|\*)", plain)
+        return "".join(FORMER_WILD.get(piece, re.escape(piece)) for piece in pieces)
+
+    return re.compile("|".join(regex(plain) for plain in former_braces(glob)))
+
+
+symbols = st.sampled_from([*"ab/,", "*", "**", "/**", "**/", "{", "}", "{a,", "{/**,", "}", "{,"])
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(symbols, max_size=9).map("".join), st.lists(st.text("ab/", max_size=8), min_size=1, max_size=8))
+def test_any_text_is_the_glob_that_it_was(glob: str, paths: list[str]) -> None:
+    """Braces that are not closed, wildcards that alternatives put together, empty parts."""
+    former = former_regex(glob)
+    for path in paths:
+        assert matches(glob, path) is (former.fullmatch(path) is not None)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(symbols, max_size=9).map("".join), st.lists(st.text("ab/", max_size=8), min_size=1, max_size=8))
+def test_what_is_kept_and_forgotten_changes_nothing(glob: str, paths: list[str]) -> None:
+    automaton = module._Automaton(glob, module._jumps(module._braces(glob)))
+    once = [automaton.matches(path) for path in paths]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_MOST_KEPT", 2)
+        assert [automaton.matches(path) for path in paths] == once
+
+
+HARD = {
+    "**" * 20 + "x": "a/" * 60 + "a",
+    "**/" * 20 + "x": "a/" * 60 + "a",
+    "{a,b}" * 18 + "!": "ab" * 9,
+    "{a,aa}" * 100 + "!": "a" * 150,
+    "{{{*,a},*},{a,*}}" * 30 + "!": "a" * 60,
+    "*a" * 40 + "!": "a" * 200,
+    "{**/,}" * 100 + "!": "a/" * 60 + "a",
+}
+
+
+@pytest.mark.parametrize("glob", HARD)
+def test_time_is_linear_whatever_the_glob(glob: str) -> None:
+    """By the former regular expressions each of these took from minutes to ages."""
+    path, begin = HARD[glob], time.process_time()
+    assert not matches(glob, path)
+    assert time.process_time() - begin < 3
+
+
+def test_a_glob_is_not_endless() -> None:
+    long = "a/" * 600
+    assert matches(long, long)  # a path is its own glob, however long
+    with pytest.raises(ValueError, match=r"'a/a/a/.*\.\.\. has 1202 characters, more than 1000"):
+        matches(f"{long}**", "a")
+
+
+@settings(max_examples=300, deadline=None)
+@given(globs, st.lists(paths, min_size=1, max_size=6, unique=True))
+def test_each_alternative_takes_part_or_is_named(glob: str, paths: list[str]) -> None:
+    """Whether an alternative takes part, by leaving it out: of the braces' readings those without it match less."""
+    taking_part = {}
+    for at, (begin, end) in enumerate(spans := brace_spans(glob)):
+        options = split_options(glob[begin + 1 : end])
+        for n, option in enumerate(options):
+            alone = narrowed(glob, spans, at, n)
+            taking_part[begin, n] = option, any(brute(alone, path) for path in paths)
+    found = sorted((text, any(map(matcher, paths))) for text, _, matcher in alternatives(glob))
+    assert found == sorted(taking_part.values())
+    tree, silent = {path: np.ones((1, 1)) for path in paths}, [o for o, takes in taking_part.values() if not takes]
+    if silent and chosen(glob, paths):
+        with pytest.raises(ValueError, match=re.escape(f"{glob!r}: its alternative ")):
+            lj.select(glob)(tree)
+    elif chosen(glob, paths):
+        assert set(lj.select(glob)(tree)) == chosen(glob, paths)
+
+
+def brace_spans(glob: str) -> list[tuple[int, int]]:
+    """Where braces begin and end."""
+    spans, begins = [], []
+    for at, char in enumerate(glob):
+        if char == "{":
+            begins.append(at)
+        elif char == "}":
+            spans.append((begins.pop(), at))
+    return spans
+
+
+def split_options(text: str) -> list[str]:
+    """The options between a pair of braces, at its own commas."""
+    options, depth = [""], 0
+    for char in text:
+        depth += (char == "{") - (char == "}")
+        if char == "," and not depth:
+            options.append("")
+        else:
+            options[-1] += char
+    return options
+
+
+def narrowed(glob: str, spans: list[tuple[int, int]], at: int, n: int) -> str:
+    """The glob with only option n of the braces `at`, and of those around them the option that they are in."""
+    begin, end = spans[at]
+    for outer_begin, outer_end in sorted(spans):
+        if outer_begin < begin and end < outer_end:  # the outermost: its option has the same braces, deeper
+            options, start = split_options(glob[outer_begin + 1 : outer_end]), outer_begin + 1
+            for option in options:
+                if start <= begin < start + len(option):
+                    rest = glob[:outer_begin] + option + glob[outer_end + 1 :]
+                    inner = brace_spans(rest)
+                    which = inner.index((begin - start + outer_begin, end - start + outer_begin))
+                    return narrowed(rest, inner, which, n)
+                start += len(option) + 1
+    return glob[:begin] + split_options(glob[begin + 1 : end])[n] + glob[end + 1 :]

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import lora_jax as lj
+from lora_jax.core.transforms import keys_of
 from tests.helpers.networks import Stack, started
 from tests.helpers.reference import normal
 
@@ -87,6 +88,56 @@ def test_a_glob_that_matches_nothing_shows_the_nearest_paths(glob, near):
     with pytest.raises(ValueError) as error:
         lj.select("**/bias", glob)(ATTENTION)
     assert glob in str(error.value) and near in str(error.value)
+
+
+MISSPELT = [
+    ("**/attn/{qeury,value}/kernel", "qeury", "attn/query/kernel"),
+    ("**/attn/{query,value,vlaue}/kernel", "vlaue", "attn/value/kernel"),
+    ("h_{0,1,2}/attn/{query,key}/{kernel,bais}", "bais", "attn/query/bias"),
+    ("h_{0,3}/attn/query/kernel", "3", "attn/query/kernel"),
+    ("**/{attn/{query,{valeu,key}},attn}/**", "valeu", "attn/value/"),
+    ("{**/query/kernel,**/kye/kernel}", "**/kye/kernel", "attn/key/kernel"),
+]
+
+
+@pytest.mark.parametrize("glob, alternative, near", MISSPELT)
+def test_an_alternative_that_matches_nothing_is_named_with_the_nearest_paths(glob, alternative, near):
+    """By `select` itself, by `init` and by `check` of every kind of method, in exclude and among options too."""
+    key = jax.random.key(0)
+    everything = "**/{kernel,bias}"
+    refused = [
+        lambda: lj.select(glob)(ATTENTION),
+        lambda: lj.select(everything, exclude=glob)(ATTENTION),
+        lambda: lj.tune(lj.select(glob)).init(key, ATTENTION),
+        lambda: lj.check(lj.lora(lj.select(glob), rank=1), ATTENTION),
+        lambda: lj.check(lj.chain(lj.tune(lj.select("**/bias")), lj.lora(lj.select(glob), rank=1)), ATTENTION),
+        lambda: lj.lora(lj.select("**/kernel", exclude=glob), rank=1).init(key, ATTENTION),
+        lambda: lj.lora(lj.select("**/kernel"), rank={glob: 2, "**": 1}).init(key, ATTENTION),
+        lambda: lj.lokr(lj.select("**/kernel"), rank=1, alpha={glob: 2, "**": 1}).init(key, ATTENTION),
+        lambda: lj.dora(lj.select("**/kernel"), rank=1, shared=glob).init(key, ATTENTION),
+        lambda: lj.ia3(lj.select("**/kernel"), feedforward=glob).init(key, ATTENTION),
+        lambda: lj.bias_delta(lj.select("**/bias"), scale={glob: 2.0, "**": 1}).init(key, ATTENTION),
+        lambda: lj.from_spec({"method": "tune", "select": [glob]}).init(key, ATTENTION),
+    ]
+    for call in refused:
+        with pytest.raises(ValueError) as error:
+            call()
+        assert f"{glob!r}: its alternative {alternative!r} matches no parameter" in str(error.value)
+        assert near in str(error.value)
+
+
+@pytest.mark.parametrize("glob", [glob for glob, *_ in MISSPELT])
+def test_a_delta_is_applied_whatever_else_its_spec_names(glob):
+    """Specs of old files: the delta's keys tell what is adapted."""
+    paths = list(lj.select(glob).leaves(ATTENTION))
+    for method, options in (("tune", {}), ("bias_delta", {"scale": {glob: 2.0, "**": 1.0}})):
+        spec = {"method": method, "select": [glob], **options}
+        exact = lj.from_spec({"method": method, "select": paths, **({"scale": 2.0} if options else {})})
+        delta = exact.init(jax.random.key(0), ATTENTION)
+        expected = exact.apply(ATTENTION, delta)
+        for old in (lj.from_spec(spec), lj.from_spec({"method": "chain", "of": [spec]})):
+            assert keys_of(old, ATTENTION) == set(paths)
+            jax.tree.map(np.testing.assert_array_equal, old.apply(ATTENTION, delta), expected)
 
 
 def test_excluding_everything_or_nothing_is_an_error():

@@ -22,6 +22,7 @@ from lora_jax.metrics import bleu, java
 from lora_jax.models import gpt2
 from lora_jax.runs import bases, evaluation
 from lora_jax.runs.evaluation import answer, completed, json_lines
+from lora_jax.runs.reload import load
 from tests.helpers.cli import run_entry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -235,6 +236,20 @@ def test_dialogue(run: Made, tmp_path: Path) -> None:
     places = [done.stdout.find(text) for text in expected]
     assert -1 not in places and places == sorted(places)
     assert done.stdout.count(":adapter NAME     another adapter: run, other") == 2  # at the start, and for "none"
+
+
+def test_contexts_that_are_no_unicode_are_an_error_before_anything_is_written(run: Made, tmp_path: Path) -> None:
+    loaded = load(run.workdir)
+    kept = tmp_path / "texts.part"
+    with pytest.raises(ValueError, match=r"context 1 .*'\\udc80', half of a surrogate pair, at character 2"):
+        evaluation.complete(loaded, ["name : Z", "a \udc80"], kept=kept)
+    assert not kept.exists() and evaluation.complete(loaded, []) == []
+    base, trained = bases.load(loaded.config), checkpoints.load(run.workdir)
+    with pytest.raises(ValueError, match="half of a surrogate pair"):
+        answer(base, trained.method, trained.delta, 1.0, "\ud83d", {"max_new_tokens": 1})
+    with pytest.raises(ValueError, match="no contexts to complete: split='test', limit=0"):
+        evaluation.evaluate(loaded._replace(workdir=tmp_path), limit=0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_switching_compiles_nothing(run: Made) -> None:

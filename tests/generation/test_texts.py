@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from lora_jax.data import text
+from lora_jax.data.files import check_unicode
 from lora_jax.generation import clean, complete, completions, end_tokens, generate, texts
 from lora_jax.generation.texts import batches_of
 from lora_jax.models import gpt2
@@ -99,6 +102,47 @@ def test_end_tokens(tokenizer: Tokenizer, shared: Path) -> None:
 
 def test_prompts_that_do_not_fit(tokenizer: Tokenizer, params: Any) -> None:
     model = gpt2.GPT2(CONFIG)
-    for bad in ([], [1] * 31):
-        with pytest.raises(ValueError, match=rf"prompt 1 .* has {len(bad)} tokens.* 1 to 30"):
+    for bad, message in (([], "is empty"), ([1] * 31, "has 31 tokens, 1 too many: .* 1 to 30")):
+        with pytest.raises(ValueError, match=rf"prompt 1 \(counted from 0\) {message}"):
             complete(model, params, tokenizer, [[1], bad], max_new_tokens=10, eos=0)
+    for rows in (1, 3):
+        with pytest.raises(ValueError, match=rf"tokens \({rows}, 0\): the prompts are empty"):
+            generate(model, params, np.zeros((rows, 0)), np.zeros((rows, 0)), max_new_tokens=10, eos=0)
+
+
+HOW: list[dict[str, Any]] = [{}, {"num_beams": 3}, {"num_beams": 2, "beam_rule": "lora_paper"}]
+
+
+@pytest.mark.parametrize("how", [*HOW, {"key": jax.random.key(0)}])
+@pytest.mark.parametrize("prompts", [[], np.zeros((0, 5), np.int32), np.zeros((0, 0)), jnp.zeros((0, 3), jnp.int32)])
+def test_no_prompts_have_no_new_tokens(params: Any, prompts: Any, how: dict[str, Any]) -> None:
+    got = generate(gpt2.GPT2(CONFIG), params, prompts, prompts, max_new_tokens=7, eos=0, **how)
+    assert isinstance(got, jax.Array) and got.shape == (0, 7) and got.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_without_end_tokens_every_text_has_all_its_tokens(
+    tokenizer: Tokenizer, params: Any, how: dict[str, Any]
+) -> None:
+    model, prompts = gpt2.GPT2(CONFIG), np.random.default_rng(0).integers(1, 300, (4, 6))
+    options: dict[str, Any] = {"max_new_tokens": 6, "pad": 299, **how}
+    free = np.asarray(generate(model, params, prompts, prompts > 0, eos=None, **options))
+    assert free.shape == (4, 6) and not (free == 299).any()
+    if not how:
+        end = int(free[0, 2])
+        ended = np.asarray(generate(model, params, prompts, prompts > 0, eos=end, **options))
+        for row, all_tokens in zip(ended, free, strict=True):
+            at = np.flatnonzero(all_tokens == end)
+            kept = at[0] + 1 if len(at) else 6
+            assert row.tolist() == [*all_tokens[:kept].tolist(), *[299] * (6 - kept)]
+    texts = complete(model, params, tokenizer, prompts.tolist(), max_new_tokens=6, eos=None, progress=False, **how)
+    assert len(texts) == 4
+
+
+@given(st.lists(st.text(st.characters() | st.characters(categories=["Cs"]), max_size=4), max_size=4))
+def test_half_of_a_surrogate_pair_is_no_text(texts: list[str]) -> None:
+    bad = [number for number, text in enumerate(texts) if any("\ud800" <= char <= "\udfff" for char in text)]
+    if not bad:
+        return check_unicode(texts, "context")
+    with pytest.raises(ValueError, match=rf"context {bad[0]} \(counted from 0\) has '\\ud.*half of a surrogate pair"):
+        check_unicode(texts, "context")

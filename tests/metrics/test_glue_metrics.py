@@ -66,13 +66,16 @@ def test_of_three_classes(rows: list[tuple[int, int]]) -> None:
 quarters = st.integers(-8, 28).map(lambda n: n / 4)
 
 
-@given(rows=st.lists(st.tuples(quarters, quarters), min_size=1, max_size=30))
+scores = st.integers(0, 20).map(lambda n: n / 4)
+
+
+@given(rows=st.lists(st.tuples(quarters, scores), min_size=1, max_size=30))
 def test_correlations(rows: list[tuple[float, float]]) -> None:
     predicted, true = [a for a, _ in rows], [b for _, b in rows]
     expected = {"pearson": pearson(predicted, true), "spearman": pearson(ranks(predicted), ranks(true))}
-    scores = glue("stsb", np.array(predicted, np.float32), np.array(true, np.float32))
-    assert list(scores) == ["pearson", "spearman"]
-    assert scores == pytest.approx(expected, abs=1e-9)  # sums in float64
+    found = glue("stsb", np.array(predicted, np.float32), np.array(true, np.float32))
+    assert list(found) == ["pearson", "spearman"]
+    assert found == pytest.approx(expected, abs=1e-9)  # sums in float64
 
 
 def test_by_hand() -> None:
@@ -116,6 +119,19 @@ def test_what_cannot_be_scored() -> None:
     for value in (np.nan, np.inf):
         with pytest.raises(ValueError, match="NaN or infinite"):
             glue("stsb", [value, 1.0], [0.0, 1.0])
+
+
+@given(st.sampled_from(sorted(METRICS)), st.integers(0, 4), st.data())
+def test_what_is_no_id_of_the_task_has_no_score(name: str, row: int, data: st.DataObject) -> None:
+    """Among good rows, as prediction or as label; -1 is what hidden labels are."""
+    count = max(TASKS[name].outputs, 2)
+    columns = {what: [n % count for n in range(5)] for what in ("prediction", "label")}
+    what = data.draw(st.sampled_from(["label"] if name == "stsb" else ["prediction", "label"]))
+    outside = data.draw(st.integers(6, 9) | st.integers(-9, -1) if name == "stsb" else st.sampled_from([-1, count, -7]))
+    glue(name, columns["prediction"], columns["label"])
+    columns[what][row] = outside
+    with pytest.raises(ValueError, match=rf"a {what} is {outside}, not .* hides its labels\? experiments.predict"):
+        glue(name, columns["prediction"], columns["label"])
 
 
 def test_the_packages_are_imported_when_needed() -> None:

@@ -13,8 +13,9 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lj
 from lora_jax.core.selection import flatten
 from lora_jax.distributed import sharding
-from lora_jax.models import encoder, gpt2
+from lora_jax.models import encoder, family, gpt2
 from lora_jax.models.family import Dimensions, Family, family_of, register_family
+from lora_jax.runs import default_config, methods
 
 SMALL = gpt2.GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=2, n_head=2)
 ROBERTA = encoder.EncoderConfig(vocab_size=64, max_positions=34, hidden=16, layers=3, heads=4, inner=24)
@@ -54,6 +55,23 @@ BAG = Family(
     lambda config, mesh: {"**/table/embedding": P("tensor", "fsdp")},
     lambda config: Dimensions(0, config.width, 1, 0, 100),
 )
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_family_names_its_token_embedding_or_a_config_does(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty `prefix_embedding.select`, and what the default once was, are the family's glob."""
+    params, glob = shapes_of(model), family_of(model).token_embedding
+    config = default_config("generation")
+    config.method = "prefix_embedding"
+    table = lj.select(glob, axes=family_of(model).axes)
+    assert list(table(params).values()) == ["vo"]
+    assert [leaf.shape[0] for leaf in table.leaves(params).values()] == [model.config.vocab_size]
+    for given in ((), ("**/{wte,word}/embedding",)):
+        config.prefix_embedding.select = given
+        assert methods.spec(config, model)["select"] == [glob]
+    monkeypatch.setitem(family._FAMILIES, "bag", BAG)
+    with pytest.raises(ValueError, match=r"prefix_embedding\.select: a bag names no token embedding"):
+        methods.spec(config, Bag(BagConfig()))
 
 
 @pytest.mark.parametrize("model", MODELS)

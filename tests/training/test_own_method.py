@@ -1,6 +1,9 @@
 """The README's method of one's own, in a file outside the package: trained, reloaded, counted and timed."""
 
+import functools
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,11 @@ import pytest
 
 import lora_jax as lj
 from configs import e2e
-from lora_jax import checkpoints, training
+from lora_jax import checkpoints, runs, training
 from lora_jax.core.transforms import registry
 from lora_jax.distributed import sharding
 from lora_jax.models import gpt2
-from lora_jax.runs import methods
+from lora_jax.runs import bases, methods, reload
 from lora_jax.training import sweep
 from tests.helpers import sweeps
 from tests.helpers.cli import ROOT, make_inputs, run, run_entry
@@ -44,7 +47,10 @@ def test_the_readmes_method(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert losses[-1] < losses[0]
     with pytest.raises(ValueError, match="method 'lora_xs' is not known"):
         checkpoints.load(folder / "run")  # nobody told this process
-    done = run_entry("generate", f"--workdir={folder}/run", "--context=name : Alba", "--max_new_tokens=2")
+    flags = [f"--workdir={folder}/run", "--context=name : Alba", "--max_new_tokens=2"]
+    done = run_entry("generate", *flags)
+    assert done.returncode == 1 and "'lora_xs' is not known" in done.stderr and "--code=FILE.py" in done.stderr
+    done = run_entry("generate", *flags, f"--code={folder}/mine.py")
     assert done.returncode == 0 and "name : Alba" in done.stdout, done.stderr
 
 
@@ -106,3 +112,58 @@ def test_what_is_no_method_is_said(tmp_path: Path) -> None:
         config.method = name
         with pytest.raises(error, match=message):
             methods.spec(config, model)
+
+
+EVIL = """
+from pathlib import Path
+
+Path(__file__).with_name("marker").touch()
+method = task = None
+"""
+
+
+@pytest.mark.parametrize("key", ["method", "data.name"])
+def test_reading_a_run_never_runs_a_file_that_it_names(folder: Path, tmp_path: Path, key: str) -> None:
+    """By every function that reads a workdir, directly or as another run's start; what the user names runs."""
+    config = e2e.get_config("small")
+    config.base, config.data.path, config.decode.max_new_tokens = str(folder / "base"), str(folder / "data"), 1
+    base = bases.load(config)
+    lora = lj.from_spec(methods.spec(config, base.model))
+    delta = jax.jit(lora.init)(jax.random.key(0), base.params)
+    workdir = runs.import_run(
+        checkpoints.save_adapter(tmp_path / "adapter", lora, delta, base.identity), config, tmp_path / "run"
+    ).adapter.parents[1]
+    file = tmp_path / f"{key}.py"
+    file.write_text(EVIL)
+    stored = json.loads((workdir / "config.json").read_text())
+    if key == "method":
+        stored["method"] = f"lora+{file}:method"
+    else:
+        stored["data"]["name"] = f"{file}:task"
+    (workdir / "config.json").write_text(json.dumps(stored))
+    started = config.copy_and_resolve_references()
+    started.warm_start = str(workdir)
+    readers: list[Callable[[], Any]] = [
+        *(functools.partial(runs.load, workdir, params=kind) for kind in ("base", "adapted", "merged")),
+        *(functools.partial(runs.export_run, workdir, form, tmp_path / form) for form in ("merged", "peft", "native")),
+        lambda: reload.adapter(workdir, base),
+        lambda: checkpoints.load(workdir),
+        lambda: runs.predict(workdir),
+        lambda: runs.prepare(started, tmp_path / "started"),
+        lambda: runs.import_run(workdir, config, tmp_path / "imported"),
+    ]
+    outcomes = []
+    for read in readers:
+        try:
+            outcomes.append(read())
+        except ValueError as error:
+            outcomes.append(None)
+            runs_none = "reading a run runs no file that it names"
+            expected = "give it to experiments.evaluate" if key == "method" else runs_none
+            assert expected in str(error)
+        assert not (tmp_path / "marker").exists(), read
+    assert outcomes[5] is not None and outcomes[6] is not None  # the spec is all that these need
+    with pytest.raises(ValueError, match=r"has no function 'method'|that is no Task"):
+        config.update_from_flattened_dict({key: stored["method"] if key == "method" else stored["data"]["name"]})
+        runs.train(config, tmp_path / "trained")
+    assert (tmp_path / "marker").exists()

@@ -128,6 +128,14 @@ def test_a_task_and_a_metric_in_a_package_of_the_users_own(
         scores = runs.predict(loaded).result
         assert scores["accuracy"] == result.summary["accuracy"] and scores["examples"] == 12
     jax.tree.map(np.testing.assert_array_equal, *deltas)
+    lost = loaded._replace(params=jax.tree.map(lambda x: x * np.nan, loaded.params))
+    with pytest.raises(ValueError, match="the outputs are NaN for 12 of 12 examples"):
+        runs.predict(lost)
+    metrics = mine.reviews.objective(config, loaded.model).metrics
+    assert metrics(np.eye(2), np.array([0, 0])) == {"accuracy": 0.5}
+    for hidden in (-1, 2):
+        with pytest.raises(ValueError, match=f"a label is {hidden}, not one of 0 to 1"):
+            metrics(np.eye(2), np.array([0, hidden]))
     with pytest.raises(ValueError, match=r"no task 'nothing'.*reviews"):
         runs.task_named("nothing")
     config.metrics = ("nothing",)

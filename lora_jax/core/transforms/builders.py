@@ -10,7 +10,7 @@ from jax import Array
 
 from lora_jax.core.arrays import Adapted, PathLabel, is_adapted, map_adapted
 from lora_jax.core.lifting.taps import Tap, Tapped
-from lora_jax.core.selection import Absent, Selection, flatten
+from lora_jax.core.selection import Absent, Selection, check_globs, flatten, strings
 from lora_jax.core.transforms import transform
 from lora_jax.core.transforms.transform import Axes, Delta, Factors, Params, ParamTransform, Spec
 
@@ -130,8 +130,10 @@ def per_target(
     *,
     shapes: Callable[[Target], Shapes] | None = None,
     common: Callable[[Array, Sequence[Target]], Factors] | None = None,
+    globs: Iterable[str] = (),
 ) -> ParamTransform:
-    """A transform that meets every selected leaf alone.
+    """A transform that meets every selected leaf alone. In `init` each glob of the spec's "select" and "exclude", and
+    each alternative in its braces, must match a leaf; `apply` takes specs of old files, of which some do not.
 
     Args:
       spec: the transform as JSON; `spec["method"]` is its name. targets: a selection, or `params -> targets`.
@@ -139,8 +141,10 @@ def per_target(
       adapt: `(target, factors, key or None, strength) -> adapted array` in the leaf's place.
       common: `(key of the transform's init, targets) -> {factor: array}` that all targets share, under
         `@shared/<method>` in the delta. `adapt` finds them among the factors.
+      globs: further ones, of the method's options, that must match a leaf.
     """
     common_key = f"@shared/{spec['method']}"
+    checked = [*strings(spec.get("select", ())), *strings(spec.get("exclude", ())), *globs]
 
     def targets_in(params: Params) -> list[Target]:
         params = map_adapted(lambda w: w.base, params)
@@ -151,6 +155,7 @@ def per_target(
 
     def init_all(key: Array, params: Params) -> Delta:
         transform.need_params(params, "init")
+        check_globs(checked, map_adapted(lambda w: w.base, params))
         chosen, delta = targets_in(params), Delta()
         for target in chosen:
             delta.update({key: {} for key in sorted(target.keys() - delta.keys())})

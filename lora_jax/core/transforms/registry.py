@@ -38,6 +38,8 @@ class Traits:
     aliases: tuple[str, ...] = ()
 
 
+_MOST_CHARACTERS = 100_000  # of the globs of a spec together
+
 _METHODS: dict[str, Callable[..., ParamTransform]] = {}
 _TRAITS: dict[str, Traits] = {}
 
@@ -106,12 +108,15 @@ def from_spec(spec: dict[str, Any]) -> ParamTransform:
     >>> lj.from_spec({"method": "lora", "select": ["**/kernel"], "rank": 4}).spec["rank"]
     4
     """
+    if (count := _characters_of_globs(spec)) > _MOST_CHARACTERS:
+        raise ValueError(f"the globs of the spec have {count:,} characters together, more than {_MOST_CHARACTERS:,}")
     options = dict(spec)
     name, peft = options.pop("method", None), options.pop("peft", None)
     if not isinstance(name, str) or name not in _METHODS:
         near = difflib.get_close_matches(str(name), _METHODS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"it is one of {sorted(_METHODS)}"
-        raise ValueError(f"the spec's method {name!r} is not known; {hint}")
+        way_out = "import the module that registers it, or run its file with --code=FILE.py of an entry point"
+        raise ValueError(f"the spec's method {name!r} is not known; {hint}; one of your own: {way_out}")
     selection = []
     if "select" in options:
         globs, exclude = strings(options.pop("select")), strings(options.pop("exclude", ()) or ())
@@ -122,6 +127,20 @@ def from_spec(spec: dict[str, Any]) -> ParamTransform:
     except TypeError as error:
         raise ValueError(f"the spec of {name!r} does not fit: {error}") from error
     return method if peft is None else method._replace(spec=method.spec | {"peft": peft})
+
+
+def _characters_of_globs(spec: Any) -> int:
+    """The length of all strings in JSON that have to be matched, not just compared."""
+    count, unread = 0, [spec]
+    while unread:
+        match unread.pop():
+            case str(text):
+                count += len(text) if "*" in text or "{" in text else 0
+            case Mapping() as part:
+                unread += [*part.keys(), *part.values()]
+            case list() | tuple() as parts:
+                unread += parts
+    return count
 
 
 register("chain", lambda of: chain(*map(from_spec, of)))
