@@ -140,6 +140,13 @@ def check(config: ConfigDict) -> None:
     methods.check(config)
 
 
+def check_run(config: ConfigDict) -> None:
+    """As `check`, of a run, or of one of several seeds; a ValueError for a sweep."""
+    if is_sweep(config):
+        raise ValueError("the config has values to sweep: runs.sweep trains them")
+    check(config)
+
+
 def _value(config: ConfigDict, name: str) -> Any:
     """What a config has at "group.name"; None where it has nothing there."""
     group, _, key = name.rpartition(".")

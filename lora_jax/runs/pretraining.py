@@ -39,7 +39,7 @@ class Pretrained(NamedTuple):
 
 
 @stopping.noted()
-@locks.holding()
+@locks.holding(check=check)
 def pretrain(config: ConfigDict, workdir: str | Path, *, started: Callable[[Prepared], None] = ignore) -> Pretrained:
     """Trains a GPT-2 as a config of configs/pretrain.py says, or resumes it.
 
@@ -51,7 +51,6 @@ def pretrain(config: ConfigDict, workdir: str | Path, *, started: Callable[[Prep
       started: called with the run before it trains.
     """
     workdir = Path(workdir).expanduser()
-    check(config)
     training.claim(workdir, config)
     held_out = text.files(config.data.validation)
     train = [path for path in text.files(config.data.path) if path not in held_out]

@@ -19,7 +19,7 @@ from lora_jax.data.json_files import read_json
 from lora_jax.distributed import processes
 from lora_jax.metrics.statistics import spread
 from lora_jax.runs import bases, methods, tables
-from lora_jax.runs.config import check, is_sweep
+from lora_jax.runs.config import check, check_run
 from lora_jax.runs.tasks import Task, task_named
 from lora_jax.training import locks, stopping
 
@@ -82,7 +82,7 @@ def ignore(_: Any) -> None:
     """What `started` and `ended` do if nothing is given."""
 
 
-@locks.holding(keep=True)
+@locks.holding(keep=True, check=check)
 def prepare(
     config: ConfigDict,
     workdir: str | Path,
@@ -114,7 +114,7 @@ def prepare(
 
 
 @stopping.noted()
-@locks.holding()
+@locks.holding(check=check_run)
 def train(
     config: ConfigDict,
     workdir: str | Path,
@@ -147,9 +147,6 @@ def train(
       FileNotFoundError, ValueError, OSError: as `prepare` and `training.train`.
     """
     workdir = Path(workdir).expanduser()
-    if is_sweep(config):
-        raise ValueError("the config has values to sweep: runs.sweep trains them")
-    check(config)
     run = partial(_train, task=task, method=method, metrics=metrics, command=command, started=started, ended=ended)
     with contextlib.ExitStack() as stack:
         for logger in loggers:

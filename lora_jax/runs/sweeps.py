@@ -34,7 +34,7 @@ class SweepResult(NamedTuple):
 
 
 @stopping.noted()
-@locks.holding()
+@locks.holding(check=lambda config: _check(config))
 def sweep(
     config: ConfigDict,
     workdir: str | Path,
@@ -90,11 +90,7 @@ def _prepare(
     loggers: Sequence[training.Logger],
 ) -> tuple[training.Job, list[lj.Report]]:
     """The sweep, ready to train, and the tables of what trains in each member."""
-    if config.method == "none" or config.get("warm_start"):
-        raise ValueError("a sweep trains new adapters: no method 'none', no warm_start")
     configs = members(config)
-    for member in configs.values():
-        check(member)
     first, *_ = configs.values()
     mesh = bases.mesh_of(config)
     base, _, batches, objective = load_setup(first, mesh, task=task, metrics=metrics)
@@ -110,6 +106,14 @@ def _prepare(
     parts |= {"placement": base.placement, "dtype": base.model.config.dtype, "loggers": loggers}
     reports = [lj.check(member.method, base.params) for member in prepared]
     return training_sweep.prepare(config, workdir, prepared, **parts), reports
+
+
+def _check(config: ConfigDict) -> None:
+    """A ValueError where a member cannot be trained; before anything is written."""
+    if config.method == "none" or config.get("warm_start"):
+        raise ValueError("a sweep trains new adapters: no method 'none', no warm_start")
+    for member in members(config).values():
+        check(member)
 
 
 def members(config: ConfigDict) -> dict[str, ConfigDict]:

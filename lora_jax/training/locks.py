@@ -45,8 +45,10 @@ def locked(*workdirs: str | Path, keep: bool = False) -> Iterator[None]:
     next block, or to the end of the process.
 
     Raises:
-      ValueError: another process writes a workdir; on all processes of a job.
+      ValueError: another process writes a workdir, or its name is not UTF-8; on all processes of a job.
     """
+    if bad := [str(workdir) for workdir in workdirs if _not_utf8(workdir)]:
+        raise ValueError(f"the workdir {bad[0]!r} is not UTF-8, as names in checkpoints must be: give another")
     paths = [Path(workdir).expanduser().resolve() for workdir in workdirs]
     entered: list[Path] = []
     try:
@@ -62,18 +64,25 @@ def locked(*workdirs: str | Path, keep: bool = False) -> Iterator[None]:
             _leave(path, keep)
 
 
-def holding(*, keep: bool = False) -> Callable[[F], F]:
-    """A decorator: the function, of a config, a workdir and more, runs in a block of `locked`."""
+def holding(*, keep: bool = False, check: Callable[..., object] = lambda *_: None) -> Callable[[F], F]:
+    """A decorator: the function, of a config, a workdir and more, runs in a block of `locked`, after `check(config,
+    what is more)`: nothing is written before."""
 
     def of(function: F) -> F:
         @functools.wraps(function)
         def alone(config: Any, workdir: str | Path, *args: Any, **options: Any) -> Any:
+            check(config, *args)
             with locked(workdir, keep=keep):
                 return function(config, workdir, *args, **options)
 
         return cast(F, alone)
 
     return of
+
+
+def _not_utf8(path: str | Path) -> bool:
+    """Whether a path holds bytes that are no UTF-8, which Python keeps as half surrogates."""
+    return any("\ud800" <= character <= "\udfff" for character in os.path.abspath(path))
 
 
 def _enter(path: Path) -> None:
@@ -117,8 +126,9 @@ def _take(file: int, path: Path) -> None:
         logging.warning("%s: no lock (%s): nothing keeps a second process from writing there", path, error.strerror)
     since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     holder = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}) + "\n"
-    os.truncate(file, 0)
-    os.pwrite(file, holder.encode(), 0)
+    with contextlib.suppress(OSError):  # of a full disk: what is written next says so
+        os.truncate(file, 0)
+        os.pwrite(file, holder.encode(), 0)
 
 
 def _holder(file: int) -> str:

@@ -82,7 +82,7 @@ class Result(NamedTuple):
     finished: bool
 
 
-@locks.holding(keep=True)
+@locks.holding(keep=True, check=TrainConfig.of)
 def prepare(
     config: Any,
     workdir: str | Path,

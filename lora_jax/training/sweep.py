@@ -36,7 +36,7 @@ from lora_jax.training.workdir import check_resumed, claim, data_of
 _RATES = ("learning_rate", "weight_decay")
 
 
-@locks.holding(keep=True)
+@locks.holding(keep=True, check=lambda _, members: [TrainConfig.of(member.config) for member in members])
 def prepare(
     config: Any,
     workdir: str | Path,

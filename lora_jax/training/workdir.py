@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,8 +44,6 @@ def claim(workdir: str | Path, config: Any, *, sweep: str | Path | None = None) 
         all processes. Or its name is not UTF-8, or its config.json is damaged.
     """
     workdir = Path(workdir).expanduser()
-    if not_utf8(workdir):
-        raise ValueError(f"the workdir {str(workdir)!r} is not UTF-8, as names in checkpoints must be: give another")
     path, new = workdir / "config.json", as_json(config)
 
     def write() -> None:
@@ -66,11 +63,6 @@ def claim(workdir: str | Path, config: Any, *, sweep: str | Path | None = None) 
 
     with locks.locked(workdir, keep=True):
         processes.on_primary(write)
-
-
-def not_utf8(path: str | Path) -> bool:
-    """Whether a path holds bytes that are no UTF-8, which Python keeps as half surrogates."""
-    return any("\ud800" <= character <= "\udfff" for character in os.path.abspath(path))
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
