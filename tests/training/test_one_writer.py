@@ -139,10 +139,17 @@ def test_without_locks_there_is_one_warning(
         monkeypatch.setattr(locks, "fcntl", None)
     else:
         monkeypatch.setattr(locks.fcntl, "flock", flock)
-    with locks.locked(tmp_path):
+    locks._warn.cache_clear()
+    with locks.locked(tmp_path, tmp_path / "seed_0"):
         training.claim(tmp_path, run_config())
     (record,) = caplog.records
     assert "nothing keeps a second process from writing there" in record.getMessage()
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(OSError, match=f"^{tmp_path}/run cannot be written: File exists$"):
+        training.claim(tmp_path / "run", run_config())
 
 
 # Pairs of starts
