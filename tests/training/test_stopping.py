@@ -23,7 +23,7 @@ from lora_jax.training import sweep as training_sweep
 from tests.helpers.cli import make_inputs
 from tests.helpers.runs import with_programs_of, without_times
 
-KINDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+KINDS: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STEPS = 12
 
 
@@ -41,16 +41,19 @@ def outside() -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_first_is_noted_and_the_second_acts_as_before(outside: list[int], kind: int) -> None:
+def test_the_first_is_noted_and_the_second_acts_as_before(
+    outside: list[int], monkeypatch: pytest.MonkeyPatch, kind: int
+) -> None:
+    monkeypatch.setattr(stopping, "_TOGETHER", 0.01)
     with stopping.noted():
         with stopping.noted():
             assert stopping.requested() is None and not stopping.after_step()
             signal.raise_signal(kind)
-            signal.raise_signal(signal.SIGTERM)  # what comes together is one: `timeout` and dying shells send two
+            signal.raise_signal(kind)  # what comes together is one: `timeout` and dying shells send two
             assert stopping.requested() == kind and stopping.after_step() and outside == []
         with pytest.raises(InterruptedError, match="runs/x was stopped: the same command resumes it"):
             stopping.check("runs/x")
-        time.sleep(0.3)
+        time.sleep(0.02)
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
         assert outside == [signal.SIGTERM, signal.SIGINT] and stopping.requested() == kind
@@ -70,11 +73,13 @@ def test_what_is_ignored_stays_ignored(outside: list[int]) -> None:
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
-def test_a_second_ctrl_c_is_a_keyboard_interrupt(outside: list[int]) -> None:
+@pytest.mark.usefixtures("outside")
+def test_a_second_ctrl_c_is_a_keyboard_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "_TOGETHER", 0.01)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt), stopping.noted():
         signal.raise_signal(signal.SIGINT)
-        time.sleep(0.3)
+        time.sleep(0.02)
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -226,8 +231,8 @@ def stop_and_resume(case: Case, folder: Path, seed: int, signals: int, outside: 
 @pytest.mark.parametrize(
     "kind, signals",
     [
-        ("run", 6),
-        ("evaluation", 6),
+        ("run", 4),
+        ("evaluation", 4),
         *(pytest.param(*many, marks=pytest.mark.slow) for many in [("run", 400), ("evaluation", 300)]),
         *(pytest.param(*many, marks=pytest.mark.slow) for many in [("seeds", 150), ("sweep", 150)]),
     ],
