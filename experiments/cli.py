@@ -15,7 +15,6 @@ from absl import app, flags, logging
 from experiments.ending import end, parse, unraisable, with_homes, with_new_names
 from lora_jax.distributed import processes
 from lora_jax.metrics.statistics import spread  # noqa: F401  used as cli.spread
-from lora_jax.training import stopping
 
 flags.DEFINE_string("workdir", None, "Folder of the run: made, or resumed if it holds one.")
 flags.DEFINE_string("out", None, "What to write: see above.")
@@ -64,6 +63,8 @@ def run(main: Callable[[], None]) -> None:
                         run_file(file)
                 main()
         except InterruptedError as error:
+            from lora_jax.training import stopping  # slow to import
+
             if processes.is_primary():
                 print(error, flush=True)
             sys.exit(128 + (stopping.requested() or signal.SIGINT))

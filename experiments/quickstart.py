@@ -18,7 +18,7 @@ from lora_jax import checkpoints
 from lora_jax.models import gpt2
 from lora_jax.runs import example, tables
 from lora_jax.runs.example import Row, Size
-from lora_jax.training import stopping
+from lora_jax.training import locks, stopping
 
 # The token embedding is the output head too: the lively style has words that the base never says.
 LORA = lj.lora(lj.select("**/{attn,mlp}/*/kernel", "wte/embedding", axes=gpt2.AXES), rank=8, alpha=16)
@@ -26,10 +26,11 @@ FULL = lj.tune(lj.select("**"))
 
 
 def main() -> None:
-    run(Path(flags.FLAGS.workdir or "runs/quickstart"), Size())
+    workdir = Path(flags.FLAGS.workdir or "runs/quickstart")
+    with stopping.noted(), locks.locked(workdir):
+        run(workdir, Size())
 
 
-@stopping.noted()
 def run(workdir: Path, size: Size) -> list[Row]:
     """Everything; returns the rows of the table."""
     workdir.mkdir(parents=True, exist_ok=True)

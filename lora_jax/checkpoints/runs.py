@@ -81,8 +81,8 @@ def _finish_saves() -> None:
             logging.error("%s cannot be written: %s", writer.directory, _first_line(error))
 
 
-# Writing needs pools of threads, which Python has stopped when it calls what `atexit` has. This is called before that,
-# and in the opposite order of registration: before what stops the pools.
+# Writing needs pools of threads, which Python has stopped when it calls what `atexit` has. This it calls before, in the
+# opposite order of registration: before it stops the pools.
 threading._register_atexit(_finish_saves)  # type: ignore[attr-defined]
 
 

@@ -88,13 +88,7 @@ def _not_utf8(path: str | Path) -> bool:
 def _enter(path: Path) -> None:
     held, name = _HELD.get(path), path / ".lock"
     if held is None or not (name.exists() and os.path.samestat(os.fstat(held.file), name.stat())):
-        path.mkdir(parents=True, exist_ok=True)
-        file = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)  # it stays: deleting it could free another process's lock
-        try:
-            _take(file, path)
-        except BaseException:
-            os.close(file)
-            raise
+        file = _opened(path)
         if held:  # of a folder that was deleted and made again
             os.close(held.file)
         _HELD[path] = _Lock(file, held.blocks if held else 0)
@@ -102,13 +96,28 @@ def _enter(path: Path) -> None:
 
 
 def _leave(path: Path, keep: bool) -> None:
-    held = _HELD[path]
-    held.blocks -= 1
-    if not held.blocks and not keep:
-        del _HELD[path]
-        with contextlib.suppress(OSError):
-            os.truncate(held.file, 0)
-        os.close(held.file)
+    if held := _HELD.get(path):  # a forked process has none
+        held.blocks -= 1
+        if not held.blocks and not keep:
+            del _HELD[path]
+            with contextlib.suppress(OSError):
+                os.ftruncate(held.file, 0)
+            os.close(held.file)
+
+
+def _opened(path: Path) -> int:
+    """The .lock of a workdir, locked. It stays for ever: deleting it could free the lock of another process."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _take(file, path)
+        except BaseException:
+            os.close(file)
+            raise
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}") from error
+    return file
 
 
 def _take(file: int, path: Path) -> None:
@@ -123,18 +132,23 @@ def _take(file: int, path: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        logging.warning("%s: no lock (%s): nothing keeps a second process from writing there", path, error.strerror)
+        _warn(error.strerror)
     since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     holder = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}) + "\n"
     with contextlib.suppress(OSError):  # of a full disk: what is written next says so
-        os.truncate(file, 0)
-        os.pwrite(file, holder.encode(), 0)
+        os.ftruncate(file, 0)
+        os.write(file, holder.encode())
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    logging.warning("the workdir cannot be locked (%s): nothing keeps a second process from writing there", reason)
 
 
 def _holder(file: int) -> str:
     """Who holds the lock, in words."""
     try:
-        holder = json.loads(os.pread(file, 4096, 0))
+        holder = json.loads(os.read(file, 4096))
         return f"process {holder['pid']} on host {holder['host']} since {holder['since']}"
     except (ValueError, TypeError, KeyError):  # it has only just taken it
         return "another process"

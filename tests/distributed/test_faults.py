@@ -85,13 +85,14 @@ def forget_unfinished(workdir: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sigterm_on_one_process_saves_in_both(inputs: Path) -> None:
-    workdir = inputs / "told"
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_one_process_saves_in_both(inputs: Path, kind: int) -> None:
+    workdir = inputs / f"told_{kind}"
     pair = Pair(inputs, workdir)
     try:
         wait_for(pair, workdir, "train")
-        pair.processes[1].send_signal(signal.SIGTERM)
-        assert pair.wait() == [0, 0], pair.said()
+        pair.processes[1].send_signal(kind)
+        assert pair.wait() == [128 + signal.SIGTERM] * 2, pair.said()
     finally:
         pair.kill()
     step = checkpoints.latest_step(workdir)

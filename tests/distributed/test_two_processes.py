@@ -117,7 +117,7 @@ def test_what_is_wrong_is_an_error_in_both(both: Two) -> None:
 def test_one_process_writes_the_files(both: Two) -> None:
     folder = both.folder / "run"
     names = {path.name.split(".")[0] for path in folder.iterdir()}
-    assert names == {"adapter", "checkpoints", "config", "events", "loss", "metrics"}
+    assert names == {"", "adapter", "checkpoints", "config", "events", "loss", "metrics"}  # "": .lock
     assert len(list(folder.glob("events*"))) == 1
     assert set(checkpoints.load_adapter(folder / "adapter")[1]) == set(checkpoints.load(folder).delta)
 

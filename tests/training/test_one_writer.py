@@ -74,7 +74,7 @@ def test_blocks_in_each_other(tmp_path: Path) -> None:
 
 def test_prepared_and_trained(tmp_path: Path) -> None:
     """From `prepare` to the end of `train`; free after every error."""
-    config = run_config(epochs=1, steps=1)
+    config = run_config(epochs=1)
     job = prepare(tmp_path, config, validation=None)
     assert not is_free(tmp_path)
     with pytest.raises(ValueError, match="another config"):
@@ -82,7 +82,8 @@ def test_prepared_and_trained(tmp_path: Path) -> None:
         prepare(tmp_path, run_config(epochs=3))
     assert is_free(tmp_path)
     job = prepare(tmp_path, config, validation=None)
-    assert not is_free(tmp_path) and training.train(job).finished and is_free(tmp_path)
+    assert not is_free(tmp_path)
+    assert training.train(job._replace(start=job.total)).finished and is_free(tmp_path)
 
 
 def test_a_dead_holders_lock_is_taken_over(tmp_path: Path) -> None:
@@ -142,10 +143,17 @@ def test_without_locks_there_is_one_warning(
         monkeypatch.setattr(locks, "fcntl", None)
     else:
         monkeypatch.setattr(locks.fcntl, "flock", flock)
-    with locks.locked(tmp_path):
+    locks._warn.cache_clear()
+    with locks.locked(tmp_path, tmp_path / "seed_0"):
         training.claim(tmp_path, run_config())
     (record,) = caplog.records
     assert "nothing keeps a second process from writing there" in record.getMessage()
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(OSError, match=f"^{tmp_path}/run cannot be written: File exists$"):
+        training.claim(tmp_path / "run", run_config())
 
 
 # Pairs of starts
@@ -153,20 +161,27 @@ def test_without_locks_there_is_one_warning(
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, data, and runs that nobody disturbed: "straight", and "other" of another config."""
     folder = tmp_path_factory.mktemp("inputs")
     make_inputs(folder, layers=1)
-    with ThreadPoolExecutor(2) as pool:
-        cases = [("straight", ()), ("other", (OTHER,))]
-        runs = [pool.submit(run, folder, folder / name, *STEPS, *flags) for name, flags in cases]
-        for done in runs:
-            assert done.result().returncode == 0, done.result().stderr
     return folder
 
 
-def start_twice(inputs: Path, folder: Path, offset: float, second: tuple[str, ...]) -> str:
-    """Starts a run, and after some seconds the same one or one of another config, in one workdir; returns what became
-    of the second start: "refused", "done before" or "first", as which its files are compared."""
+def start_pairs(inputs: Path, folder: Path, cases: list[tuple[float, tuple[str, ...]]]) -> list[str]:
+    """Starts pairs, offset and flags of the second each, and checks them; returns what became of each second start."""
+    with ThreadPoolExecutor(3) as pool:
+        flags = {"straight": (), "other": (OTHER,)}
+        straight = [pool.submit(run, inputs, folder / name, *STEPS, *more) for name, more in flags.items()]
+        pairs = [pool.submit(start_twice, inputs, folder / str(n), *case) for n, case in enumerate(cases)]
+        assert [done.result().returncode for done in straight] == [0, 0]
+        ended = [pair.result() for pair in pairs]
+    return [check(folder, folder / str(n), cases[n][1], pair) for n, pair in enumerate(ended)]
+
+
+Ended = tuple[list[int | None], list[str], list[str]]  # statuses, outputs, errors
+
+
+def start_twice(inputs: Path, folder: Path, offset: float, second: tuple[str, ...]) -> Ended:
+    """Starts a run, and after some seconds the same one or one of another config, in one workdir."""
     workdir, started = folder / "run", []
     for number, flags in enumerate(((), second)):
         streams = folder / str(number)
@@ -179,10 +194,16 @@ def start_twice(inputs: Path, folder: Path, offset: float, second: tuple[str, ..
         process.join(120)
     outputs = [(folder / str(number) / "out").read_text() for number in (0, 1)]
     errors = [(folder / str(number) / "err").read_text() for number in (0, 1)]
-    codes = [process.exitcode for process in started]
+    return [process.exitcode for process in started], outputs, errors
+
+
+def check(straight: Path, folder: Path, second: tuple[str, ...], ended: Ended) -> str:
+    """One start ran as undisturbed, the other one was refused; returns what became of the second: "refused", "done
+    before", or "first" to begin."""
+    workdir, (codes, outputs, errors) = folder / "run", ended
     winner = 0 if codes[0] == 0 else 1
     assert codes[winner] == 0, errors
-    undisturbed = inputs / ("other" if winner and second else "straight")
+    undisturbed = straight / ("other" if winner and second else "straight")
     assert without_times(workdir) == without_times(undisturbed)
     for name in ("adapter/adapter.safetensors", "loss.png"):
         assert (workdir / name).read_bytes() == (undisturbed / name).read_bytes()
@@ -201,9 +222,7 @@ def start_twice(inputs: Path, folder: Path, offset: float, second: tuple[str, ..
 
 def test_three_pairs_of_starts(inputs: Path, tmp_path: Path) -> None:
     cases: list[tuple[float, tuple[str, ...]]] = [(0, (OTHER,)), (1.5, ()), (0.5, (OTHER,))]
-    with ThreadPoolExecutor(3) as pool:
-        ends = [pool.submit(start_twice, inputs, tmp_path / str(n), *case) for n, case in enumerate(cases)]
-        assert {end.result() for end in ends} <= {"refused", "first"}
+    assert set(start_pairs(inputs, tmp_path, cases)) <= {"refused", "first"}
 
 
 @pytest.mark.slow
@@ -211,8 +230,6 @@ def test_two_hundred_pairs_of_starts(inputs: Path, tmp_path: Path) -> None:
     chosen = random.Random(5)
     cases = [(chosen.uniform(0, 5), ((), (OTHER,))[number % 2]) for number in range(190)]
     cases += [(0.0, ((), (OTHER,))[number % 2]) for number in range(10)]
-    with ThreadPoolExecutor(3) as pool:
-        ends = [pool.submit(start_twice, inputs, tmp_path / str(n), *case) for n, case in enumerate(cases)]
-        counts = [end.result() for end in ends]
-    print({name: counts.count(name) for name in set(counts)})
-    assert counts.count("refused") >= 50 and counts.count("done before") >= 5
+    ends = start_pairs(inputs, tmp_path, cases)
+    print({end: ends.count(end) for end in set(ends)})
+    assert ends.count("refused") >= 50 and ends.count("done before") >= 5

@@ -13,7 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import lora_jax as lj
-from experiments.ending import with_new_names
+from experiments.ending import with_homes, with_new_names
 from lora_jax import checkpoints, runs, training
 from lora_jax.models import gpt2
 from lora_jax.training.config import RENAMED, TrainConfig, as_config_dict
@@ -167,6 +167,22 @@ def test_seeds_and_sweeps_from_a_script(folder: Path, tmp_path: Path) -> None:
             # 2e-5 of the largest entry: the same sums in another order
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
         assert any(f"seed={seed}/validation_loss" in entry for entry in logger.written)
+
+
+def test_a_home_folder_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A shell gives --workdir=~/run as it stands."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flags = ["--workdir=~/run", "--runs=~/a,b~/c", "--adapter=other:~", "--config.base=~/x", "--context=~/x", "a=~/x"]
+    given = [f"--workdir={tmp_path}/run", f"--runs={tmp_path}/a,b~/c", f"--adapter=other:{tmp_path}"]
+    assert with_homes(flags) == [*given, f"--config.base={tmp_path}/x", "--context=~/x", "a=~/x"]
+
+    training.claim("~/run", TrainConfig(steps=1))
+    assert json.loads((tmp_path / "run/config.json").read_text())["steps"] == 1
+    method, delta = lj.lora(lj.select("*"), rank=1), lj.Delta({"w": {"a": np.ones((2, 1), np.float32)}})
+    file = checkpoints.save_adapter("~/run/adapter", method, delta, {})
+    assert file == tmp_path / "run/adapter/adapter.safetensors" and "w" in checkpoints.load_adapter("~/run/adapter")[1]
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/run/checkpoints: no checkpoint"):
+        checkpoints.load("~/run")
 
 
 OLD = {"keep": 5, "optimizer.final_share": 0.1, "optimizer.warmup_share": 0.2, "optimizer.b_ratio": 16.0}
