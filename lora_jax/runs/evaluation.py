@@ -209,16 +209,22 @@ def _prompts(
 
 def completed(kept: Path, settings: Mapping[str, Any]) -> dict[int, str]:
     """The completions that a killed call left, by the number of their context; makes the file where there is none."""
-    head = json.dumps(settings, ensure_ascii=False, sort_keys=True) + "\n"
+    head = _head(settings)
     if not kept.is_file():
         checkpoints.write_atomically(kept, head.encode())
         return {}
     raw = kept.read_bytes()
     lines = raw[: raw.rfind(b"\n") + 1].decode()  # the last line may have been cut off
-    if not lines.startswith(head):
+    # those of before 2026-11-30 do not name config and tokenizer of the base
+    base = {part: x for part, x in settings.get("base", {}).items() if part in ("source", "shapes", "content")}
+    if not lines.startswith((head, _head({**settings, "base": base}))):
         raise ValueError(f"{kept} was begun with other contexts or settings: delete it, or finish it as it was begun")
     checkpoints.write_atomically(kept, lines.encode())
     return dict(map(json.loads, lines.split("\n")[1:-1]))  # not splitlines: texts may hold its rarer line ends
+
+
+def _head(settings: Mapping[str, Any]) -> str:
+    return json.dumps(settings, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 def json_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:

@@ -63,9 +63,7 @@ def prepare(
         swept.
     """
     workdir, settings = Path(workdir).absolute(), [TrainConfig.of(member.config) for member in members]
-    claim(workdir, config)
-    for member in members:
-        claim(workdir / member.name, member.config, sweep=workdir)
+    _claim(workdir, config, members)
     placement = placement or Placement.one_device()
     processes.check_mesh(placement.mesh)
     total = settings[0].steps or settings[0].epochs * len(members[0].batches)
@@ -82,6 +80,7 @@ def prepare(
     states, shapes, meta = _states(workdir, members, base, placement.replicated, dtype)
     check_resumed(workdir, meta.get("data", {}), data, int(states.step[0]), total)
     check_decay(settings[0].optimizer, states.delta)
+    _claim(workdir, config, members, compared=True)
     params = without_tuned(members[0].params, states.delta)
     params = processes.place(params, placement.shardings(params))
     values = processes.place(values, placement.replicated)
@@ -114,6 +113,13 @@ def prepare(
     )
 
 
+def _claim(workdir: Path, config: Any, members: Sequence[Member], compared: bool = False) -> None:
+    """`claim`, of the sweep and of each member."""
+    claim(workdir, config, compared=compared)
+    for member in members:
+        claim(workdir / member.name, member.config, sweep=workdir, compared=compared)
+
+
 def train(sweep: Job) -> list[Result | None] | None:
     """Trains to the end, or to SIGTERM; leaves metrics, a checkpoint and an adapter in each member's folder.
 
@@ -135,7 +141,7 @@ def train(sweep: Job) -> list[Result | None] | None:
         state = sweep.part(states, number)
         if processes.on_primary(partial(checkpoints.latest_step, folder)) != done:
             with checkpoints.opened(folder) as manager:
-                parts = {"position": divmod(done, len(member.batches)), "data": sweep.data}
+                parts: dict[str, Any] = {"position": divmod(done, len(member.batches)), "data": sweep.data}
                 checkpoints.save(manager, done, state, spec=spec, base=sweep.base, **parts)
         if not TrainConfig.of(member.config).best:  # else the best is there already
             checkpoints.save_adapter(folder / "adapter", member.method, state.delta, sweep.base)

@@ -25,15 +25,19 @@ MAY_CHANGE = ("base", "decode", "log_every", "save_every", "max_to_keep", "mesh"
 _PATHS = {"data.path", "data.validation", "tokenizer", "warm_start"}
 
 
-def claim(workdir: str | Path, config: Any, *, sweep: str | Path | None = None) -> None:
+def claim(workdir: str | Path, config: Any, *, sweep: str | Path | None = None, compared: bool = False) -> None:
     """Writes config.json, the resolved config (a ConfigDict or a TrainConfig), into the workdir; one that left nothing
-    else there (it failed at once) is replaced. Of several processes the first one does it. `sweep`: of a member of a
-    sweep, the sweep's workdir, which has the checkpoints.
+    else there (it failed at once) is replaced. Of several processes the first one does it.
+
+    Args:
+      sweep: of a member of a sweep, the sweep's workdir, which has the checkpoints.
+      compared: base and data are those of the workdir's run. Until then another path of theirs is not written.
 
     Raises:
       ValueError: the workdir holds a run of another config; shows every difference; on all processes.
     """
     path, new = Path(workdir) / "config.json", as_json(config)
+    content = (json.dumps(new, indent=2) + "\n").encode()
 
     def write() -> None:
         if path.exists() and (latest_step(workdir) is not None or read_metrics(workdir)):
@@ -48,7 +52,10 @@ def claim(workdir: str | Path, config: Any, *, sweep: str | Path | None = None) 
             if different:
                 problem = f"{workdir} holds the run of another config: {'; '.join(different.values())}"
                 raise ValueError(f"{problem}. Give another --workdir, or the config it began with")
-        write_atomically(path, (json.dumps(new, indent=2) + "\n").encode())
+            if not compared and any(here.get(key) != there.get(key) for key in ("base", *_PATHS)):
+                return
+        if not path.exists() or path.read_bytes() != content:
+            write_atomically(path, content)
 
     processes.on_primary(write)
 

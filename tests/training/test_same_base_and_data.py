@@ -18,6 +18,7 @@ import lora_jax as lj
 from lora_jax import checkpoints, runs, training
 from lora_jax.data import batches, digest, text
 from lora_jax.data.encoded import Encoded, Texts
+from lora_jax.interop import hf
 from lora_jax.models import encoder, gpt2
 from lora_jax.models.family import function_fields
 from lora_jax.runs import bases
@@ -187,8 +188,13 @@ def test_a_run_resumes_with_the_data_that_it_began_with(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             training.check_resumed(tmp_path, job.data, training_data(**{part: other}), 5, 10)
+    before = (tmp_path / "config.json").read_bytes()
+    config.data.path, config.base = "elsewhere", "other"
     with pytest.raises(ValueError, match="other training data"):
         prepare(tmp_path, config, batches=changed(20, 0))
+    with pytest.raises(ValueError, match="has other shapes"):
+        prepare(tmp_path, config, base=checkpoints.identity({"w": np.ones(2)}, "other"))
+    assert (tmp_path / "config.json").read_bytes() == before
 
 
 def training_data(**changes: Any) -> dict[str, Any]:
@@ -265,6 +271,9 @@ def test_an_adapter_is_for_its_base(
     again = bases.load(config_of(tmp_path, **{"model.scan_layers": True, "model.remat": True}))
     assert again.identity == base.identity | {"source": str(tmp_path / "base")}
     bases.adapter(tmp_path / "adapter", again)
+    hf.save(tmp_path / "saved", base.model, base.params, base.tokenizer)
+    assert bases.load(config_of(tmp_path), str(tmp_path / "saved")).identity["config"] == base.identity["config"]
+    bases.adapter(tmp_path / "adapter", bases.load(config_of(tmp_path), str(tmp_path / "saved")))
     edited(tmp_path / "base" / file, change)
     with pytest.raises(ValueError, match=message):
         bases.adapter(tmp_path / "adapter", bases.load(config_of(tmp_path)))
