@@ -62,7 +62,8 @@ def prepare(
       ValueError: the workdir holds another config's sweep or another base's, or the members differ in what cannot be
         swept.
     """
-    workdir, settings = Path(workdir).absolute(), [TrainConfig.of(member.config) for member in members]
+    workdir, of_loop = Path(workdir).absolute(), TrainConfig.of(config)
+    settings = [TrainConfig.of(member.config) for member in members]
     _claim(workdir, config, members)
     placement = placement or Placement.one_device()
     processes.check_mesh(placement.mesh)
@@ -95,7 +96,7 @@ def prepare(
         validate = lambda states: of_states(states, values, params)  # noqa: E731
     kept = [member._replace(params=None, batches=batches) for member, batches in zip(members, schedules, strict=True)]
     return Job(
-        settings=TrainConfig.of(config),
+        settings=of_loop,
         workdir=workdir,
         members=tuple(kept),
         base=base,

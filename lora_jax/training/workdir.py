@@ -21,7 +21,7 @@ from lora_jax.training.logging import read_metrics
 
 # What may change when a run resumes. How the base is called may; its identity is compared.
 MAY_CHANGE = ("base", "decode", "log_every", "save_every", "max_to_keep", "mesh")
-# Where the data are may change too, from a checkpoint on that has digests of them: those are compared.
+# Other paths of the data may be given too, from a checkpoint on that has digests of them: those are compared.
 _PATHS = {"data.path", "data.validation", "tokenizer", "warm_start"}
 
 
@@ -47,8 +47,9 @@ def claim(workdir: str | Path, config: Any, *, sweep: str | Path | None = None, 
                 for key in sorted(here.keys() | there.keys())
                 if key.split(".")[0] not in MAY_CHANGE and here.get(key) != there.get(key)
             }
-            if different.keys() & _PATHS and has_data(sweep or workdir):
-                different = {key: text for key, text in different.items() if key not in _PATHS}
+            moved = {key for key in _PATHS if here.get(key) and there.get(key)}
+            if different.keys() & moved and has_data(sweep or workdir):
+                different = {key: text for key, text in different.items() if key not in moved}
             if different:
                 problem = f"{workdir} holds the run of another config: {'; '.join(different.values())}"
                 raise ValueError(f"{problem}. Give another --workdir, or the config it began with")
@@ -83,18 +84,18 @@ def check_resumed(
       then, now: of `data_of`. Earlier versions kept none; what both have is compared.
       done, total: the steps.
     """
-    for part in ("train", "validation"):
-        if part in then and part in now and then[part] != now[part]:
-            (old, new), name = (then[part], now[part]), {"train": "training"}.get(part, part)
-            counts = f"it began with {old['examples']} examples ({old['digest'][:12]})"
-            problem = f"{workdir} holds a run on other {name} data: {counts}, here are {new['examples']}"
-            way_out = "Give another --workdir, or the data it began with"
-            raise ValueError(f"{problem} ({new['digest'][:12]}). {way_out}")
-    if then and then.get("initial") != now.get("initial"):
+    way_out = "Give another --workdir, or the data it began with"
+    different = {part for part in then if part in now and then[part] != now[part]}
+    for part, name in (("train", "training"), ("validation", "validation")):
+        if part in different:
+            old, new = (f"{x['examples']} examples ({x['digest'][:12]})" for x in (then[part], now[part]))
+            raise ValueError(
+                f"{workdir} holds a run on other {name} data: it began with {old}, here are {new}. {way_out}"
+            )
+    if "initial" in different:
         raise ValueError(f"{workdir} holds a run that began from another adapter (warm_start). Give another --workdir")
     if done > total:
-        problem = f"{workdir}: the run has done {done} steps, but its data now give {total}"
-        raise ValueError(f"{problem}. Give another --workdir, or the data it began with")
+        raise ValueError(f"{workdir}: the run has done {done} steps, but its data now give {total}. {way_out}")
 
 
 def difference(first: Any, second: Any, among: Container[str] | None = None) -> str:

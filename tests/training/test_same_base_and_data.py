@@ -187,7 +187,8 @@ def test_a_run_resumes_with_the_data_that_it_began_with(tmp_path: Path) -> None:
         ("initial", {"a": {"b": np.ones(2)}}, r"began from another adapter \(warm_start\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            training.check_resumed(tmp_path, job.data, training_data(**{part: other}), 5, 10)
+            then = job.data | {"initial": {"digest": "0"}}
+            training.check_resumed(tmp_path, then, training_data(**{part: other}), 5, 10)
     before = (tmp_path / "config.json").read_bytes()
     config.data.path, config.base = "elsewhere", "other"
     with pytest.raises(ValueError, match="other training data"):
@@ -211,6 +212,16 @@ def test_a_checkpoint_without_digests_resumes_within_its_total(tmp_path: Path) -
         prepare(tmp_path, config, batches=schedule(6))
     config.data.path = "there"
     with pytest.raises(ValueError, match=r"another config: data.path is 'here' there and 'there' here"):
+        prepare(tmp_path, config)
+
+
+def test_a_warm_start_may_move_but_not_go(tmp_path: Path) -> None:
+    config = run_config(warm_start="here")
+    saved(tmp_path, config)
+    config.warm_start = "there"
+    assert prepare(tmp_path, config).start == 5
+    config.warm_start = None
+    with pytest.raises(ValueError, match=r"another config: warm_start is 'there' there and None here"):
         prepare(tmp_path, config)
 
 
