@@ -18,9 +18,10 @@ def digest(schedule: Schedule) -> dict[str, Any]:
     Of a schedule whose `collate` is no `functools.partial` over its data, as those of `lora_jax.data.batches` are, only
     the rows and shapes of the buckets are known.
     """
-    collate = schedule.collate
-    known = isinstance(collate, functools.partial)
-    content = (collate.args, collate.keywords) if known else (schedule.buckets, schedule.shapes)
+    collate: Any = schedule.collate
+    content: Any = (schedule.buckets, schedule.shapes)
+    if isinstance(collate, functools.partial):
+        content = (collate.args, collate.keywords)
     examples = sum(int(np.count_nonzero(rows >= 0)) for rows in schedule.buckets)
     return {"examples": examples, "digest": digest_of(content)}
 

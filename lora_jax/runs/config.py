@@ -125,7 +125,7 @@ def check(config: ConfigDict) -> None:
     member of a sweep, before anything is written."""
     settings, problems = TrainConfig.of(config), []
     values = {name: (numbers, _value(config, name)) for name, numbers in NUMBERS.items()}
-    values |= {f"seeds[{n}]": (SEED, seed) for n, seed in enumerate(config.get("seeds", ()))}
+    values |= {f"seeds[{n}]": (SEED, seed) for n, seed in enumerate(config.get("seeds") or ())}
     for name, (numbers, value) in values.items():
         try:
             if value is not None:

@@ -235,13 +235,15 @@ def _prompts(
 
 def completed(kept: Path, settings: Mapping[str, Any]) -> dict[int, str]:
     """The completions that a killed call left, by the number of their context; makes the file where there is none."""
-    head = json.dumps(settings, ensure_ascii=False, sort_keys=True) + "\n"
+    head = _head(settings)
     if not kept.is_file():
         checkpoints.write_atomically(kept, head.encode())
         return {}
     raw = kept.read_bytes()
     lines = raw[: raw.rfind(b"\n") + 1]  # the last line may have been cut off
-    if not lines.startswith(head.encode()):
+    # those of before 2026-11-30 do not name config and tokenizer of the base
+    base = {part: x for part, x in settings.get("base", {}).items() if part in ("source", "shapes", "content")}
+    if not lines.startswith((head.encode(), _head({**settings, "base": base}).encode())):
         raise ValueError(f"{kept} was begun with other contexts or settings: delete it, or finish it as it was begun")
     checkpoints.write_atomically(kept, lines)
     done = {}
@@ -250,6 +252,10 @@ def completed(kept: Path, settings: Mapping[str, Any]) -> dict[int, str]:
             row, text = parse_json(line, strict=False)
             done[int(row)] = str(text)
     return done
+
+
+def _head(settings: Mapping[str, Any]) -> str:
+    return json.dumps(settings, ensure_ascii=False, sort_keys=True) + "\n"
 
 
 def json_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:

@@ -72,8 +72,8 @@ def check(config: ConfigDict) -> None:
         if name not in config:  # of a file, or "none", or not there
             continue
         options = {"method": name, **json.loads(config[name].to_json())}
-        if "sites" in options:  # a width that every `n` of a compacter divides
-            options["sites"] = {site: [1, options.get("n", 1)] for site in options["sites"]}
+        if "sites" in options:  # of a width that a compacter's `n` divides
+            options["sites"] = {site: [1, options.get("n") or 1] for site in options["sites"]}
         if name == "prefix_layer":
             options["vocabulary"] = 1
         if name == "prefix_embedding":

@@ -137,6 +137,7 @@ def prepare(
     state, meta = _state(workdir, method, start, params, base, placement)
     check_resumed(workdir, meta.get("data", {}), data, int(state.step), total)
     check_decay(settings.optimizer, state.delta)
+    claim(workdir, config, compared=True)
     params = without_tuned(params, state.delta)
     objective = with_metrics(objective or language_model(model, settings.label_smoothing), settings.metrics)
     validate = None
@@ -241,7 +242,7 @@ def drive(job: Job) -> tuple[steps.State, int]:
                     specs = [member.method.spec for member in job.members]
                     spec = specs[0] if job.shapes is None else {"method": "sweep", "of": specs}
                     position = divmod(done, epoch_steps)
-                    parts = {"spec": spec, "base": job.base, "position": position, "data": job.data}
+                    parts: dict[str, Any] = {"spec": spec, "base": job.base, "position": position, "data": job.data}
                     checkpoints.save(manager, done, state, **parts)
             if stop:
                 break

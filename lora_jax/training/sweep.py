@@ -64,12 +64,9 @@ def prepare(
       ValueError: another process writes the workdir, it holds another config's sweep or another base's, or the members
         differ in what cannot be swept.
     """
-    workdir = Path(workdir).expanduser().absolute()
+    workdir, of_loop = Path(workdir).expanduser().absolute(), TrainConfig.of(config)
     settings = [TrainConfig.of(member.config) for member in members]
-    claim(workdir, config)
-    for member in members:
-        with locks.locked(workdir / member.name):
-            claim(workdir / member.name, member.config, sweep=workdir)
+    _claim(workdir, config, members)
     placement = placement or Placement.one_device()
     processes.check_mesh(placement.mesh)
     total = settings[0].steps or settings[0].epochs * len(members[0].batches)
@@ -86,6 +83,7 @@ def prepare(
     states, shapes, meta = _states(workdir, members, base, placement.replicated, dtype)
     check_resumed(workdir, meta.get("data", {}), data, int(states.step[0]), total)
     check_decay(settings[0].optimizer, states.delta)
+    _claim(workdir, config, members, compared=True)
     params = without_tuned(members[0].params, states.delta)
     params = processes.place(params, placement.shardings(params))
     values = processes.place(values, placement.replicated)
@@ -100,7 +98,7 @@ def prepare(
         validate = lambda states: of_states(states, values, params)  # noqa: E731
     kept = [member._replace(params=None, batches=batches) for member, batches in zip(members, schedules, strict=True)]
     return Job(
-        settings=TrainConfig.of(config),
+        settings=of_loop,
         workdir=workdir,
         members=tuple(kept),
         base=base,
@@ -116,6 +114,14 @@ def prepare(
         shapes=tuple(shapes),
         loggers=tuple(loggers),
     )
+
+
+def _claim(workdir: Path, config: Any, members: Sequence[Member], compared: bool = False) -> None:
+    """`claim`, of the sweep and of each member."""
+    claim(workdir, config, compared=compared)
+    for member in members:
+        with locks.locked(workdir / member.name):
+            claim(workdir / member.name, member.config, sweep=workdir, compared=compared)
 
 
 def train(sweep: Job) -> list[Result | None] | None:
@@ -145,7 +151,7 @@ def _train(sweep: Job) -> list[Result | None] | None:
         state = sweep.part(states, number)
         if processes.on_primary(partial(checkpoints.latest_step, folder)) != done:
             with checkpoints.opened(folder) as manager:
-                parts = {"position": divmod(done, len(member.batches)), "data": sweep.data}
+                parts: dict[str, Any] = {"position": divmod(done, len(member.batches)), "data": sweep.data}
                 checkpoints.save(manager, done, state, spec=spec, base=sweep.base, **parts)
         if not TrainConfig.of(member.config).best:  # else the best is there already
             checkpoints.save_adapter(folder / "adapter", member.method, state.delta, sweep.base)

@@ -23,7 +23,7 @@ from lora_jax.training.logging import read_metrics
 
 # What may change when a run resumes. How the base is called may; its identity is compared.
 MAY_CHANGE = ("base", "decode", "log_every", "save_every", "max_to_keep", "mesh")
-# Where the data are may change too, from a checkpoint on that has digests of them: those are compared.
+# Other paths of the data may be given too, from a checkpoint on that has digests of them: those are compared.
 _PATHS = {"data.path", "data.validation", "tokenizer", "warm_start"}
 
 # What config.json had then: key -> (value, today's value of the same meaning).
@@ -33,11 +33,14 @@ _OLD_VALUES: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
-def claim(workdir: str | Path, config: Any, *, sweep: str | Path | None = None) -> None:
+def claim(workdir: str | Path, config: Any, *, sweep: str | Path | None = None, compared: bool = False) -> None:
     """Makes this process the one that writes the workdir (`locks.locked`), until it has trained there or ends, and
     writes config.json, the resolved config (a ConfigDict or a TrainConfig). One that left nothing else there (it failed
-    at once) is replaced. Of several processes the first one does it. `sweep`: of a member of a sweep, the sweep's
-    workdir, which has the checkpoints.
+    at once) is replaced. Of several processes the first one does it.
+
+    Args:
+      sweep: of a member of a sweep, the sweep's workdir, which has the checkpoints.
+      compared: base and data are those of the workdir's run. Until then another path of theirs is not written.
 
     Raises:
       ValueError: another process writes the workdir, or it holds a run of another config (shows every difference); on
@@ -45,6 +48,7 @@ def claim(workdir: str | Path, config: Any, *, sweep: str | Path | None = None) 
     """
     workdir = Path(workdir).expanduser()
     path, new = workdir / "config.json", as_json(config)
+    content = (json.dumps(new, indent=2) + "\n").encode()
 
     def write() -> None:
         if path.exists() and (latest_step(workdir) is not None or read_metrics(workdir)):
@@ -54,12 +58,16 @@ def claim(workdir: str | Path, config: Any, *, sweep: str | Path | None = None) 
                 for key in sorted(here.keys() | there.keys())
                 if key.split(".")[0] not in MAY_CHANGE and here.get(key) != there.get(key)
             }
-            if different.keys() & _PATHS and has_data(sweep or workdir):
-                different = {key: text for key, text in different.items() if key not in _PATHS}
+            moved = {key for key in _PATHS if here.get(key) and there.get(key)}
+            if different.keys() & moved and has_data(sweep or workdir):
+                different = {key: text for key, text in different.items() if key not in moved}
             if different:
                 problem = f"{workdir} holds the run of another config: {'; '.join(different.values())}"
                 raise ValueError(f"{problem}. Give another --workdir, or the config it began with")
-        write_atomically(path, (json.dumps(new, indent=2) + "\n").encode())
+            if not compared and any(here.get(key) != there.get(key) for key in ("base", *_PATHS)):
+                return
+        if not path.exists() or path.read_bytes() != content:
+            write_atomically(path, content)
 
     with locks.locked(workdir, keep=True):
         processes.on_primary(write)
@@ -86,18 +94,18 @@ def check_resumed(
       then, now: of `data_of`. Earlier versions kept none; what both have is compared.
       done, total: the steps.
     """
-    for part in ("train", "validation"):
-        if part in then and part in now and then[part] != now[part]:
-            (old, new), name = (then[part], now[part]), {"train": "training"}.get(part, part)
-            counts = f"it began with {old['examples']} examples ({old['digest'][:12]})"
-            problem = f"{workdir} holds a run on other {name} data: {counts}, here are {new['examples']}"
-            way_out = "Give another --workdir, or the data it began with"
-            raise ValueError(f"{problem} ({new['digest'][:12]}). {way_out}")
-    if then and then.get("initial") != now.get("initial"):
+    way_out = "Give another --workdir, or the data it began with"
+    different = {part for part in then if part in now and then[part] != now[part]}
+    for part, name in (("train", "training"), ("validation", "validation")):
+        if part in different:
+            old, new = (f"{x['examples']} examples ({x['digest'][:12]})" for x in (then[part], now[part]))
+            raise ValueError(
+                f"{workdir} holds a run on other {name} data: it began with {old}, here are {new}. {way_out}"
+            )
+    if "initial" in different:
         raise ValueError(f"{workdir} holds a run that began from another adapter (warm_start). Give another --workdir")
     if done > total:
-        problem = f"{workdir}: the run has done {done} steps, but its data now give {total}"
-        raise ValueError(f"{problem}. Give another --workdir, or the data it began with")
+        raise ValueError(f"{workdir}: the run has done {done} steps, but its data now give {total}. {way_out}")
 
 
 def difference(first: Any, second: Any, among: Container[str] | None = None) -> str:

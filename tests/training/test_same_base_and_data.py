@@ -18,6 +18,7 @@ import lora_jax as lj
 from lora_jax import checkpoints, runs, training
 from lora_jax.data import batches, digest, text
 from lora_jax.data.encoded import Encoded, Texts
+from lora_jax.interop import hf
 from lora_jax.models import encoder, gpt2
 from lora_jax.models.family import function_fields
 from lora_jax.runs import bases
@@ -186,9 +187,15 @@ def test_a_run_resumes_with_the_data_that_it_began_with(tmp_path: Path) -> None:
         ("initial", {"a": {"b": np.ones(2)}}, r"began from another adapter \(warm_start\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            training.check_resumed(tmp_path, job.data, training_data(**{part: other}), 5, 10)
+            then = job.data | {"initial": {"digest": "0"}}
+            training.check_resumed(tmp_path, then, training_data(**{part: other}), 5, 10)
+    before = (tmp_path / "config.json").read_bytes()
+    config.data.path, config.base = "elsewhere", "other"
     with pytest.raises(ValueError, match="other training data"):
         prepare(tmp_path, config, batches=changed(20, 0))
+    with pytest.raises(ValueError, match="has other shapes"):
+        prepare(tmp_path, config, base=checkpoints.identity({"w": np.ones(2)}, "other"))
+    assert (tmp_path / "config.json").read_bytes() == before
 
 
 def training_data(**changes: Any) -> dict[str, Any]:
@@ -205,6 +212,16 @@ def test_a_checkpoint_without_digests_resumes_within_its_total(tmp_path: Path) -
         prepare(tmp_path, config, batches=schedule(6))
     config.data.path = "there"
     with pytest.raises(ValueError, match=r"another config: data.path is 'here' there and 'there' here"):
+        prepare(tmp_path, config)
+
+
+def test_a_warm_start_may_move_but_not_go(tmp_path: Path) -> None:
+    config = run_config(warm_start="here")
+    saved(tmp_path, config)
+    config.warm_start = "there"
+    assert prepare(tmp_path, config).start == 5
+    config.warm_start = None
+    with pytest.raises(ValueError, match=r"another config: warm_start is 'there' there and None here"):
         prepare(tmp_path, config)
 
 
@@ -265,6 +282,9 @@ def test_an_adapter_is_for_its_base(
     again = bases.load(config_of(tmp_path, **{"model.scan_layers": True, "model.remat": True}))
     assert again.identity == base.identity | {"source": str(tmp_path / "base")}
     bases.adapter(tmp_path / "adapter", again)
+    hf.save(tmp_path / "saved", base.model, base.params, base.tokenizer)
+    assert bases.load(config_of(tmp_path), str(tmp_path / "saved")).identity["config"] == base.identity["config"]
+    bases.adapter(tmp_path / "adapter", bases.load(config_of(tmp_path), str(tmp_path / "saved")))
     edited(tmp_path / "base" / file, change)
     with pytest.raises(ValueError, match=message):
         bases.adapter(tmp_path / "adapter", bases.load(config_of(tmp_path)))
