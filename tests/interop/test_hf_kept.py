@@ -100,8 +100,11 @@ def test_a_config_comes_back_as_it_was(name: str, tmp_path: Path, caplog: pytest
 def test_a_new_head_has_labels_of_its_own(labels: int, tmp_path: Path) -> None:
     """The base's names are of another task, also where there are as many; the rates are still the base's."""
     make(tmp_path / "base", "Roberta", "ForTokenClassification", **RATES, **NAMES)
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_labels": 3}))
     model, params, _ = hf.load(tmp_path / "base", head="classification", labels=labels)
     hf.save(tmp_path / "saved", model, params, like=tmp_path / "base")
+    assert "num_labels" not in json.loads((tmp_path / "saved" / "config.json").read_text())
     base, saved = fields_of(tmp_path / "base"), fields_of(tmp_path / "saved")
     differing = {name for name in base.keys() | saved.keys() if base.get(name) != saved.get(name)}
     assert differing == {"architectures", "id2label", "label2id", "problem_type"}
