@@ -15,13 +15,21 @@ import lora_jax as lj
 from lora_jax import training
 from lora_jax.interop import hf, peft, torch_files
 from lora_jax.models import gpt2
-from tests.interop.test_hf_encoder import SMALL
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 GPT2 = {"vocab_size": 31, "n_positions": 12, "n_embd": 12, "n_layer": 2, "n_head": 3}
-SIZES = {"GPT2": GPT2, "Roberta": SMALL, "Bert": SMALL}
+ENCODER = {
+    "vocab_size": 37,
+    "hidden_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 20,
+    "max_position_embeddings": 16,
+    "type_vocab_size": 2,
+}
+SIZES = {"GPT2": GPT2, "Roberta": ENCODER, "Bert": ENCODER}
 OF_TRAINING = {"bos_token_id": 5, "eos_token_id": 6, "pad_token_id": 7, "task_specific_params": {"x": {"y": 1}}}
 RATES = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.2, "classifier_dropout": 0.4}
 NAMES = {"id2label": {0: "no", 1: "yes", 2: "perhaps"}, "label2id": {"no": 0, "yes": 1, "perhaps": 2}}
@@ -92,8 +100,11 @@ def test_a_config_comes_back_as_it_was(name: str, tmp_path: Path, caplog: pytest
 def test_a_new_head_has_labels_of_its_own(labels: int, tmp_path: Path) -> None:
     """The base's names are of another task, also where there are as many; the rates are still the base's."""
     make(tmp_path / "base", "Roberta", "ForTokenClassification", **RATES, **NAMES)
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_labels": 3}))
     model, params, _ = hf.load(tmp_path / "base", head="classification", labels=labels)
     hf.save(tmp_path / "saved", model, params, like=tmp_path / "base")
+    assert "num_labels" not in json.loads((tmp_path / "saved" / "config.json").read_text())
     base, saved = fields_of(tmp_path / "base"), fields_of(tmp_path / "saved")
     differing = {name for name in base.keys() | saved.keys() if base.get(name) != saved.get(name)}
     assert differing == {"architectures", "id2label", "label2id", "problem_type"}

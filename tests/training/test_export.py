@@ -1,6 +1,7 @@
 """Runs given away and taken in: the merged model, PEFT's adapter and ours compute what the run computes."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,11 +97,17 @@ def test_torch_computes_the_same_from_both(folder: Path, tmp_path: Path) -> None
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
     config = config_of(folder, **{"lora.rank": 2})
+    shutil.copytree(folder / "base", tmp_path / "base")
+    config.base = str(tmp_path / "base")
+    fields = json.loads((folder / "base" / "config.json").read_text())
+    fields |= {"attn_pdrop": 0.3, "pad_token_id": 7, "bos_token_id": 5, "id2label": {"0": "x"}, "summary_type": "mean"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(fields))
     delta = make_run(folder, config, tmp_path / "run")
     expected = logits(config, lj.from_spec(methods.spec(config, bases.load(config).model)), delta)
     tokens = torch.tensor(np.random.default_rng(1).integers(0, 272, (2, 9)))
     for form in ("merged", "peft"):
         runs.export_run(tmp_path / "run", form, tmp_path / form)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text()) == fields
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
     for model in (merged, peft.PeftModel.from_pretrained(base, str(tmp_path / "peft"))):

@@ -54,9 +54,10 @@ def without_other_head(
     modules = [*architecture.backbone, architecture.layers[0], *(n for m in architecture.optional.values() for n in m)]
     modules += architecture.lm_head.modules if architecture.lm_head else []
     kept = {prefix + name.partition(".")[0] for name in modules for prefix in ("", *(head.prefix for head in heads))}
-    dropped = [name for name in tensors if not any(name.startswith(f"{start}.") for start in kept)]
-    logging.warning("%s is a %s: its head is not used: %s", source, ", ".join(other), first_ten(dropped))
-    return {name: tensor for name, tensor in tensors.items() if name not in dropped}
+    used = {name: x for name, x in tensors.items() if any(name.startswith(f"{start}.") for start in kept)}
+    head = first_ten([name for name in tensors if name not in used])
+    logging.warning("%s is a %s: its head is not used: %s", source, ", ".join(other), head)
+    return used
 
 
 _HEAD = ("id2label", "label2id", "num_labels", "problem_type")

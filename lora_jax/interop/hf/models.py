@@ -60,8 +60,10 @@ def load(
       folder_or_hub_id: a folder, or else a name on the Hub ("openai-community/gpt2").
       head: the head that is wanted; made anew, with a warning, where the files have none. GPT-2 has "lm" only, and has
         it anyway unless the files say that it is untied and lack it. Encoders have "classification", "regression", or
-        by default what the files have.
-      labels: how many classes a classification head has; a head of another number is not used.
+        by default what the files have. The head of another task, such as token classification, is left out, with a
+        warning, where a head is asked for.
+      labels: how many outputs the head has; one of another number is not used. By default as many as the files', and of
+        a regression that is new one.
       tie: whether GPT-2's head is the token embedding; None: as config.json says. False copies it.
       key: the key of a head that is made anew; an encoder's has one by default.
       scan_layers, dtype, place: of `read`.
@@ -69,12 +71,13 @@ def load(
     Returns:
       `(model, params, tokenizer)`: the parameters as nested dicts, by default float32 in the loop layout (`h_0`, ...);
       the tokenizer is None where there is no tokenizer.json. `model.config` has no dropout, whatever config.json says:
-      its rates concern training only.
+      its rates concern training only. `save(..., like=folder)` writes them again.
 
     Raises:
       FileNotFoundError: neither such a folder nor such a model, or files are missing.
       ValueError: damaged files; a missing, extra, misshapen or non-finite tensor; a config field that changes the
-        function and is not supported; a missing head that is not asked for.
+        function and is not supported; a size that is not the tensors'; a missing head that is not asked for, or the
+        head of another task.
     """
     model, stored, tokenizer = unread(folder_or_hub_id, head=head, labels=labels, tie=tie, key=key)
     if scan_layers:
@@ -136,8 +139,11 @@ def read(
 def without_weights(folder: str | os.PathLike) -> nn.Module:
     """The model that a folder's config.json describes, an encoder without pooler and head; no weights are read. Raises
     what `load` raises of config.json."""
-    format, fields = _described(Path(folder))
+    folder = Path(folder)
+    format, fields = _described(folder)
     config = format.config_of(fields, str(folder))
+    if (folder / WEIGHTS).is_file():
+        check_sizes(format, config, open_tensors(folder, format.ignored), str(folder))
     return family_of(config).model(config)
 
 
