@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -47,10 +48,19 @@ def read_json(path: str | Path) -> Any:
     Raises:
       FileNotFoundError, ValueError: as for `read_text`, or it is no JSON.
     """
+    text = read_text(path)
     try:
-        return parse_json(read_text(path).encode(), strict=False)
+        return json_value(text)
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
+
+
+def json_value(text: str) -> Any:
+    """The value of a JSON text; a ValueError where it is no JSON, or a string in it is no Unicode."""
+    value = parse_json(text.encode(), strict=False)
+    if "\\u" in text:  # half a surrogate pair can be written so
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 @contextlib.contextmanager

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.core.extras import extra
-from lora_jax.data.files import find, of_form, read_lines
-from lora_jax.data.json_files import parse_json
+from lora_jax.data.files import find, json_value, of_form, read_lines
 
 with extra("data"):
     import datasets
@@ -80,5 +79,5 @@ def _read(file: Path, take: Callable[[dict[str, Any]], Any], source: str) -> lis
     taken = []
     for number, line in enumerate(read_lines(file), 1):
         with of_form(f"{file}:{number}: not a line of the form wanted; {source}"):
-            taken.append(take(parse_json(line.encode(), strict=False)))
+            taken.append(take(json_value(line)))
     return taken

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from lora_jax.checkpoints import finish_replacing, write_atomically
 from lora_jax.core.extras import extra
+from lora_jax.data.files import of_form
 from lora_jax.data.json_files import read_json
 from lora_jax.training import read_metrics
 
@@ -126,21 +127,21 @@ def rows_of(label: str, workdir: str | Path) -> list[Row]:
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: experiments.train writes it at its end")
     row = {"label": label} | read_json(file, strict=False)
-    del row["tokens_per_second"]  # runs share the machine with whatever else it does: experiments.speed compares
-    kind = "test-base*" if row["method"] == "none" else "test-[!b]*"
+    row.pop("tokens_per_second", None)  # runs share the machine with whatever else it does: experiments.speed compares
+    kind = "test-base*" if row.get("method") == "none" else "test-[!b]*"
     folders = list(Path(workdir, "evaluation").glob(kind))
     for folder in folders:
         finish_replacing(folder)
     files = [folder / "evaluate.json" for folder in folders]
-    results = [read_json(file, strict=False) for file in files if file.is_file()]
+    results = {file: read_json(file, strict=False) for file in files if file.is_file()}
     if not results:
         return [row]
-    result = max(results, key=lambda result: result["contexts"])  # others are of the first contexts only
-    scores = result["scores"]
-    row |= {name: result.get(name) for name in ("contexts", "skipped", "decoding", "missing")} | scores["all"]
-    row["evaluation"] = result.get("command")
-    parts = [{"label": f"{label}, {part}"} | score for part, score in scores.items() if part != "all"]
-    return [row, *parts]
+    with of_form(f"{', '.join(map(str, results))}: not all written by experiments.evaluate"):
+        result = max(results.values(), key=lambda result: result["contexts"])  # others are of the first contexts only
+        scores = result["scores"]
+        row |= {name: result.get(name) for name in ("contexts", "skipped", "decoding", "missing")} | scores["all"]
+        row["evaluation"] = result.get("command")
+        return [row, *({"label": f"{label}, {part}"} | score for part, score in scores.items() if part != "all")]
 
 
 def fill(text: str, folder: Path) -> str:
@@ -168,10 +169,10 @@ def table(rows: list[Row]) -> str:
         cells = (_cell(row.get(name), form) for name, (_, form) in shown.items())
         lines.append([row["label"], *cells])
     parts = ["| " + " | ".join(line) + " |" for line in lines]
-    commands = dict.fromkeys(row[kind] for row in rows for kind in ("command", "evaluation") if row.get(kind))
+    commands = dict.fromkeys(str(row[kind]) for row in rows for kind in ("command", "evaluation") if row.get(kind))
     if commands:
         seeds = " or ".join(dict.fromkeys(str(row["seed"]).strip("[]") for row in rows if "seed" in row))
-        device = rows[0]["device"]
+        device = rows[0].get("device", "a device unknown")
         parts += ["", f"Seed {seeds}, {device}:" if seeds else f"{device}:", "", "```sh", *commands, "```"]
     return "\n".join(parts) + "\n"
 
@@ -180,11 +181,14 @@ def _cell(value: Any, form: str) -> str:
     """A figure, with its interval or range where it has one."""
     if value is None:
         return "-"
-    if isinstance(value, dict) and value["low"] == value["high"]:
-        value = value["score"]  # of one seed
-    if isinstance(value, dict):
-        return f"{form} [{form}, {form}]".format(value["score"], value["low"], value["high"])
-    return form.format(value)
+    try:
+        if isinstance(value, dict) and value["low"] == value["high"]:
+            value = value["score"]  # of one seed
+        if isinstance(value, dict):
+            return f"{form} [{form}, {form}]".format(value["score"], value["low"], value["high"])
+        return form.format(value)
+    except (KeyError, TypeError, ValueError):  # what somebody wrote into the file
+        return str(value)
 
 
 def write_json(file: str | Path, value: Any) -> None:

@@ -190,7 +190,7 @@ def read_config(
         kinds = typing.get_args(types_of[ours]) or (types_of[ours],)  # several where it may be None
         if _JSON.issuperset(kinds) and type(value) not in ((*kinds, int) if float in kinds else kinds):
             expected = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
-            raise ValueError(f"{source}: config.json has {names[ours]}={value!r}, not a {expected}")
+            raise ValueError(f"{source}: config.json has {names[ours]}={repr(value)[:80]}, not a {expected}")
     try:
         return cls(**given)
     except (TypeError, ValueError, ArithmeticError) as error:

@@ -1,25 +1,23 @@
-"""Hundreds of spoiled adapter folders: each is an error that names the file, or means what it means to PEFT."""
+"""PEFT's adapter folders, spoiled in ways that PEFT's users might: each is an error, or means what it means to PEFT."""
 
 import copy
 import json
 import random
-import shutil
 import struct
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pytest
-from flax.traverse_util import flatten_dict
-
-pytest.importorskip("peft")
-
 import peft as theirs
+from flax.traverse_util import flatten_dict
 
 import lora_jax as lj
 from lora_jax.interop import peft
 from lora_jax.interop.hf import gpt2 as hf_gpt2
 from lora_jax.interop.hf.families import layouts
+from tests.helpers.fuzz.mutations import Files, spoil
+from tests.helpers.fuzz.runner import Part, write
 from tests.helpers.peft_models import adapter, base, quietly, written
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -268,44 +266,40 @@ HEADER = [rename, drop, retype, reshape, move, alias, swap, lose_field, add_tens
 CONFIGS = [forget, set_junk, set_used, set_number, set_pattern, set_targets, rename_field]
 MUTATIONS = [*map(in_header, HEADER), *map(in_config, CONFIGS), twice, resize, cut, append, flip, poison]
 MUTATIONS += [config_twice, wrap, lose_file]
-EACH = 22  # of 26 kinds: 572 mutations
 
 
-def merged_by_peft(folder):
+def folders() -> Part:
+    with tempfile.TemporaryDirectory() as made:
+        folder = written(adapter("gpt2", **FIELDS), Path(made))
+        files = {name: (folder / name).read_bytes() for name in (WEIGHTS, CONFIG)}
+    return Part(files, lambda folder: peft.load(folder, base("gpt2").params), check, spoil_folder)
+
+
+def spoil_folder(rng: random.Random, files: Files) -> Files:
+    if rng.random() < 0.3:
+        return spoil(rng, files)
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        write(folder, files)
+        rng.choice(MUTATIONS)(rng, folder)
+        return {path.name: path.read_bytes() if path.is_file() else None for path in folder.iterdir()}
+
+
+def check(folder: Path, loaded: Any) -> None:
+    """Merged it is what PEFT makes of the folder."""
+    want, got = merged_by_peft(folder), merged_here(*loaded)
+    for name, tensor in got.items():
+        scale = max(1.0, float(np.abs(tensor).max()))
+        np.testing.assert_allclose(tensor, want[name].numpy(), rtol=0, atol=1e-5 * scale, err_msg=name)
+
+
+def merged_by_peft(folder: Path) -> dict[str, Any]:
     """All weights, after PEFT read the adapter and merged it."""
     made = quietly(theirs.PeftModel.from_pretrained, copy.deepcopy(base("gpt2").torch), folder)
     return quietly(made.merge_and_unload).state_dict()
 
 
-def merged_here(method, delta):
+def merged_here(method: lj.ParamTransform, delta: lj.Delta) -> dict[str, np.ndarray]:
     merged = flatten_dict(lj.merge(method.apply(base("gpt2").params, delta)), sep="/")
     names = layouts(hf_gpt2.ARCHITECTURE, flatten_dict(base("gpt2").params, sep="/"), prefixed=True)
     return {name: layout.join(*(np.asarray(merged[path]) for path in layout.paths)) for name, layout in names.items()}
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    return written(adapter("gpt2", **FIELDS), tmp_path_factory.mktemp("good"))
-
-
-@pytest.mark.parametrize("kind", range(len(MUTATIONS)))
-def test_a_spoiled_folder_is_an_error_or_means_what_it_means_to_peft(good, kind):
-    loaded = 0
-    for n in range(EACH):
-        rng = random.Random(1000 * kind + n)
-        with tempfile.TemporaryDirectory() as folder:
-            folder = Path(folder)
-            for name in (WEIGHTS, CONFIG):
-                shutil.copy(good / name, folder / name)
-            MUTATIONS[kind](rng, folder)
-            try:
-                method, delta = peft.load(folder, base("gpt2").params)
-            except (ValueError, FileNotFoundError) as error:
-                assert str(folder) in str(error), error
-                continue
-            loaded += 1
-            want, got = merged_by_peft(folder), merged_here(method, delta)
-            for name, tensor in got.items():
-                scale = max(1.0, float(np.abs(tensor).max()))
-                np.testing.assert_allclose(tensor, want[name].numpy(), rtol=0, atol=1e-5 * scale, err_msg=str(n))
-    assert loaded < EACH  # some of every kind are errors

@@ -1,0 +1,1 @@
+"""Files that are spoiled at random, and what may come of reading them."""
