@@ -215,5 +215,5 @@ def with_head(config: EncoderConfig, head: str, labels: int) -> EncoderConfig:
 # A pooler takes part in BERT's classification alone: RoBERTa's, where a file has one, is no part of its base.
 for _name, _params in (("roberta", ("classifier", "pooler")), ("bert", ("classifier",))):
     _common = (Encoder, AXES, sites, sharding_rules, dimensions)
-    _more = {"with_head": with_head, "head_params": _params, "token_embedding": "**/word/embedding"}
-    register_family(Family(_name, *_common, **_more))
+    _family = Family(_name, *_common, with_head=with_head, head_params=_params, token_embedding="**/word/embedding")
+    register_family(_family)

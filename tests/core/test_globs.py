@@ -188,7 +188,7 @@ def test_a_spec_of_a_file_ends_whatever_its_globs(glob: str) -> None:
     assert time.process_time() - begin < 3
     many = {f"{glob}{n}": 1 for n in range(100_000 // len(glob) + 1)}
     for too_many in ({"method": "chain", "of": [spec, spec | {"rank": many}]}, spec | {"exclude": list(many)}):
-        with pytest.raises(ValueError, match="the globs of the spec have 10.* characters together, more than 100,000"):
+        with pytest.raises(ValueError, match=r"the globs of the spec have 10.* characters together, more than 100,000"):
             lj.from_spec(too_many)
 
 

@@ -239,14 +239,15 @@ class _Count:
         low, high = _bounds(quantifier)
         if low > self.longest:
             raise ValueError(f"a repeat of at least {low} times")
-        a_try = (_TRY_GROUP if part[1] else _TRY) + _TRY * (quantifier["kind"] == "?")
+        token, inner = part
+        a_try = (_TRY_GROUP if inner else _TRY) + _TRY * (quantifier["kind"] == "?")
         ends, done = np.zeros_like(arrivals), 0
         while arrivals.any():
             self._spend(arrivals, a_try)
             ends = ends + arrivals * (done >= low)
             if done >= min(high, low + self.longest):  # `re` repeats nothing that is empty
                 break
-            arrivals, done = self._part(*part, arrivals), done + 1
+            arrivals, done = self._part(token, inner, arrivals), done + 1
         return ends
 
     def _fitting(self, token: str) -> np.ndarray:
