@@ -86,7 +86,7 @@ def _braces(glob: str) -> list[_Braces]:
 
 def _jumps(groups: list[_Braces]) -> dict[int, list[int]]:
     """Where reading a glob goes on from braces and their commas: to each alternative, and behind the last one."""
-    jumps = {}
+    jumps: dict[int, list[int]] = {}
     for group in groups:
         stops = [*(start - 1 for start in group.starts[1:]), group.end]
         jumps |= {group.begin: group.starts, **{stop: [group.end + 1] for stop in stops}}

@@ -143,7 +143,7 @@ def check_globs(globs: Iterable[str], params: Any) -> None:
                 raise ValueError(f"{problem}{nearest(its_plainest, leaves)}")
 
 
-def mapped(*values: Any) -> list[str]:
+def glob_keys(*values: Any) -> list[str]:
     """The globs of those values that are mappings glob -> value."""
     return [glob for value in values if isinstance(value, Mapping) for glob in value]
 

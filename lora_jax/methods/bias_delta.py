@@ -8,7 +8,7 @@ from jax import Array, lax
 
 from lora_jax.core.arrays import Adapted, Summed, Tuned, adapted_array, widened
 from lora_jax.core.ranges import FINITE
-from lora_jax.core.selection import Absent, Selection, look_up, mapped
+from lora_jax.core.selection import Absent, Selection, glob_keys, look_up
 from lora_jax.core.transforms import Factors, Params, ParamTransform, Target, Traits, per_target, register
 
 
@@ -65,7 +65,7 @@ def bias_delta(selection: Selection, *, scale: float | Mapping[str, float] = 1.0
     scale = FINITE("scale", scale)
     spec = {"method": "bias_delta", **selection.spec(), "scale": scale}
     shapes = lambda target: {"shift": tuple(target.leaf.shape)}  # noqa: E731
-    return per_target(spec, targets, init, adapt, shapes=shapes, globs=mapped(scale))
+    return per_target(spec, targets, init, adapt, shapes=shapes, globs=glob_keys(scale))
 
 
 shift = bias_delta  # its name before

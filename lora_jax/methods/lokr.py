@@ -12,7 +12,7 @@ from jax import Array, lax
 from lora_jax.core.arrays import Op, Summed, adapted_array, sides, static, widened
 from lora_jax.core.lifting.rules import Dot, LookUp
 from lora_jax.core.ranges import COUNT, Range
-from lora_jax.core.selection import Selection, look_up, mapped
+from lora_jax.core.selection import Selection, glob_keys, look_up
 from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_target, register
 from lora_jax.methods.lora import ALPHA, Ranks
 
@@ -156,7 +156,7 @@ def lokr(
 
     spec = {"method": "lokr", **selection.spec(), "rank": rank, "alpha": alpha}
     spec |= {"decompose_both": decompose_both, "decompose_factor": decompose_factor}
-    return per_target(spec, selection, init, adapt, shapes=shapes, globs=mapped(rank, alpha))
+    return per_target(spec, selection, init, adapt, shapes=shapes, globs=glob_keys(rank, alpha))
 
 
 def _shapes(target: Target, r: int, decompose_both: bool, factor: int) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,7 @@ from jax import Array
 from lora_jax.core import transforms
 from lora_jax.core.arrays import LowRank
 from lora_jax.core.ranges import COUNT, PROBABILITY, Range
-from lora_jax.core.selection import Selection, look_up, mapped, matches_any, strings
+from lora_jax.core.selection import Selection, glob_keys, look_up, matches_any, strings
 from lora_jax.core.transforms import Factors, Params, ParamTransform, Spec, Target
 
 Ranks = int | Mapping[str, int]  # of all leaves, or glob -> rank
@@ -95,7 +95,7 @@ class Options:
     @property
     def globs(self) -> list[str]:
         """The globs among the options, besides those of the selection."""
-        return [*mapped(self.rank, self.alpha), *self.shared]
+        return [*glob_keys(self.rank, self.alpha), *self.shared]
 
     def targets(self, params: Params) -> list[Target]:
         """The selected leaves; those of one module that a glob of `shared` matches share their A."""

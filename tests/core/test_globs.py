@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import lora_jax as lj
 from lora_jax.core import globs as module
 from lora_jax.core.globs import alternatives, matches
+from lora_jax.core.transforms import keys_of
 
 
 def expand(glob: str) -> list[str]:
@@ -172,6 +173,23 @@ def test_time_is_linear_whatever_the_glob(glob: str) -> None:
     path, begin = HARD[glob], time.process_time()
     assert not matches(glob, path)
     assert time.process_time() - begin < 3
+
+
+@pytest.mark.parametrize("glob", HARD)
+def test_a_spec_of_a_file_ends_whatever_its_globs(glob: str) -> None:
+    """As selection, exclusion, axes and rank; too many globs together are refused before they are matched."""
+    tree = {HARD[glob].replace("/", ".")[:60]: np.ones((2, 2)), "a": {"a": np.ones((2, 2))}}
+    spec = {"method": "lora", "select": ["**"], "axes": {glob: "io"}, "rank": {glob: 1, "**": 1}}
+    begin = time.process_time()
+    method = lj.from_spec(spec)
+    assert len(keys_of(method, tree)) == 2
+    with pytest.raises(ValueError, match="matches no parameter"):
+        keys_of(lj.from_spec(spec | {"exclude": [glob]}), tree)
+    assert time.process_time() - begin < 3
+    many = {f"{glob}{n}": 1 for n in range(100_000 // len(glob) + 1)}
+    for too_many in ({"method": "chain", "of": [spec, spec | {"rank": many}]}, spec | {"exclude": list(many)}):
+        with pytest.raises(ValueError, match=r"the globs of the spec have 10.* characters together, more than 100,000"):
+            lj.from_spec(too_many)
 
 
 def test_a_glob_is_not_endless() -> None:

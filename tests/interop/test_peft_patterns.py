@@ -17,8 +17,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lora_jax.interop.peft import config as peft_config
+from lora_jax.interop.peft import patterns
 from lora_jax.interop.peft.kinds.lora import LORA
-from lora_jax.interop.peft.patterns import steps
+from lora_jax.interop.peft.patterns import steps, steps_with
 
 ROLES = ("query", "key", "value")
 LAYERS = [rf"roberta\.encoder\.layer\.{n}\.attention\.self\.{role}" for n in range(48) for role in ROLES]
@@ -120,6 +121,40 @@ def test_patterns_that_could_run_for_ever_are_refused(pattern, why):
             complete(**{field: pattern})
     with pytest.raises(ValueError, match=r"rank_pattern has .*could run for ever|flags not at the start"):
         complete(rank_pattern={pattern: 4})
+
+
+MODULES = ("attn", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "ln_1")
+GPT2 = [f"transformer.h.{n}.{module}" for n in range(48) for module in MODULES]
+HARMLESS = {  # as people write them, with four and more endless repeats: how many of GPT-2's modules they mean
+    ".*a.*b.*c.*d.*": 0,
+    r".*transformer.*h.*attn.*c_attn.*": 48,
+    r".*\.h\.\d+\..*(attn|mlp).*c_(attn|fc|proj).*": 192,
+    r"^.*\.h\..*\.(attn|mlp)\..*(c_attn|c_fc).*$": 96,
+    r".*t.*r.*a.*n.*s.*f.*o.*r.*m.*e.*r.*c_attn": 48,
+    r"(?!.*lm_head.*).*h.*1.*(attn|mlp).*c_.*": 56,
+    r"(\w+\.)*attn\.(c_attn|c_proj)": 96,
+    r"(?:[^.]+\.)+(?:[^.]+\.)*c_fc": 48,
+    r"(?:(?:transformer|base)\.|h\.\d+\.)*mlp\.c_fc": 48,
+}
+
+
+@pytest.mark.parametrize("pattern", HARMLESS)
+def test_what_is_harmless_with_the_modules_names_is_accepted(pattern):
+    """Whatever the number of its repeats; elsewhere, without the names, it is refused."""
+    with pytest.raises(ValueError, match="which could run for ever"):
+        complete(target_modules=pattern)
+    fields = {"peft_type": "LORA", "target_modules": pattern}
+    assert peft_config.complete(fields, LORA, "config", GPT2)["target_modules"] == pattern
+    assert sum(re.fullmatch(pattern, name) is not None for name in GPT2) == HARMLESS[pattern]
+
+
+SLOW = [".*" * 8 + "!", "(?:.*|x)" * 6 + "!", ".?" * 40 + "!", "(a*)*" * 9 + "!", "(.|.)*!", "((.*)*)*!", r"(\w|.)*!"]
+
+
+@pytest.mark.parametrize("pattern", SLOW)
+def test_what_is_slow_with_the_modules_names_is_refused(pattern):
+    with pytest.raises(ValueError, match="more than 100,000,000 steps for the names of the modules"):
+        peft_config.complete({"peft_type": "LORA", "target_modules": pattern}, LORA, "config", GPT2)
 
 
 def test_many_patterns_that_are_slow_together_are_refused():
@@ -241,6 +276,16 @@ def counted(pattern, name):
 
 @settings(max_examples=300)
 @given(PATTERNS, st.lists(NAMES, min_size=1, max_size=4))
+def test_no_way_with_a_name_is_left_out_of_the_count(pattern, names):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patterns, "_MOVE", 0)
+        most = steps_with(pattern.text, names, 100_000)
+    assume(most < math.inf)
+    assert sum(counted(pattern, name)[1] for name in names) <= most
+
+
+@settings(max_examples=300)
+@given(PATTERNS, st.lists(NAMES, min_size=1, max_size=4))
 def test_no_way_is_left_out_of_the_count(pattern, names):
     try:
         most = steps(pattern.text, 7)
@@ -264,20 +309,24 @@ WAYS = {
 
 
 @pytest.mark.parametrize("parts", WAYS.values(), ids=WAYS)
-def test_the_count_is_of_the_order_of_the_steps_where_all_ways_are_tried(parts):
+def test_the_count_is_of_the_order_of_the_steps_where_all_ways_are_tried(parts, monkeypatch):
     """A step of the matcher is up to 54 of ours (a repeated group's), so the count is not much more than it must be."""
     pattern = sequence([*parts, character("!")])
     spent = counted(pattern, "a" * 7)[1]
     assert spent < steps(pattern.text, 7) < 60 * spent
+    monkeypatch.setattr(patterns, "_MOVE", 0)
+    assert spent < steps_with(pattern.text, ["a" * 7], 1e9) < 60 * spent
 
 
 RUNS = """
 import json, re, resource, sys
 resource.setrlimit(resource.RLIMIT_CPU, (300, 300))
-for pattern in json.loads(sys.stdin.read()):
-    for name in ("a" * 200, "ab" * 100, "a." * 100, "0" * 199 + "."):
+patterns, names = json.loads(sys.stdin.read())
+for pattern in patterns:
+    for name in names:
         re.fullmatch(pattern, name)
 """
+LONG_NAMES = ["a" * 200, "ab" * 100, "a." * 100, "0" * 199 + "."]
 WORST = [
     ".*.*.*" + "a" * 30 + "!",
     ".*.*.*(a!|b!|c!|d!|e!|f!|g!)",
@@ -291,9 +340,9 @@ WORST = [
 ]
 
 
-def run(patterns):
-    """Matches the patterns with long names by `re`, in a process that may not take more than 300 s of a processor."""
-    done = subprocess.run([sys.executable, "-c", RUNS], input=json.dumps(patterns), text=True, timeout=1800)
+def run(patterns, names=LONG_NAMES):
+    """Matches the patterns with the names by `re`, in a process that may not take more than 300 s of a processor."""
+    done = subprocess.run([sys.executable, "-c", RUNS], input=json.dumps([patterns, names]), text=True, timeout=1800)
     assert done.returncode == 0
 
 
@@ -317,3 +366,21 @@ def test_whatever_is_accepted_ends(pieces, end):
     longest = [piece.text * n + end for piece in pieces for n in range(1, 40) if accepted(piece.text * n + end)]
     assume(longest)
     run(longest)
+
+
+@pytest.mark.slow
+@settings(max_examples=20)
+@given(st.lists(PATTERNS, min_size=5, max_size=5), st.sampled_from(["!", "[^a]", "(?!.)"]))
+def test_whatever_is_accepted_with_names_ends(pieces, end):
+    """As the one above, counted with the names themselves."""
+    names = [name[:40] for name in LONG_NAMES]
+
+    def accepted(pattern):
+        try:
+            return steps_with(pattern, names, 1e8) < 1e8
+        except ValueError:
+            return False
+
+    longest = [piece.text * n + end for piece in pieces for n in range(1, 40) if accepted(piece.text * n + end)]
+    assume(longest)
+    run(longest, names)

@@ -135,7 +135,7 @@ def _files(folder: Path) -> tuple[Path, Path]:
 def _resolve(config: Mapping[str, Any], model: Model, source: str) -> tuple[Resolved, list[Tensor]]:
     """A config applied to a model, and the tensors of its adapter."""
     kind = kind_of(config, source)
-    resolved = resolve(complete(config, kind, source), model, source, kind)
+    resolved = resolve(complete(config, kind, source, model.modules), model, source, kind)
     return resolved, tensors_of(resolved)
 
 

@@ -9,14 +9,14 @@ import collections
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import NoneType
 from typing import Any
 
 import numpy as np
 
 from lora_jax.interop.peft.kind import Field, Kind
-from lora_jax.interop.peft.patterns import steps
+from lora_jax.interop.peft.patterns import steps, steps_with
 
 TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 ALL_LINEAR = "all-linear"
@@ -92,10 +92,10 @@ RANKED = {  # of kinds whose modules have ranks, together with the kind's own fi
 FAN_IN_FAN_OUT = {"fan_in_fan_out": Field(False, *BOOL)}
 
 
-def complete(config: Mapping[str, Any], kind: Kind, source: str) -> dict[str, Any]:
+def complete(config: Mapping[str, Any], kind: Kind, source: str, names: Collection[str] = ()) -> dict[str, Any]:
     """The fields of a config as its file has them, with PEFT's defaults for the others; a ValueError for a field of the
     wrong type or value, one that is not supported, an unknown one that is neither empty nor false, or fields that
-    contradict each other."""
+    contradict each other. Patterns that would be slow with some name are counted with the `names` of the modules."""
     for name, value in config.items():
         if name in kind.fields:
             if not kind.fields[name].is_valid(value):
@@ -114,7 +114,7 @@ def complete(config: Mapping[str, Any], kind: Kind, source: str) -> dict[str, An
                 raise ValueError(f"{source}: {name} goes with a list of target_modules, not with a string")
     if fields.get("layers_pattern") and fields["layers_to_transform"] is None:
         raise ValueError(f"{source}: layers_pattern needs layers_to_transform")
-    _check_patterns(fields, kind, source)
+    _check_patterns(fields, kind, source, names)
     return fields
 
 
@@ -127,35 +127,48 @@ def regex_of(field: str, pattern: str) -> str:
     return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." if field == "layers_pattern" else pattern
 
 
-def _check_patterns(fields: Mapping[str, Any], kind: Kind, source: str) -> None:
+def _check_patterns(fields: Mapping[str, Any], kind: Kind, source: str, names: Collection[str]) -> None:
     """A ValueError unless every string that PEFT gives to `re` compiles, and all together run in little time."""
     one_string = ("target_modules", "exclude_modules", *kind.patterns)  # in a list these are plain names
     patterns = [(name, fields[name]) for name in one_string if is_str(fields.get(name))]
     patterns += [(name, pattern) for name in (*_PATTERNS, "modules_to_save") for pattern in fields.get(name) or []]
     layers = fields.get("layers_pattern")
     patterns += [("layers_pattern", pattern) for pattern in ([layers] if is_str(layers) else layers or [])]
-    total = 0
+    total = 0.0
     for name, pattern in patterns:
-        total += _count_steps(name, pattern, source)
+        total += _count_steps(name, pattern, source, names)
         if total > _MOST_STEPS_TOGETHER:
             raise ValueError(f"{source}: its patterns up to {name}'s {pattern[:80]!r} could run for ever, together")
 
 
-def _count_steps(field: str, pattern: str, source: str) -> int:
-    """The most steps that matching a field's string with one module's name takes."""
+def _count_steps(field: str, pattern: str, source: str, names: Collection[str]) -> float:
+    """The most steps that matching a field's string with one module's name takes; of one that is slow with some name,
+    those with all these names, if there are any."""
     try:
         if len(pattern) > _LONGEST_PATTERN:
             raise ValueError(f"it has {len(pattern)} characters, more than {_LONGEST_PATTERN}")
         with warnings.catch_warnings(action="error"):
             re.compile(regex_of(field, pattern))
-        if (count := steps(regex_of(field, pattern))) > _MOST_STEPS:
-            raise ValueError(f"more than {_MOST_STEPS:,} steps for one name")
-        return count
+        try:
+            if (count := steps(regex_of(field, pattern))) > _MOST_STEPS:
+                raise ValueError(f"more than {_MOST_STEPS:,} steps for one name")
+            return count
+        except ValueError:
+            if not names:
+                raise
+        return _with_names(regex_of(field, pattern), names)
     except (re.error, OverflowError, RecursionError, Warning) as error:
         raise ValueError(f"{source}: {field} has {pattern[:80]!r}, no regular expression there ({error})") from error
     except ValueError as error:
         what = f"{field} has the pattern {pattern[:80]!r}, which could run for ever"
         raise ValueError(f"{source}: {what} ({error}): name the modules instead") from error
+
+
+def _with_names(regex: str, names: Collection[str]) -> float:
+    """The most steps that matching with all names takes; a ValueError where they are too many."""
+    if (count := steps_with(regex, names, _MOST_STEPS)) > _MOST_STEPS:
+        raise ValueError(f"more than {_MOST_STEPS:,} steps for the names of the modules")
+    return count
 
 
 def rank_and_alpha(fields: Mapping[str, Any], name: str, alpha: str) -> tuple[int, float]:

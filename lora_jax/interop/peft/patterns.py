@@ -1,21 +1,29 @@
-"""The most steps that a regular expression of a config can take, counted from its text before it runs.
+"""The most steps that a regular expression of a config can take, counted before it runs.
 
 Python's `re` tries the ways to match a pattern one after the other, and all of them where none fits. Their numbers
 multiply along a pattern: `.?` has two, so forty of them have a thousand billion. Unbounded repeats divide the
 characters of the name among them: k in a row match n characters in C(n + k, k) ways.
+
+`steps` bounds them for every name of a length, from the pattern's text. Most patterns pass. Of the others many are
+harmless with the names that there are: the words between the repeats leave them few ways. `steps_with` counts for
+these, exactly but for what `re` skips: how often each place of the pattern is tried at each character of each name.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
 
 # In steps, by measurement; a literal character costs one, some 1.5 ns on a processor of 2024.
 _ANY, _CLASS, _GROUP, _LOOK = 2, 5, 2, 12
 _TRY, _TRY_GROUP, _TRY_LITERAL = 12, 40, 2  # trying what follows a repeat, or the next alternative
 _MOST_ENDLESS = 3
 _MOST_GROUPS = 50  # `re` copies what they hold at every try
+_ANCHORS = ("^", "$", r"\A", r"\Z", r"\b", r"\B")
+_MOVE = 20_000  # of `steps_with`, for some hundred names
 
 _TOKEN = re.compile(
     r"""
@@ -53,8 +61,7 @@ def steps(pattern: str, length: int = 200) -> int:
       ValueError: more than three unbounded repeats follow each other, a group that matches in several ways is repeated,
         there are too many groups, or something that is not counted here (flags, references, conditions).
     """
-    if (groups := re.compile(pattern).groups) > _MOST_GROUPS:
-        raise ValueError(f"{groups} groups, more than {_MOST_GROUPS}; (?:...) is none")
+    _check_groups(pattern)
     counted = _alternatives(_TOKEN.finditer(pattern), length)
     ends = counted.steps + counted.ways  # each way ends with a check for the end of the name
     return sum(number * math.comb(length + k, k) for k, number in ends.items())
@@ -122,12 +129,7 @@ def _any(parts: list[_Part]) -> _Part:
 
 def _repeated(part: _Part, quantifier: re.Match[str], length: int) -> _Part:
     """A part with a quantifier."""
-    sign = quantifier[0][0]
-    if sign == "{":
-        low = int(quantifier["low"] or 0)
-        high = int(quantifier["high"]) if quantifier["high"] else math.inf if quantifier["comma"] else low
-    else:
-        low, high = int(sign == "+"), 1 if sign == "?" else math.inf
+    low, high = _bounds(quantifier)
     if high > 1 and part.ways != _ONCE:
         raise ValueError("a group that matches in several ways is repeated")
     if low > length:
@@ -139,3 +141,124 @@ def _repeated(part: _Part, quantifier: re.Match[str], length: int) -> _Part:
     if high > 1:
         return _Part(Counter({0: high - low + 1}), _times(Counter({0: high}), one_try))
     return _Part(Counter({0: 1 - low}) + (part.ways if high else Counter()), one_try)
+
+
+def _bounds(quantifier: re.Match[str]) -> tuple[int, float]:
+    """The least and the largest number of times."""
+    sign = quantifier[0][0]
+    if sign != "{":
+        return int(sign == "+"), 1 if sign == "?" else math.inf
+    low = int(quantifier["low"] or 0)
+    return low, int(quantifier["high"]) if quantifier["high"] else math.inf if quantifier["comma"] else low
+
+
+def _check_groups(pattern: str) -> None:
+    if (groups := re.compile(pattern).groups) > _MOST_GROUPS:
+        raise ValueError(f"{groups} groups, more than {_MOST_GROUPS}; (?:...) is none")
+
+
+def steps_with(pattern: str, names: Collection[str], most: float) -> float:
+    """The most steps that matching a (valid) pattern with each of these names takes, those of counting them included;
+    infinitely many where they are more than `most`.
+
+    Raises:
+      ValueError: there are too many groups, or something that is not counted here (flags, references, conditions).
+    """
+    _check_groups(pattern)
+    count = _Count(names, most)
+    arrivals = np.zeros_like(count.chars, float)
+    arrivals[:, 0] = 1
+    try:
+        ends = count.run(_tree(_TOKEN.finditer(pattern)), arrivals)
+    except _TooManyError:
+        return math.inf
+    return count.steps + float(ends.sum())  # each way ends with a check for the end of the name
+
+
+def _tree(tokens: Iterator[re.Match[str]]) -> list[list[Any]]:
+    """The alternatives up to the closing parenthesis, or to the end: each a list of parts (token, alternatives inside
+    or None) and of repeats of the part before."""
+    alternatives: list[list[Any]] = [[]]
+    for token in tokens:
+        if token.lastgroup == "close":
+            break
+        if token.lastgroup == "or":
+            alternatives.append([])
+        elif token.lastgroup == "repeat":
+            alternatives[-1].append((token, alternatives[-1].pop()))
+        elif token.lastgroup == "other":
+            raise ValueError(f"at {token.start()}, a flag, a reference, a condition or an atomic group")
+        else:
+            inner = _tree(tokens) if token.lastgroup in ("open", "look") else None
+            alternatives[-1].append((token, inner))
+    return alternatives
+
+
+class _TooManyError(Exception):
+    """More steps than are allowed."""
+
+
+class _Count:
+    """Steps with some names. Arrivals are how often the matcher comes to each position of each name, (names, the
+    longest's length + 1)."""
+
+    def __init__(self, names: Collection[str], most: float) -> None:
+        self.most, self.steps, self.longest = most, 0.0, max(map(len, names))
+        self.chars = np.array([[*map(ord, name), *[-1] * (self.longest + 1 - len(name))] for name in names])
+
+    def run(self, alternatives: list[list[Any]], arrivals: np.ndarray) -> np.ndarray:
+        """The arrivals behind the alternatives."""
+        ends = np.zeros_like(arrivals)
+        for parts in alternatives:
+            self._spend(arrivals, _TRY * (len(alternatives) > 1))
+            here = arrivals
+            for token, inner in parts:
+                here = self._part(token, inner, here)
+            ends = ends + here
+        return ends
+
+    def _part(self, token: re.Match[str], inner: Any, arrivals: np.ndarray) -> np.ndarray:
+        match token.lastgroup:
+            case "repeat":
+                return self._repeated(token, inner, arrivals)
+            case "look":  # it matches in one way at most
+                self._spend(arrivals, _LOOK)
+                self.run(inner, arrivals)
+                return arrivals
+            case "open":
+                self._spend(arrivals, _GROUP)
+                return self.run(inner, arrivals)
+        self._spend(arrivals, {"any": _ANY, "class": _CLASS}.get(token.lastgroup or "", 1))
+        if token[0] in _ANCHORS:
+            return arrivals
+        ends = np.zeros_like(arrivals)
+        ends[:, 1:] = (arrivals * self._fitting(token[0]))[:, :-1]
+        return ends
+
+    def _repeated(self, quantifier: re.Match[str], part: Any, arrivals: np.ndarray) -> np.ndarray:
+        low, high = _bounds(quantifier)
+        if low > self.longest:
+            raise ValueError(f"a repeat of at least {low} times")
+        token, inner = part
+        a_try = (_TRY_GROUP if inner else _TRY) + _TRY * (quantifier["kind"] == "?")
+        ends, done = np.zeros_like(arrivals), 0
+        while arrivals.any():
+            self._spend(arrivals, a_try)
+            ends = ends + arrivals * (done >= low)
+            if done >= min(high, low + self.longest):  # `re` repeats nothing that is empty
+                break
+            arrivals, done = self._part(token, inner, arrivals), done + 1
+        return ends
+
+    def _fitting(self, token: str) -> np.ndarray:
+        """Which characters of the names a token takes."""
+        if token[0] == "\\" and token[1] in "xuUN0":
+            raise ValueError(f"the escape {token}")
+        chars = np.unique(self.chars[self.chars >= 0])
+        fits = re.compile(token).fullmatch
+        return np.isin(self.chars, [char for char in chars if fits(chr(char))])
+
+    def _spend(self, arrivals: np.ndarray, each: int) -> None:
+        self.steps += each * float(arrivals.sum()) + _MOVE
+        if self.steps > self.most:
+            raise _TooManyError
