@@ -191,7 +191,7 @@ def open_beside(path: Path) -> tuple[int, Path]:
 
 
 @contextlib.contextmanager
-def naming(path: str | Path) -> Iterator[None]:
+def naming(path: str | os.PathLike) -> Iterator[None]:
     """Around writing a file or a folder: the OSError of a full disk, or what safetensors makes of one, names it."""
     try:
         yield

@@ -250,7 +250,8 @@ def _train_seeds(
             with locks.locked(folder):
                 training.claim(folder, member)  # before anything is written: another config is refused
     training.claim(workdir, config)
-    members, summaries, done = [], [], []
+    members: list[RunResult] = []
+    summaries, done = [], []
     for folder, member in configs.items():
         file = folder / "summary.json"
         if processes.on_primary(file.is_file):
