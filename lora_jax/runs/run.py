@@ -249,7 +249,8 @@ def _train_seeds(
             with locks.locked(folder):
                 training.claim(folder, member)  # before anything is written: another config is refused
     training.claim(workdir, config)
-    members, summaries = [], []
+    members: list[RunResult] = []
+    summaries = []
     for folder, member in configs.items():
         file = folder / "summary.json"
         if not processes.on_primary(file.is_file):
