@@ -36,7 +36,7 @@ class Range:
         if isinstance(value, kind) and not isinstance(value, bool):
             number = int(value) if isinstance(value, numbers.Integral) else float(value)
             inside = self.least <= number <= self.most and self.above < number < self.below
-            if math.isfinite(number) and (inside or number == self.other):
+            if (isinstance(number, int) or math.isfinite(number)) and (inside or number == self.other):
                 return number
         raise ValueError(f"{name}={value!r} must be {self}")
 

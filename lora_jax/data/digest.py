@@ -15,8 +15,8 @@ def digest(schedule: Schedule) -> dict[str, Any]:
     """`{"examples": the rows of an epoch, "digest": hex}`, of what the batches are made from, as encoded: equal for
     every seed, batch size and path. No array is copied, also where it is mapped from a file.
 
-    Of a schedule whose `collate` is no `functools.partial` over its data, as those of `lora_jax.data.batches` are, only
-    the rows and shapes of the buckets are known.
+    The data are the arguments of `collate` where it is a `functools.partial`, as `lora_jax.data.batches` makes it; of
+    another function only the rows and shapes of the buckets are known.
     """
     collate: Any = schedule.collate
     content: Any = (schedule.buckets, schedule.shapes)

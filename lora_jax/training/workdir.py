@@ -40,7 +40,8 @@ def claim(workdir: str | Path, config: Any, *, sweep: str | Path | None = None, 
 
     Args:
       sweep: of a member of a sweep, the sweep's workdir, which has the checkpoints.
-      compared: base and data are those of the workdir's run. Until then another path of theirs is not written.
+      compared: base and data are those of the run. Before that, another path of theirs is not written over the path
+        of a run that has a checkpoint.
 
     Raises:
       ValueError: another process writes the workdir, or it holds a run of another config (shows every difference); on
@@ -64,7 +65,8 @@ def claim(workdir: str | Path, config: Any, *, sweep: str | Path | None = None, 
             if different:
                 problem = f"{workdir} holds the run of another config: {'; '.join(different.values())}"
                 raise ValueError(f"{problem}. Give another --workdir, or the config it began with")
-            if not compared and any(here.get(key) != there.get(key) for key in ("base", *_PATHS)):
+            resumes = latest_step(sweep or workdir) is not None
+            if resumes and not compared and any(here.get(key) != there.get(key) for key in ("base", *_PATHS)):
                 return
         if not path.exists() or path.read_bytes() != content:
             write_atomically(path, content)

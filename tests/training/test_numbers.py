@@ -77,6 +77,7 @@ def test_ranges() -> None:
     share = Range(least=0, most=1)
     assert str(share) == "a number from 0 to 1" and str(Range(above=0, optional=True)) == "a number above 0, or None"
     assert share("x", np.float64(0.5)) == 0.5 and Range(whole=True)("x", np.uint8(7)) == 7
+    assert Range(whole=True)("x", 10**400) == 10**400
     assert share("x", {"a": 1, "**": 0.0}) == {"a": 1, "**": 0.0}
     with pytest.raises(ValueError, match=r"x\['a'\]=2 must be"):
         share("x", {"a": 2})
