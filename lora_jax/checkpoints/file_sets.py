@@ -38,7 +38,7 @@ def replaced_together(
     Raises:
       OSError: something could not be written: the old files are there, or if all new ones were complete, those.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     finish_replacing(folder)
     for left in folder.glob(f"{_PREFIX}*"):
@@ -68,7 +68,7 @@ def finish_replacing(folder: str | os.PathLike) -> None:
       ValueError: the record is damaged, or of files that were changed since.
       OSError: the files cannot be moved, as in a folder that is read-only.
     """
-    record = Path(folder) / RECORD
+    record = Path(folder).expanduser() / RECORD
     if not os.path.lexists(record):
         return
     if record.is_symlink() or not record.is_file():

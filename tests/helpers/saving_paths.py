@@ -134,10 +134,6 @@ PATHS = {
         lambda folder, value: tables.write_json(folder / "summary.json", value),
         lambda folder: json.loads((folder / "summary.json").read_text()),
     ),
-    "config": both(
-        lambda folder, value: training.claim(folder, ConfigDict({"seed": value})),
-        lambda folder: json.loads((folder / "config.json").read_text())["seed"],
-    ),
     "metrics": both(save_metrics, load_metrics),
 }
 
@@ -196,6 +192,10 @@ def paths_of_runs(root: Path) -> dict[str, SavingPath]:
         runs.export_run(root / f"run_{value:g}", form, folder)
 
     return {
+        "config": both(
+            lambda folder, value: training.claim(folder, ConfigDict({"seed": value})),
+            lambda folder: json.loads((folder / "config.json").read_text())["seed"],
+        ),
         "checkpoint": both(save_small_checkpoint, load_checkpoint),
         **{
             f"export, {form}": both(

@@ -303,8 +303,8 @@ def _described(folder: Path) -> tuple[Format, dict[str, Any]]:
 
 def _folder(source: str | os.PathLike) -> Path:
     """The folder itself, or the local copy of a model on the Hub."""
-    if Path(source).is_dir():
-        return Path(source)
+    if (folder := Path(source).expanduser()).is_dir():
+        return folder
     with extra("hf"):
         import huggingface_hub  # slow to import, and seldom needed
     try:

@@ -49,7 +49,7 @@ def load(folder: str | os.PathLike, params: Any) -> tuple[ParamTransform, Delta]
       ValueError: a damaged file; a field that is wrong, unknown or unsupported; a missing, extra, misshapen, wrongly
         typed or non-finite tensor; an adapter for another base; a tied embedding that it adapts in one use alone.
     """
-    config_file, file = _files(Path(folder))
+    config_file, file = _files(Path(folder).expanduser())
     config, in_file = folders.read_json(config_file), read_file(file)
     folders.check_not_empty({name: array.shape for name, array in in_file.items()}, file)
     arrays = {name.removeprefix(PREFIX): array for name, array in in_file.items()}
