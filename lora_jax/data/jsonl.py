@@ -50,7 +50,13 @@ def wikisql(path: str | Path, split: str = "train") -> datasets.Dataset:
     file = find(path, split, _WIKISQL_FILES, WIKISQL)
     stem = file.name.removesuffix(".gz").removesuffix(".jsonl")
     tables = find(file.parent, "tables", {"tables": (f"{stem}.tables.jsonl",)}, WIKISQL)
-    headers = dict(_read(tables, lambda row: (row["id"], row["header"]), WIKISQL))
+
+    def table(row: dict[str, Any]) -> tuple[str, list[str]]:
+        if not isinstance(row["id"], str):
+            raise TypeError(f"the id {row['id']!r} is no string")
+        return row["id"], row["header"]
+
+    headers = dict(_read(tables, table, WIKISQL))
 
     def pair(row: dict[str, Any]) -> dict[str, str]:
         header = headers[row["table_id"]]

@@ -192,7 +192,8 @@ def read_config(
             expected = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
             raise ValueError(f"{source}: config.json has {names[ours]}={repr(value)[:80]}, not a {expected}")
     try:
-        return cls(**given)
+        floats = {ours: float(value) for ours, value in given.items() if types_of[ours] is float}
+        return cls(**(given | floats))
     except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{source}: config.json: {error}") from error
 

@@ -15,17 +15,20 @@ def read_tokenizer(path: str | os.PathLike, vocab_size: int | None = None) -> To
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no tokenizer, has no tokens, or a token's id is not below `vocab_size`.
+      ValueError: it is no tokenizer, has no tokens or two of one id, or a token's id is not below `vocab_size`.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
         tokenizer = Tokenizer.from_file(os.fspath(path))
+        tokenizer.encode("a \N{SNOWMAN}")  # what lacks its token for unknown characters fails only then
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{path} is no tokenizer ({error})") from error
     vocabulary = tokenizer.get_vocab()
     if not vocabulary:
         raise ValueError(f"{path} is a tokenizer without tokens")
+    if len(set(vocabulary.values())) < len(vocabulary):
+        raise ValueError(f"{path}: two tokens have one id")
     last = max(vocabulary, key=vocabulary.__getitem__)
     if vocab_size is not None and vocabulary[last] >= vocab_size:
         problem = f"{last!r} is token {vocabulary[last]}, but config.json says vocab_size {vocab_size}"

@@ -88,7 +88,9 @@ def check(folder: Path, loaded: Any) -> None:
     for name, ours in (GPT2_FIELDS if is_gpt2 else ENCODER_FIELDS).items():
         if name in fields:
             value = getattr(model.config, ours)
-            assert value == fields[name] and isinstance(value, bool) == isinstance(fields[name], bool), name
+            assert value == type(value)(fields[name]) and isinstance(value, bool) == isinstance(fields[name], bool), (
+                name
+            )
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
     if not (folder / "model.safetensors").exists():
@@ -103,7 +105,7 @@ def check(folder: Path, loaded: Any) -> None:
     assert got.keys() == want.keys(), got.keys() ^ want.keys()
     for path, array in got.items():
         np.testing.assert_array_equal(np.asarray(array), want[path].astype(np.float32), err_msg=path)
-    if (folder / "tokenizer.json").exists():
+    if (folder / "tokenizer.json").is_file():
         check_tokenizer(folder / "tokenizer.json", tokenizer, model.config.vocab_size)
 
 

@@ -1,5 +1,6 @@
 """Ways to spoil a file: bytes of any, values of JSON, headers of safetensors."""
 
+import copy
 import json
 import random
 import struct
@@ -97,10 +98,9 @@ def _change_node(rng: random.Random, value: Any, raw: dict[str, str]) -> None:
         container[key] = rng.choice([[old], {"a": old}])
     elif how == "swap":
         other, name = rng.choice(nodes)
-        if name in _keys(other) and not _within(other, old) and not _within(container, other[name]):
-            container[key], other[name] = other[name], old
+        container[key], other[name] = copy.deepcopy(other[name]), copy.deepcopy(old)
     else:
-        container[key] = new = rng.choice(VALUES)
+        container[key] = new = copy.deepcopy(rng.choice(VALUES))
         if isinstance(new, str) and new.startswith("\0"):
             raw[f"\0raw{len(raw)}"] = new[1:]
             container[key] = f"\0raw{len(raw) - 1}"
@@ -117,10 +117,6 @@ def _containers(value: Any) -> list[Any]:
 
 def _keys(container: Any) -> list[Any]:
     return list(container) if isinstance(container, dict) else list(range(len(container)))
-
-
-def _within(container: Any, value: Any) -> bool:
-    return any(container is part for part in _containers(value))
 
 
 def header_of(content: bytes) -> tuple[bytes, bytes]:
@@ -188,7 +184,7 @@ def spoil(rng: random.Random, files: Files) -> Files:
         if how < 0.55 and structural:
             try:
                 files[name] = structural(rng, content)
-            except (ValueError, IndexError, struct.error):  # it was spoiled already
+            except (ValueError, IndexError, RecursionError, struct.error):  # it was spoiled already
                 files[name] = spoil_bytes(rng, content)
         elif how < 0.93:
             files[name] = spoil_bytes(rng, content)
