@@ -127,7 +127,7 @@ def already_run(name: str, what: str) -> Any:
     file = Path(path).resolve()
     module = _MODULES.get(file) or next((module for ran, module in _MODULES.items() if ran.name == file.name), None)
     if module is None:
-        how = f"runs.run_file({path!r}) in Python, or --code={path} of an entry point"
+        how = f"--code={path} of an entry point; in Python runs.run_file({path!r}), or task="
         raise ValueError(f"{what} is {name!r}, and reading a run runs no file that it names. If you trust it: {how}")
     return getattr(module, attribute, None)
 
