@@ -6,7 +6,6 @@ reads or writes the folder here does the moves that are left. Readers of other l
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -16,6 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.checkpoints.files import write_atomically
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 RECORD = ".saving.json"
 _PREFIX = ".saving-"  # of the hidden folder
@@ -75,7 +80,7 @@ def finish_replacing(folder: str | os.PathLike) -> None:
         raise ValueError(f"{record} is no record of a save that was broken off: delete it")
     try:
         with record.open("r+b") as file:
-            with contextlib.suppress(OSError):  # a file system without locks
+            with contextlib.suppress(OSError, AttributeError):  # a file system, or a system, without locks
                 fcntl.flock(file, fcntl.LOCK_EX)
             if record.exists():  # else another reader has just finished
                 _finish(record, file.read(_LARGEST))
