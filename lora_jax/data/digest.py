@@ -12,18 +12,16 @@ from lora_jax.data.batches import Schedule
 
 
 def digest(schedule: Schedule) -> dict[str, Any]:
-    """`{"examples": the rows of an epoch, "digest": hex}`, of what the batches are made from, as encoded: equal for
+    """`{"examples": the rows of an epoch, "content": hex}`, of what the batches are made from, as encoded: equal for
     every seed, batch size and path. No array is copied, also where it is mapped from a file.
 
-    The data are the arguments of `collate` where it is a `functools.partial`, as `lora_jax.data.batches` makes it; of
-    another function only the rows and shapes of the buckets are known.
+    The content is the arguments of `collate` where that is a `functools.partial`, as `lora_jax.data.batches` makes it.
+    Of another function only rows and shapes of the buckets are known: "buckets" in place of "content".
     """
-    collate: Any = schedule.collate
-    content: Any = (schedule.buckets, schedule.shapes)
+    examples, collate = sum(int(np.count_nonzero(rows >= 0)) for rows in schedule.buckets), schedule.collate
     if isinstance(collate, functools.partial):
-        content = (collate.args, collate.keywords)
-    examples = sum(int(np.count_nonzero(rows >= 0)) for rows in schedule.buckets)
-    return {"examples": examples, "digest": digest_of(content)}
+        return {"examples": examples, "content": digest_of((collate.args, collate.keywords))}
+    return {"examples": examples, "buckets": digest_of((schedule.buckets, schedule.shapes))}
 
 
 def digest_of(content: Any) -> str:

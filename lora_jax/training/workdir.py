@@ -84,7 +84,7 @@ def _comparable(config: dict[str, Any]) -> dict[str, Any]:
 def data_of(batches: Schedule, validation: Schedule | None, initial: Mapping[str, Any] = {}) -> dict[str, Any]:
     """What a checkpoint keeps of a run's data, as encoded, and of the entries that it starts from; JSON."""
     parts = {"train": digest(batches)} | ({} if validation is None else {"validation": digest(validation)})
-    return parts | ({"initial": {"digest": digest_of(dict(initial))}} if initial else {})
+    return parts | ({"initial": {"content": digest_of(dict(initial))}} if initial else {})
 
 
 def check_resumed(
@@ -97,10 +97,11 @@ def check_resumed(
       done, total: the steps.
     """
     way_out = "Give another --workdir, or the data it began with"
-    different = {part for part in then if part in now and then[part] != now[part]}
+    both = {part: then[part].keys() & now[part].keys() for part in then.keys() & now.keys()}
+    different = {part for part, names in both.items() if any(then[part][name] != now[part][name] for name in names)}
     for part, name in (("train", "training"), ("validation", "validation")):
         if part in different:
-            old, new = (f"{x['examples']} examples ({x['digest'][:12]})" for x in (then[part], now[part]))
+            old, new = (f"{x['examples']} examples ({list(x.values())[-1][:12]})" for x in (then[part], now[part]))
             raise ValueError(
                 f"{workdir} holds a run on other {name} data: it began with {old}, here are {new}. {way_out}"
             )

@@ -144,7 +144,7 @@ def test_a_change_of_any_example_changes_the_digest(examples: Any) -> None:
             changed = array.copy()
             changed[random.integers(len(array))] ^= 1
             other = dataclasses.replace(examples, **{name: changed}) if name else changed
-            assert digest.digest(schedules(other))["digest"] != first["digest"], name
+            assert digest.digest(schedules(other))["content"] != first["content"], name
 
 
 def test_a_mapped_stream_is_not_copied(tmp_path: Path) -> None:
@@ -187,8 +187,11 @@ def test_a_run_resumes_with_the_data_that_it_began_with(tmp_path: Path) -> None:
         ("initial", {"a": {"b": np.ones(2)}}, r"began from another adapter \(warm_start\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            then = job.data | {"initial": {"digest": "0"}}
+            then = job.data | {"initial": {"content": "0"}}
             training.check_resumed(tmp_path, then, training_data(**{part: other}), 5, 10)
+    plain = schedule()
+    watched = dataclasses.replace(plain, collate=lambda *args: plain.collate(*args))  # of which less is known
+    assert prepare(tmp_path, config, batches=watched).start == 5
     before = (tmp_path / "config.json").read_bytes()
     config.data.path, config.base = "elsewhere", "other"
     with pytest.raises(ValueError, match="other training data"):
