@@ -48,13 +48,18 @@ def replaced_together(
     finish_replacing(folder)
     for left in folder.glob(f"{_PREFIX}*"):
         shutil.rmtree(left, ignore_errors=True)
+    for left in folder.glob(f".{RECORD}.*"):  # of `write_atomically`
+        left.unlink(missing_ok=True)
     new = Path(tempfile.mkdtemp(dir=folder, prefix=_PREFIX))
     try:
         yield new
         names = sorted((file.name for file in new.iterdir()), key=lambda name: (name == last, name))
+        if taken := [name for name in names if (folder / name).is_dir()]:
+            raise IsADirectoryError(f"{folder / taken[0]} is a folder")
         for path in [*(new / name for name in names), new]:
             _sync(path)
-        deleted = sorted(f.name for f in folder.iterdir() if obsolete(f.name) and f.name not in names)
+        others = (file for file in folder.iterdir() if file.name not in names and not file.is_dir())
+        deleted = sorted(file.name for file in others if obsolete(file.name))
         record = {"folder": new.name, "new": names, "obsolete": deleted}
         write_atomically(folder / RECORD, json.dumps(record).encode())
     except BaseException as error:
@@ -79,11 +84,13 @@ def finish_replacing(folder: str | os.PathLike) -> None:
     if record.is_symlink() or not record.is_file():
         raise ValueError(f"{record} is no record of a save that was broken off: delete it")
     try:
-        with record.open("r+b") as file:
-            with contextlib.suppress(OSError, AttributeError):  # a file system, or a system, without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.ExitStack() as stack:
+            if fcntl is not None:
+                file = stack.enter_context(record.open("r+b"))
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
             if record.exists():  # else another reader has just finished
-                _finish(record, file.read(_LARGEST))
+                _finish(record)
     except FileNotFoundError:
         if record.exists():
             raise
@@ -94,9 +101,9 @@ def finish_replacing(folder: str | os.PathLike) -> None:
         ) from error
 
 
-def _finish(record: Path, content: bytes) -> None:
+def _finish(record: Path) -> None:
     folder = record.parent
-    new, names, obsolete = _parsed(record, content)
+    new, names, obsolete = _parsed(record)
     since = record.stat().st_mtime_ns
     for name in names:
         if (new / name).exists() and (folder / name).exists() and (folder / name).stat().st_mtime_ns > since:
@@ -117,10 +124,11 @@ def _finish(record: Path, content: bytes) -> None:
     shutil.rmtree(new, ignore_errors=True)
 
 
-def _parsed(record: Path, content: bytes) -> tuple[Path, list[str], list[str]]:
+def _parsed(record: Path) -> tuple[Path, list[str], list[str]]:
     """The hidden folder, the names of the new files and those of the obsolete ones; none leads out of the folder."""
     try:
-        fields = json.loads(content)
+        with record.open("rb") as file:
+            fields = json.loads(file.read(_LARGEST))
         hidden, names, obsolete = fields["folder"], fields["new"], fields["obsolete"]
         new = record.parent / hidden
         if not all(map(_plain, [hidden, *names, *obsolete])) or new.is_symlink() or not hidden.startswith(_PREFIX):
@@ -139,10 +147,10 @@ def _plain(name: Any) -> bool:
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder (where the file system can), are on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(*[OSError] if path.is_dir() else []):
+    """Waits until a file, or the names in a folder (where the system can), are on disk."""
+    with contextlib.suppress(*[OSError] if path.is_dir() else []):
+        handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+        try:
             os.fsync(handle)
-    finally:
-        os.close(handle)
+        finally:
+            os.close(handle)

@@ -95,6 +95,18 @@ def test_a_full_disk_names_the_folder_and_leaves_it(tmp_path: Path) -> None:
     }
 
 
+def test_folders_in_the_files_places_are_an_error_before_anything_is_moved(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("old")
+    (tmp_path / "model.safetensors").mkdir()
+    with (
+        pytest.raises(OSError, match=r"model\.safetensors is a folder"),
+        replaced_together(tmp_path, last="config.json", obsolete=lambda name: True) as new,
+    ):
+        (new / "config.json").write_text("new")
+        (new / "model.safetensors").write_text("new")
+    assert (tmp_path / "config.json").read_text() == "old" and (tmp_path / "model.safetensors").is_dir()
+
+
 def record(**changes: Any) -> bytes:
     return json.dumps({"folder": ".saving-x", "new": ["config.json"], "obsolete": []} | changes).encode()
 

@@ -79,7 +79,10 @@ def fields_of(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in ("transformers_version", "_name_or_path")}
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("gpt2", "Roberta, classes", "Roberta, several labels", "Roberta, numbers", "Bert, a number", "Bert, numbers")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_a_config_comes_back_as_it_was(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     family, kind, fields = CASES[name]
     reference = make(tmp_path / "base", family, kind, **OF_TRAINING | fields)
