@@ -288,6 +288,7 @@ def test_wrong_tensors(copy, change, says):
         *(({name: 2.0}, f"{name}=2.0, not a int") for name in SIZES),
         *(({name: True}, f"{name}=True, not a int") for name in SIZES),
         *(({name: [2]}, rf"{name}=\[2\], not a int") for name in SIZES),
+        *(({name: 10**30}, f"{name}=10+, too large for any model") for name in SIZES),
         ({"activation_function": None}, "activation_function=None, not a str"),
         ({"activation_function": ["gelu"]}, r"activation_function=\['gelu'\], not a str"),
         ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon='1e-5', not a float"),
