@@ -148,7 +148,7 @@ def _write_atomically(path: Path, content: bytes | Iterable[bytes | memoryview])
 
 
 @contextlib.contextmanager
-def naming(path: str | Path) -> Iterator[None]:
+def naming(path: str | os.PathLike) -> Iterator[None]:
     """Around writing a file or a folder: the OSError of a full disk, or what safetensors makes of one, names it."""
     try:
         yield

@@ -86,7 +86,8 @@ def encode(
         )
     if too_long:
         log.warning("skipped %d of %d examples longer than %d tokens", len(too_long), len(examples), length)
-    return Encoded(np.asarray(tokens), *(np.array(x, np.int64) for x in (offsets, starts)), skipped=len(too_long))
+    bounds, first_labels = np.array(offsets, np.int64), np.array(starts, np.int64)
+    return Encoded(np.asarray(tokens), bounds, first_labels, skipped=len(too_long))
 
 
 def contexts(examples: datasets.Dataset) -> dict[str, list[str]]:
