@@ -86,8 +86,8 @@ def encode(
         )
     if too_long:
         log.warning("skipped %d of %d examples longer than %d tokens", len(too_long), len(examples), length)
-    bounds, firsts = (np.array(numbers, np.int64) for numbers in (offsets, starts))
-    return Encoded(np.asarray(tokens), bounds, firsts, skipped=len(too_long))
+    bounds, first_labels = np.array(offsets, np.int64), np.array(starts, np.int64)
+    return Encoded(np.asarray(tokens), bounds, first_labels, skipped=len(too_long))
 
 
 def contexts(examples: datasets.Dataset) -> dict[str, list[str]]:

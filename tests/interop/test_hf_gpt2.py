@@ -233,7 +233,6 @@ def drop(name):
     return lambda tensors: {key: value for key, value in tensors.items() if key != name}
 
 
-SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")
 WTE, QKV = "transformer.wte.weight", "transformer.h.0.attn.c_attn.weight"
 
 
@@ -276,24 +275,6 @@ def test_wrong_tensors(copy, change, says):
         ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"eos_token_id": [1, 2]}, r"eos_token_id=\[1, 2\]"),
-        ({"eos_token_id": None}, r"eos_token_id=None; give it one id"),
-        ({"eos_token_id": True}, r"eos_token_id=True, not a int"),
-        ({"eos_token_id": -1}, r"eos_token_id=-1: at least 0"),
-        ({"tie_word_embeddings": "false"}, r"tie_word_embeddings='false', not a bool"),
-        ({"tie_word_embeddings": 0}, r"tie_word_embeddings=0, not a bool"),
-        ({"tie_word_embeddings": None}, r"tie_word_embeddings=None, not a bool"),
-        *(({name: 0}, f"{name}=0: at least 1") for name in SIZES),
-        *(({name: -2}, f"{name}=-2: at least 1") for name in SIZES),
-        *(({name: "2"}, f"{name}='2', not a int") for name in SIZES),
-        *(({name: 2.0}, f"{name}=2.0, not a int") for name in SIZES),
-        *(({name: True}, f"{name}=True, not a int") for name in SIZES),
-        *(({name: [2]}, rf"{name}=\[2\], not a int") for name in SIZES),
-        ({"activation_function": None}, "activation_function=None, not a str"),
-        ({"activation_function": ["gelu"]}, r"activation_function=\['gelu'\], not a str"),
-        ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon='1e-5', not a float"),
-        ({"layer_norm_epsilon": -1e-5}, "layer_norm_epsilon=-1e-05: at least 0"),
-        ({"layer_norm_epsilon": float("nan")}, "config.json is no JSON .NaN is no number"),
-        ({"layer_norm_epsilon": True}, "layer_norm_epsilon=True, not a float"),
     ],
     ids=str,
 )

@@ -191,6 +191,8 @@ def read_config(
         if _JSON.issuperset(kinds) and type(value) not in ((*kinds, int) if float in kinds else kinds):
             expected = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
             raise ValueError(f"{source}: config.json has {names[ours]}={repr(value)[:80]}, not a {expected}")
+        if type(value) is int and abs(value) >= 2**31:
+            raise ValueError(f"{source}: config.json has {names[ours]}={repr(value)[:80]}, too large for any model")
     try:
         floats = {ours: float(value) for ours, value in given.items() if types_of[ours] is float}
         return cls(**(given | floats))
