@@ -34,7 +34,7 @@ def inside(folder: str | os.PathLike, name: str) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """`core.json_files.read_json`, and a ValueError where the file is a symlink out of its folder."""
+    """`data.json_files.read_json`, and a ValueError where the file is a symlink out of its folder."""
     return json_files.read_json(inside(path.parent, path.name))
 
 
