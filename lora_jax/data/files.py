@@ -68,7 +68,7 @@ def of_form(message: str) -> Iterator[None]:
     """Around reading an entry: what it lacks, or has of another type, is a ValueError with this message."""
     try:
         yield
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{message}: {error!r}") from error
 
 

@@ -27,7 +27,7 @@ from lora_jax.metrics.scores import FILLED
 from lora_jax.runs import bases, methods, tasks
 from lora_jax.runs.reload import Loaded, load, text_task
 from lora_jax.runs.tables import write_json
-from lora_jax.training import stopping
+from lora_jax.training import locks, stopping
 
 TextMetric = Callable[[list[str], list[list[str]]], float]  # (predictions, references of each) -> a figure
 Rows = list[dict[str, Any]]  # of predictions.jsonl
@@ -70,7 +70,8 @@ def evaluate(
       command: the command line that makes the result again, kept in it.
 
     Raises:
-      FileNotFoundError: the data are not there. ValueError: the run classifies, or `missing` has no meaning here.
+      FileNotFoundError: the data are not there.
+      ValueError: the run classifies, `missing` has no meaning here, or another process evaluates the same.
       InterruptedError: a signal stopped it (SIGINT, SIGTERM, SIGHUP); the same call resumes it.
     """
     loaded = run if isinstance(run, Loaded) else load(run)
@@ -84,20 +85,36 @@ def evaluate(
         raise ValueError(f"no contexts to complete: split={split!r}, limit={limit}")
     examples = examples.select([i for i, context in enumerate(examples["context"]) if context in groups])
     check_unicode(examples["completion"], "completion")
+    decoding = decoding_options(loaded.config, decoding)
+    made = {"command": command, "split": split, "decoding": decoding, "missing": missing}
+    with locks.locked(folder):
+        return _evaluate(loaded, folder, examples, groups, made, metrics, batch_size=batch_size, seed=seed)
+
+
+def _evaluate(
+    loaded: Loaded,
+    folder: Path,
+    examples: Any,
+    groups: Mapping[str, Sequence[str]],
+    made: Mapping[str, Any],
+    metrics: Mapping[str, TextMetric],
+    **options: Any,
+) -> Evaluation:
+    """`evaluate`, of the contexts in `groups` with their references; `made` says how, for the result."""
+    task = text_task(loaded.task, loaded.config, loaded.workdir)
     kept = folder / "predictions.jsonl.part"
     resumed, started = kept.exists(), time.perf_counter()
-    texts = complete(loaded, list(groups), decoding=decoding, batch_size=batch_size, seed=seed, kept=kept)
+    texts = complete(loaded, list(groups), decoding=made["decoding"], kept=kept, **options)
     stopping.check(folder)
     seconds = None if resumed else time.perf_counter() - started
     rows = [{"context": c, "prediction": text, "references": groups[c]} for c, text in zip(groups, texts, strict=True)]
     if "seen" in examples.column_names:
         seen = dict(zip(examples["context"], examples["seen"], strict=True))
         rows = [row | {"seen": seen[row["context"]]} for row in rows]
-    result: dict[str, Any] = {"command": command, "split": split, "params": loaded.kind, "step": loaded.step}
-    result |= {"decoding": decoding_options(loaded.config, decoding), "missing": missing}
+    result = {**made, "params": loaded.kind, "step": loaded.step}
     result |= {"contexts": len(groups), "references": len(examples), **_validate(loaded, examples)}
     stopping.check(folder)
-    result |= {"scores": scores(rows, task, missing, metrics)}
+    result |= {"scores": scores(rows, task, made["missing"], metrics)}
     result |= {"seconds": seconds, "device": jax.devices()[0].device_kind}
     with checkpoints.replaced_together(folder, last="evaluate.json") as new:
         (new / "predictions.jsonl").write_bytes(json_lines(rows))

@@ -24,6 +24,7 @@ from lora_jax.runs import bases, evaluation
 from lora_jax.runs.evaluation import answer, completed, json_lines
 from lora_jax.runs.reload import load
 from tests.helpers.cli import run_entry
+from tests.helpers.locks import held_elsewhere
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = """name : X | area : riverside||X is by the river .
@@ -250,6 +251,14 @@ def test_contexts_that_are_no_unicode_are_an_error_before_anything_is_written(ru
     with pytest.raises(ValueError, match="no contexts to complete: split='test', limit=0"):
         evaluation.evaluate(loaded._replace(workdir=tmp_path), limit=0)
     assert not list(tmp_path.iterdir())
+
+
+def test_one_process_evaluates_at_a_time(run: Made, tmp_path: Path) -> None:
+    folder = tmp_path / "evaluation" / "test-adapted-first1"
+    folder.mkdir(parents=True)
+    with held_elsewhere(folder), pytest.raises(ValueError, match="is being written by another process: wait"):
+        evaluation.evaluate(load(run.workdir)._replace(workdir=tmp_path), limit=1)
+    assert [file.name for file in folder.iterdir()] == [".lock"]
 
 
 def test_switching_compiles_nothing(run: Made) -> None:

@@ -231,7 +231,7 @@ FIELDS = {
 OLDER = {"hidden_size": "(hidden_size|n_embd)", "num_hidden_layers": "(num_hidden_layers|n_layer)"}
 
 
-@pytest.mark.parametrize("size", [3 * 10**9, 3 * 10**12, 3 * 10**30])
+@pytest.mark.parametrize("size", [10**9 - 1, 3 * 10**30])
 @pytest.mark.parametrize(("family", "field"), [(family, field) for family in FIELDS for field in FIELDS[family]])
 def test_sizes_are_compared_with_the_tensors(
     family: str, field: str, size: int, tmp_path_factory: pytest.TempPathFactory
@@ -246,9 +246,9 @@ def test_sizes_are_compared_with_the_tensors(
     begin = time.perf_counter()
     tracemalloc.start()
     try:
-        with pytest.raises(
-            ValueError, match=rf"config\.json says {OLDER.get(field, field)} {size}, but .*(\d+ (rows|columns|layers))$"
-        ):
+        name = OLDER.get(field, field)
+        differs = rf"config\.json says {name} {size}, but .*(\d+ (rows|columns|layers))$"
+        with pytest.raises(ValueError, match=rf"{differs}|config\.json has {name}={size}, too large for any model"):
             hf.load(folder)
         assert tracemalloc.get_traced_memory()[1] < 10**7
     finally:

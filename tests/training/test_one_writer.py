@@ -1,8 +1,6 @@
 """One process writes a workdir: a second one that is started there is refused, and nothing is lost."""
 
-import contextlib
 import errno
-import fcntl
 import json
 import os
 import random
@@ -12,7 +10,6 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,31 +18,12 @@ import pytest
 from lora_jax import checkpoints, training
 from lora_jax.training import locks
 from tests.helpers.cli import command, environment, fork, make_inputs, run
+from tests.helpers.locks import held_elsewhere, is_free
 from tests.helpers.runs import prepare, run_config, without_times
 
 REFUSED = r"is being written by process \d+ on host .+ since [\d:+ -]+: wait for it, stop it, or give another --workdir"
 STEPS = ("--config.epochs=1", "--config.save_every=6", "--config.data.buckets=1")  # 12
 OTHER = "--config.optimizer.learning_rate=0.01"
-
-
-@contextlib.contextmanager
-def held_elsewhere(workdir: Path, holder: str = "") -> Iterator[None]:
-    """As if another process held the workdir: a lock belongs to an opened file, not to a process."""
-    workdir.mkdir(exist_ok=True)
-    with (workdir / ".lock").open("w") as file:
-        file.write(holder)
-        file.flush()
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-
-
-def is_free(workdir: Path) -> bool:
-    try:
-        with (workdir / ".lock").open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def test_who_writes_is_said_before_anything_is_written(tmp_path: Path) -> None:
