@@ -85,9 +85,16 @@ def texts(run: Made, params: Any, contexts: list[str], **how: Any) -> list[str]:
     return complete(run.model, params, run.tokenizer, prompts, **options)
 
 
-def test_evaluate(run: Made) -> None:
-    done = start("evaluate", f"--workdir={run.workdir}", "--limit=2", "--max_new_tokens=20")
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("by", ["a call", pytest.param("the command", marks=pytest.mark.slow)])  # METEOR takes long
+def test_evaluate(run: Made, by: str, request: pytest.FixtureRequest) -> None:
+    shown = ""
+    if by == "a call":
+        request.getfixturevalue("no_java")
+        evaluation.evaluate(run.workdir, limit=2, decoding={"max_new_tokens": 20})
+    else:
+        done = start("evaluate", f"--workdir={run.workdir}", "--limit=2", "--max_new_tokens=20")
+        assert done.returncode == 0, done.stderr
+        shown = done.stdout
     folder = run.workdir / "evaluation/test-adapted-first2"
     rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     result = json.loads((folder / "evaluate.json").read_text())
@@ -112,7 +119,8 @@ def test_evaluate(run: Made) -> None:
     schedule = batches.bucketed(encoded, 4, buckets=1)
     expected = training.validate(training.language_model(run.model), lj.merge(run.adapted), schedule)["validation_loss"]
     np.testing.assert_allclose(result["loss"], expected, rtol=1e-5)
-    assert f"{scores['bleu']['score']:.4f}" in done.stdout and f"{result['loss']:.4f}" in done.stdout
+    if shown:
+        assert f"{scores['bleu']['score']:.4f}" in shown and f"{result['loss']:.4f}" in shown
 
 
 def test_generate(run: Made, tmp_path: Path) -> None:

@@ -231,7 +231,7 @@ FIELDS = {
 OLDER = {"hidden_size": "(hidden_size|n_embd)", "num_hidden_layers": "(num_hidden_layers|n_layer)"}
 
 
-@pytest.mark.parametrize("size", [10**9 - 1, 3 * 10**30])
+@pytest.mark.parametrize("size", [10**9 - 1, pytest.param(3 * 10**30, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("family", "field"), [(family, field) for family in FIELDS for field in FIELDS[family]])
 def test_sizes_are_compared_with_the_tensors(
     family: str, field: str, size: int, tmp_path_factory: pytest.TempPathFactory

@@ -33,7 +33,7 @@ def of_others(path: SavingPath, folder: Path) -> float | None:
     return None
 
 
-SLOW = {False: ("hf", "peft"), True: ("hf, shards",)}  # what the names of slow cases begin with, by `killed`
+SLOW = {False: ("hf", "peft"), True: ("hf, ",)}  # what the names of slow cases begin with, by `killed`
 
 
 @pytest.mark.parametrize(
