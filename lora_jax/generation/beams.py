@@ -103,5 +103,6 @@ def _grown(state: tuple, length: int) -> tuple:
 
     count, cache, beams, finished, has_nan = state
     layers = jax.tree.map(lambda x: longer(x, x.ndim - 2), cache["layers"])
-    cache = {**cache, "mask": longer(cache["mask"], 1), "layers": layers}
+    of_slots = {name: longer(cache[name], 1) for name in ("mask", "positions") if name in cache}
+    cache = {**cache, **of_slots, "layers": layers}
     return count, cache, beams._replace(attends=longer(beams.attends, 2)), finished, has_nan

@@ -81,7 +81,7 @@ class Family:
 
 _COMPUTATION = ("scan_layers", "remat", "dtype", "param_dtype", "residual")  # fields of every config
 _FAMILIES: dict[str, Family] = {}
-_MODULES = ("lora_jax.models.gpt2", "lora_jax.models.encoder")  # they register their families
+_MODULES = ("lora_jax.models.gpt2", "lora_jax.models.encoder", "lora_jax.models.llama")  # they register their families
 
 
 def register_family(family: Family) -> None:
@@ -116,7 +116,9 @@ def function_fields(model: Any) -> dict[str, Any]:
     family, config = family_of(model), getattr(model, "config", model)
     names = {field.name for field in dataclasses.fields(config)} - {*_COMPUTATION, *family.varies}
     fields = {"family": family.name} | {name: getattr(config, name) for name in sorted(names)}
-    return {name: x for name, x in fields.items() if isinstance(x, str | int | float | bool | list | tuple | None)}
+    plain = {name: dataclasses.asdict(x) if dataclasses.is_dataclass(x) else x for name, x in fields.items()}
+    kinds = str | int | float | bool | list | tuple | dict | None
+    return {name: x for name, x in plain.items() if isinstance(x, kinds)}
 
 
 def new_cache(model: Any, batch: int, length: int) -> dict:

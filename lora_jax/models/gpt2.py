@@ -191,17 +191,9 @@ def init_cache(config: GPT2Config, batch: int, length: int, dtype: Any = None) -
     """
     if length > config.n_positions:
         raise ValueError(f"a cache of length {length}, but {config.n_positions} positions")
-    shape = (batch, config.n_head, length, config.n_embd // config.n_head)
-
-    def layer(*leading: int) -> dict:
-        return {name: jnp.zeros((*leading, *shape), dtype or config.dtype) for name in ("key", "value")}
-
-    n = config.n_layer
-    return {
-        "index": jnp.zeros((), jnp.int32),
-        "mask": jnp.zeros((batch, length), bool),
-        "layers": layer(n) if config.scan_layers else tuple(layer() for _ in range(n)),
-    }
+    return layers.empty_cache(
+        config, config.n_layer, (batch, config.n_head, length, config.n_embd // config.n_head), dtype
+    )
 
 
 def sites(config: GPT2Config) -> Sites:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -142,19 +142,24 @@ class MLP(nn.Module):
         return dense(self.config, x.shape[-1], "down", self.stddev)(inside)
 
 
-def stack(block: Any, config: Any, depth: int, shared: int) -> Any:
-    """The blocks `h_0`, `h_1`, ... of a model; with `scan_layers` one module, `h`, of stacked parameters.
+def stack(block: Any, config: Any, depth: int, shared: int, fields: Sequence[Mapping[str, Any]] = ()) -> Any:
+    """The blocks `h_0`, `h_1`, ... of a model; with `scan_layers` one module, `h`, of stacked parameters, which has the
+    fields that all have in common. `fields` are of each block, besides the config.
 
     A block takes hidden states, its own entry (of a cache; or None) and what all blocks share, `shared` arguments; it
     returns new hidden states and entry.
     """
     if config.remat:  # inside a scan nothing needs to keep the compiler from undoing the recomputation
         block = nn.remat(block, prevent_cse=not config.scan_layers)
+    fields = fields or [{}] * depth
     if not config.scan_layers:
-        return [block(config, name=f"h_{i}") for i in range(depth)]
+        return [block(config, name=f"h_{i}", **fields[i]) for i in range(depth)]
+    common = {name: value for name, value in fields[0].items() if all(other[name] == value for other in fields)}
     rngs: Any = {"params": True, "dropout": True}
     in_axes = (0, *[nn.broadcast] * shared)
-    return nn.scan(block, variable_axes={"params": 0}, split_rngs=rngs, in_axes=in_axes, length=depth)(config, name="h")
+    return nn.scan(block, variable_axes={"params": 0}, split_rngs=rngs, in_axes=in_axes, length=depth)(
+        config, name="h", **common
+    )
 
 
 def run(blocks: Any, x: Hidden, entries: Any, *shared: Any) -> tuple[Hidden, Any]:
@@ -166,6 +171,19 @@ def run(blocks: Any, x: Hidden, entries: Any, *shared: Any) -> tuple[Hidden, Any
         x, entry = block(x, None if entries is None else entries[i], *shared)
         written.append(entry)
     return x, tuple(written)
+
+
+def empty_cache(config: Any, depth: int, shape: tuple[int, int, int, int], dtype: Any = None) -> dict[str, Any]:
+    """`gpt2.init_cache`'s result, of keys and values of a shape (batch, heads, length, size)."""
+
+    def layer(*leading: int) -> dict:
+        return {name: jnp.zeros((*leading, *shape), dtype or config.dtype) for name in ("key", "value")}
+
+    return {
+        "index": jnp.zeros((), jnp.int32),
+        "mask": jnp.zeros((shape[0], shape[2]), bool),
+        "layers": layer(depth) if config.scan_layers else tuple(layer() for _ in range(depth)),
+    }
 
 
 def wide(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

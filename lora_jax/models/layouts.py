@@ -24,14 +24,14 @@ AXES = {
     "**/embedding": "vo",
 }
 
-# Kernels shard one axis over the mesh's `fsdp` and the other over `tensor`: query, key, value and up end in `tensor`,
-# out and down begin with it (Shoeybi et al. 2019, Megatron-LM, section 3).
+# Kernels shard one axis over the mesh's `fsdp` and the other over `tensor`: query, key, value, gate and up end in
+# `tensor`, out and down begin with it (Shoeybi et al. 2019, Megatron-LM, section 3).
 _BLOCK = {
     "attn/{query,key,value}/kernel": P("fsdp", "tensor"),
     "attn/{query,key,value}/bias": P("tensor"),
     "attn/out/kernel": P("tensor", "fsdp"),
-    "mlp/up/kernel": P("fsdp", "tensor"),
-    "mlp/up/bias": P("tensor"),
+    "mlp/{gate,up}/kernel": P("fsdp", "tensor"),
+    "mlp/{gate,up}/bias": P("tensor"),
     "mlp/down/kernel": P("tensor", "fsdp"),
 }
 # Biases and norms after a row-parallel product are replicated.

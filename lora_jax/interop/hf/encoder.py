@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 from lora_jax.interop import lazy
 from lora_jax.interop.folders import check_shapes
-from lora_jax.interop.hf import families
+from lora_jax.interop.hf import families, heads
 from lora_jax.interop.hf.families import Architecture, Format, Head, containers
 from lora_jax.interop.lazy import Lazy
 from lora_jax.models import shapes
@@ -132,9 +132,7 @@ def _fields_of(config: EncoderConfig) -> dict:
         **{theirs: getattr(config, ours) for ours, theirs in _NAMES.items()},
     }
     if config.head:
-        ids = {f"LABEL_{i}": i for i in range(config.labels)}
-        kind = "regression" if config.head == "regression" else "single_label_classification"
-        fields |= {"label2id": ids, "id2label": {str(i): name for name, i in ids.items()}, "problem_type": kind}
+        fields |= heads.fields_of(config.head, config.labels)
     return fields
 
 
@@ -153,22 +151,10 @@ def _with_head(
     config: EncoderConfig, tensors: dict[str, Lazy], fields: dict, head: str | None, labels: int | None, source: str
 ) -> EncoderConfig:
     """The config with the head asked for, or else the file's; takes a head of other labels out of the tensors."""
-    weight = tensors.get("classifier.out_proj.weight" if config.family == "roberta" else "classifier.weight")
-    in_file = weight.shape[0] if weight is not None and weight.shape else None
-    numbers = fields.get("problem_type") == "regression"
+    weight = "classifier.out_proj.weight" if config.family == "roberta" else "classifier.weight"
+    head, labels = heads.wanted(tensors, weight, fields, head, labels, source)
     if head is None:
-        if labels is not None:
-            raise ValueError(f"{source}: labels={labels} goes with head='classification'")
-        if not in_file:
-            return dataclasses.replace(config, pooler="pooler.dense.weight" in tensors)
-        head = "regression" if in_file == 1 or numbers else "classification"
-    labels = labels or (1 if head == "regression" and not (numbers and in_file) else in_file)
-    if labels is None:
-        raise ValueError(f"{source} has no head: say how many classes the new one has, labels=")
-    if in_file not in (None, labels):
-        logging.warning("%s has a head of %d labels, not of %d: it is not used", source, in_file, labels)
-        for name in [name for name in tensors if name.startswith("classifier.")]:
-            del tensors[name]
+        return dataclasses.replace(config, pooler="pooler.dense.weight" in tensors)
     return dataclasses.replace(config, head=head, labels=labels, pooler=config.family == "bert")
 
 

@@ -194,7 +194,8 @@ def read_config(
         if type(value) is int and abs(value) >= 2**31:
             raise ValueError(f"{source}: config.json has {names[ours]}={repr(value)[:80]}, too large for any model")
     try:
-        floats = {ours: float(value) for ours, value in given.items() if types_of[ours] is float}
+        kinds_of = {ours: typing.get_args(types_of[ours]) or (types_of[ours],) for ours in given}
+        floats = {x: float(value) for x, value in given.items() if float in kinds_of[x] and type(value) is int}
         return cls(**(given | floats))
     except (TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"{source}: config.json: {error}") from error

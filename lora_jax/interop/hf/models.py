@@ -27,7 +27,7 @@ from lora_jax.core.arrays import is_adapted
 from lora_jax.core.extras import extra
 from lora_jax.distributed import processes
 from lora_jax.interop.folders import INDEX, WEIGHTS, check_shapes, inside, open_tensors, read_json
-from lora_jax.interop.hf import encoder, gpt2  # noqa: F401  (they register their formats)
+from lora_jax.interop.hf import encoder, gpt2, llama  # noqa: F401  (they register their formats)
 from lora_jax.interop.hf.checks import check_sizes, with_source, without_other_head
 from lora_jax.interop.hf.families import Format, HeadOptions, Stored, format_of, layouts
 from lora_jax.interop.hf.tokenizer import read_tokenizer
