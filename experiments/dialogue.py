@@ -11,15 +11,18 @@ import jax
 from absl import flags
 
 from experiments import reload
+from lora_jax.data import chat
 from lora_jax.runs import bases
 from lora_jax.runs.evaluation import answer, decoding_options, sampling_key
 from lora_jax.runs.reload import adapter, read_config, text_task
 from lora_jax.runs.tasks import task_in
 
-HELP = """A line is a context, which the model completes. Besides:
+RESET = """  :reset            forgets what was said
+"""
+HELP = """A line is {line}. Besides:
   :adapter NAME     another adapter: {names}
   :strength NUMBER  how much of it: 0 the base, 1 as it was trained
-  :help             this
+{reset}  :help             this
   :quit             or the end of input"""
 
 
@@ -34,7 +37,8 @@ def hold(further: dict[str, Path]) -> None:
     """
     workdir = Path(flags.FLAGS.workdir)
     config = read_config(workdir)
-    text_task(task_in(config), config, workdir)
+    task = task_in(config)
+    remembers = text_task(task, config, workdir).conversations
     base = bases.load(config, flags.FLAGS.base)
     paths = ({} if config.method == "none" else {"run": workdir}) | further
     if not paths:
@@ -43,9 +47,11 @@ def hold(further: dict[str, Path]) -> None:
     options = decoding_options(config, reload.decoding())
     options |= sampling_key(options, flags.FLAGS.seed)
     name, strength = next(iter(adapters)), 1.0
-    help_text = HELP.format(names=", ".join(adapters))
+    line, reset = ("what you say, which the model answers", RESET) if remembers else ("a context, which the model completes", "")
+    help_text = HELP.format(names=", ".join(adapters), line=line, reset=reset)
     print(help_text)
     turn = 0
+    messages: list[dict[str, str]] = []  # of the conversation
     while (line := ask(f"[{name} x {strength:g}] ")) is not None:
         command, _, value = line.partition(" ")
         if command == ":quit":
@@ -54,15 +60,23 @@ def hold(further: dict[str, Path]) -> None:
             name = value
         elif command == ":strength" and (number := _number(value)) is not None:
             strength = number
+        elif remembers and command == ":reset":
+            messages = []
         elif line.startswith(":"):
             print(help_text)
         elif line:
             turn += 1
             key = {"key": jax.random.fold_in(options["key"], turn)} if "key" in options else {}
+            said = [*messages, {"role": "user", "content": line}]
+            context = chat.dumped(said) if remembers else line
             try:
-                print(answer(base, *adapters[name], strength, line, options | key), flush=True)
+                text = answer(base, *adapters[name], strength, context, options | key, task=task, config=config)
             except ValueError as error:  # too long, for example: the dialogue continues
                 print(f"({error})", flush=True)
+                continue
+            print(text, flush=True)
+            if text:
+                messages = [*said, {"role": "assistant", "content": text}]
 
 
 def ask(question: str) -> str | None:

@@ -8,6 +8,7 @@ runs.evaluate(loaded).result["scores"]
 from lora_jax.core.extras import extra
 
 with extra("train,hf,data"):
+    from lora_jax.runs import chat as _chat  # registers its task
     from lora_jax.runs.config import default_config, is_sweep
     from lora_jax.runs.evaluation import Evaluation, complete, evaluate, predict
     from lora_jax.runs.methods import run_file

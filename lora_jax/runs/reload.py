@@ -15,6 +15,7 @@ from lora_jax import Delta, ParamTransform, checkpoints, training
 from lora_jax.data.json_files import read_json
 from lora_jax.distributed import sharding
 from lora_jax.interop import hf, peft
+from lora_jax.interop.packages import local_path
 from lora_jax.models.family import family_of
 from lora_jax.models.layouts import to_loop
 from lora_jax.runs import bases, methods
@@ -40,6 +41,11 @@ class Loaded(NamedTuple):
     base: dict[str, Any]  # its `checkpoints.identity`
     task: Task  # what the run learnt
     kind: Kind
+
+    @property
+    def source(self) -> str:
+        """Where the base was loaded from."""
+        return self.base["source"]
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -178,7 +184,10 @@ def export_run(workdir: str | Path, form: Form, out: str | Path, *, base: str | 
         if mesh is not None:
             adapted = jax.eval_shape(method.apply, loaded.params, delta)
             delta = jax.device_put(delta, loaded.placement.shardings(delta, adapted))
-        hf.save(out, loaded.model, method.apply(loaded.params, delta), loaded.tokenizer, merge=True, like=source)
+        params = method.apply(loaded.params, delta)
+        hf.save(out, loaded.model, params, loaded.tokenizer, merge=True, like=local_path(source))
+        if (save_format := task_in(config).save_format) is not None:
+            save_format(config, loaded, out)
     else:
         peft.save(out, method, to_loop(delta), params=to_loop(loaded.params))
     return out, step

@@ -28,6 +28,7 @@ from lora_jax.core.extras import extra
 from lora_jax.distributed import processes
 from lora_jax.interop.folders import INDEX, WEIGHTS, check_shapes, inside, open_tensors, read_json
 from lora_jax.interop.hf import encoder, gpt2, llama  # noqa: F401  (they register their formats)
+from lora_jax.interop.hf.chat import TEMPLATE, TOKENIZER_CONFIG
 from lora_jax.interop.hf.checks import check_sizes, with_source, without_other_head
 from lora_jax.interop.hf.families import Format, HeadOptions, Stored, format_of, layouts
 from lora_jax.interop.hf.tokenizer import read_tokenizer
@@ -95,7 +96,7 @@ def unread(
 ) -> tuple[Any, dict, Tokenizer | None]:
     """As `load`, in float32 and the loop layout, but the leaves are `lazy.Lazy`: the files are open to look at, names,
     types and shapes are checked, and no weight is read."""
-    folder = _folder(folder_or_hub_id)
+    folder = folder_of(folder_or_hub_id)
     format, fields = _described(folder)
     tensors, options = open_tensors(folder, format.ignored), HeadOptions(head, labels, tie, key)
     check_sizes(format, format.config_of(fields, str(folder)), tensors, str(folder))
@@ -151,7 +152,7 @@ def untrained(model: nn.Module, source: str | os.PathLike) -> tuple[str, ...]:
     """Globs of the parameters besides the head that the files lack and `load` makes anew, for every method to train."""
     format = format_of(family_of(model).name, str(source))
     needed = format.head_needs(model.config)
-    names = open_tensors(_folder(source), format.ignored) if needed else ()
+    names = open_tensors(folder_of(source), format.ignored) if needed else ()
     return tuple(glob for end, glob in needed.items() if not any(name.endswith(end) for name in names))
 
 
@@ -216,7 +217,7 @@ def save(
 
 
 def _with_source(format: Format, fields: dict[str, Any], like: str | os.PathLike) -> dict[str, Any]:
-    _, source = _described(_folder(like))
+    _, source = _described(folder_of(like))
     if source["model_type"] != fields["model_type"]:
         raise ValueError(f"like={like} is a {source['model_type']}, but the model is a {fields['model_type']}")
     return with_source(format, fields, source)
@@ -301,14 +302,14 @@ def _described(folder: Path) -> tuple[Format, dict[str, Any]]:
     return format_of(fields.get("model_type"), str(folder)), fields
 
 
-def _folder(source: str | os.PathLike) -> Path:
+def folder_of(source: str | os.PathLike) -> Path:
     """The folder itself, or the local copy of a model on the Hub."""
     if (folder := Path(source).expanduser()).is_dir():
         return folder
     with extra("hf"):
         import huggingface_hub  # slow to import, and seldom needed
     try:
-        wanted = ["config.json", WEIGHTS, INDEX, "model-*.safetensors", "tokenizer.json"]
+        wanted = ["config.json", WEIGHTS, INDEX, "model-*.safetensors", "tokenizer.json", TEMPLATE, TOKENIZER_CONFIG]
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted))
     except Exception as error:  # of the Hub, the network or the disk: the way out is the same
         raise FileNotFoundError(
