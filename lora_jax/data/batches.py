@@ -115,9 +115,7 @@ class Stacked:
         return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def bucketed(
-    examples: Encoded | Conversations, batch_size: int, seed: int = 0, *, buckets: int = 8
-) -> Schedule:
+def bucketed(examples: Encoded | Conversations, batch_size: int, seed: int = 0, *, buckets: int = 8) -> Schedule:
     """Batches of examples of about equal length, padded on the right to their bucket's l and n.
 
     There are at most `buckets` of them, whose lengths are chosen so that padding is least.

@@ -10,6 +10,7 @@ A file is of one kind, a line one conversation:
 Other keys do not count. What follows the last answer of a conversation is left out.
 """
 
+import itertools
 import json
 import logging
 import re
@@ -126,7 +127,8 @@ def check(messages: Sequence[Mapping[str, Any]], *, answered: bool = True) -> No
 
 def dumped(messages: Messages) -> str:
     """Messages as JSON, one string for equal ones."""
-    return json.dumps([{name: message[name] for name in ("role", "content")} for message in messages], ensure_ascii=False)
+    turns = [{"role": message["role"], "content": message["content"]} for message in messages]
+    return json.dumps(turns, ensure_ascii=False)
 
 
 def loaded(context: str) -> list[dict[str, str]]:
@@ -164,7 +166,7 @@ class Format:
     def prompt(self, messages: Messages) -> list[int]:
         """The tokens up to where the answer to these messages begins."""
         text = templates.prompt(self.template, messages, self.special_tokens, self.pattern)
-        (ids, _), = self.tokens([text])
+        ((ids, _),) = self.tokens([text])
         return ids
 
     def tokens(self, texts: Sequence[templates.Rendered]) -> Iterator[tuple[list[int], Spans]]:
@@ -184,7 +186,7 @@ class Format:
         line_feed = self.tokenizer.encode("\n", add_special_tokens=False).ids
         ids: list[int] = []
         offsets: Spans = []
-        for number, (start, end) in enumerate(zip(edges, edges[1:])):
+        for number, (start, end) in enumerate(itertools.pairwise(edges)):
             tokenizer = self.text_tokenizer if number % 2 else self.tokenizer
             encoding = tokenizer.encode("\n" * bool(number) + x.text[start:end], add_special_tokens=False)
             skipped, shift = 0, start

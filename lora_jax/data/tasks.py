@@ -51,8 +51,8 @@ def named(name: str) -> TextTask:
 
 
 def references(task: TextTask, texts: Sequence[str]) -> list[str]:
-    """A context's references as the task scores them: cleaned (`pairs.clean`, of conversations only stripped), the first `most_references` of them,
-    normalized. What stands for missing ones is the score's."""
+    """A context's references as the task scores them: cleaned (`pairs.clean`; answers in conversations are stripped),
+    the first `most_references` of them, normalized. What stands for missing ones is the score's."""
     write = task.normalize or str
     clean = str.strip if task.conversations else pairs.clean
     return [write(clean(text)) for text in texts[: task.most_references]]

@@ -138,9 +138,9 @@ def rendered(template: str, messages: Messages, special_tokens: Mapping[str, str
         after = whole if n + 1 == len(messages) else _unmarked(write(marked[: n + 1], answer_next=False))
         if not (after.text.startswith(before) and whole.text.startswith(after.text)):
             raise ValueError(
-                f"message {n} (counted from 0) cannot be told from the others: the chat template writes turns otherwise "
-                "where more of them follow. Mark the answers in it with {% generation %} ... {% endgeneration %} "
-                "(data.template), or give each answer a conversation of its own"
+                f"where answer {n} (counted from 0, of all messages) stands is not known: the chat template writes "
+                "turns otherwise where more of them follow. Give one that marks the answers with {% generation %} ... "
+                "{% endgeneration %} (data.template), or give each answer a conversation of its own"
             )
         answer = after.text[len(before) :]
         stripped = answer.rstrip()

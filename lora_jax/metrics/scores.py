@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 
+from lora_jax.metrics import statistics
 from lora_jax.metrics.java import meteor_statistics, ptb_tokens
 from lora_jax.metrics.ngrams import bleu_statistics, nist_statistics
 from lora_jax.metrics.rouge import KINDS, cider_statistics, rouge_l_statistics, rouge_statistics
 from lora_jax.metrics.sql import logical_form_statistics
-from lora_jax.metrics.statistics import Lists, References, Statistics, Texts, checked, draws, interval, mean, package, padded
+from lora_jax.metrics.statistics import Lists, References, Statistics, Texts, checked, draws, interval, package, padded
 from lora_jax.metrics.ter import ter_statistics
 
 log = logging.getLogger(__name__)
@@ -37,8 +38,8 @@ def score(hypotheses: Texts, references: References, *, style: str, missing: str
     Args:
       hypotheses: one text an instance. An empty one matches nothing.
       references: one list an instance, of any length; None and blank texts are missing references.
-      style: "e2e", "webnlg", "dart", "samsum", "wikisql" or "chat". DART's texts are taken as tokenized: the LoRA authors give
-        multi-bleu-detok texts of words and marks alone, which it splits no further but at underscores.
+      style: "e2e", "webnlg", "dart", "samsum", "wikisql" or "chat". DART's texts are taken as tokenized: the LoRA
+        authors give multi-bleu-detok texts of words and marks alone, which it splits no further but at underscores.
       missing: what stands for a missing reference, and in WebNLG and DART for those that a list lacks to be as long as
         the longest. "first": the first reference, which changes no score, so that nothing is as good (the pipeline of
         the LoRA authors; the default). "empty": a reference of no words, as in most published figures: BLEU's closest
@@ -161,7 +162,7 @@ def _chat(hypotheses: Texts, references: Lists) -> Parts:
     """BLEU and ROUGE as for SAMSum, and the answers that are one of the references but for blanks around them."""
     pairs = list(zip(hypotheses, references, strict=True))
     return {
-        "exact_match": lambda: mean([text.strip() in map(str.strip, texts) for text, texts in pairs]),
+        "exact_match": lambda: statistics.mean([text.strip() in map(str.strip, texts) for text, texts in pairs]),
         "bleu": lambda: bleu_statistics(hypotheses, references, tokenize="13a", lowercase=False, smooth=False),
         **_samsum(hypotheses, references),
     }

@@ -37,8 +37,8 @@ def template_of(config: ConfigDict, source: str) -> str:
     template = hf.chat_template(local_path(source))
     if template is None:
         raise ValueError(
-            f"{source} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json): give one, "
-            "--config.data.template=FILE.jinja, or --config.data.template=plain for a line and its answer"
+            f"{source} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json): give "
+            "one, --config.data.template=FILE.jinja, or --config.data.template=plain for a line and its answer"
         )
     return template
 
@@ -62,7 +62,8 @@ def _before(spec: Mapping[str, Any], model: Any) -> Sequence[int]:
     """The ids of a method's prefix, which stand before a conversation."""
     inserted = methods.placeholders(spec, model)
     if inserted["after"]:
-        raise ValueError(f"infix={len(inserted['after'])}: a conversation has a prefix alone, set the method's infix to 0")
+        problem = f"infix={len(inserted['after'])}: a conversation has a prefix alone"
+        raise ValueError(f"{problem}, set the method's infix to 0")
     return inserted["before"]
 
 
