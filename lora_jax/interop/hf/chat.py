@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.checkpoints import finish_replacing, write_atomically
-from lora_jax.interop.folders import inside, read_json
+from lora_jax.interop.folders import TEMPLATE, TOKENIZER_CONFIG, inside, read_json
+from lora_jax.interop.hf.sources import is_gguf, local
 
-TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 
-
-def chat_template(folder: str | os.PathLike) -> str | None:
-    """The chat template of a folder: chat_template.jinja, or else what tokenizer_config.json has, of several named ones
+def chat_template(source: str | os.PathLike) -> str | None:
+    """The chat template of a GGUF file, or of a folder: chat_template.jinja, or else what tokenizer_config.json has, of several named ones
     the one called "default"; None where there is none.
 
     Raises:
       ValueError: the file is no UTF-8, or holds something else than a template.
     """
+    folder = local(source)
+    if is_gguf(folder):
+        return _gguf(folder).chat_template
     file = inside(folder, TEMPLATE)
     if file.is_file():
         try:
@@ -36,9 +38,12 @@ def chat_template(folder: str | os.PathLike) -> str | None:
     return template
 
 
-def special_tokens(folder: str | os.PathLike) -> dict[str, str]:
-    """{"bos_token": ..., "eos_token": ..., ...} of a folder's tokenizer_config.json, the names that templates use; {}
-    without that file."""
+def special_tokens(source: str | os.PathLike) -> dict[str, str]:
+    """{"bos_token": ..., "eos_token": ..., ...} of a GGUF file or a folder's tokenizer_config.json, the names that
+    templates use; {} without that file."""
+    folder = local(source)
+    if is_gguf(folder):
+        return _gguf(folder).special_tokens
     fields = {name: x for name, x in _fields(folder).items() if name.endswith("_token") and not name.startswith("add_")}
     texts = {name: x.get("content") if isinstance(x, dict) else x for name, x in fields.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
@@ -48,6 +53,12 @@ def save_chat(folder: str | os.PathLike, template: str, tokens: Mapping[str, str
     """Writes a template and special tokens into a folder, where this library and transformers read them."""
     write_atomically(Path(folder) / TEMPLATE, template.encode())
     write_atomically(Path(folder) / TOKENIZER_CONFIG, (json.dumps(dict(tokens), indent=2) + "\n").encode())
+
+
+def _gguf(path: Path) -> Any:
+    from lora_jax.interop import gguf  # slow to import, and seldom needed
+
+    return gguf.open_file(path)
 
 
 def _fields(folder: str | os.PathLike) -> dict[str, Any]:
