@@ -12,8 +12,8 @@ from lora_jax.interop.hf.sources import is_gguf, local
 
 
 def chat_template(source: str | os.PathLike) -> str | None:
-    """The chat template of a GGUF file, or of a folder: chat_template.jinja, or else what tokenizer_config.json has, of several named ones
-    the one called "default"; None where there is none.
+    """The chat template of a GGUF file, or of a folder: chat_template.jinja, or else what tokenizer_config.json has, of
+    several named ones the one called "default"; None where there is none.
 
     Raises:
       ValueError: the file is no UTF-8, or holds something else than a template.
