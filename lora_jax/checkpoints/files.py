@@ -18,6 +18,12 @@ from safetensors import SafetensorError
 from lora_jax.core.transforms import Delta
 from lora_jax.distributed import processes
 
+fcntl: Any  # advisory locks
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 def digest(content: str | np.ndarray) -> str:
     """blake2b, as hex, of a string (JSON with unsorted keys: the order of globs counts), or of an array's bytes."""
