@@ -14,8 +14,7 @@ from ml_collections import ConfigDict
 import lora_jax as lj
 from lora_jax.core.transforms import inserted_tokens
 from lora_jax.models.family import family_of
-
-_OLD_TOKEN_EMBEDDING = ["**/{wte,word}/embedding"]  # what prefix_embedding.select was by default
+from lora_jax.training.config import OLD_TOKEN_EMBEDDING
 
 
 def filled(method: lj.ParamTransform, params: Any, seed: int = 1) -> lj.Delta:
@@ -55,7 +54,7 @@ def _part(name: str, config: ConfigDict, model: Any) -> dict[str, Any]:
         options["sites"] = {site: [sites[site][0], (sites[site][1] or (0,))[-1]] for site in options["sites"]}
     elif name != "tune":
         options["axes"] = dict(family.axes)
-    if name == "prefix_embedding" and options["select"] in ([], _OLD_TOKEN_EMBEDDING):
+    if name == "prefix_embedding" and options["select"] in ([], OLD_TOKEN_EMBEDDING):
         if not family.token_embedding:
             raise ValueError(f"prefix_embedding.select: a {family.name} names no token embedding, name it there")
         options["select"] = [family.token_embedding]
