@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, NamedSharding, P, lax
-from safetensors import SafetensorError
 
 from lora_jax.core.transforms import Delta
 from lora_jax.distributed import processes
@@ -201,12 +200,10 @@ def open_beside(path: Path) -> tuple[int, Path]:
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-    """Around writing a file or a folder: the OSError of a full disk, or what safetensors makes of one, names it."""
+    """Around writing a file or a folder: the OSError of a full disk names it."""
     try:
         yield
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
