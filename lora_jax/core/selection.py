@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core.globs import alternatives, matches, matches_any, plainest
+from lora_jax.core.globs import alternatives, matches, plainest
 
 CLASS = {"i": "i", "v": "i", "k": "i", "o": "o", "s": "s"}  # what the letter of an axis counts as
 _DEFAULT_AXES = {"kernel": "io", "embedding": "vo", "weight": "oi"}
@@ -76,18 +76,16 @@ class Selection(NamedTuple):
         Raises:
           ValueError: a glob, or an alternative in its braces, matches no leaf; unnamed axes beyond two.
         """
-        check_globs((*self.globs, *self.exclude), params)
-        return {path: self.axes_of(path, leaf) for path, leaf in self.leaves(params).items()}
+        return {path: self.axes_of(path, leaf) for path, leaf in self.leaves(params, strict=True).items()}
 
-    def leaves(self, params: Any) -> dict[str, Any]:
+    def leaves(self, params: Any, strict: bool = False) -> dict[str, Any]:
         """`{path: leaf}` of the selected floating-point leaves; a glob that matches none is a ValueError. Of braces one
-        alternative suffices: specs of old files may have others."""
+        alternative suffices, as specs of old files may have others, but with `strict` each must match a leaf."""
         leaves = _float_leaves(params)
-        for glob in (*self.globs, *self.exclude):
-            if not any(matches(glob, path) for path in leaves):
-                raise ValueError(f"{glob!r} matches no parameter{nearest(plainest(glob), leaves)}")
-        paths = [path for path in leaves if matches_any(self.globs, path) and not matches_any(self.exclude, path)]
+        selected = {path for glob in self.globs for path in _matching(glob, leaves, strict)}
+        selected -= {path for glob in self.exclude for path in _matching(glob, leaves, strict)}
         layers = set(self.layers or (0,))
+        paths = [path for path in leaves if path in selected]
         chosen = {path: leaves[path] for path in paths if self._layers_of(path, leaves[path]) & layers}
         if not chosen:
             options = f"exclude={list(self.exclude)} and layers={self.layers}"
@@ -134,13 +132,20 @@ def check_globs(globs: Iterable[str], params: Any) -> None:
     """A ValueError for a glob, or an alternative in its braces, that matches no floating-point leaf."""
     leaves = _float_leaves(params)
     for glob in globs:
-        paths = [path for path in leaves if matches(glob, path)]
-        if not paths:
-            raise ValueError(f"{glob!r} matches no parameter{nearest(plainest(glob), leaves)}")
-        for alternative, its_plainest, matches_it in alternatives(glob):
-            if not any(map(matches_it, paths)):
-                problem = f"{glob!r}: its alternative {alternative!r} matches no parameter"
-                raise ValueError(f"{problem}{nearest(its_plainest, leaves)}")
+        _matching(glob, leaves, strict=True)
+
+
+def _matching(glob: str, leaves: Mapping[str, Any], strict: bool) -> list[str]:
+    """The paths of the leaves that a glob matches; none is a ValueError, and with `strict` an alternative in its braces
+    that matches none is one too."""
+    paths = [path for path in leaves if matches(glob, path)]
+    if not paths:
+        raise ValueError(f"{glob!r} matches no parameter{nearest(plainest(glob), leaves)}")
+    for alternative, its_plainest, matches_it in alternatives(glob) if strict and "{" in glob else ():
+        if not any(map(matches_it, paths)):
+            problem = f"{glob!r}: its alternative {alternative!r} matches no parameter"
+            raise ValueError(f"{problem}{nearest(its_plainest, leaves)}")
+    return paths
 
 
 def glob_keys(*values: Any) -> list[str]:

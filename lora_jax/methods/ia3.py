@@ -11,7 +11,8 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from lora_jax.core.arrays import Adapted, Op, Tuned, Weight, adapted_array, factor_axes, scaled, widened
-from lora_jax.core.selection import Absent, Selection, flatten, matches, matches_any, strings
+from lora_jax.core.globs import matches, matches_any
+from lora_jax.core.selection import Absent, Selection, flatten, strings
 from lora_jax.core.transforms import Factors, Params, ParamTransform, Target, Traits, per_target, register, targets_of
 
 

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 import lora_jax as lj
-from lora_jax.core.selection import flatten, matches_any
+from lora_jax.core.globs import matches_any
+from lora_jax.core.selection import flatten
 from lora_jax.data import glue
 from lora_jax.interop import hf
 from lora_jax.models import encoder, gpt2, llama

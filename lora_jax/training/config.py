@@ -26,6 +26,9 @@ OLD_MATRICES = [
     "@*/*/{down,up,down_left,down_right,up_left,up_right,values}",
 ]
 
+# What `prefix_embedding.select` was by default then; now [], the model's token embedding.
+OLD_TOKEN_EMBEDDING = ["**/{wte,word}/embedding"]
+
 _FROM_0, _ABOVE_0 = Range(least=0), Range(above=0)
 _STEPS = Range(least=0, whole=True, optional=True)
 SEED = Range(least=0, below=2**63, whole=True)

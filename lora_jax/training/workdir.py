@@ -18,7 +18,7 @@ from lora_jax.data.digest import digest, digest_of
 from lora_jax.data.json_files import read_json
 from lora_jax.distributed import processes
 from lora_jax.training import locks
-from lora_jax.training.config import OLD_MATRICES, TrainConfig, as_json, with_new_names
+from lora_jax.training.config import OLD_MATRICES, OLD_TOKEN_EMBEDDING, TrainConfig, as_json, with_new_names
 from lora_jax.training.logging import read_metrics
 
 # What may change when a run resumes. How the base is called may; its identity is compared.
@@ -29,7 +29,7 @@ _PATHS = {"data.path", "data.train", "data.valid", "data.template", "data.valida
 # What config.json had then: key -> (value, today's value of the same meaning).
 _OLD_VALUES: dict[str, tuple[list[str], list[str]]] = {
     "optimizer.decay": (OLD_MATRICES, ["matrices"]),
-    "prefix_embedding.select": (["**/{wte,word}/embedding"], []),
+    "prefix_embedding.select": (OLD_TOKEN_EMBEDDING, []),
 }
 
 
