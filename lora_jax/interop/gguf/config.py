@@ -103,6 +103,8 @@ def fields_of(contents: Contents, path: Path, read: Callable[[str], np.ndarray])
     }
     for name, key in {"bos": "bos", "eos": "eos", "pad": "padding"}.items():
         if (token := contents.metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+            if type(token) is not int:
+                raise ValueError(f"{path}: tokenizer.ggml.{key}_token_id is {repr(token)[:80]}, not an id")
             fields[f"{name}_token_id"] = token
     _check_sizes(keys, fields, contents)
     rope = _rope(keys, size, read(ROPE_FACTORS) if ROPE_FACTORS in tensors else None)
