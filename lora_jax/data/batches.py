@@ -8,7 +8,7 @@ A batch is a dict of arrays, of b rows (examples, or packed rows), l tokens, n l
     labels (b, n) int32         those next tokens
     weights (b, n) float32      1, or 0 where there is no label
 
-Packed rows (`packed`) also have `segments` and `positions` (b, l) int32. Texts with one label each
+Packed rows (`packed`, `packing`) also have `segments` and `positions` (b, l) int32. Texts with one label each
 (`classified`) have no `labelled`, n is 1, and
 
     token_types (b, l) int32    1 for a BERT's second sentence
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.extras import extra
-from lora_jax.data.encoded import Encoded, Texts
+from lora_jax.data.encoded import Conversations, Encoded, Texts
 
 with extra("data"):
     from jaxtyping import Bool, Int, Int32, Shaped
@@ -115,7 +115,7 @@ class Stacked:
         return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def bucketed(examples: Encoded, batch_size: int, seed: int = 0, *, buckets: int = 8) -> Schedule:
+def bucketed(examples: Encoded | Conversations, batch_size: int, seed: int = 0, *, buckets: int = 8) -> Schedule:
     """Batches of examples of about equal length, padded on the right to their bucket's l and n.
 
     There are at most `buckets` of them, whose lengths are chosen so that padding is least.
@@ -123,7 +123,7 @@ def bucketed(examples: Encoded, batch_size: int, seed: int = 0, *, buckets: int 
     Raises:
       ValueError: a batch size or a number of buckets below 1.
     """
-    _check_sizes(batch_size=batch_size, buckets=buckets)
+    check_sizes(batch_size=batch_size, buckets=buckets)
     lengths, labels = examples.lengths, examples.labels
     edges = bucket_lengths(lengths, buckets)
     bucket_of = np.searchsorted(edges, lengths)
@@ -131,7 +131,8 @@ def bucketed(examples: Encoded, batch_size: int, seed: int = 0, *, buckets: int 
     # a bucket also takes what shorter ones leave over: its n is theirs at least
     most = np.maximum.accumulate([labels[rows].max() for rows in members])
     shapes = tuple(zip(edges.tolist(), most.tolist(), strict=True))
-    return Schedule(members, shapes, batch_size, seed, partial(_pairs_batch, examples))
+    collate = _pairs_batch if isinstance(examples, Encoded) else _conversations_batch
+    return Schedule(members, shapes, batch_size, seed, partial(collate, examples))
 
 
 def classified(examples: Texts, batch_size: int, seed: int = 0, *, buckets: int = 12) -> Schedule:
@@ -145,7 +146,7 @@ def classified(examples: Texts, batch_size: int, seed: int = 0, *, buckets: int 
     Raises:
       ValueError: a batch size or a number of buckets below 1.
     """
-    _check_sizes(batch_size=batch_size, buckets=buckets)
+    check_sizes(batch_size=batch_size, buckets=buckets)
     lengths, members = _full_batches(examples.lengths, batch_size, buckets)
     shapes = tuple((length, 1) for length in lengths)
     return Schedule(members, shapes, batch_size, seed, partial(_texts_batch, examples))
@@ -175,7 +176,7 @@ def packed(tokens: Int32[np.ndarray, " total"], batch_size: int, length: int, se
     Raises:
       ValueError: fewer than two tokens, or a size below 1.
     """
-    _check_sizes(batch_size=batch_size, length=length)
+    check_sizes(batch_size=batch_size, length=length)
     if len(tokens) < 2:
         raise ValueError(f"{len(tokens)} tokens of text: nothing to predict")
     rows = np.arange(-(-(len(tokens) - 1) // length))
@@ -227,14 +228,15 @@ def _cuts(values: Int[np.ndarray, " ends"], below: Int[np.ndarray, " ends"], cou
     return np.array(edges) - 1
 
 
-def _check_sizes(**sizes: int) -> None:
+def check_sizes(**sizes: int) -> None:
+    """A ValueError that names all sizes where one is below 1."""
     if min(sizes.values()) < 1:
         given = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(f"{given}: both must be at least 1")
 
 
 def _positions(
-    examples: Encoded | Texts, rows: Int[np.ndarray, " b"], length: int
+    examples: Encoded | Conversations | Texts, rows: Int[np.ndarray, " b"], length: int
 ) -> tuple[Int[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
     """Where each row's tokens lie, and which of those positions belong to the row."""
     along = np.arange(length)
@@ -263,6 +265,20 @@ def _pairs_batch(examples: Encoded, rows: Int[np.ndarray, " b"], length: int, co
         # the token before a label predicts it
         "labelled": np.where(scored, start - 1 + ahead, 0).astype(np.int32),
         "labels": _take(examples.tokens, at[:, :1] + start + ahead, scored),
+        "weights": scored.astype(np.float32),
+    }
+
+
+def _conversations_batch(examples: Conversations, rows: Int[np.ndarray, " b"], length: int, count: int) -> Batch:
+    at, mask = _positions(examples, rows, length)
+    ahead = np.arange(count)
+    scored = (rows >= 0)[:, None] & (ahead < examples.labels[rows][:, None])
+    targets = examples.targets.take(examples.first_targets[rows][:, None] + ahead, mode="clip")
+    return {
+        "tokens": _take(examples.tokens, at, mask),
+        "mask": mask,
+        "labelled": np.where(scored, targets - at[:, :1] - 1, 0).astype(np.int32),
+        "labels": _take(examples.tokens, targets, scored),
         "weights": scored.astype(np.float32),
     }
 

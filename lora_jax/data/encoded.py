@@ -42,6 +42,35 @@ class Encoded:
 
 
 @dataclass(frozen=True)
+class Conversations:
+    """N conversations as tokens, end to end in one array, with labels anywhere in them.
+
+    `offsets`, (N + 1,), says where each begins in `tokens`; `targets` are the labels' places in `tokens`, those of
+    each conversation from `first_targets`, (N + 1,), on. A conversation ends with a label, which is a target only, so
+    that a model reads `lengths` of its tokens. `skipped` is how many were too long and are not here.
+    """
+
+    tokens: Int32[np.ndarray, " total"]
+    offsets: Int[np.ndarray, " bounds"]
+    targets: Int[np.ndarray, " targets"]
+    first_targets: Int[np.ndarray, " bounds"]
+    skipped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " N"]:
+        """The tokens of each conversation that a model reads."""
+        return np.diff(self.offsets) - 1
+
+    @property
+    def labels(self) -> Int[np.ndarray, " N"]:
+        """The labelled tokens of each conversation."""
+        return np.diff(self.first_targets)
+
+
+@dataclass(frozen=True)
 class Texts:
     """N examples as tokens, special ones included, end to end in one array.
 

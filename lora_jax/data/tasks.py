@@ -20,6 +20,8 @@ class TextTask(NamedTuple):
       source: where its data can be had.
       normalize: what texts and references go through before they are scored; None: nothing.
       most_references: how many of a context's references are scored, the first ones; None: all.
+      conversations: contexts are messages (`data.chat.dumped`), and texts, their answers, may have blank lines; else a
+        text ends at the first one, as the authors' do.
     """
 
     load: Callable[[str | Path, str], datasets.Dataset]
@@ -27,6 +29,7 @@ class TextTask(NamedTuple):
     source: str = ""
     normalize: Callable[[str], str] | None = None
     most_references: int | None = None
+    conversations: bool = False
 
 
 # Six references and the normalization are the authors' (microsoft/LoRA, examples/NLG/README.md).
@@ -48,7 +51,8 @@ def named(name: str) -> TextTask:
 
 
 def references(task: TextTask, texts: Sequence[str]) -> list[str]:
-    """A context's references as the task scores them: cleaned (`pairs.clean`), the first `most_references` of them,
-    normalized. What stands for missing ones is the score's."""
+    """A context's references as the task scores them: cleaned (`pairs.clean`; answers in conversations are stripped),
+    the first `most_references` of them, normalized. What stands for missing ones is the score's."""
     write = task.normalize or str
-    return [write(pairs.clean(text)) for text in texts[: task.most_references]]
+    clean = str.strip if task.conversations else pairs.clean
+    return [write(clean(text)) for text in texts[: task.most_references]]

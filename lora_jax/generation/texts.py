@@ -43,6 +43,7 @@ def completions(
     eos: int | Sequence[int] | None,
     batch_size: int = 32,
     done: Container[int] = (),
+    paragraphs: bool = False,
     **options: Any,
 ) -> Iterator[dict[int, str]]:
     """The texts that follow the prompts, a batch at a time: `{number of the prompt: text}`.
@@ -55,6 +56,7 @@ def completions(
       tokenizer: decodes.
       prompts: token ids, for example of `data.pairs.prompts`.
       batch_size: prompts in a batch.
+      paragraphs: a text may have blank lines; else it ends at the first one.
       done: numbers of prompts that have a text already: a batch of these alone is left out.
       options: of `generate`: beams, penalties, sampling (`key` is folded with each batch's first prompt).
 
@@ -77,7 +79,7 @@ def completions(
         batch_key = None if key is None else jax.random.fold_in(key, rows[0])
         limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos": eos, "key": batch_key}
         new = np.asarray(generate(model, params, tokens, mask, **limits, **options))
-        yield {row: clean(ids, tokenizer, eos) for row, ids in zip(rows, new, strict=False)}
+        yield {row: clean(ids, tokenizer, eos, paragraphs) for row, ids in zip(rows, new, strict=False)}
 
 
 def batches_of(
@@ -104,14 +106,17 @@ def batches_of(
 
 
 def clean(
-    ids: Sequence[int] | Int[np.ndarray, " length"], tokenizer: Tokenizer, eos: int | Sequence[int] | None
+    ids: Sequence[int] | Int[np.ndarray, " length"],
+    tokenizer: Tokenizer,
+    eos: int | Sequence[int] | None,
+    paragraphs: bool = False,
 ) -> str:
     """The text of generated tokens, as the authors clean it (microsoft/LoRA, examples/NLG): up to the first end
-    token or blank line, stripped."""
+    token or blank line, stripped. With `paragraphs` blank lines are part of it."""
     ends = np.flatnonzero(np.isin(ids, [] if eos is None else eos))
     kept = ids[: ends[0]] if len(ends) else ids
     text = tokenizer.decode([int(i) for i in kept], skip_special_tokens=False)
-    return text.split("<|endoftext|>")[0].split("\n\n")[0].strip()
+    return text.strip() if paragraphs else text.split("<|endoftext|>")[0].split("\n\n")[0].strip()
 
 
 def end_tokens(tokenizer: Tokenizer, eos: int) -> list[int]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from lora_jax.metrics import statistics
 from lora_jax.metrics.java import meteor_statistics, ptb_tokens
 from lora_jax.metrics.ngrams import bleu_statistics, nist_statistics
 from lora_jax.metrics.rouge import KINDS, cider_statistics, rouge_l_statistics, rouge_statistics
@@ -27,6 +28,8 @@ def score(hypotheses: Texts, references: References, *, style: str, missing: str
       pyter's TER, the least over references, on nltk's words.
     - dart: as webnlg, but BLEU by multi-bleu, on the tokens that the texts have.
 
+    - chat: exact_match, the fraction of texts that are a reference, bleu as webnlg's, and rouge1, rouge2, rougeL.
+
     bleu is of 0 to 100, nist and cider (up to 10) have no unit, meteor, rouge_l and ter are fractions; of ter less is
     better. METEOR, ROUGE-L and CIDEr need Java; they and TER need the extra `scores`. What cannot be had is left out,
     with one warning that says why. Texts are scored as they are: the LoRA authors first lower-case those of WebNLG and
@@ -35,8 +38,8 @@ def score(hypotheses: Texts, references: References, *, style: str, missing: str
     Args:
       hypotheses: one text an instance. An empty one matches nothing.
       references: one list an instance, of any length; None and blank texts are missing references.
-      style: "e2e", "webnlg", "dart", "samsum" or "wikisql". DART's texts are taken as tokenized: the LoRA authors give
-        multi-bleu-detok texts of words and marks alone, which it splits no further but at underscores.
+      style: "e2e", "webnlg", "dart", "samsum", "wikisql" or "chat". DART's texts are taken as tokenized: the LoRA
+        authors give multi-bleu-detok texts of words and marks alone, which it splits no further but at underscores.
       missing: what stands for a missing reference, and in WebNLG and DART for those that a list lacks to be as long as
         the longest. "first": the first reference, which changes no score, so that nothing is as good (the pipeline of
         the LoRA authors; the default). "empty": a reference of no words, as in most published figures: BLEU's closest
@@ -155,6 +158,16 @@ def _webnlg(hypotheses: Texts, references: Lists, *, tokenize: str = "13a") -> P
     }
 
 
+def _chat(hypotheses: Texts, references: Lists) -> Parts:
+    """BLEU and ROUGE as for SAMSum, and the answers that are one of the references but for blanks around them."""
+    pairs = list(zip(hypotheses, references, strict=True))
+    return {
+        "exact_match": lambda: statistics.mean([text.strip() in map(str.strip, texts) for text, texts in pairs]),
+        "bleu": lambda: bleu_statistics(hypotheses, references, tokenize="13a", lowercase=False, smooth=False),
+        **_samsum(hypotheses, references),
+    }
+
+
 def _samsum(hypotheses: Texts, references: Lists) -> Parts:
     """Package rouge-score with stemming."""
     parts = functools.cache(lambda: rouge_statistics(hypotheses, references))
@@ -167,6 +180,7 @@ STYLES: dict[str, Callable[[Texts, Lists], Parts]] = {
     # BLEU by multi-bleu: on the tokens that the texts have
     "dart": functools.partial(_webnlg, tokenize="none"),
     "samsum": _samsum,
+    "chat": _chat,
     "wikisql": lambda queries, references: {"logical_form": lambda: logical_form_statistics(queries, references)},
 }
 

@@ -8,6 +8,7 @@ runs.evaluate(loaded).result["scores"]
 from lora_jax.core.extras import extra
 
 with extra("train,hf,data"):
+    from lora_jax.runs import chat  # registers its task
     from lora_jax.runs.config import default_config, is_sweep
     from lora_jax.runs.evaluation import Evaluation, complete, evaluate, predict
     from lora_jax.runs.methods import run_file
@@ -19,6 +20,6 @@ with extra("train,hf,data"):
     from lora_jax.training import Logger, register_metric
 
 __all__ = ["Evaluation", "Imported", "Loaded", "Logger", "Prepared", "Pretrained", "RunResult", "SweepResult", "Task"]
-__all__ += ["TextTask", "classification", "complete", "default_config", "evaluate", "export_run", "generation"]
-__all__ += ["import_run", "is_sweep", "load", "predict", "prepare", "pretrain", "register_metric", "register_task"]
-__all__ += ["run_file", "sweep", "task_named", "train"]
+__all__ += ["TextTask", "chat", "classification", "complete", "default_config", "evaluate", "export_run"]
+__all__ += ["generation", "import_run", "is_sweep", "load", "predict", "prepare", "pretrain", "register_metric"]
+__all__ += ["register_task", "run_file", "sweep", "task_named", "train"]

@@ -30,6 +30,11 @@ class Base(NamedTuple):
     placement: sharding.Placement
     new: tuple[str, ...] = ()  # globs of what the source lacks and every method has to train
 
+    @property
+    def source(self) -> str:
+        """Where it was loaded from."""
+        return self.identity["source"]
+
 
 def mesh_of(config: ConfigDict) -> Mesh:
     """The mesh that a config says, over the devices of all processes; a ValueError where there are fewer devices, or a

@@ -14,12 +14,14 @@ from lora_jax.checkpoints import write_atomically
 from lora_jax.core.extras import extra
 from lora_jax.data import pairs, tasks
 from lora_jax.data.json_files import read_json
+from lora_jax.data.tasks import references
 from lora_jax.metrics import bleu
 from lora_jax.models.family import family_of
 from lora_jax.runs import bases, methods, run
 from lora_jax.runs.config import check
-from lora_jax.runs.evaluation import complete
-from lora_jax.runs.reload import load
+from lora_jax.runs.evaluation import complete, json_lines
+from lora_jax.runs.evaluation import scores as scores_of
+from lora_jax.runs.reload import load, read_config
 from lora_jax.runs.tables import write_json
 from lora_jax.runs.tasks import task_named
 from lora_jax.training import locks, stopping
@@ -36,6 +38,8 @@ def write_pairs(task: str, source: str, folder: Path, counts: Mapping[str, int |
 
 def trained(config: ConfigDict, base: bases.Base) -> int:
     """The number of parameters that a config trains on a base, without those of a new head."""
+    if config.method == "none":
+        return 0
     report = lj.check(lj.from_spec(methods.spec(config, base.model, base.new)), base.params)
     head = family_of(base.model).head_params
     return sum(row.trained for row in report.rows if row.path.partition("/")[0] not in head)
@@ -94,14 +98,19 @@ def _validated(workdir: Path) -> dict[int, float]:
 @stopping.noted()
 @locks.holding()
 def finish(
-    config: ConfigDict, workdir: Path, train: Callable[[ConfigDict, Path], None], contexts: int = 0
+    config: ConfigDict,
+    workdir: Path,
+    train: Callable[[ConfigDict, Path], None],
+    contexts: int = 0,
+    scores: Sequence[str] = ("bleu",),
 ) -> dict[str, Any]:
     """A run's summary with `method_trained`, the number of parameters that train without a head; kept in study.json of
     the workdir.
 
     Args:
       train: trains the run, or resumes it; an InterruptedError where it was stopped.
-      contexts: of a text task, BLEU of greedy texts for so many is in the summary too.
+      contexts: of a text task, the scores of greedy texts for so many are in the summary too.
+      scores: which ones, of the task's style.
     """
     file = workdir / "study.json"
     training.claim(workdir, config)
@@ -112,19 +121,23 @@ def finish(
     summary = read_json(workdir / "summary.json", strict=False)
     summary["method_trained"] = trained(config, bases.load(config, task=task_named(config.data.name)))
     if contexts:
-        summary["bleu"] = greedy_bleu(workdir, contexts)
+        summary |= greedy_scores(workdir, contexts, scores)
     write_json(file, summary)
     return summary
 
 
-def greedy_bleu(workdir: Path, contexts: int) -> float:
-    """BLEU of a run's greedy texts for the first contexts of its test set."""
-    loaded = load(workdir)
+def greedy_scores(workdir: Path, contexts: int, names: Sequence[str]) -> dict[str, float]:
+    """Scores of a run's greedy texts for the first contexts of its test set; a run that trained nothing is the base."""
+    loaded = load(workdir, params="base" if read_config(workdir).method == "none" else "adapted")
     loaded.config.decode = {"max_new_tokens": 64}  # and no beams
-    examples = tasks.named(loaded.config.data.name).load(loaded.config.data.path, "test")
-    references = dict(islice(pairs.contexts(examples).items(), contexts))
-    texts = complete(loaded, list(references), batch_size=50)
-    return bleu(texts, [[pairs.clean(text) for text in descriptions] for descriptions in references.values()])
+    task = tasks.named(loaded.config.data.name)
+    groups = dict(islice(pairs.contexts(task.load(loaded.config.data.path, "test")).items(), contexts))
+    texts = complete(loaded, list(groups), batch_size=50, kept=workdir / "greedy.jsonl.part")
+    if tuple(names) == ("bleu",):  # the others start a Java
+        return {"bleu": bleu(texts, [references(task, descriptions) for descriptions in groups.values()])}
+    rows = [{"context": c, "prediction": text, "references": groups[c]} for c, text in zip(groups, texts, strict=True)]
+    write_atomically(workdir / "greedy" / "predictions.jsonl", json_lines(rows))
+    return {name: value["score"] for name, value in scores_of(rows, task)["all"].items() if name in names}
 
 
 def plot(rows: Sequence[dict[str, Any]], titles: Mapping[str, str], file: Path) -> None:

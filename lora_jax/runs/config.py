@@ -14,6 +14,7 @@ from lora_jax.core.ranges import COUNT, FINITE, PROBABILITY, Range
 from lora_jax.runs import methods
 from lora_jax.training.config import SEED, OptimizerConfig, TrainConfig, as_config_dict
 
+ATTENTION_AND_MLP_KERNELS = ("**/{attn,mlp}/*/kernel",)
 QV = ("**/attn/{query,value}/kernel",)
 ATTENTION_AND_MLP = ("attention_out", "mlp_out")
 _FROM_0 = Range(least=0, whole=True)
@@ -34,11 +35,12 @@ def default_config(kind: str) -> ConfigDict:
     """The config of LoRA on query and value, with the paper's hyperparameters of its GPT-2 and RoBERTa runs.
 
     Args:
-      kind: "generation" (texts from contexts, by a model that generates) or "classification" (a label a text, GLUE's).
+      kind: "generation" (texts from contexts, by a model that generates), "classification" (a label a text, GLUE's) or
+        "chat" (the answers of conversations; LoRA on all matrices, with the hyperparameters that most have for it).
 
-    Returns: a config without `base`, `data.path` and, of a classification, `data.name`.
+    Returns: a config without `base`, data and, of a classification, `data.name`.
     """
-    kinds = {"generation": _generation, "classification": _classification}
+    kinds = {"generation": _generation, "classification": _classification, "chat": _chat}
     if kind not in kinds:
         raise ValueError(f"no default config {kind!r}: one of {', '.join(kinds)}")
     config = ConfigDict()
@@ -72,6 +74,25 @@ def _generation(config: ConfigDict) -> None:
     config.model.query_block = 0  # attention takes so many queries at a time, for long texts; 0: all
     decode = {"num_beams": 10, "length_penalty": 0.8, "no_repeat_ngram_size": 4}  # how texts are written
     config.decode = ConfigDict(decode | {"max_new_tokens": 64, "beam_rule": "lora_paper"})
+
+
+def _chat(config: ConfigDict) -> None:
+    optimizer = OptimizerConfig(learning_rate=2e-4, schedule="cosine", warmup_ratio=0.03, clip_norm=1.0)
+    config.update(as_config_dict(TrainConfig(epochs=3, log_every=10, optimizer=optimizer)))
+    config.update(_method_options(rank=16, alpha=32.0))
+    config.lora.select = config.dora.select = config.pissa.select = ATTENTION_AND_MLP_KERNELS
+    config.data.name = "chat"
+    config.data.train = ""  # a file of JSON lines (docs/instruct.md), or in its place the folder `data.path`
+    config.data.valid = ""  # another; "": one of twenty conversations of `data.train` is held out
+    config.data.template = ""  # a file of Jinja, its text, or "plain"; "": the template of the base
+    config.data.length = 1024  # tokens: longer conversations are skipped, see `long`
+    config.data.long = "skip"  # and counted, or an "error"
+    config.data.packing = True  # several conversations in a row of `length`; else batches are bucketed:
+    config.data.buckets = 8  # lengths, each compiled once
+    config.data.batch_size = 8
+    config.model.query_block = 0  # attention takes so many queries at a time, for long texts; 0: all
+    decode = {"num_beams": 1, "length_penalty": 1.0, "no_repeat_ngram_size": 0}  # how answers are written
+    config.decode = ConfigDict(decode | {"max_new_tokens": 256, "beam_rule": "hf"})
 
 
 def _classification(config: ConfigDict) -> None:

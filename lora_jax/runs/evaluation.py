@@ -19,12 +19,12 @@ from lora_jax.data import glue
 from lora_jax.data.batches import bucketed, in_order
 from lora_jax.data.files import check_unicode, of_form
 from lora_jax.data.json_files import parse_json
-from lora_jax.data.pairs import contexts, prompts
+from lora_jax.data.pairs import contexts
 from lora_jax.data.tasks import TextTask, references
-from lora_jax.generation import completions, end_tokens
+from lora_jax.generation import completions
 from lora_jax.metrics import report
 from lora_jax.metrics.scores import FILLED
-from lora_jax.runs import bases, methods, tasks
+from lora_jax.runs import bases, tasks
 from lora_jax.runs.reload import Loaded, load, text_task
 from lora_jax.runs.tables import write_json
 from lora_jax.training import locks, stopping
@@ -79,7 +79,7 @@ def evaluate(
     folder = loaded.workdir / "evaluation" / (f"{split}-{loaded.kind}" + (f"-first{limit}" if limit else ""))
     if missing and task.style not in FILLED:
         raise ValueError(f"--missing={missing}: references of {loaded.config.data.name} are not filled, leave it out")
-    examples = task.load(data or loaded.config.data.path, split)
+    examples = tasks.load_split(loaded.task, loaded.config, split, data)
     groups = dict(list(contexts(examples).items())[:limit])
     if not groups:
         raise ValueError(f"no contexts to complete: split={split!r}, limit={limit}")
@@ -144,7 +144,7 @@ def predict(
     task, name, workdir = loaded.task, loaded.config.data.name, loaded.workdir
     if task.text:
         raise ValueError(f"{workdir} is a run of {name}: give it to experiments.evaluate and experiments.generate")
-    examples = task.load(data or loaded.config.data.path, split)
+    examples = tasks.load_split(task, loaded.config, split, data)
     epoch = task.batches(examples, loaded.config, loaded, loaded.spec)(0)
     objective = task.objective(loaded.config, loaded.model)
     forward = jax.jit(objective.forward)
@@ -210,7 +210,8 @@ def complete(
     settings = options | {"params": loaded.kind, "seed": seed, "batch_size": batch_size, "contexts": list(texts)}
     settings |= {"workdir": str(loaded.workdir.resolve()), "step": loaded.step, "base": loaded.base}
     done = completed(kept, settings) if kept else {}
-    tokens, ends = _prompts(loaded, loaded.spec, texts)
+    tokens, ends = loaded.task.prompts(texts, loaded.config, loaded, loaded.spec)
+    options |= _written(loaded.task)
     options |= {"eos": ends, "batch_size": batch_size, "done": done.copy(), **sampling_key(options, seed)}
     batches = completions(loaded.model, loaded.params, loaded.tokenizer, tokens, **options)
     with contextlib.ExitStack() as stack:
@@ -229,25 +230,31 @@ def complete(
 
 
 def answer(
-    base: bases.Base, method: ParamTransform, delta: Delta, strength: float, context: str, decoding: Mapping[str, Any]
+    base: bases.Base,
+    method: ParamTransform,
+    delta: Delta,
+    strength: float,
+    context: str,
+    decoding: Mapping[str, Any],
+    *,
+    task: tasks.Task | None = None,
+    config: ConfigDict | None = None,
 ) -> str:
     """The completion of one context by the base with an adapter of any strength, which is an array in the program:
     only an adapter of other shapes, or a context of another multiple of 16 tokens, is compiled anew. Decoding is of
-    `decoding_options`, with a `key` where it samples."""
+    `decoding_options`, with a `key` where it samples. `task` and `config`: of the run; by default contexts are those of
+    pairs."""
+    check_unicode([context], "context")
     params = method.apply(base.params, delta, strength=np.float32(strength))
-    tokens, ends = _prompts(base, method.spec, [context])
-    (texts,) = completions(base.model, params, base.tokenizer, tokens, eos=ends, **decoding)
+    tokens, ends = (task.prompts if task else tasks.pair_prompts)([context], config, base, method.spec)
+    options = {**(_written(task) if task else {}), **decoding}
+    (texts,) = completions(base.model, params, base.tokenizer, tokens, eos=ends, **options)
     return texts[0]
 
 
-def _prompts(
-    base: Loaded | bases.Base, spec: Mapping[str, Any], texts: Sequence[str]
-) -> tuple[list[list[int]], list[int]]:
-    """The tokens of contexts, with the placeholders of a method of that spec, and the tokens that end a completion."""
-    check_unicode(texts, "context")
-    eos = base.model.config.eos_token_id
-    inserted = methods.placeholders(spec, base.model)
-    return prompts(texts, base.tokenizer, eos=eos, **inserted), end_tokens(base.tokenizer, eos)
+def _written(task: tasks.Task) -> dict[str, Any]:
+    """Options of `completions` by which a task's texts come out."""
+    return {"paragraphs": True} if task.text and task.text.conversations else {}
 
 
 def completed(kept: Path, settings: Mapping[str, Any]) -> dict[int, str]:
@@ -321,9 +328,9 @@ def prepared(rows: Rows, task: TextTask) -> tuple[list[str], list[list[str]]]:
 
 
 def _validate(loaded: Loaded, examples: Dataset) -> dict[str, float]:
-    """Nats per label of the pairs, as in training, and how many were too long to count."""
+    """Nats per label of the examples, as in training, and how many were too long to count."""
     data, objective = loaded.config.data, training.language_model(loaded.model)
-    encoded = tasks.encode_pairs(examples, loaded.config, loaded, loaded.spec)
+    encoded = loaded.task.encode(examples, loaded.config, loaded, loaded.spec)
     batches = bucketed(encoded, data.batch_size, buckets=data.buckets)
     loss = training.validate(objective, loaded.params, batches)["validation_loss"]
     return {"skipped": encoded.skipped, "loss": loss, "perplexity": math.exp(loss)}

@@ -42,6 +42,11 @@ class Loaded(NamedTuple):
     kind: Kind
 
     @property
+    def source(self) -> str:
+        """Where the base was loaded from."""
+        return self.base["source"]
+
+    @property
     def spec(self) -> dict[str, Any]:
         """The spec of the run's method; {} for the base alone."""
         return self.method.spec if self.method else {}
@@ -178,7 +183,10 @@ def export_run(workdir: str | Path, form: Form, out: str | Path, *, base: str | 
         if mesh is not None:
             adapted = jax.eval_shape(method.apply, loaded.params, delta)
             delta = jax.device_put(delta, loaded.placement.shardings(delta, adapted))
-        hf.save(out, loaded.model, method.apply(loaded.params, delta), loaded.tokenizer, merge=True, like=source)
+        params = method.apply(loaded.params, delta)
+        hf.save(out, loaded.model, params, loaded.tokenizer, merge=True, like=source)
+        if (save_format := task_in(config).save_format) is not None:
+            save_format(config, loaded, out)
     else:
         peft.save(out, method, to_loop(delta), params=to_loop(loaded.params))
     return out, step

@@ -20,7 +20,7 @@ from lora_jax.distributed import processes
 from lora_jax.metrics.statistics import spread
 from lora_jax.runs import bases, methods, tables
 from lora_jax.runs.config import check, check_run
-from lora_jax.runs.tasks import Task, task_named
+from lora_jax.runs.tasks import Task, load_split, task_named
 from lora_jax.training import locks, stopping
 
 
@@ -47,7 +47,7 @@ def load_setup(
       FileNotFoundError: no base or no data where the config says.
     """
     task = task or task_named(config.data.name)
-    data = {split: task.load(config.data.path, split) for split in ("train", "valid")}
+    data = {split: load_split(task, config, split) for split in ("train", "valid")}
     base = bases.load(config, mesh=mesh, task=task)
     if method is None and config.method != "none":
         method = lj.from_spec(methods.spec(config, base.model, base.new))

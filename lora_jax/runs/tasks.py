@@ -18,13 +18,31 @@ from ml_collections import ConfigDict
 from lora_jax import training
 from lora_jax.data import batches, glue, pairs, sentences, tasks
 from lora_jax.data.batches import Schedule
+from lora_jax.data.encoded import Conversations, Encoded
 from lora_jax.data.tasks import TextTask
+from lora_jax.generation import end_tokens
 from lora_jax.metrics.glue import glue as glue_metrics
 from lora_jax.metrics.glue import need_ids
 from lora_jax.models.family import dimensions_of
 from lora_jax.runs import methods
 
 Metrics = Callable[[np.ndarray, np.ndarray], dict[str, float]]
+
+
+def encode_pairs(examples: Dataset, config: ConfigDict, base: Any, spec: Mapping[str, Any]) -> pairs.Encoded:
+    """Tokens of contexts and completions, as a config says, with the placeholders of a method of that spec."""
+    model, length = base.model, min(config.data.length, dimensions_of(base.model).max_length)
+    options = {"eos": model.config.eos_token_id, "length": length, "long": config.data.long}
+    return pairs.encode(examples, base.tokenizer, **options | methods.placeholders(spec, model))
+
+
+def pair_prompts(
+    contexts: Sequence[str], config: ConfigDict, base: Any, spec: Mapping[str, Any]
+) -> tuple[list[list[int]], list[int]]:
+    """The tokens of contexts, with the placeholders of a method of that spec, and the tokens that end a completion."""
+    eos = base.model.config.eos_token_id
+    inserted = methods.placeholders(spec, base.model)
+    return pairs.prompts(contexts, base.tokenizer, eos=eos, **inserted), end_tokens(base.tokenizer, eos)
 
 
 class Task(NamedTuple):
@@ -37,6 +55,11 @@ class Task(NamedTuple):
       objective: (config, model) -> the objective, with its metrics.
       head: of the model, as `hf.load` takes it: {"head": "classification", "labels": 3}; {} for none.
       text: how completions are scored; None where the task writes no text.
+      encode: of a task that writes text, (examples, config, base, spec) -> its examples as `batches.bucketed` takes
+        them.
+      prompts: of a task that writes text, (contexts, config, base, spec) -> the tokens that the model continues for
+        each context, and the tokens that end a text.
+      save_format: (config, base, folder) writes what a merged model needs besides, its chat template; None: nothing.
     """
 
     load: Callable[[str | Path, str], Any]
@@ -44,6 +67,9 @@ class Task(NamedTuple):
     objective: Callable[[ConfigDict, Any], training.Objective]
     head: Mapping[str, Any] = {}
     text: TextTask | None = None
+    encode: Callable[[Any, ConfigDict, Any, Mapping[str, Any]], Encoded | Conversations] = encode_pairs
+    prompts: Callable[..., tuple[list[list[int]], list[int]]] = pair_prompts
+    save_format: Callable[[ConfigDict, Any, Path], None] | None = None
 
 
 _TASKS: dict[str, Task] = {}
@@ -95,11 +121,30 @@ def generation(text: TextTask) -> Task:
     return Task(text.load, schedule, objective, text=text)
 
 
-def encode_pairs(examples: Dataset, config: ConfigDict, base: Any, spec: Mapping[str, Any]) -> pairs.Encoded:
-    """Tokens of contexts and completions, as a config says, with the placeholders of a method of that spec."""
-    model, length = base.model, min(config.data.length, dimensions_of(base.model).max_length)
-    options = {"eos": model.config.eos_token_id, "length": length, "long": config.data.long}
-    return pairs.encode(examples, base.tokenizer, **options | methods.placeholders(spec, model))
+def load_split(task: Task, config: ConfigDict, split: str, path: str | Path | None = None) -> Any:
+    """The examples of a split: of `path` where it is given, else where the config says.
+
+    A config that names the file `data.train` has its validation in `data.valid` or, without that, in one of twenty
+    examples of `data.train`, drawn at random, 1,000 at most, which are not trained on. Otherwise `data.path` has all
+    splits.
+
+    Raises:
+      FileNotFoundError, ValueError: as of `task.load`; or `data.train` is too small to be divided, or the split is
+        neither of them.
+    """
+    files = {name: config.data.get(name) for name in ("train", "valid")}
+    if path or not files["train"]:
+        return task.load(path or config.data.path, split)
+    if split not in files:
+        raise ValueError(f"data.train={files['train']} has no split {split!r}: give --split=valid, or a file by --data")
+    if files["valid"]:
+        return task.load(files[split], split)
+    examples = task.load(files["train"], "train")
+    if len(examples) < 2:
+        raise ValueError(f"{files['train']} has {len(examples)} examples, none to validate with: give data.valid")
+    order = np.random.default_rng(0).permutation(len(examples))
+    held_out = min(-(-len(examples) // 20), 1000)
+    return examples.select(np.sort(order[:held_out] if split == "valid" else order[held_out:]))
 
 
 def classification(

@@ -24,7 +24,7 @@ from lora_jax.training.logging import read_metrics
 # What may change when a run resumes. How the base is called may; its identity is compared.
 MAY_CHANGE = ("base", "decode", "log_every", "save_every", "max_to_keep", "mesh")
 # Other paths of the data may be given too, from a checkpoint on that has digests of them: those are compared.
-_PATHS = {"data.path", "data.validation", "tokenizer", "warm_start"}
+_PATHS = {"data.path", "data.train", "data.valid", "data.template", "data.validation", "tokenizer", "warm_start"}
 
 # What config.json had then: key -> (value, today's value of the same meaning).
 _OLD_VALUES: dict[str, tuple[list[str], list[str]]] = {

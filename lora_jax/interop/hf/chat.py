@@ -1,0 +1,67 @@
+"""The chat template and the special tokens of a Hugging Face folder, as transformers reads them."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_jax.checkpoints import finish_replacing, write_atomically
+from lora_jax.interop.folders import TEMPLATE, TOKENIZER_CONFIG, inside, read_json
+from lora_jax.interop.hf.sources import is_gguf, local
+
+
+def chat_template(source: str | os.PathLike) -> str | None:
+    """The chat template of a GGUF file, or of a folder: chat_template.jinja, or else what tokenizer_config.json has, of several named ones
+    the one called "default"; None where there is none.
+
+    Raises:
+      ValueError: the file is no UTF-8, or holds something else than a template.
+    """
+    folder = local(source)
+    if is_gguf(folder):
+        return _gguf(folder).chat_template
+    file = inside(folder, TEMPLATE)
+    if file.is_file():
+        try:
+            return file.read_bytes().decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is no UTF-8: {error}") from error
+    template, file = _fields(folder).get("chat_template"), Path(folder) / TOKENIZER_CONFIG
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        if "default" not in named:
+            raise ValueError(f"{file}: chat_template names {', '.join(map(str, named))}, and no 'default'")
+        template = named["default"]
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"{file}: chat_template is no text but {template!r:.80}")
+    return template
+
+
+def special_tokens(source: str | os.PathLike) -> dict[str, str]:
+    """{"bos_token": ..., "eos_token": ..., ...} of a GGUF file or a folder's tokenizer_config.json, the names that
+    templates use; {} without that file."""
+    folder = local(source)
+    if is_gguf(folder):
+        return _gguf(folder).special_tokens
+    fields = {name: x for name, x in _fields(folder).items() if name.endswith("_token") and not name.startswith("add_")}
+    texts = {name: x.get("content") if isinstance(x, dict) else x for name, x in fields.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def save_chat(folder: str | os.PathLike, template: str, tokens: Mapping[str, str]) -> None:
+    """Writes a template and special tokens into a folder, where this library and transformers read them."""
+    write_atomically(Path(folder) / TEMPLATE, template.encode())
+    write_atomically(Path(folder) / TOKENIZER_CONFIG, (json.dumps(dict(tokens), indent=2) + "\n").encode())
+
+
+def _gguf(path: Path) -> Any:
+    from lora_jax.interop import gguf  # slow to import, and seldom needed
+
+    return gguf.open_file(path)
+
+
+def _fields(folder: str | os.PathLike) -> dict[str, Any]:
+    finish_replacing(Path(folder))
+    file = Path(folder) / TOKENIZER_CONFIG
+    return read_json(file) if file.is_file() else {}
