@@ -17,10 +17,12 @@ transformers = pytest.importorskip("transformers")
 from flax.traverse_util import flatten_dict  # noqa: E402
 
 from tests.helpers import gguf_files  # noqa: E402
+from tests.helpers.marks import slow_but  # noqa: E402
 
 # What GGUF has no words for: dynamic scaling, other scales of yarn, windows of Qwen 2 (which no converter writes).
 NO_FORM = ("llama, dynamic", "llama, yarn, scales", "llama, yarn, ramp", "qwen2, windows", "gemma2, no caps")
 NAMES = [name for name in VARIANTS if name not in NO_FORM]
+QUICK = ("llama, biases", "llama 3", "llama, yarn", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
 SMALL = {"vocab_size": 40, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
 SMALL |= {"num_attention_heads": 8}
 
@@ -35,7 +37,7 @@ def changes_of(name: str) -> dict:
     return {"query_pre_attn_scalar": 12} if name == "gemma2" else {}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(NAMES, *QUICK))
 def test_a_file_gives_the_model_of_the_folder(name, tmp_path):
     """Config and every parameter; to the bit but for Gemma's norms, which the file holds as 1 + w in float32."""
     theirs = torch_model(name, **changes_of(name))
@@ -58,7 +60,7 @@ def test_a_file_gives_the_model_of_the_folder(name, tmp_path):
         np.testing.assert_allclose(leaf, flat_of_folder[path], rtol=0, atol=2e-7 if norm else 0, err_msg=path)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3, defaults"])
+@pytest.mark.parametrize("name", slow_but(["llama", "qwen2", "gemma3, defaults"], "qwen2"))
 def test_logits_are_those_of_transformers_reading(name, tmp_path):
     """Of the same file; sums in float32: 1e-4 of the largest. transformers knows nothing of the scalings there."""
     theirs = torch_model(name, **({"head_dim": 256} if name.startswith("gemma") else {}))
