@@ -119,6 +119,13 @@ def test_a_tensor_there_twice(whole, tmp_path):
     refused(path, "is there twice|lacks llama.block_count")
 
 
+def test_a_tensor_within_another(whole, tmp_path):
+    path, name = tmp_path / "model.gguf", b"blk.0.attn_k.weight"
+    offset = whole.index(name) + len(name) + 4 + 2 * 8 + 4  # behind the number of axes, two axes and the type
+    path.write_bytes(whole[:offset] + struct.pack("<Q", 32) + whole[offset + 8 :])
+    refused(path, r"attn_k\.weight begins at byte \d+, within another tensor|within another tensor")
+
+
 WRONG_KEYS = {
     "another architecture": ("general.architecture", "falcon", "is 'falcon'; llama, qwen2, qwen3, gemma2, gemma3 are"),
     "no layers said": ("llama.block_count", None, "lacks llama.block_count"),

@@ -48,13 +48,16 @@ def theirs_of(file):
 
 
 def assert_same(tokenizer, theirs, names=TEXTS) -> None:
-    """Ids, with special tokens and without, of single texts and of pairs, and the texts of the ids."""
+    """Ids, with special tokens and without, of single texts and of pairs, and the texts of the ids. Backwards and in
+    parts too: what was not learnt as it stands, where the order of merges counts."""
     for name in names:
         text, ids = TEXTS[name], tokenizer.encode(TEXTS[name]).ids
         assert ids == theirs(text)["input_ids"], name
         plain = tokenizer.encode(text, add_special_tokens=False).ids
         assert plain == theirs(text, add_special_tokens=False)["input_ids"], name
         assert tokenizer.decode(ids, skip_special_tokens=False) == theirs.decode(ids), name
+        for part in (text[::-1], text[::2], text[1::3], text.swapcase(), *(text[start:] for start in range(1, 9))):
+            assert tokenizer.encode(part).ids == theirs(part)["input_ids"], (name, part)
     assert tokenizer.encode("one", "two").ids == theirs("one", "two")["input_ids"]
 
 
@@ -117,8 +120,8 @@ def test_whole_tokens_of_llama_3_need_no_merges(tmp_path):
 @pytest.mark.parametrize("prefix", [True, False])
 def test_sentence_piece(prefix, tmp_path):
     """Also id for id what SentencePiece itself gives, which transformers' reading does not: it puts a space before
-    every text (add_space_prefix is not read there) and spells `<0x0A>` and `<unk>` of a text as a byte and the unknown
-    token. A text that begins with a space gets no second one, as in transformers and unlike SentencePiece."""
+    every text, as it does not read add_space_prefix. A text that begins with a space gets no second one, as in
+    transformers and unlike SentencePiece."""
     metadata, model = sentence_piece(tmp_path, **({} if prefix else {"add_space_prefix": False}))
     file = file_of(tmp_path, metadata)
     _, _, tokenizer = hf.load(file)
@@ -133,6 +136,17 @@ def test_sentence_piece(prefix, tmp_path):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text.replace("▁", " "), name
     tokenizer.encode_special_tokens = True  # as texts of data are read
     assert tokenizer.encode("a<s>b<0x0A>", add_special_tokens=False).ids == model.Encode("a<s>b<0x0A>")
+
+
+def test_what_is_no_part_of_a_text_is_not_merged_from_its_letters(tmp_path):
+    """As SentencePiece has it: where special tokens are read as text, `<s>` is not the token that begins one."""
+    metadata, _ = sentence_piece(tmp_path)
+    for name, value in {"tokens": "s>", "scores": -1.0, "token_type": 1}.items():
+        metadata[f"tokenizer.ggml.{name}"].append(value)
+    assert {"<", "s>", "<s>"} <= set(metadata["tokenizer.ggml.tokens"])
+    tokenizer = ours.open_file(file_of(tmp_path, metadata)).tokenizer
+    tokenizer.encode_special_tokens = True
+    assert 1 not in tokenizer.encode("a<s>b", add_special_tokens=False).ids
 
 
 def test_gemma(tmp_path):
