@@ -51,7 +51,10 @@ LAYERS = {
     "metrics": ({"core.extras"}, {"numpy", "sacrebleu", "scipy", "sklearn"}),
     "distributed": (CORE | {"models"}, CORE_OUTSIDE),
     "checkpoints": (CORE | {"models", "distributed", "data.json_files"}, CORE_OUTSIDE | HEAVY),
-    "interop": (CORE | {"models", "distributed", "checkpoints", "data.json_files"}, CORE_OUTSIDE | HEAVY | {"torch"}),
+    "interop": (
+        CORE | {"models", "distributed", "checkpoints", "data.json_files"},
+        CORE_OUTSIDE | HEAVY | {"torch", "gguf"},
+    ),
     "generation": (CORE | {"models"}, CORE_OUTSIDE | {"flax", "jaxtyping", "tokenizers", "tqdm"}),
     "training": (
         CORE | {"models", "data", "metrics", "distributed", "checkpoints", "interop", "generation"},

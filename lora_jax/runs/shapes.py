@@ -11,6 +11,7 @@ from lora_jax.core.globs import matches_any
 from lora_jax.core.selection import flatten
 from lora_jax.data import glue
 from lora_jax.interop import hf
+from lora_jax.interop.hf.sources import is_gguf
 from lora_jax.models import encoder, gpt2, llama
 from lora_jax.models.family import dimensions_of, family_of
 from lora_jax.models.rotary import Rotary
@@ -59,15 +60,16 @@ def workload(config: ConfigDict) -> asking.Workload:
 
 
 def model_of(config: ConfigDict) -> Any:
-    """The model of a config's base, a folder with its config.json or the name of a public one, with the options of the
-    config's `model` and the head of its task."""
+    """The model of a config's base, a folder with its config.json, a GGUF file or the name of a public one, with the
+    options of the config's `model` and the head of its task."""
     base, task = config.base, glue.TASKS.get(config.data.name)
-    if not Path(base).is_dir() and base not in PUBLIC:
+    on_disk = Path(base).is_dir() or (is_gguf(base) and Path(base).is_file())
+    if not on_disk and base not in PUBLIC:
         raise ValueError(
-            f"the shape of the base {base!r} is not known: give a folder with its config.json (--config.base=FOLDER), "
-            f"or one of {', '.join(PUBLIC)}"
+            f"the shape of the base {base!r} is not known: give a folder with its config.json or a GGUF file "
+            f"(--config.base=FOLDER), or one of {', '.join(PUBLIC)}"
         )
-    shape = hf.without_weights(base).config if Path(base).is_dir() else PUBLIC[base]
+    shape = hf.without_weights(base).config if on_disk else PUBLIC[base]
     family = family_of(shape)
     bases.check_task(shape, config.data.name, base, task_named(config.data.name))
     if family.with_head and task:
