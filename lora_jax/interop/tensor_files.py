@@ -85,19 +85,19 @@ def _lazy(file: Any, name: str, path: Path) -> Lazy:
     dtype = _DTYPES.get(entry.get_dtype(), entry.get_dtype())
     if dtype not in FLOATS:
         raise ValueError(f"{path}: {name} is {dtype}, not {', '.join(FLOATS[:-1])} or {FLOATS[-1]}")
-    stored, shape, version = jnp.dtype(dtype), tuple(entry.get_shape()), _version(path)
+    stored, shape, version = jnp.dtype(dtype), tuple(entry.get_shape()), version_of(path)
 
     def fetch(index: Index) -> np.ndarray:
         is_all = all((axis.start, axis.stop) == (0, size) for axis, size in zip(index, shape, strict=True))
         with _opened(path) as file:
-            if _version(path) != version:
+            if version_of(path) != version:
                 raise ValueError(f"{path} was changed while it was read: read all of it again")
             return _tensor(file, name, stored, path, None if is_all else index)
 
     return Lazy(f"{path}: {name}", shape, stored, fetch)
 
 
-def _version(path: Path) -> tuple[int, int, int]:
+def version_of(path: Path) -> tuple[int, int, int]:
     """What changes when the file is written to or replaced."""
     status = os.stat(path)
     return status.st_ino, status.st_size, status.st_mtime_ns

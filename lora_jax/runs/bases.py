@@ -14,7 +14,6 @@ from tokenizers import Tokenizer
 from lora_jax import Delta, ParamTransform, checkpoints
 from lora_jax.distributed import processes, sharding
 from lora_jax.interop import hf
-from lora_jax.interop.packages import local_path
 from lora_jax.models.family import family_of, function_fields
 from lora_jax.runs.tasks import Task, task_in
 
@@ -58,14 +57,14 @@ def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None
     source, task = source or config.base, task or task_in(config)
     head = {**task.head, "key": jax.random.key(config.seed)} if task.head else {}
     try:
-        stored_model, stored, tokenizer = hf.unread(local_path(source), **head)
+        stored_model, stored, tokenizer = hf.unread(source, **head)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}. The paper's bases are public: {PUBLIC}") from error
     if tokenizer is None:
         raise FileNotFoundError(f"{source} has no tokenizer.json: put that of the base there")
     tokenizer.encode_special_tokens = True  # as `data.tokenizing.plain`, which then makes no copies
     check_task(stored_model, config.data.name, source, task)
-    new = hf.untrained(stored_model, local_path(source))
+    new = hf.untrained(stored_model, source)
     mesh = sharding.make_mesh({}) if mesh is None else mesh
     settings = dataclasses.replace(stored_model.config, **config.model.to_dict())
     model = sharding.on_mesh(type(stored_model)(settings), mesh)
@@ -97,7 +96,7 @@ def identity(
     """`checkpoints.identity` of what stands below the heads, and of the model's config: a head trains, and so is part
     of the delta; the same base is the same with whatever head it was loaded, and without. `new`: of `Base`, if it is
     known."""
-    new = hf.untrained(model, local_path(source)) if new is None else new
+    new = hf.untrained(model, source) if new is None else new
     heads = {*family_of(model).head_params, *(glob.partition("/")[0] for glob in new)}
     below = {name: part for name, part in params.items() if name not in heads}
     return checkpoints.identity(below, source, config=function_fields(model), tokenizer=tokenizer)

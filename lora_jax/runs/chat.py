@@ -13,7 +13,6 @@ from lora_jax.data.encoded import Conversations
 from lora_jax.data.files import read_text
 from lora_jax.data.tasks import TextTask
 from lora_jax.interop import hf
-from lora_jax.interop.packages import local_path
 from lora_jax.models.family import dimensions_of
 from lora_jax.runs import methods
 from lora_jax.runs.tasks import Task, register_task
@@ -34,7 +33,7 @@ def template_of(config: ConfigDict, source: str) -> str:
         return given
     if given:
         return read_text(given)
-    template = hf.chat_template(local_path(source))
+    template = hf.chat_template(source)
     if template is None:
         raise ValueError(
             f"{source} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json): give "
@@ -49,7 +48,7 @@ def format_of(config: ConfigDict, base: Any) -> chat.Format:
     Args:
       base: a `bases.Base` or a `reload.Loaded`: its model, its tokenizer, and its `source`.
     """
-    tokens = hf.special_tokens(local_path(base.source))
+    tokens = hf.special_tokens(base.source)
     end = base.tokenizer.id_to_token(base.model.config.eos_token_id)
     return chat.Format(template_of(config, base.source), {"eos_token": end} | tokens, base.tokenizer)
 

@@ -15,7 +15,6 @@ from lora_jax import Delta, ParamTransform, checkpoints, training
 from lora_jax.data.json_files import read_json
 from lora_jax.distributed import sharding
 from lora_jax.interop import hf, peft
-from lora_jax.interop.packages import local_path
 from lora_jax.models.family import family_of
 from lora_jax.models.layouts import to_loop
 from lora_jax.runs import bases, methods
@@ -185,7 +184,7 @@ def export_run(workdir: str | Path, form: Form, out: str | Path, *, base: str | 
             adapted = jax.eval_shape(method.apply, loaded.params, delta)
             delta = jax.device_put(delta, loaded.placement.shardings(delta, adapted))
         params = method.apply(loaded.params, delta)
-        hf.save(out, loaded.model, params, loaded.tokenizer, merge=True, like=local_path(source))
+        hf.save(out, loaded.model, params, loaded.tokenizer, merge=True, like=source)
         if (save_format := task_in(config).save_format) is not None:
             save_format(config, loaded, out)
     else:

@@ -252,10 +252,10 @@ def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_pa
     (tmp_path / "some_weights").mkdir()
     (tmp_path / "some_weights/__init__.py").write_text("raise ImportError('is not imported')")
     with pytest.raises(FileNotFoundError, match=r"some_weights holds 0 \.gguf files"):
-        packages.local_path("package:some_weights")
+        packages.file_of("package:some_weights")
     (tmp_path / "some_weights/model.gguf").write_bytes(b"")
-    assert packages.local_path("package:some_weights") == str(tmp_path / "some_weights/model.gguf")
-    assert packages.local_path("gpt2") == "gpt2"
+    assert packages.file_of("package:some_weights") == tmp_path / "some_weights/model.gguf"
+    assert not packages.is_package("gpt2")
 
 
 def test_no_such_config() -> None:

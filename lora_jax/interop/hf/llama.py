@@ -65,6 +65,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "sliding_window": 4096,
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
+        "hidden_activation": "gelu_pytorch_tanh",
     },
 }
 _DEFAULTS["qwen3"] = _DEFAULTS["qwen2"] | {"head_dim": 128}

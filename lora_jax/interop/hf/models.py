@@ -21,17 +21,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from lora_jax.checkpoints import finish_replacing, naming, replaced_together
+from lora_jax.checkpoints import naming, replaced_together
 from lora_jax.core import transforms
 from lora_jax.core.arrays import is_adapted
-from lora_jax.core.extras import extra
 from lora_jax.distributed import processes
-from lora_jax.interop.folders import INDEX, WEIGHTS, check_shapes, inside, open_tensors, read_json
+from lora_jax.interop.folders import INDEX, WEIGHTS, check_shapes
 from lora_jax.interop.hf import encoder, gpt2, llama  # noqa: F401  (they register their formats)
-from lora_jax.interop.hf.chat import TEMPLATE, TOKENIZER_CONFIG
 from lora_jax.interop.hf.checks import check_sizes, with_source, without_other_head
 from lora_jax.interop.hf.families import Format, HeadOptions, Stored, format_of, layouts
-from lora_jax.interop.hf.tokenizer import read_tokenizer
+from lora_jax.interop.hf.sources import local, open_source
 from lora_jax.interop.lazy import placed, stacked
 from lora_jax.interop.tensor_files import FLOATS
 from lora_jax.models import shapes
@@ -55,10 +53,10 @@ def load(
     dtype: str = "float32",
     place: Callable[[str, tuple[int, ...]], Sharding] | None = None,
 ) -> tuple[nn.Module, dict, Tokenizer | None]:
-    """A model, its parameters and its tokenizer from a folder or from the Hugging Face Hub.
+    """A model, its parameters and its tokenizer from a folder, a GGUF file or the Hugging Face Hub.
 
     Args:
-      folder_or_hub_id: a folder, or else a name on the Hub ("openai-community/gpt2").
+      folder_or_hub_id: a folder, a file whose name ends in .gguf, or else a name on the Hub ("openai-community/gpt2").
       head: the head that is wanted; made anew, with a warning, where the files have none. GPT-2 has "lm" only, and has
         it anyway unless the files say that it is untied and lack it. Encoders have "classification", "regression", or
         by default what the files have. The head of another task, such as token classification, is left out, with a
@@ -71,8 +69,8 @@ def load(
 
     Returns:
       `(model, params, tokenizer)`: the parameters as nested dicts, by default float32 in the loop layout (`h_0`, ...);
-      the tokenizer is None where there is no tokenizer.json. `model.config` has no dropout, whatever config.json says:
-      its rates concern training only. `save(..., like=folder)` writes them again.
+      the tokenizer is None where there is no tokenizer.json, or none in the GGUF file. `model.config` has no dropout,
+      whatever config.json says: its rates concern training only. `save(..., like=folder)` writes them again.
 
     Raises:
       FileNotFoundError: neither such a folder nor such a model, or files are missing.
@@ -96,13 +94,13 @@ def unread(
 ) -> tuple[Any, dict, Tokenizer | None]:
     """As `load`, in float32 and the loop layout, but the leaves are `lazy.Lazy`: the files are open to look at, names,
     types and shapes are checked, and no weight is read."""
-    folder = folder_of(folder_or_hub_id)
-    format, fields = _described(folder)
-    tensors, options = open_tensors(folder, format.ignored), HeadOptions(head, labels, tie, key)
-    check_sizes(format, format.config_of(fields, str(folder)), tensors, str(folder))
-    tensors = without_other_head(format, fields, tensors, str(folder), options)
-    model, flat = format.from_hf(format, fields, tensors, str(folder), options)
-    return model, unflatten_dict(flat, sep="/"), _tokenizer(folder, model.config.vocab_size)
+    source = open_source(local(folder_or_hub_id))
+    format, fields, name = source.format, source.fields, source.name
+    tensors, options = source.tensors(), HeadOptions(head, labels, tie, key)
+    check_sizes(format, format.config_of(fields, name), tensors, name)
+    tensors = without_other_head(format, fields, tensors, name, options)
+    model, flat = format.from_hf(format, fields, tensors, name, options)
+    return model, unflatten_dict(flat, sep="/"), source.tokenizer(model.config.vocab_size)
 
 
 def read(
@@ -138,13 +136,12 @@ def read(
 
 
 def without_weights(folder: str | os.PathLike) -> nn.Module:
-    """The model that a folder's config.json describes, an encoder without pooler and head; no weights are read. Raises
-    what `load` raises of config.json."""
-    folder = Path(folder)
-    format, fields = _described(folder)
-    config = format.config_of(fields, str(folder))
-    if (folder / WEIGHTS).is_file():
-        check_sizes(format, config, open_tensors(folder, format.ignored), str(folder))
+    """The model that a folder's config.json, or a GGUF file, describes, an encoder without pooler and head; no weights
+    are read. Raises what `load` raises of config.json."""
+    source = open_source(Path(folder))
+    config = source.format.config_of(source.fields, source.name)
+    if source.has_weights:
+        check_sizes(source.format, config, source.tensors(), source.name)
     return family_of(config).model(config)
 
 
@@ -152,7 +149,7 @@ def untrained(model: nn.Module, source: str | os.PathLike) -> tuple[str, ...]:
     """Globs of the parameters besides the head that the files lack and `load` makes anew, for every method to train."""
     format = format_of(family_of(model).name, str(source))
     needed = format.head_needs(model.config)
-    names = open_tensors(folder_of(source), format.ignored) if needed else ()
+    names = open_source(local(source)).tensors() if needed else ()
     return tuple(glob for end, glob in needed.items() if not any(name.endswith(end) for name in names))
 
 
@@ -217,7 +214,7 @@ def save(
 
 
 def _with_source(format: Format, fields: dict[str, Any], like: str | os.PathLike) -> dict[str, Any]:
-    _, source = _described(folder_of(like))
+    source = open_source(local(like)).fields
     if source["model_type"] != fields["model_type"]:
         raise ValueError(f"like={like} is a {source['model_type']}, but the model is a {fields['model_type']}")
     return with_source(format, fields, source)
@@ -293,31 +290,3 @@ def _packed(tensors: Tensors, most: int) -> Iterator[dict[str, np.ndarray]]:
             held.clear()  # here, not a new one: the reader still has this one
         held[name] = tensor
     yield held
-
-
-def _described(folder: Path) -> tuple[Format, dict[str, Any]]:
-    """The format that config.json names, and its fields."""
-    finish_replacing(folder)
-    fields = read_json(folder / "config.json")
-    return format_of(fields.get("model_type"), str(folder)), fields
-
-
-def folder_of(source: str | os.PathLike) -> Path:
-    """The folder itself, or the local copy of a model on the Hub."""
-    if (folder := Path(source).expanduser()).is_dir():
-        return folder
-    with extra("hf"):
-        import huggingface_hub  # slow to import, and seldom needed
-    try:
-        wanted = ["config.json", WEIGHTS, INDEX, "model-*.safetensors", "tokenizer.json", TEMPLATE, TOKENIZER_CONFIG]
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted))
-    except Exception as error:  # of the Hub, the network or the disk: the way out is the same
-        raise FileNotFoundError(
-            f"there is no folder {source}, and https://huggingface.co/{source} could not be fetched "
-            f"({type(error).__name__}); download its config.json, {WEIGHTS} and tokenizer.json and name their folder"
-        ) from error
-
-
-def _tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
-    path = inside(folder, "tokenizer.json")
-    return read_tokenizer(path, vocab_size) if path.is_file() else None

@@ -24,15 +24,20 @@ def read_tokenizer(path: str | os.PathLike, vocab_size: int | None = None) -> To
         tokenizer.encode("a \N{SNOWMAN}")  # what lacks its token for unknown characters fails only then
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{path} is no tokenizer ({error})") from error
+    return checked(tokenizer, os.fspath(path), vocab_size)
+
+
+def checked(tokenizer: Tokenizer, source: str, vocab_size: int | None = None) -> Tokenizer:
+    """`read_tokenizer`'s checks of what is a tokenizer, and without truncation and padding."""
     vocabulary = tokenizer.get_vocab()
     if not vocabulary:
-        raise ValueError(f"{path} is a tokenizer without tokens")
+        raise ValueError(f"{source} is a tokenizer without tokens")
     if len(set(vocabulary.values())) < len(vocabulary):
-        raise ValueError(f"{path}: two tokens have one id")
+        raise ValueError(f"{source}: two tokens have one id")
     last = max(vocabulary, key=vocabulary.__getitem__)
     if vocab_size is not None and vocabulary[last] >= vocab_size:
         problem = f"{last!r} is token {vocabulary[last]}, but config.json says vocab_size {vocab_size}"
-        raise ValueError(f"{path}: {problem}, which is for ids below it")
+        raise ValueError(f"{source}: {problem}, which is for ids below it")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
