@@ -204,7 +204,7 @@ class Format:
         text = self.rendered(turns)
         start, end = text.answers[-1]
         last = [match for match in self.pattern.finditer(text.text, start, end) if match.end() == end]
-        return [self.tokenizer.token_to_id(match[0]) for match in last]
+        return [int(self.tokenizer.token_to_id(match[0])) for match in last]
 
 
 def encode(
@@ -243,8 +243,8 @@ def encode(
         )
     if too_long:
         log.warning("skipped %d of %d conversations longer than %d tokens", len(too_long), len(examples), length)
-    bounds = [np.array(numbers, np.int64) for numbers in (offsets, targets, first_targets)]
-    return Conversations(np.array(tokens, np.int32), *bounds, skipped=len(too_long))
+    places = [np.array(numbers, np.int64) for numbers in (offsets, targets, first_targets)]
+    return Conversations(np.array(tokens, np.int32), places[0], places[1], places[2], skipped=len(too_long))
 
 
 def _scored(examples: datasets.Dataset, format: Format) -> Iterator[tuple[str, list[int], np.ndarray]]:

@@ -245,6 +245,18 @@ def test_splits_of_one_file(tmp_path: Path) -> None:
         load_split(task, ConfigDict({"data": data | {"train": str(written(tmp_path / "c.jsonl", rows[0]))}}), "valid")
 
 
+def test_the_example_of_the_docs() -> None:
+    """docs/instruct.md shows what is in the loss."""
+    rendered = format_of("smollm2").rendered(said("Is it open?", "Yes, until ten.", "And tomorrow?", "Closed."))
+    underlined, start = "", 0
+    for line in rendered.text.splitlines(keepends=True):
+        inside = [any(first <= start + n < end for first, end in rendered.answers) for n in range(len(line) - 1)]
+        underlined += line + ("~" * sum(inside) + "\n" if any(inside) else "")
+        assert all(inside) or not any(inside)
+        start += len(line)
+    assert f"```\n{underlined}```" in (Path(__file__).parents[2] / "docs/instruct.md").read_text()
+
+
 def test_the_plain_template_needs_no_special_tokens_of_a_chat() -> None:
     format = chat.Format(templates.PLAIN, TOKENS, chat_tokenizer())
     assert format.ends() == [format.tokenizer.token_to_id("</s>")]
