@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from lora_jax.core.arrays import LowRank, Tuned, is_adapted, widened
-from lora_jax.core.ranges import COUNT
 from lora_jax.core.selection import CLASS, Selection, flatten, look_up, matches_any, select
 from lora_jax.core.transforms import Delta, ParamTransform, chain, from_spec, traits_of
 from lora_jax.methods.bias_delta import BiasDelta, bias_delta
 from lora_jax.methods.lora import lora
+from lora_jax.methods.ranges import COUNT
 from lora_jax.methods.tune import tune
 
 Pair = tuple[ParamTransform, Delta]

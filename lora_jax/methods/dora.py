@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.core.arrays import Adapted, LowRank, Op, Weight, adapted_array, einsum, static, widened
+from lora_jax.core.arrays import Adapted, LowRank, Op, Weight, adapted_array, dense, einsum, static, widened
 from lora_jax.core.selection import Selection
 from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_target, register
 from lora_jax.methods.lora import Options, Ranks, at_rank
@@ -120,7 +120,7 @@ def dora(
         return low.shapes(target) | {"m": units, "fixed_norm": units}
 
     def init(key: Array, target: Target) -> Factors:
-        wide = jnp.asarray(target.leaf).astype(jnp.float32)
+        wide = jnp.asarray(dense(target.leaf)).astype(jnp.float32)
         norm = target.adapted_layers(jnp.sqrt(einsum("W->so", target.axes, wide * wide)))
         return low.init(key, target) | {"m": norm, "fixed_norm": jnp.array(norm, copy=True)}
 
