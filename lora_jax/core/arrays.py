@@ -153,10 +153,23 @@ class Encoded(Adapted, OneLeaf):
     - `base`: a ShapeDtypeStruct of the values.
     """
 
+    def product(self, x: Array, op: Op) -> Array:
+        return op(x, self)
+
 
 def dense(w: Any) -> Any:
     """A plain array, which an adapted one stands for."""
     return w.materialize() if is_adapted(w) else w
+
+
+def is_changed(node: Any) -> bool:
+    """Whether this is an array that a method changes: adapted, and not merely encoded."""
+    return is_adapted(node) and not isinstance(node, Encoded)
+
+
+def frozen(base: Any) -> Any:
+    """The base of an adapted array, without a gradient."""
+    return base if is_adapted(base) else lax.stop_gradient(base)
 
 
 def factor_axes(layout: str, axes: str) -> list[int | str]:
@@ -212,7 +225,7 @@ class Weight(Adapted):
     path: str = static(default=PathLabel())
 
     def product(self, x: Array, op: Op) -> Array:
-        return op(x, lax.stop_gradient(self.base))
+        return op(x, frozen(self.base))
 
     def materialize(self) -> Array:
         return dense(self.base)
@@ -250,7 +263,7 @@ class LowRank(Summed):
     dropout: float = static(default=0.0)
 
     def product(self, x: Array, op: Op) -> Array:
-        y = op(x, lax.stop_gradient(self.base))
+        y = op(x, frozen(self.base))
         return y + self.branch(self.dropped(x, op), op).astype(y.dtype)
 
     def branch(self, x: Array, op: Op) -> Array:

@@ -14,7 +14,7 @@ from lora_jax.core.arrays import Encoded, PathLabel, adapted_array, is_adapted, 
 from lora_jax.core.selection import CLASS, Selection, check_globs, flatten
 from lora_jax.core.transforms import Params
 from lora_jax.core.transforms.transform import need_params
-from lora_jax.quantized.kinds import KINDS, Kind, gguf_blocks
+from lora_jax.quantized.kinds import KINDS, Codes, Kind, gguf_blocks
 
 BITS = {4: "nf4", 8: "int8"}
 
@@ -138,19 +138,20 @@ def _after(w: Quantized, x: Array) -> Quantized:
     """w, whose codes the compiler then cannot decode before x is there: those of all layers at once, or once for
     forward and backward pass."""
 
-    def barrier(codes: Array, x: Array) -> Array:
+    def barrier(codes: Codes, x: Array) -> Codes:
         return lax.optimization_barrier((codes, x))[0]
 
-    def on_cpu(codes: Array, x: Array) -> Array:  # whose compiler drops barriers: what depends on x it cannot know
+    def on_cpu(codes: Codes, x: Array) -> Codes:  # whose compiler drops barriers: what depends on x it cannot know
         never = lax.slice(x, [0] * x.ndim, [1] * x.ndim).reshape(()) > jnp.inf
-        return codes ^ never.astype(codes.dtype)
+        return {name: array ^ never.astype(array.dtype) for name, array in codes.items()}
 
     aval: Any = jax.typeof(x)
     if not jnp.issubdtype(x.dtype, jnp.floating) or not x.size or getattr(aval, "vma", None):
         return w
+    codes = {"codes": w.codes} | ({"scale": w.scale} if jnp.issubdtype(w.scale.dtype, jnp.integer) else {})
     if any(aval.sharding.spec):  # an explicit mesh
-        return w.replace(codes=barrier(w.codes, x))
-    return w.replace(codes=lax.platform_dependent(w.codes, x, cpu=on_cpu, default=barrier))
+        return w.replace(**barrier(codes, x))
+    return w.replace(**lax.platform_dependent(codes, x, cpu=on_cpu, default=barrier))
 
 
 def quantize(params: Params, selection: Selection, *, bits: int = 4) -> Params:

@@ -3,15 +3,16 @@
 `int8` has one scale a row (Dettmers et al. 2022, arXiv 2208.07339, without its outliers). `nf4` has blocks of 64 along
 the row, with the levels of QLoRA and scales that are quantized themselves (Dettmers et al. 2023, arXiv 2305.14314,
 section 3; bitsandbytes' `quantize_4bit`). `Q4_0`, `Q4_1` and `Q8_0` are the blocks of 32 of GGUF files, as ggml has
-them. Two codes of 4 bits share a byte: the first half of a block has the low bits, the second half the high ones.
+them. Two codes of 4 bits share a byte, as they do there: in nf4 two that follow one another, the first one in the high
+bits; in GGUF one of a block's first half, in the low bits, and one of the second.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 Codes = dict[str, Array]
 
@@ -52,10 +53,26 @@ class Kind(NamedTuple):
     encode: Callable[[Array, int], Codes] | None = None  # (rows of whole blocks, how many axes are stacked)
 
 
-def _halves(codes: Array) -> Array:
-    """(.., bytes) of two codes each -> (.., 2 * bytes) codes of 0 to 15."""
-    halves = (codes[..., None, :] >> jnp.array([[0], [4]], codes.dtype)) & 15
-    return halves.reshape(*codes.shape[:-1], -1)
+def _pairs(codes: Array, levels: Sequence[float], shifts: tuple[int, int]) -> Array:
+    """(.., bytes) of two codes each -> (.., bytes, 2) of their levels, float32; `shifts` are the codes' places."""
+
+    def looked_up(codes: Array) -> Array:  # no constant of the size of the weight, which a loop's compiler would keep
+        table = [[levels[byte >> shift & 15] for shift in shifts] for byte in range(256)]
+        return jnp.asarray(np.array(table, np.float32)).at[codes].get(mode="promise_in_bounds")
+
+    def selected(codes: Array) -> Array:
+        return jnp.stack([_selected(codes >> shift, levels) for shift in shifts], -1)
+
+    return lax.platform_dependent(codes, tpu=selected, default=looked_up)
+
+
+def _selected(codes: Array, levels: Sequence[float]) -> Array:
+    """The levels of codes' last 4 bits by selections, as TPUs have it faster."""
+    left = [jnp.float32(level) for level in levels]
+    for bit in range(4):
+        is_set = (codes & (1 << bit)) != 0
+        left = [jnp.where(is_set, high, low) for low, high in zip(left[::2], left[1::2], strict=True)]
+    return left[0]
 
 
 def _joined(blocks: Array) -> Array:
@@ -72,18 +89,9 @@ def _int8(codes: Codes) -> Array:
 
 
 def _to_int8(x: Array, stacked: int) -> Codes:
-    scale = jnp.max(jnp.abs(x), -1) / 127
+    scale = jnp.max(jnp.abs(x), -1) * np.float32(1 / 127)
     codes = jnp.round(x / jnp.where(scale == 0, 1, scale)[..., None])
     return {"codes": codes.astype(jnp.int8), "scale": scale}
-
-
-def _level(codes: Array) -> Array:
-    """The levels of codes of 0 to 15, by selections, which compile to vector code everywhere, as look-ups do not."""
-    levels = [jnp.float32(level) for level in NF4]
-    for bit in range(4):
-        is_set = (codes & (1 << bit)) != 0
-        levels = [jnp.where(is_set, high, low) for low, high in zip(levels[::2], levels[1::2], strict=True)]
-    return levels[0]
 
 
 def _nf4(codes: Codes) -> Array:
@@ -92,7 +100,7 @@ def _nf4(codes: Codes) -> Array:
     levels = jnp.asarray(dynamic_map())[small.reshape(*lead, -1)]
     each = jnp.repeat(nested, _SCALES, -1, total_repeat_length=nested.shape[-1] * _SCALES)[..., : levels.shape[-1]]
     scale = (levels * each + codes["offset"][..., None]).reshape(small.shape)
-    return _joined(_level(_halves(codes["codes"])) * scale[..., None])
+    return _joined(_pairs(codes["codes"], NF4, (4, 0)).reshape(*scale.shape, -1) * scale[..., None])
 
 
 def _to_nf4(x: Array, stacked: int) -> Codes:
@@ -100,7 +108,6 @@ def _to_nf4(x: Array, stacked: int) -> Codes:
     largest = jnp.max(jnp.abs(blocks), -1)
     normal = blocks / jnp.where(largest == 0, 1, largest)[..., None]
     codes = sum((normal > middle).astype(jnp.uint8) for middle in _middles(np.array(NF4, np.float32)))
-    low, high = codes[..., :32], codes[..., 32:]
     flat = largest.reshape(*x.shape[:stacked], -1)
     offset = jnp.mean(flat, -1)
     rest = flat - offset[..., None]
@@ -110,20 +117,25 @@ def _to_nf4(x: Array, stacked: int) -> Codes:
     normal = groups / jnp.where(nested == 0, 1, nested)[..., None]
     small = jnp.searchsorted(jnp.asarray(_middles(dynamic_map())), normal).astype(jnp.uint8)
     small = small.reshape(*rest.shape[:-1], -1)[..., : rest.shape[-1]].reshape(largest.shape)
-    return {"codes": low | (high << 4), "scale": small, "nested": nested, "offset": offset}
+    return {"codes": codes[..., ::2] << 4 | codes[..., 1::2], "scale": small, "nested": nested, "offset": offset}
 
 
 def _middles(levels: np.ndarray) -> np.ndarray:
     return (levels[:-1] + levels[1:]) / 2
 
 
+def _by_halves(codes: Array, levels: Sequence[float]) -> Array:
+    """The levels of blocks in which each byte has a code of the first half, its last bits, and one of the second."""
+    levels_of_bytes = _pairs(codes, levels, (0, 4)).swapaxes(-1, -2)
+    return levels_of_bytes.reshape(*codes.shape[:-1], -1)
+
+
 def _q4_0(codes: Codes) -> Array:
-    signed = _halves(codes["codes"]).astype(jnp.float32) - 8
-    return _joined(signed * _wide(codes["scale"]))
+    return _joined(_by_halves(codes["codes"], range(-8, 8)) * _wide(codes["scale"]))
 
 
 def _q4_1(codes: Codes) -> Array:
-    return _joined(_halves(codes["codes"]).astype(jnp.float32) * _wide(codes["scale"]) + _wide(codes["minimum"]))
+    return _joined(_by_halves(codes["codes"], range(16)) * _wide(codes["scale"]) + _wide(codes["minimum"]))
 
 
 def _q8_0(codes: Codes) -> Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lora_jax.core.arrays import Adapted, Encoded, PathLabel, is_adapted, map_adapted
+from lora_jax.core.arrays import Adapted, Encoded, PathLabel, is_adapted, is_changed, map_adapted
 from lora_jax.core.lifting.taps import Tap, Tapped
 from lora_jax.core.selection import Absent, Selection, check_globs, flatten, strings
 from lora_jax.core.transforms import transform
@@ -178,7 +178,7 @@ def per_target(
         def adapted(path: str, leaf: Any) -> Any:
             if (target := by_path.get(path)) is None:
                 return leaf
-            if is_adapted(leaf) and not isinstance(leaf, Encoded):
+            if is_changed(leaf):
                 raise ValueError(f"{path} is adapted already ({leaf}); two transforms on one leaf")
             factors = target.factors_in(delta)
             if shapes:
