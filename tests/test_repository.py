@@ -23,7 +23,6 @@ PACKAGE = ROOT / "lora_jax"
 # The modules of the core and what is built on it: each imports only what stands before it, jax, numpy and optax.
 CORE_ORDER = [
     "core.extras",
-    "core.ranges",
     "core.dropout",
     "core.globs",
     "core.selection",
@@ -38,13 +37,15 @@ CORE_ORDER = [
     "core.transforms.merging",
     "core.transforms.report",
     "core.transforms",
+    "quantized.kinds",
+    "quantized",
     "methods",
     "core.freezing",
 ]
 CORE_OUTSIDE = {"jax", "numpy", "optax"}
 HEAVY = {"flax", "orbax", "safetensors", "huggingface_hub", "tokenizers", "datasets"}
 # What each other layer may import: of the package and from outside.
-CORE = {"core", "methods"}
+CORE = {"core", "methods", "quantized"}
 LAYERS = {
     "models": ({"core.dropout", "core.extras"}, {"jax", "flax", "jaxtyping", "numpy"}),
     "data": ({"core.extras"}, {"numpy", "datasets", "jaxtyping", "jinja2", "tokenizers", "huggingface_hub"}),

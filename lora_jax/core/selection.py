@@ -31,6 +31,12 @@ class Absent(NamedTuple):
         return len(self.shape)
 
 
+class OneLeaf:
+    """A pytree node that counts as one leaf of params: it has shape, dtype and axes of the array that it stands for."""
+
+    axes: str
+
+
 jax.tree_util.register_pytree_node(Absent, lambda absent: ((), tuple(absent)), lambda static, _: Absent(*static))
 
 
@@ -42,8 +48,9 @@ def path_of(keys: tuple) -> str:
 
 
 def flatten(params: Any, is_leaf: Callable[[Any], bool] = lambda _: False) -> tuple[list[tuple[str, Any]], Any]:
-    """`[(path, leaf)], treedef`; an Absent leaf, and what `is_leaf` accepts, are leaves."""
-    flat, treedef = jax.tree.flatten_with_path(params, is_leaf=lambda node: isinstance(node, Absent) or is_leaf(node))
+    """`[(path, leaf)], treedef`; Absent, OneLeaf, and what `is_leaf` accepts, are leaves."""
+    one = lambda node: isinstance(node, Absent | OneLeaf) or is_leaf(node)  # noqa: E731
+    flat, treedef = jax.tree.flatten_with_path(params, is_leaf=one)
     return [(path_of(keys), leaf) for keys, leaf in flat], treedef
 
 
@@ -97,7 +104,7 @@ class Selection(NamedTuple):
 
     def axes_of(self, path: str, leaf: Any) -> str:
         """The axes of one leaf: as named in `axes`, else by the leaf's name and number of axes."""
-        axes = self._named(path)
+        axes = self._named(path) or getattr(leaf, "axes", None)
         if axes is None and leaf.ndim < 3:
             name = re.split(r"[/.]", path)[-1]
             axes = _DEFAULT_AXES.get(name, "io") if leaf.ndim == 2 else "o" * leaf.ndim
@@ -105,6 +112,8 @@ class Selection(NamedTuple):
             named = "no axes are named" if axes is None else f"axes={axes!r}"
             hint = f"select(..., axes={{{path!r}: ...}}), for example {_EXAMPLES.get(leaf.ndim, _ANY_AXES)}"
             raise ValueError(f"{path} has shape {tuple(leaf.shape)} but {named}: name its {leaf.ndim} axes with {hint}")
+        if isinstance(leaf, OneLeaf) and [CLASS[x] for x in axes] != [CLASS[x] for x in leaf.axes]:
+            raise ValueError(f"{path} was quantized with axes {leaf.axes!r}, but the selection has {axes!r}")
         return axes
 
     def spec(self) -> dict[str, Any]:

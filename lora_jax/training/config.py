@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from ml_collections import ConfigDict, config_dict
 
-from lora_jax.core.ranges import COUNT, PROBABILITY, SHARE, Range
+from lora_jax.methods.ranges import COUNT, PROBABILITY, SHARE, Range
 
 # The names of before 2026-11-30, which configs, command lines and config.json may still have.
 RENAMED = {
