@@ -95,7 +95,7 @@ def evaluate(
         return _evaluate(loaded, folder, examples, groups, made, metrics, batch_size=batch_size, seed=seed)
 
 
-def _fitting(loaded: Loaded, groups: Mapping[str, Sequence[str]], max_new_tokens: int) -> dict[str, Sequence[str]]:
+def _fitting(loaded: Loaded, groups: Mapping[str, list[str]], max_new_tokens: int) -> dict[str, list[str]]:
     """The contexts, with their references, that leave the model room for an answer; the log says how many do not."""
     tokens, _ = loaded.task.prompts(list(groups), loaded.config, loaded, loaded.spec)
     room = dimensions_of(loaded.model).max_length - max_new_tokens
