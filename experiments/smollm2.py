@@ -2,7 +2,7 @@
 
     make smollm2        (python -m experiments.smollm2 --workdir=runs/smollm2)
 
-LoRA teaches it a lively way to describe made-up restaurants, from 320 conversations. Prints what it says before and
+LoRA teaches it a lively way to describe made-up restaurants, from 192 conversations. Prints what it says before and
 after, the losses, and what the adapter and a base in 4 bits weigh. A stopped run resumes.
 """
 
@@ -16,14 +16,16 @@ from ml_collections import ConfigDict
 
 import lora_jax as lj
 from configs import instruct
-from experiments import cli, train
+from experiments import cli
 from lora_jax import runs
 from lora_jax.data import restaurants
 from lora_jax.models.family import family_of
 
-STEPS = 40
-ASKED = ("name Blue Spice | food Italian | price high | rating good | area old town | families welcome",)
-ASKED += ("name Old Mill | food Indian | price low | rating excellent | area harbour | families not welcome",)
+STEPS = 24
+ASKED = [
+    "name Blue Spice | food Italian | price high | rating good | area old town | families welcome",
+    "name Old Mill | food Indian | price low | rating excellent | area harbour | families not welcome",
+]
 
 
 def main() -> None:
@@ -49,23 +51,27 @@ def run(workdir: Path, config: ConfigDict) -> dict[str, Any]:
     """Everything; returns the losses and the texts."""
     untrained = config.copy_and_resolve_references()
     untrained.method = "none"
-    before = runs.train(untrained, workdir / "base").summary or {}
-    print("1. LoRA on the answers of conversations about restaurants")
-    train.train(config, workdir / "lora")
-    adapted, base = runs.load(workdir / "lora"), runs.load(workdir / "base", params="base")
+    before, after = trained(untrained, workdir / "base"), trained(config, workdir / "lora")
+    loaded = {"base": runs.load(workdir / "base", params="base"), "LoRA": runs.load(workdir / "lora")}
     asked = [f"Describe the restaurant: {attributes}" for attributes in ASKED]
-    texts = {name: runs.complete(loaded, asked) for name, loaded in (("base", base), ("LoRA", adapted))}
-    after = runs.train(config, workdir / "lora").summary or {}
-    print("\n2. What it says of restaurants that it has not seen")
+    texts = {name: runs.complete(each, asked) for name, each in loaded.items()}
     for number, context in enumerate(asked):
         print(f"\n{context}")
         for name, written in texts.items():
             print(f"  {name}: {written[number]}")
     losses = before["validation_loss"], after["validation_loss"]
-    print(f"\nvalidation loss: {losses[0]:.3f} before, {losses[1]:.3f} after {STEPS} steps, nats a token")
-    show_sizes(base, after)
+    print(f"\nvalidation loss: {losses[0]:.3f} before, {losses[1]:.3f} after {config.steps} steps, nats a token")
+    show_sizes(loaded["base"], after)
     print(f"adapter: {workdir / 'lora' / 'adapter'}\nloss curve: {workdir / 'lora' / 'loss.png'}")
     return {"losses": losses, "texts": texts}
+
+
+def trained(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """The summary of a run, which is resumed where it was stopped; an InterruptedError where a signal stops it."""
+    result = runs.train(config, workdir, started=lambda run: print(str(run.report).splitlines()[-1]))
+    if not result.finished or result.summary is None:
+        raise InterruptedError(f"saved at step {result.step} of {result.total}: the same command resumes it")
+    return result.summary
 
 
 def show_sizes(base: runs.Loaded, summary: dict[str, Any]) -> None:
