@@ -152,7 +152,7 @@ KINDS = {
 }
 
 
-def gguf_blocks(name: str, raw: np.ndarray) -> Codes:
+def gguf_blocks(name: str, raw: np.ndarray) -> dict[str, np.ndarray]:
     """The arrays of a matrix of a GGUF file: `raw` (rows, bytes of a row) uint8, of the type of that name. No bit is
     lost.
 
