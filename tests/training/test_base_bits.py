@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 def config_of(folder: Any, bits: str | None, **changes: Any) -> Any:
     config = e2e.get_config("small,lora")
     config.base, config.data.path, config.model.base_bits = str(folder / "base"), str(folder / "data"), bits
-    config.update_from_flattened_dict({"lora.rank": 2, "steps": 2, "data.buckets": 1, "data.length": 32} | changes)
+    config.update_from_flattened_dict({"lora.rank": 2, "steps": 2, "data.buckets": 1, "data.length": 64} | changes)
     return config
 
 
