@@ -239,8 +239,8 @@ def from_gguf(
     numbers = arrays["codes"].shape[1] * KINDS[name].block
     if "s" in axes or math.prod(lead) != len(raw) or math.prod(inner) != numbers:
         raise ValueError(f"{path}: {len(raw)} rows of {numbers} numbers are no leaf {tuple(shape)} with axes {axes!r}")
-    placed = {field: jnp.asarray(x.reshape(*lead, *x.shape[1:])) for field, x in arrays.items()}
-    fields = {"kind": name, "inner": inner, "rows": rows, "values": np.dtype(dtype), "core": axes}
+    placed: dict[str, Any] = {field: jnp.asarray(x.reshape(*lead, *x.shape[1:])) for field, x in arrays.items()}
+    fields: dict[str, Any] = {"kind": name, "inner": inner, "rows": rows, "values": np.dtype(dtype), "core": axes}
     return Quantized(**placed, **fields, path=PathLabel(path))
 
 

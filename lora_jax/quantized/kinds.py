@@ -98,6 +98,8 @@ def _nf4(codes: Codes) -> Array:
     small, nested = codes["scale"], codes["nested"]
     lead = nested.shape[:-1]
     levels = jnp.asarray(dynamic_map())[small.reshape(*lead, -1)]
+    if -(-levels.shape[-1] // _SCALES) != nested.shape[-1]:
+        raise ValueError(f"a part of an nf4 weight, {small.shape} of its scales: theirs are of the whole; use int8")
     each = jnp.repeat(nested, _SCALES, -1, total_repeat_length=nested.shape[-1] * _SCALES)[..., : levels.shape[-1]]
     scale = (levels * each + codes["offset"][..., None]).reshape(small.shape)
     return _joined(_pairs(codes["codes"], NF4, (4, 0)).reshape(*scale.shape, -1) * scale[..., None])
@@ -152,7 +154,7 @@ KINDS = {
 }
 
 
-def gguf_blocks(name: str, raw: np.ndarray) -> Codes:
+def gguf_blocks(name: str, raw: np.ndarray) -> dict[str, np.ndarray]:
     """The arrays of a matrix of a GGUF file: `raw` (rows, bytes of a row) uint8, of the type of that name. No bit is
     lost.
 
