@@ -152,11 +152,11 @@ def _training(exported: Exported) -> list[str]:
     if not exported.step:
         return []
     places = [data.get(name) for name in ("path", "train") if data.get(name)]
-    optimizer = config.get("optimizer", {})
+    optimizer, best = config.get("optimizer", {}), config.get("best")
     shown = {
         "task": data.name,
         "data": ", ".join(map(str, places)),
-        "steps": exported.step,
+        "steps": f"{exported.step}, of the best {best}" if best else exported.step,
         "batch": data.get("batch_size"),
         "accumulated batches": config.get("accumulate", 1) if config.get("accumulate", 1) > 1 else None,
         "learning rate": optimizer.get("learning_rate"),
@@ -165,6 +165,7 @@ def _training(exported: Exported) -> list[str]:
         "weight decay": optimizer.get("weight_decay"),
         "label smoothing": config.get("label_smoothing"),
         "seed": config.get("seed"),
+        "bits of the frozen base": config.get("model", {}).get("base_bits"),
         "computed in": config.get("model", {}).get("dtype"),
     }
     return [f"- {name}: {value}" for name, value in shown.items() if value not in (None, "")]

@@ -14,7 +14,7 @@ import transformers
 import lora_jax as lj
 from lora_jax.interop import hf, peft
 from lora_jax.methods.token_rows import token_rows
-from tests.helpers.peft_files import WEIGHTS, filled, names, out, spoiled, there_and_back, without_peft
+from tests.helpers.peft_files import WEIGHTS, filled, names, out, spoiled, there_and_back, trained, without_peft
 from tests.helpers.peft_models import TOKENS, adapter, assert_close, base, ours, read_by_peft, theirs, written
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -137,7 +137,7 @@ EXPORTED = {
 
 @pytest.mark.parametrize("kind, method, fields", cases(EXPORTED, ("norms", "ia3")))
 def test_ours_there(kind, method, fields, tmp_path):
-    config, _ = out(kind, method, tmp_path)
+    config, _ = out(kind, method, tmp_path, trained(method, base(kind).params))
     assert config | fields == config
 
 

@@ -26,36 +26,50 @@ class Origin(NamedTuple):
 
 
 def origin_of(source: str | os.PathLike) -> Origin:
-    """The origin of a source of `load`; nothing is fetched.
+    """The origin of a source of `load`, which need not be there; nothing is fetched.
 
     A package's model is of a table in `interop.packages`, a GGUF file's what its metadata name: the model that it was
     converted from, or the one that it is a quantized copy of. A folder of the Hub's cache has its name in its path.
     """
-    path = Path(packages.local_path(source)).expanduser()
-    if is_gguf(path) and path.is_file():
-        origin = _of_gguf(path)
-        package = packages.REPOSITORIES.get(str(source).removeprefix(packages.PREFIX))
-        return origin._replace(name=package, said_by="the package's description") if package else origin
+    if packages.is_package(source):
+        origin, name = _of_package(source), str(source).removeprefix(packages.PREFIX)
+        repository = packages.REPOSITORIES.get(name)
+        return origin._replace(name=repository, said_by="the package's description") if repository else origin
+    path = Path(source).expanduser()
+    if is_gguf(path):
+        return _of_gguf(path)
     if path.is_dir():
-        cached = re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", path.resolve().parent.parent.name)
-        in_cache = cached and path.resolve().parent.name == "snapshots"
-        return Origin("/".join(cached.groups()) if cached and in_cache else "", license=_license(path / "README.md"))
-    return Origin(str(source) if _NAME.fullmatch(str(source)) and not path.exists() else "")
+        snapshots = path.resolve().parent
+        cached = re.fullmatch(r"models--(.+?)--(.+)", snapshots.parent.name) if snapshots.name == "snapshots" else None
+        return Origin("/".join(cached.groups()) if cached else "", license=_license(path / "README.md"))
+    is_name = _NAME.fullmatch(str(source)) and not path.parent.is_dir()
+    return Origin(str(source) if is_name else "")
+
+
+def _of_package(source: str | os.PathLike) -> Origin:
+    try:
+        return _of_gguf(packages.file_of(source))
+    except FileNotFoundError:
+        return Origin()
 
 
 def _of_gguf(path: Path) -> Origin:
     from lora_jax.interop.gguf.reader import read_contents  # slow to import, and seldom needed
 
-    metadata = read_contents(path).metadata
+    try:
+        metadata = read_contents(path).metadata
+    except (OSError, ValueError):  # `load` says what is wrong with it
+        return Origin()
     keys = [*_SOURCES]
     if metadata.get("general.base_model.count") == 1 and _text(metadata, "general.quantized_by"):
         keys.append(_PARENT)  # else it may be the model that this one was fine-tuned from
-    names = {
-        key: match[1] if (match := _URL.fullmatch(value)) else value for key in keys if (value := _text(metadata, key))
-    }
-    key = next((key for key, name in names.items() if _NAME.fullmatch(name)), "")
     license = _text(metadata, "general.license")
-    return Origin(names.get(key, ""), f"{key} of the file" if key else "", license)
+    for key in keys:
+        value = _text(metadata, key)
+        name = match[1] if (match := _URL.fullmatch(value)) else value
+        if _NAME.fullmatch(name):
+            return Origin(name, f"{key} of the file", license)
+    return Origin(license=license)
 
 
 def _text(metadata: Mapping[str, Any], key: str) -> str:
@@ -71,6 +85,6 @@ def _license(card: Path) -> str:
         from huggingface_hub import metadata_load  # slow to import, and seldom needed
     try:
         license = (metadata_load(card) or {}).get("license")
-    except (ValueError, OSError):  # the card is the user's, and may be anything
+    except Exception:  # of the file or of YAML: a card may be anything
         return ""
     return license if isinstance(license, str) and license != "other" else ""
