@@ -126,8 +126,8 @@ def _base(exported: Exported, origin: hf.Origin) -> list[str]:
         return [f"`{exported.source}`, whose name on the Hub, if it has one, is not known."]
     lines = [f"[{origin.name}](https://huggingface.co/{origin.name})"]
     if origin.said_by:
-        lines[0] += f", by {origin.said_by}. Trained on the weights of `{exported.source}`"
-        lines[0] += ", a GGUF file, which are rounded where it is quantized"
+        lines[0] += f", as {origin.said_by} says. The weights used are those of `{exported.source}`, a GGUF file"
+        lines[0] += ": rounded, where it is quantized"
     return [f"{lines[0]}."]
 
 

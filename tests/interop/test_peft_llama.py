@@ -50,6 +50,7 @@ THERE_AND_BACK |= {
     for name, fields in {"lora": LM, "ia3": IA3}.items()
 }
 THERE_AND_BACK |= {
+    f"{LLAMA}, embedding alone": (LLAMA, LM | {"target_modules": ["embed_tokens"]}),
     "llama, pissa": (LLAMA, LM | {"init_lora_weights": "pissa"}),
     "qwen2, its biases": ("qwen2", LM | {"bias": "lora_only"}),
     "qwen2, shifts": ("qwen2", LM | {"lora_bias": True}),
