@@ -188,11 +188,11 @@ class Attention(nn.Module):
         if config.qk_norm:
             query, key = Norm(config, name="query_norm")(query), Norm(config, name="key_norm")(key)
         query, key = rotated(query, angles), rotated(key, angles)
-        query, key, value = (placed(part, config.residual) for part in (query, key, value))
         if entry is not None:
             new = {"key": key, "value": value}
             entry = {name: masks.write(entry[name], new[name], index, axis=2) for name in new}
             key, value = (entry[name].astype(query.dtype) for name in new)
+        query, key, value = layers.over_heads(query, key, value, config.residual)
         scale = (config.query_scale or config.size) ** -0.5
         out = attend(query, key, value, mask, block=config.query_block, scale=scale, softcap=config.score_cap)
         use_bias = config.bias in ("attention", "all")

