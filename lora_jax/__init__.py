@@ -7,7 +7,7 @@ from lora_jax.core.lifting.interpreter import DenseWeight, lift
 from lora_jax.core.lifting.taps import Tapped, sites
 from lora_jax.core.selection import Absent, Selection, select
 from lora_jax.core.transforms.builders import Target, per_site, per_target
-from lora_jax.core.transforms.merging import merge, unmerge, without_tuned
+from lora_jax.core.transforms.merging import merge, unmerge
 from lora_jax.core.transforms.registry import Traits, from_spec, register, traits_of
 from lora_jax.core.transforms.report import Report, check
 from lora_jax.core.transforms.transform import Axes, Delta, Factors, Params, ParamTransform, Spec, chain, stable_hash
@@ -23,14 +23,26 @@ from lora_jax.methods.lora import lora
 from lora_jax.methods.pissa import pissa
 from lora_jax.methods.prefix import prefix_embedding, prefix_layer
 from lora_jax.methods.token_rows import rows, token_rows
-from lora_jax.methods.tune import tune
+from lora_jax.methods.tune import tune, without_tuned
 from lora_jax.methods.vera import vera
+from lora_jax.quantized import Quantized, quantize
 
 __version__ = "0.1.0"
 
 __all__ = ["Absent", "Adapted", "Axes", "Delta", "DenseWeight", "Factors", "LowRank", "ParamTransform", "Params"]
-__all__ += ["PathLabel", "Report", "Selection", "Spec", "Tapped", "Target", "Traits", "Tuned"]
+__all__ += ["PathLabel", "Quantized", "Report", "Selection", "Spec", "Tapped", "Target", "Traits", "Tuned"]
 __all__ += ["adapter", "arithmetic", "bank", "bias_delta", "chain", "check", "combine", "compacter", "dora"]
 __all__ += ["freeze_base", "from_spec", "ia3", "labels", "lift", "lokr", "lora", "merge", "partition", "per_site"]
-__all__ += ["per_target", "pissa", "prefix_embedding", "prefix_layer", "register", "rejoin", "rows", "select", "shift"]
+__all__ += [
+    "per_target",
+    "pissa",
+    "prefix_embedding",
+    "prefix_layer",
+    "quantize",
+    "register",
+    "rejoin",
+    "rows",
+    "select",
+    "shift",
+]
 __all__ += ["sites", "stable_hash", "token_rows", "traits_of", "tune", "unmerge", "vera", "without_tuned"]

@@ -114,6 +114,16 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the module's own with a base of one layer and data, `base` and `data`."""
+    from tests.helpers.cli import make_inputs
+
+    folder = tmp_path_factory.mktemp("inputs")
+    make_inputs(folder, layers=1)
+    return folder
+
+
 @pytest.fixture
 def logits_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """A language model's loss has its logits in pieces of so small batches too."""

@@ -23,7 +23,6 @@ PACKAGE = ROOT / "lora_jax"
 # The modules of the core and what is built on it: each imports only what stands before it, jax, numpy and optax.
 CORE_ORDER = [
     "core.extras",
-    "core.ranges",
     "core.dropout",
     "core.globs",
     "core.selection",
@@ -38,20 +37,25 @@ CORE_ORDER = [
     "core.transforms.merging",
     "core.transforms.report",
     "core.transforms",
+    "quantized.kinds",
+    "quantized",
     "methods",
     "core.freezing",
 ]
 CORE_OUTSIDE = {"jax", "numpy", "optax"}
 HEAVY = {"flax", "orbax", "safetensors", "huggingface_hub", "tokenizers", "datasets"}
 # What each other layer may import: of the package and from outside.
-CORE = {"core", "methods"}
+CORE = {"core", "methods", "quantized"}
 LAYERS = {
     "models": ({"core.dropout", "core.extras"}, {"jax", "flax", "jaxtyping", "numpy"}),
     "data": ({"core.extras"}, {"numpy", "datasets", "jaxtyping", "jinja2", "tokenizers", "huggingface_hub"}),
     "metrics": ({"core.extras"}, {"numpy", "sacrebleu", "scipy", "sklearn"}),
     "distributed": (CORE | {"models"}, CORE_OUTSIDE),
     "checkpoints": (CORE | {"models", "distributed", "data.json_files"}, CORE_OUTSIDE | HEAVY),
-    "interop": (CORE | {"models", "distributed", "checkpoints", "data.json_files"}, CORE_OUTSIDE | HEAVY | {"torch"}),
+    "interop": (
+        CORE | {"models", "distributed", "checkpoints", "data.json_files"},
+        CORE_OUTSIDE | HEAVY | {"torch", "gguf"},
+    ),
     "generation": (CORE | {"models"}, CORE_OUTSIDE | {"flax", "jaxtyping", "tokenizers", "tqdm"}),
     "training": (
         CORE | {"models", "data", "metrics", "distributed", "checkpoints", "interop", "generation"},

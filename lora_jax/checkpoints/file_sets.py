@@ -14,13 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_jax.checkpoints.files import write_atomically
-
-fcntl: Any
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from lora_jax.checkpoints.files import fcntl, write_atomically
 
 RECORD = ".saving.json"
 _PREFIX = ".saving-"  # of the hidden folder

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, NamedSharding, P, lax
-from safetensors import SafetensorError
 
 from lora_jax.core.transforms import Delta
 from lora_jax.distributed import processes
+
+fcntl: Any  # advisory locks
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 def digest(content: str | np.ndarray) -> str:
@@ -97,14 +102,17 @@ def checksums(arrays: Mapping[str, Array]) -> dict[str, str]:
     not depend on how the elements are spread over devices. A change of one element always changes the first sum (the
     mixing is one-to-one); for all else two sums leave a chance of 2^-64.
     """
-    hexes = {}
+    return {name: "".join(f"{part:08x}" for part in pair.tolist()) for name, pair in on_each(_sums, arrays)}
+
+
+def on_each(function: Callable[[Array], Array], arrays: Mapping[str, Array]) -> Iterator[tuple[str, np.ndarray]]:
+    """Of each array its name and a small result of the function, which is compiled once a shape and runs where the
+    array is; with several processes all of them call this."""
     for name, x in arrays.items():
         sharding = getattr(x, "sharding", None)
         replicated = NamedSharding(sharding.mesh, P()) if isinstance(sharding, NamedSharding) else None
         # one after the other: CPU devices of several processes deadlock in many small programs at once
-        pair = jax.device_get(jax.jit(_sums, out_shardings=replicated)(x))
-        hexes[name] = "".join(f"{part:08x}" for part in pair.tolist())
-    return hexes
+        yield name, jax.device_get(jax.jit(function, out_shardings=replicated)(x))
 
 
 def _sums(x: Array) -> Array:
@@ -192,12 +200,10 @@ def open_beside(path: Path) -> tuple[int, Path]:
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-    """Around writing a file or a folder: the OSError of a full disk, or what safetensors makes of one, names it."""
+    """Around writing a file or a folder: the OSError of a full disk names it."""
     try:
         yield
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from lora_jax.core.dropout import drop
-from lora_jax.core.selection import CLASS
+from lora_jax.core.selection import CLASS, OneLeaf
 
 T = TypeVar("T")
 
@@ -72,7 +72,6 @@ class Adapted:
     layout: ClassVar[dict[str, str]] = {}
     frozen: ClassVar[tuple[str, ...]] = ("base", "key", "scale")  # fields that do not train
     exact: ClassVar[tuple[str, ...]] = ()  # factors that keep their dtype where the base is cast to another
-    indivisible: ClassVar[bool] = False  # no factor follows a part of an input or output axis: a cut one is dense
     base: Any
     core: str
     path: str
@@ -88,6 +87,11 @@ class Adapted:
     @property
     def ndim(self) -> int:
         return self.base.ndim
+
+    @property
+    def indivisible(self) -> bool:
+        """Whether no factor follows a part of an input or output axis: a cut one is dense. A kind may say so."""
+        return isinstance(self, Encoded) or is_adapted(self.base)
 
     @property
     def axes(self) -> str:
@@ -134,6 +138,38 @@ class Adapted:
 def is_adapted(node: Any) -> bool:
     """Whether this is an adapted array."""
     return isinstance(node, Adapted)
+
+
+class Encoded(Adapted, OneLeaf):
+    """A frozen array that is kept in another form than its values (of 4 bits, say). It is a leaf of params as a plain
+    array is, and may be the base of any adapted one.
+
+    A kind has `shape`, `dtype` (of its values), `layout` (of all its arrays), and defines
+
+    - `astype(dtype)`: the dense array; `cast(dtype)`: the same codes, with values of another dtype;
+    - `within(function, x, *rest)`: `function(x, array, *rest)` with the array there no longer than that takes, in the
+      backward pass too;
+    - `resized(axes, shape)`: the fields that change where the input and output axes become these;
+    - `base`: a ShapeDtypeStruct of the values.
+    """
+
+    def product(self, x: Array, op: Op) -> Array:
+        return op(x, self)
+
+
+def dense(w: Any) -> Any:
+    """A plain array, which an adapted one stands for."""
+    return w.materialize() if is_adapted(w) else w
+
+
+def is_changed(node: Any) -> bool:
+    """Whether this is an array that a method changes: adapted, and not merely encoded."""
+    return is_adapted(node) and not isinstance(node, Encoded)
+
+
+def frozen(base: Any) -> Any:
+    """The base of an adapted array, without a gradient."""
+    return base if is_adapted(base) else lax.stop_gradient(base)
 
 
 def factor_axes(layout: str, axes: str) -> list[int | str]:
@@ -189,10 +225,10 @@ class Weight(Adapted):
     path: str = static(default=PathLabel())
 
     def product(self, x: Array, op: Op) -> Array:
-        return op(x, lax.stop_gradient(self.base))
+        return op(x, frozen(self.base))
 
     def materialize(self) -> Array:
-        return self.base
+        return dense(self.base)
 
     @property
     def flipped(self) -> str:
@@ -227,7 +263,7 @@ class LowRank(Summed):
     dropout: float = static(default=0.0)
 
     def product(self, x: Array, op: Op) -> Array:
-        y = op(x, lax.stop_gradient(self.base))
+        y = op(x, frozen(self.base))
         return y + self.branch(self.dropped(x, op), op).astype(y.dtype)
 
     def branch(self, x: Array, op: Op) -> Array:

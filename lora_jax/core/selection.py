@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core.globs import alternatives, matches, matches_any, plainest
+from lora_jax.core.globs import alternatives, matches, plainest
 
 CLASS = {"i": "i", "v": "i", "k": "i", "o": "o", "s": "s"}  # what the letter of an axis counts as
 _DEFAULT_AXES = {"kernel": "io", "embedding": "vo", "weight": "oi"}
@@ -31,6 +31,12 @@ class Absent(NamedTuple):
         return len(self.shape)
 
 
+class OneLeaf:
+    """A pytree node that counts as one leaf of params: it has shape, dtype and axes of the array that it stands for."""
+
+    axes: str
+
+
 jax.tree_util.register_pytree_node(Absent, lambda absent: ((), tuple(absent)), lambda static, _: Absent(*static))
 
 
@@ -42,8 +48,9 @@ def path_of(keys: tuple) -> str:
 
 
 def flatten(params: Any, is_leaf: Callable[[Any], bool] = lambda _: False) -> tuple[list[tuple[str, Any]], Any]:
-    """`[(path, leaf)], treedef`; an Absent leaf, and what `is_leaf` accepts, are leaves."""
-    flat, treedef = jax.tree.flatten_with_path(params, is_leaf=lambda node: isinstance(node, Absent) or is_leaf(node))
+    """`[(path, leaf)], treedef`; Absent, OneLeaf, and what `is_leaf` accepts, are leaves."""
+    one = lambda node: isinstance(node, Absent | OneLeaf) or is_leaf(node)  # noqa: E731
+    flat, treedef = jax.tree.flatten_with_path(params, is_leaf=one)
     return [(path_of(keys), leaf) for keys, leaf in flat], treedef
 
 
@@ -76,18 +83,16 @@ class Selection(NamedTuple):
         Raises:
           ValueError: a glob, or an alternative in its braces, matches no leaf; unnamed axes beyond two.
         """
-        check_globs((*self.globs, *self.exclude), params)
-        return {path: self.axes_of(path, leaf) for path, leaf in self.leaves(params).items()}
+        return {path: self.axes_of(path, leaf) for path, leaf in self.leaves(params, strict=True).items()}
 
-    def leaves(self, params: Any) -> dict[str, Any]:
+    def leaves(self, params: Any, strict: bool = False) -> dict[str, Any]:
         """`{path: leaf}` of the selected floating-point leaves; a glob that matches none is a ValueError. Of braces one
-        alternative suffices: specs of old files may have others."""
+        alternative suffices, as specs of old files may have others, but with `strict` each must match a leaf."""
         leaves = _float_leaves(params)
-        for glob in (*self.globs, *self.exclude):
-            if not any(matches(glob, path) for path in leaves):
-                raise ValueError(f"{glob!r} matches no parameter{nearest(plainest(glob), leaves)}")
-        paths = [path for path in leaves if matches_any(self.globs, path) and not matches_any(self.exclude, path)]
+        selected = {path for glob in self.globs for path in _matching(glob, leaves, strict)}
+        selected -= {path for glob in self.exclude for path in _matching(glob, leaves, strict)}
         layers = set(self.layers or (0,))
+        paths = [path for path in leaves if path in selected]
         chosen = {path: leaves[path] for path in paths if self._layers_of(path, leaves[path]) & layers}
         if not chosen:
             options = f"exclude={list(self.exclude)} and layers={self.layers}"
@@ -99,7 +104,7 @@ class Selection(NamedTuple):
 
     def axes_of(self, path: str, leaf: Any) -> str:
         """The axes of one leaf: as named in `axes`, else by the leaf's name and number of axes."""
-        axes = self._named(path)
+        axes = self._named(path) or getattr(leaf, "axes", None)
         if axes is None and leaf.ndim < 3:
             name = re.split(r"[/.]", path)[-1]
             axes = _DEFAULT_AXES.get(name, "io") if leaf.ndim == 2 else "o" * leaf.ndim
@@ -107,6 +112,8 @@ class Selection(NamedTuple):
             named = "no axes are named" if axes is None else f"axes={axes!r}"
             hint = f"select(..., axes={{{path!r}: ...}}), for example {_EXAMPLES.get(leaf.ndim, _ANY_AXES)}"
             raise ValueError(f"{path} has shape {tuple(leaf.shape)} but {named}: name its {leaf.ndim} axes with {hint}")
+        if isinstance(leaf, OneLeaf) and [CLASS[x] for x in axes] != [CLASS[x] for x in leaf.axes]:
+            raise ValueError(f"{path} was quantized with axes {leaf.axes!r}, but the selection has {axes!r}")
         return axes
 
     def spec(self) -> dict[str, Any]:
@@ -134,13 +141,20 @@ def check_globs(globs: Iterable[str], params: Any) -> None:
     """A ValueError for a glob, or an alternative in its braces, that matches no floating-point leaf."""
     leaves = _float_leaves(params)
     for glob in globs:
-        paths = [path for path in leaves if matches(glob, path)]
-        if not paths:
-            raise ValueError(f"{glob!r} matches no parameter{nearest(plainest(glob), leaves)}")
-        for alternative, its_plainest, matches_it in alternatives(glob):
-            if not any(map(matches_it, paths)):
-                problem = f"{glob!r}: its alternative {alternative!r} matches no parameter"
-                raise ValueError(f"{problem}{nearest(its_plainest, leaves)}")
+        _matching(glob, leaves, strict=True)
+
+
+def _matching(glob: str, leaves: Mapping[str, Any], strict: bool) -> list[str]:
+    """The paths of the leaves that a glob matches; none is a ValueError, and with `strict` an alternative in its braces
+    that matches none is one too."""
+    paths = [path for path in leaves if matches(glob, path)]
+    if not paths:
+        raise ValueError(f"{glob!r} matches no parameter{nearest(plainest(glob), leaves)}")
+    for alternative, its_plainest, matches_it in alternatives(glob) if strict and "{" in glob else ():
+        if not any(map(matches_it, paths)):
+            problem = f"{glob!r}: its alternative {alternative!r} matches no parameter"
+            raise ValueError(f"{problem}{nearest(its_plainest, leaves)}")
+    return paths
 
 
 def glob_keys(*values: Any) -> list[str]:

@@ -131,7 +131,7 @@ def bucketed(examples: Encoded | Conversations, batch_size: int, seed: int = 0, 
     # a bucket also takes what shorter ones leave over: its n is theirs at least
     most = np.maximum.accumulate([labels[rows].max() for rows in members])
     shapes = tuple(zip(edges.tolist(), most.tolist(), strict=True))
-    collate = _pairs_batch if isinstance(examples, Encoded) else _conversations_batch
+    collate: Callable = _pairs_batch if isinstance(examples, Encoded) else _conversations_batch
     return Schedule(members, shapes, batch_size, seed, partial(collate, examples))
 
 

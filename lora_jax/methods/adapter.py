@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from lora_jax.core.ranges import COUNT
 from lora_jax.core.transforms import ParamTransform, Traits, per_site, register
+from lora_jax.methods.ranges import COUNT
 
 ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu, "tanh": jnp.tanh}
 

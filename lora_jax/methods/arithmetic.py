@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.core.arrays import LowRank, Tuned, is_adapted, widened
-from lora_jax.core.ranges import COUNT
-from lora_jax.core.selection import CLASS, Selection, flatten, look_up, matches_any, select
+from lora_jax.core.arrays import LowRank, Tuned, is_adapted, is_changed, widened
+from lora_jax.core.globs import matches_any
+from lora_jax.core.selection import CLASS, Selection, flatten, look_up, select
 from lora_jax.core.transforms import Delta, ParamTransform, chain, from_spec, traits_of
 from lora_jax.methods.bias_delta import BiasDelta, bias_delta
 from lora_jax.methods.lora import lora
+from lora_jax.methods.ranges import COUNT
 from lora_jax.methods.tune import tune
 
 Pair = tuple[ParamTransform, Delta]
@@ -109,7 +110,7 @@ def _sums(pairs: Sequence[Pair], weights: Sequence[Any], params: Any) -> tuple[d
     for (method, delta), weight in zip(pairs, weights, strict=True):
         method, base = _stand_in(method, delta) if params is None else (method, params)
         for path, w in flatten(method.apply(base, delta), is_adapted)[0]:
-            if is_adapted(w):
+            if is_changed(w):
                 by_path.setdefault(path, []).append((weight, w))
     average = all(isinstance(weight, numbers.Real) for weight in weights) and math.isclose(sum(weights), 1)
     leaves, factors, axes = dict(flatten(params)[0]), dict[str, Any](), dict[str, str]()

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from lora_jax.core.arrays import Adapted, Summed, Tuned, adapted_array, widened
-from lora_jax.core.ranges import FINITE
 from lora_jax.core.selection import Absent, Selection, glob_keys, look_up
 from lora_jax.core.transforms import Factors, Params, ParamTransform, Target, Traits, per_target, register
+from lora_jax.methods.ranges import FINITE
 
 
 @adapted_array

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lora_jax.core.ranges import COUNT
 from lora_jax.core.transforms import Factors, ParamTransform, Traits, per_site, register
 from lora_jax.methods.adapter import Bottleneck, occurrences
+from lora_jax.methods.ranges import COUNT
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,19 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.core.arrays import Adapted, LowRank, Op, Weight, adapted_array, einsum, static, widened
+from lora_jax.core.arrays import (
+    Adapted,
+    LowRank,
+    Op,
+    Weight,
+    adapted_array,
+    dense,
+    einsum,
+    frozen,
+    is_adapted,
+    static,
+    widened,
+)
 from lora_jax.core.selection import Selection
 from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_target, register
 from lora_jax.methods.lora import Options, Ranks, at_rank
@@ -41,16 +53,24 @@ class Dora(Weight):
     def _rise(self) -> Array:
         """m / ||V|| - 1, as a sum of differences that begin as zeros; ||V|| is a constant for the gradient."""
         wide = widened(self.dtype)
-        w, a, b, scale = (lax.stop_gradient(x.astype(wide)) for x in (self.base, self.a, self.b, self.scale))
+        a, b, scale = (lax.stop_gradient(x.astype(wide)) for x in (self.a, self.b, self.scale))
         b = einsum("sro,s->sro", self.axes, b, scale)
         gram = einsum("sir,siq->srq", self.axes, a, a)
-        twice = 2 * einsum("W,sir->sro", self.axes, w, a) + einsum("srq,sqo->sro", self.axes, gram, b)
+        turned, squares = _with_base(frozen(self.base), a, self.axes, wide)
+        twice = 2 * turned + einsum("srq,sqo->sro", self.axes, gram, b)
         grown = einsum("sro,sro->so", self.axes, twice, b)  # <2 W + A B, A B> = ||V||^2 - ||W||^2, nothing dense
-        squares = einsum("W->so", self.axes, w * w)
         norm, after = jnp.sqrt(squares), jnp.sqrt(jnp.maximum(squares + grown, 0))
         safe = jnp.where(after > 0, after, 1)  # a unit without weights keeps its gain of 1
         change = self.m.astype(wide) - lax.stop_gradient(self.fixed_norm).astype(wide) - grown / (norm + safe)
         return jnp.where(after > 0, change / safe, 0)
+
+
+def _with_base(base: Any, a: Array, axes: str, dtype: Any) -> tuple[Array, Array]:
+    """W^T A and the squares of W's columns; of a stack that is encoded, one entry after the other is made dense."""
+    if is_adapted(base) and axes[0] == "s":
+        return lax.map(lambda entry: _with_base(*entry, axes[1:], dtype), (base, a))
+    w = base.astype(dtype)
+    return einsum("W,sir->sro", axes, w, a), einsum("W->so", axes, w * w)
 
 
 @adapted_array
@@ -64,7 +84,7 @@ class Scaled(LowRank):
     inputs: Array | None = None
 
     def product(self, x: Array, op: Op) -> Array:
-        base, dropped = lax.stop_gradient(self.base), self.dropped(x, op)
+        base, dropped = frozen(self.base), self.dropped(x, op)
         y = op(x, base)
         wide = widened(y.dtype)
         change = self.branch(dropped, op).astype(wide)
@@ -120,7 +140,7 @@ def dora(
         return low.shapes(target) | {"m": units, "fixed_norm": units}
 
     def init(key: Array, target: Target) -> Factors:
-        wide = jnp.asarray(target.leaf).astype(jnp.float32)
+        wide = jnp.asarray(dense(target.leaf)).astype(jnp.float32)
         norm = target.adapted_layers(jnp.sqrt(einsum("W->so", target.axes, wide * wide)))
         return low.init(key, target) | {"m": norm, "fixed_norm": jnp.array(norm, copy=True)}
 

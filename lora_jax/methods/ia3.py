@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from lora_jax.core.arrays import Adapted, Op, Tuned, Weight, adapted_array, factor_axes, scaled, widened
-from lora_jax.core.selection import Absent, Selection, flatten, matches, matches_any, strings
+from lora_jax.core.arrays import Adapted, Op, Tuned, Weight, adapted_array, factor_axes, frozen, scaled, widened
+from lora_jax.core.globs import matches, matches_any
+from lora_jax.core.selection import Absent, Selection, flatten, strings
 from lora_jax.core.transforms import Factors, Params, ParamTransform, Target, Traits, per_target, register, targets_of
 
 
@@ -25,7 +26,7 @@ class Rescaled(Weight):
     outputs: Array | None = None
 
     def product(self, x: Array, op: Op) -> Array:
-        base = lax.stop_gradient(self.base)
+        base = frozen(self.base)
         y = op(x, base) if self.inputs is None else op.scale_input(x, base, self.inputs)
         return y if self.outputs is None else scaled(y, self.outputs)
 

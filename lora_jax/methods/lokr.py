@@ -11,10 +11,10 @@ from jax import Array, lax
 
 from lora_jax.core.arrays import Op, Summed, adapted_array, sides, static, widened
 from lora_jax.core.lifting.rules import Dot, LookUp
-from lora_jax.core.ranges import COUNT, Range
 from lora_jax.core.selection import Selection, glob_keys, look_up
 from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_target, register
 from lora_jax.methods.lora import ALPHA, Ranks
+from lora_jax.methods.ranges import COUNT, Range
 
 Matrices = list[Array]  # (in, out) each, to be multiplied
 

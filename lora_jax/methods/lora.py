@@ -11,9 +11,10 @@ from jax import Array
 
 from lora_jax.core import transforms
 from lora_jax.core.arrays import LowRank
-from lora_jax.core.ranges import COUNT, PROBABILITY, Range
-from lora_jax.core.selection import Selection, glob_keys, look_up, matches_any, strings
+from lora_jax.core.globs import matches_any
+from lora_jax.core.selection import Selection, glob_keys, look_up, strings
 from lora_jax.core.transforms import Factors, Params, ParamTransform, Spec, Target
+from lora_jax.methods.ranges import COUNT, PROBABILITY, Range
 
 Ranks = int | Mapping[str, int]  # of all leaves, or glob -> rank
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.core.arrays import LowRank, Summed, adapted_array, widened
+from lora_jax.core.arrays import LowRank, Summed, adapted_array, dense, widened
 from lora_jax.core.selection import CLASS, Selection
 from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_target, register
 from lora_jax.methods.lora import Options, Ranks, at_rank
@@ -73,7 +73,7 @@ def pissa(
 def _matrix(target: Target) -> Array:
     """The leaf as `(s.., in, out)`."""
     order = [j for kind in "sio" for j, letter in enumerate(target.axes) if CLASS[letter] == kind]
-    wide = jnp.asarray(target.leaf).astype(widened(target.leaf.dtype))
+    wide = jnp.asarray(dense(target.leaf)).astype(widened(target.leaf.dtype))
     return wide.transpose(order).reshape(*target.stack, math.prod(target.inputs), math.prod(target.outputs))
 
 

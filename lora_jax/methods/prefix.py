@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lora_jax.core.arrays import Op, Weight, adapted_array
+from lora_jax.core.arrays import Op, Weight, adapted_array, dense
 from lora_jax.core.lifting.taps import Tap
-from lora_jax.core.ranges import COUNT, Range
 from lora_jax.core.selection import Absent, Selection
 from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_site, per_target, register
 from lora_jax.methods.adapter import occurrences
+from lora_jax.methods.ranges import COUNT, Range
 
 
 @adapted_array
@@ -69,13 +69,13 @@ def prefix_embedding(selection: Selection, *, prefix: int, infix: int = 0) -> Pa
     def init(key: Array, target: Target) -> Factors:
         shapes(target)
         drawn = jax.random.randint(key, (count,), 0, target.leaf.shape[0])
-        return {"rows": jnp.asarray(target.leaf)[drawn].astype(jnp.float32)}
+        return {"rows": jnp.asarray(dense(target.leaf))[drawn].astype(jnp.float32)}
 
     def adapt(target: Target, factors: Factors, key: Array | None, strength: Any) -> Extended:
         leaf, rows = target.leaf, factors["rows"]
         if not (isinstance(strength, float | int) and strength == 1):
             s = jnp.asarray(strength, rows.dtype)
-            rows = (1 - s) * leaf[-1:].astype(rows.dtype) + s * rows
+            rows = (1 - s) * dense(leaf)[-1:].astype(rows.dtype) + s * rows
         return Extended(**target.fields, rows=rows)
 
     spec = {"method": "prefix_embedding", **selection.spec(), "prefix": prefix, "infix": infix}

@@ -5,12 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
-from lora_jax.core.arrays import Adapted, LowRank, Weight, adapted_array, static, widened
-from lora_jax.core.ranges import Range
+from lora_jax.core.arrays import Adapted, LowRank, Weight, adapted_array, dense, frozen, static, widened
 from lora_jax.core.selection import Absent, Selection
 from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_target, register
+from lora_jax.methods.ranges import Range
 
 
 @adapted_array
@@ -21,12 +21,12 @@ class TokenRows(Weight):
     indices: tuple[int, ...] = static()
 
     def materialize(self) -> Array:
-        return self.base.at[jnp.array(self.indices)].set(self.rows.astype(self.dtype))
+        return dense(self.base).at[jnp.array(self.indices)].set(self.rows.astype(self.dtype))
 
     def ready(self) -> Adapted:
         # As a product of low rank, what is right for LoRA is right here: look-ups, and a head that is the embedding.
-        base, wide = lax.stop_gradient(self.base), widened(self.dtype)
-        change = self.rows.astype(wide) - base[jnp.array(self.indices)].astype(wide)
+        base, wide = frozen(self.base), widened(self.dtype)
+        change = self.rows.astype(wide) - dense(base)[jnp.array(self.indices)].astype(wide)
         chosen = jax.nn.one_hot(jnp.array(self.indices), self.shape[0], axis=0, dtype=change.dtype)
         return LowRank(base=self.base, a=chosen, b=change, scale=jnp.float32(1), core=self.core, path=self.path)
 
@@ -62,12 +62,12 @@ def token_rows(selection: Selection, *, indices: Sequence[int]) -> ParamTransfor
 
     def init(key: Array, target: Target) -> Factors:
         shapes(target)
-        return {"rows": jnp.asarray(target.leaf)[jnp.array(chosen)].astype(widened(target.leaf.dtype))}
+        return {"rows": jnp.asarray(dense(target.leaf))[jnp.array(chosen)].astype(widened(target.leaf.dtype))}
 
     def adapt(target: Target, factors: Factors, key: Array | None, strength: Any) -> TokenRows:
         leaf, new = target.leaf, factors["rows"]
         if not (isinstance(strength, float | int) and strength == 1):
-            old, new = (x.astype(widened(leaf.dtype)) for x in (leaf[jnp.array(chosen)], new))
+            old, new = (x.astype(widened(leaf.dtype)) for x in (dense(leaf)[jnp.array(chosen)], new))
             s = jnp.asarray(strength, new.dtype)
             new = (1 - s) * old + s * new
         return TokenRows(**target.fields, rows=new, indices=chosen)

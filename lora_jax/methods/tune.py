@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lora_jax.core.arrays import Tuned
-from lora_jax.core.selection import Absent, Selection
-from lora_jax.core.transforms import Factors, Params, ParamTransform, Target, Traits, per_target, register
+from lora_jax.core.arrays import Tuned, dense, is_adapted
+from lora_jax.core.selection import Absent, Selection, flatten
+from lora_jax.core.transforms import Delta, Factors, Params, ParamTransform, Target, Traits, per_target, register
+from lora_jax.core.transforms.transform import need_params
 
 
 def tune(selection: Selection) -> ParamTransform:
@@ -31,7 +33,7 @@ def tune(selection: Selection) -> ParamTransform:
         leaf = target.leaf
         if isinstance(leaf, Absent):
             raise ValueError(f"{target.path} was taken out of these params (without_tuned); init needs the whole base")
-        return {"value": jnp.array(leaf, jnp.float32 if leaf.dtype.itemsize < 4 else leaf.dtype, copy=True)}
+        return {"value": jnp.array(dense(leaf), jnp.float32 if leaf.dtype.itemsize < 4 else leaf.dtype, copy=True)}
 
     def adapt(target: Target, factors: Factors, key: Array | None, strength: Any) -> Tuned:
         leaf, value = target.leaf, factors["value"]
@@ -44,6 +46,14 @@ def tune(selection: Selection) -> ParamTransform:
 
     spec = {"method": "tune", **selection.spec()}
     return per_target(spec, targets, init, adapt, shapes=lambda target: {"value": tuple(target.leaf.shape)})
+
+
+def without_tuned(params: Any, delta: Delta) -> Any:
+    """Params with `Absent` for the leaves that the delta holds itself (`tune`), so that memory holds them once."""
+    need_params(params, "without_tuned")
+    flat, treedef = flatten(params, is_adapted)
+    absent = {path: Absent(leaf.shape, leaf.dtype) for path, leaf in flat if "value" in delta.get(path, ())}
+    return jax.tree.unflatten(treedef, [absent.get(path, leaf) for path, leaf in flat])
 
 
 register("tune", tune, Traits(decays=("**/{kernel,embedding}/value",), fast=()))

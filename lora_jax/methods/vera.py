@@ -11,9 +11,10 @@ from jax import Array, lax
 
 from lora_jax.core import transforms
 from lora_jax.core.arrays import LowRank, Summed, adapted_array
-from lora_jax.core.ranges import COUNT, FINITE
-from lora_jax.core.selection import Selection, matches, strings
+from lora_jax.core.globs import matches
+from lora_jax.core.selection import Selection, strings
 from lora_jax.core.transforms import Factors, Params, ParamTransform, Target
+from lora_jax.methods.ranges import COUNT, FINITE
 
 
 @adapted_array

@@ -61,7 +61,9 @@ def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}. The paper's bases are public: {PUBLIC}") from error
     if tokenizer is None:
-        raise FileNotFoundError(f"{source} has no tokenizer.json: put that of the base there")
+        raise FileNotFoundError(
+            f"{source} has no tokenizer: a folder needs the base's tokenizer.json, a GGUF file its own"
+        )
     tokenizer.encode_special_tokens = True  # as `data.tokenizing.plain`, which then makes no copies
     check_task(stored_model, config.data.name, source, task)
     new = hf.untrained(stored_model, source)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from lora_jax.core.ranges import COUNT, FINITE, PROBABILITY, Range
+from lora_jax.methods.ranges import COUNT, FINITE, PROBABILITY, Range
 from lora_jax.runs import methods
 from lora_jax.training.config import SEED, OptimizerConfig, TrainConfig, as_config_dict
 

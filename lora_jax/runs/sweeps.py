@@ -33,8 +33,16 @@ class SweepResult(NamedTuple):
     rows: list[dict[str, Any]]  # of sweep.json, one for each member; none on all but the first process
 
 
+def _check(config: ConfigDict) -> None:
+    """A ValueError where a member cannot be trained; before anything is written."""
+    if config.method == "none" or config.get("warm_start"):
+        raise ValueError("a sweep trains new adapters: no method 'none', no warm_start")
+    for member in members(config).values():
+        check(member)
+
+
 @stopping.noted()
-@locks.holding(check=lambda config: _check(config))
+@locks.holding(check=_check)
 def sweep(
     config: ConfigDict,
     workdir: str | Path,
@@ -106,14 +114,6 @@ def _prepare(
     parts |= {"placement": base.placement, "dtype": base.model.config.dtype, "loggers": loggers}
     reports = [lj.check(member.method, base.params) for member in prepared]
     return training_sweep.prepare(config, workdir, prepared, **parts), reports
-
-
-def _check(config: ConfigDict) -> None:
-    """A ValueError where a member cannot be trained; before anything is written."""
-    if config.method == "none" or config.get("warm_start"):
-        raise ValueError("a sweep trains new adapters: no method 'none', no warm_start")
-    for member in members(config).values():
-        check(member)
 
 
 def members(config: ConfigDict) -> dict[str, ConfigDict]:

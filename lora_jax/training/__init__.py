@@ -22,15 +22,6 @@ with extra("train"):
 
 __all__ = ["METRICS", "TIMES", "Job", "JsonLines", "Log", "Logger", "Metric", "Objective", "OptimizerConfig"]
 __all__ += ["Prefixed", "Result", "State", "TensorBoard", "TrainConfig", "check_resumed", "claim", "classifier"]
-__all__ += [
-    "cross_entropy",
-    "difference",
-    "language_model",
-    "make_step",
-    "new_state",
-    "optimizer",
-    "plot_loss",
-    "prepare",
-]
-__all__ += ["read_metrics", "register_metric", "schedule", "squared_error", "state_shardings", "train"]
+__all__ += ["cross_entropy", "difference", "language_model", "make_step", "new_state", "optimizer", "plot_loss"]
+__all__ += ["prepare", "read_metrics", "register_metric", "schedule", "squared_error", "state_shardings", "train"]
 __all__ += ["validate", "with_metrics"]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from ml_collections import ConfigDict, config_dict
 
-from lora_jax.core.ranges import COUNT, PROBABILITY, SHARE, Range
+from lora_jax.methods.ranges import COUNT, PROBABILITY, SHARE, Range
 
 # The names of before 2026-11-30, which configs, command lines and config.json may still have.
 RENAMED = {
@@ -25,6 +25,9 @@ OLD_MATRICES = [
     "@shared/**/a",
     "@*/*/{down,up,down_left,down_right,up_left,up_right,values}",
 ]
+
+# What `prefix_embedding.select` was by default then; now [], the model's token embedding.
+OLD_TOKEN_EMBEDDING = ["**/{wte,word}/embedding"]
 
 _FROM_0, _ABOVE_0 = Range(least=0), Range(above=0)
 _STEPS = Range(least=0, whole=True, optional=True)

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, NamedSharding, P
+from jax import Array
 
-from lora_jax.checkpoints.files import named
+from lora_jax.checkpoints.files import named, on_each
 
 
 def not_finite(delta: Any, members: bool = False) -> dict[int, str]:
@@ -15,16 +14,17 @@ def not_finite(delta: Any, members: bool = False) -> dict[int, str]:
     with `members` the leading axis of the delta has the runs. With several processes all of them call this.
     """
     first: dict[int, str] = {}
-    for name, x in named(delta).items():
-        sharding = getattr(x, "sharding", None)
-        replicated = NamedSharding(sharding.mesh, P()) if isinstance(sharding, NamedSharding) else None
-        # compiled once a shape, and one after the other, as `checkpoints.files.checksums`
-        finite = jax.device_get(jax.jit(_finite, static_argnums=1, out_shardings=replicated)(x, members))
+    for name, finite in on_each(_finite_members if members else _finite, named(delta)):
         for run in np.flatnonzero(~finite).tolist():
             first.setdefault(run, name)
     return first
 
 
-def _finite(x: Array, members: bool) -> Array:
+def _finite(x: Array) -> Array:
+    """(1,) bool."""
+    return jnp.isfinite(x).all()[None]
+
+
+def _finite_members(x: Array) -> Array:
     """(runs,) bool."""
-    return jnp.isfinite(x).all(range(int(members), x.ndim)).reshape(-1)
+    return jnp.isfinite(x).all(range(1, x.ndim))

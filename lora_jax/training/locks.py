@@ -16,15 +16,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from lora_jax.checkpoints.files import fcntl
 from lora_jax.distributed import processes
 
 F = TypeVar("F", bound=Callable)
-
-fcntl: Any
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # of file systems without locks
 

@@ -17,10 +17,11 @@ import numpy as np
 from tqdm import tqdm
 
 from lora_jax import checkpoints
-from lora_jax.core.transforms import Delta, ParamTransform, from_spec, without_tuned
+from lora_jax.core.transforms import Delta, ParamTransform, from_spec
 from lora_jax.data.batches import Batch, Schedule, Stacked
 from lora_jax.distributed import processes
 from lora_jax.distributed.sharding import Placement
+from lora_jax.methods.tune import without_tuned
 from lora_jax.training import locks, stopping
 from lora_jax.training import step as steps
 from lora_jax.training.config import TrainConfig

@@ -19,10 +19,11 @@ import optax
 from jax import Array
 
 from lora_jax import checkpoints
-from lora_jax.core.transforms import from_spec, traits_of, without_tuned
+from lora_jax.core.transforms import from_spec, traits_of
 from lora_jax.data.batches import Schedule, Stacked
 from lora_jax.distributed import processes
 from lora_jax.distributed.sharding import Placement
+from lora_jax.methods.tune import without_tuned
 from lora_jax.training import locks, stopping
 from lora_jax.training import step as steps
 from lora_jax.training.config import OptimizerConfig, TrainConfig

@@ -10,7 +10,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from lora_jax.checkpoints import has_data, latest_step, write_atomically
-from lora_jax.core.arrays import is_adapted
+from lora_jax.core.arrays import is_adapted, is_changed
 from lora_jax.core.lifting.taps import untapped
 from lora_jax.core.selection import flatten
 from lora_jax.data.batches import Schedule
@@ -18,7 +18,7 @@ from lora_jax.data.digest import digest, digest_of
 from lora_jax.data.json_files import read_json
 from lora_jax.distributed import processes
 from lora_jax.training import locks
-from lora_jax.training.config import OLD_MATRICES, TrainConfig, as_json, with_new_names
+from lora_jax.training.config import OLD_MATRICES, OLD_TOKEN_EMBEDDING, TrainConfig, as_json, with_new_names
 from lora_jax.training.logging import read_metrics
 
 # What may change when a run resumes. How the base is called may; its identity is compared.
@@ -29,7 +29,7 @@ _PATHS = {"data.path", "data.train", "data.valid", "data.template", "data.valida
 # What config.json had then: key -> (value, today's value of the same meaning).
 _OLD_VALUES: dict[str, tuple[list[str], list[str]]] = {
     "optimizer.decay": (OLD_MATRICES, ["matrices"]),
-    "prefix_embedding.select": (["**/{wte,word}/embedding"], []),
+    "prefix_embedding.select": (OLD_TOKEN_EMBEDDING, []),
 }
 
 
@@ -119,7 +119,7 @@ def difference(first: Any, second: Any, among: Container[str] | None = None) -> 
     for name in (name for name in ours | theirs if among is None or name in among):
         if ours.get(name) != theirs.get(name):
             return f"{name} is {ours.get(name)} in one, {theirs.get(name)} in the other"
-    ones, others = ({p: w for p, w in flatten(tree, is_adapted)[0] if is_adapted(w)} for tree in (first, second))
+    ones, others = ({p: w for p, w in flatten(tree, is_adapted)[0] if is_changed(w)} for tree in (first, second))
     for path in (path for path in [*ones, *others] if among is None or path in among):
         one, other = ones.get(path), others.get(path)
         if type(one) is not type(other):

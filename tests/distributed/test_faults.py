@@ -15,17 +15,10 @@ import numpy as np
 import pytest
 
 from lora_jax import checkpoints
-from tests.helpers.cli import ROOT, command, environment, fork, make_inputs, run
+from tests.helpers.cli import ROOT, command, environment, fork, run
 
 EPOCHS, TOTAL, HEARTBEAT = 5, 60, 5  # saved every 3 steps
 FLAGS = (f"--config.epochs={EPOCHS}", "--config.mesh.data=2", "--config.mesh.fsdp=2")
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    make_inputs(folder, layers=1)
-    return folder
 
 
 class Pair:

@@ -3,7 +3,7 @@
 import functools
 from pathlib import Path
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 
 from tests.helpers.tokenizers import byte_level
 
@@ -20,5 +20,6 @@ SPECIAL += ["<start_of_turn>", "<end_of_turn>"]
 def chat_tokenizer(post: bool = False) -> Tokenizer:
     """Byte-level BPE with the special tokens of all of the templates."""
     tokenizer = Tokenizer.from_str(byte_level(post).to_str())
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIAL)
     return tokenizer

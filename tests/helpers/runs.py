@@ -1,4 +1,4 @@
-"""A tiny GPT-2 on random pairs, and the config of a run that takes seconds."""
+"""A tiny GPT-2 on random pairs, and the configs of runs that take seconds."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict, config_dict
 
 import lora_jax as lj
-from lora_jax import checkpoints, training
+from lora_jax import checkpoints, runs, training
 from lora_jax.data.batches import Schedule, bucketed
 from lora_jax.data.pairs import Encoded
 from lora_jax.models import gpt2
@@ -58,6 +58,15 @@ def run_config(**changes: Any) -> ConfigDict:
     optimizer.weight_decay, optimizer.decay = 0.01, ("**",)
     optimizer.clip_norm = config_dict.placeholder(float)
     config.update_from_flattened_dict(changes)
+    return config
+
+
+def config_of(folder: Path, **changes: Any) -> ConfigDict:
+    """Of a run of four steps, on what `cli.make_inputs` made."""
+    config = runs.default_config("generation")
+    config.base, config.data.path = str(folder / "base"), str(folder / "data")
+    small = {"data.batch_size": 4, "data.buckets": 1, "optimizer.warmup_steps": 1, "optimizer.learning_rate": 0.01}
+    config.update_from_flattened_dict({**small, "steps": 4, "log_every": 2, "save_every": 2, **changes})
     return config
 
 

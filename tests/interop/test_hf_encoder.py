@@ -15,20 +15,12 @@ from safetensors.numpy import load_file, save_file
 
 from lora_jax.interop import hf
 from lora_jax.models import encoder
+from tests.helpers.hf_sizes import ENCODER
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-SMALL = {
-    "vocab_size": 37,
-    "hidden_size": 12,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 20,
-    "max_position_embeddings": 16,
-    "type_vocab_size": 2,
-    "pad_token_id": 1,
-}
+SMALL = ENCODER | {"pad_token_id": 1}
 CASES = {
     "roberta": ("Roberta", "Model", {}),
     "roberta, three labels": ("Roberta", "ForSequenceClassification", {"num_labels": 3, "hidden_act": "gelu_new"}),

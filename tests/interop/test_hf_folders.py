@@ -13,18 +13,18 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_jax.interop import folders, hf
+from tests.helpers.hf_sizes import GPT2
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-SIZES = {"vocab_size": 31, "n_positions": 12, "n_embd": 12, "n_layer": 2, "n_head": 3}
 TOKENS = np.random.default_rng(1).integers(0, 31, (3, 11), dtype=np.int32)
 NOTHING = re.compile("(?!)")  # no name
 
 
 def make(kind=transformers.GPT2LMHeadModel, **fields):
     """A random model, no parameter of which is zero or one."""
-    model = kind(transformers.GPT2Config(**SIZES, **fields)).eval()
+    model = kind(transformers.GPT2Config(**GPT2, **fields)).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -21,19 +21,19 @@ from tokenizers import Tokenizer, models
 import lora_jax as lj
 from lora_jax.interop import hf
 from lora_jax.models import gpt2
+from tests.helpers.hf_sizes import GPT2
 
-SMALL = {"vocab_size": 31, "n_positions": 12, "n_embd": 12, "n_layer": 2, "n_head": 3}
 SHAPES = [
-    SMALL,
+    GPT2,
     {"vocab_size": 57, "n_positions": 9, "n_embd": 10, "n_layer": 1, "n_head": 5, "n_inner": 7},
-    {**SMALL, "n_layer": 3, "n_head": 1, "activation_function": "gelu", "layer_norm_epsilon": 1e-3},
-    {**SMALL, "vocab_size": 101, "n_embd": 21, "n_head": 7, "activation_function": "relu"},
-    {**SMALL, "n_head": 12, "tie_word_embeddings": False, "activation_function": "silu"},
-    {**SMALL, "n_inner": 50, "activation_function": "tanh", "reorder_and_upcast_attn": True},
+    {**GPT2, "n_layer": 3, "n_head": 1, "activation_function": "gelu", "layer_norm_epsilon": 1e-3},
+    {**GPT2, "vocab_size": 101, "n_embd": 21, "n_head": 7, "activation_function": "relu"},
+    {**GPT2, "n_head": 12, "tie_word_embeddings": False, "activation_function": "silu"},
+    {**GPT2, "n_inner": 50, "activation_function": "tanh", "reorder_and_upcast_attn": True},
 ]
 
 
-def make(folder: Path, fields: dict = SMALL, **kwargs) -> transformers.GPT2LMHeadModel:
+def make(folder: Path, fields: dict = GPT2, **kwargs) -> transformers.GPT2LMHeadModel:
     """A random model, saved by transformers; no parameter is zero or one."""
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**fields)).eval()

@@ -15,20 +15,11 @@ import lora_jax as lj
 from lora_jax import training
 from lora_jax.interop import hf, peft, torch_files
 from lora_jax.models import gpt2
+from tests.helpers.hf_sizes import ENCODER, GPT2
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-GPT2 = {"vocab_size": 31, "n_positions": 12, "n_embd": 12, "n_layer": 2, "n_head": 3}
-ENCODER = {
-    "vocab_size": 37,
-    "hidden_size": 12,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 20,
-    "max_position_embeddings": 16,
-    "type_vocab_size": 2,
-}
 SIZES = {"GPT2": GPT2, "Roberta": ENCODER, "Bert": ENCODER}
 OF_TRAINING = {"bos_token_id": 5, "eos_token_id": 6, "pad_token_id": 7, "task_specific_params": {"x": {"y": 1}}}
 RATES = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.2, "classifier_dropout": 0.4}

@@ -12,17 +12,10 @@ import numpy as np
 import pytest
 
 from lora_jax import checkpoints
-from tests.helpers.cli import ROOT, command, environment, make_inputs, run, run_entry
+from tests.helpers.cli import ROOT, command, environment, run, run_entry
 from tests.helpers.runs import without_times
 
 EPOCHS, TOTAL = "--config.epochs=10", 120  # saved every 3
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    make_inputs(folder, layers=1)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 import lora_jax as lj
 from configs import pretrain
 from lora_jax import checkpoints, runs, training
-from lora_jax.core.ranges import Range
+from lora_jax.methods.ranges import Range
 from lora_jax.runs.config import check
 from lora_jax.training.config import OLD_MATRICES, OptimizerConfig, TrainConfig
 from tests.helpers.runs import prepare, run_config

@@ -17,7 +17,7 @@ import pytest
 
 from lora_jax import checkpoints, training
 from lora_jax.training import locks
-from tests.helpers.cli import command, environment, fork, make_inputs, run
+from tests.helpers.cli import command, environment, fork, run
 from tests.helpers.locks import held_elsewhere, is_free
 from tests.helpers.runs import prepare, run_config, without_times
 
@@ -135,13 +135,6 @@ def test_a_workdir_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 # Pairs of starts
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    make_inputs(folder, layers=1)
-    return folder
 
 
 def start_pairs(inputs: Path, folder: Path, cases: list[tuple[float, tuple[str, ...]]]) -> list[str]:

@@ -20,7 +20,7 @@ from lora_jax.models import gpt2
 from lora_jax.runs import bases, methods, reload
 from lora_jax.training import sweep
 from tests.helpers import sweeps
-from tests.helpers.cli import ROOT, make_inputs, run, run_entry
+from tests.helpers.cli import ROOT, run, run_entry
 from tests.helpers.runs import model_and_params, run_config
 
 BLOCK = next(
@@ -31,11 +31,9 @@ BLOCK = next(
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("own")
-    make_inputs(made, layers=1)
-    (made / "mine.py").write_text(BLOCK)
-    return made
+def folder(inputs: Path) -> Path:
+    (inputs / "mine.py").write_text(BLOCK)
+    return inputs
 
 
 def test_the_readmes_method(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,7 @@ from lora_jax.interop import hf
 from lora_jax.models import encoder, gpt2
 from lora_jax.models.family import function_fields
 from lora_jax.runs import bases
-from tests.helpers.cli import make_inputs
-from tests.helpers.runs import pairs, prepare, run_config, schedule
+from tests.helpers.runs import config_of, pairs, prepare, run_config, schedule
 from tests.helpers.sweeps import members, ready
 
 GPT2 = gpt2.GPT2Config(vocab_size=61, n_positions=32, n_embd=8, n_layer=1, n_head=2, eos_token_id=0)
@@ -244,21 +243,6 @@ def test_a_sweep_resumes_with_the_data_that_it_began_with(tmp_path: Path) -> Non
         ready(tmp_path, [member._replace(batches=changed(20, 0)) for member in members(values, **path)])
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("same")
-    make_inputs(made, layers=1)
-    return made
-
-
-def config_of(folder: Path, **changes: Any) -> ConfigDict:
-    config = runs.default_config("generation")
-    config.base, config.data.path = str(folder / "base"), str(folder / "data")
-    small = {"data.batch_size": 4, "data.buckets": 1, "optimizer.warmup_steps": 1, "optimizer.learning_rate": 0.01}
-    config.update_from_flattened_dict({**small, "steps": 4, "log_every": 2, "save_every": 2, **changes})
-    return config
-
-
 def edited(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
     fields = json.loads(file.read_text())
     change(fields)
@@ -274,14 +258,14 @@ def edited(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
     ],
 )
 def test_an_adapter_is_for_its_base(
-    folder: Path, tmp_path: Path, file: str, change: Callable[[dict[str, Any]], None], message: str
+    inputs: Path, tmp_path: Path, file: str, change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
-    base = bases.load(config_of(folder))
+    base = bases.load(config_of(inputs))
     method = lj.lora(lj.select("**/query/kernel", axes=dict(gpt2.AXES)), rank=1)
     shapes = jax.eval_shape(method.init, jax.random.key(0), base.params)
     delta = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     checkpoints.save_adapter(tmp_path / "adapter", method, delta, base.identity)
-    shutil.copytree(folder / "base", tmp_path / "base")
+    shutil.copytree(inputs / "base", tmp_path / "base")
     again = bases.load(config_of(tmp_path, **{"model.scan_layers": True, "model.remat": True}))
     assert again.identity == base.identity | {"source": str(tmp_path / "base")}
     bases.adapter(tmp_path / "adapter", again)
@@ -294,10 +278,10 @@ def test_an_adapter_is_for_its_base(
 
 
 @pytest.mark.slow
-def test_a_workdir_resumes_on_another_machine(folder: Path, tmp_path: Path) -> None:
+def test_a_workdir_resumes_on_another_machine(inputs: Path, tmp_path: Path) -> None:
     """Base and data have other paths there and are the same; changed data are refused, of seeds too."""
     here, there = tmp_path / "here", tmp_path / "there"
-    shutil.copytree(folder, here)
+    shutil.copytree(inputs, here)
     straight = runs.train(config_of(here), tmp_path / "straight")
     seeds = runs.train(config_of(here, seeds=(3, 4)), tmp_path / "seeds")
     shutil.move(here, there)

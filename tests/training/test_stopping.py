@@ -20,8 +20,7 @@ from lora_jax.runs import run as run_module
 from lora_jax.runs import sweeps as sweeps_module
 from lora_jax.training import stopping
 from lora_jax.training import sweep as training_sweep
-from tests.helpers.cli import make_inputs
-from tests.helpers.runs import with_programs_of, without_times
+from tests.helpers.runs import config_of, with_programs_of, without_times
 
 KINDS: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 STEPS = 12
@@ -100,13 +99,6 @@ def test_in_another_thread_nothing_is_taken(outside: list[int]) -> None:
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    make_inputs(folder, layers=1)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def compiled_once() -> Iterator[None]:
     """Runs of this module load and compile once for each seed."""
     setups: dict[int, Any] = {}
@@ -133,14 +125,6 @@ def compiled_once() -> Iterator[None]:
         yield
 
 
-def config_of(inputs: Path, **changes: Any) -> ConfigDict:
-    config = runs.default_config("generation")
-    config.base, config.data.path = str(inputs / "base"), str(inputs / "data")
-    small = {"data.batch_size": 4, "data.buckets": 1, "optimizer.warmup_steps": 1, "optimizer.learning_rate": 0.01}
-    config.update_from_flattened_dict({**small, "steps": STEPS, "log_every": 2, "save_every": 4, **changes})
-    return config
-
-
 GREEDY = {"max_new_tokens": 8, "num_beams": 1, "no_repeat_ngram_size": 0}
 
 
@@ -148,7 +132,7 @@ class Case:
     """What is stopped and resumed: runs, seeds, a sweep or an evaluation, of one workdir."""
 
     def __init__(self, inputs: Path, kind: str) -> None:
-        self.kind, self.config, self.loaded = kind, config_of(inputs), None
+        self.kind, self.config, self.loaded = kind, config_of(inputs, steps=STEPS, save_every=4), None
         if kind == "seeds":
             self.config.seeds = (0, 1, 2)
         if kind == "sweep":
@@ -269,7 +253,7 @@ def test_a_signal_in_the_last_step_of_a_seed_stops_before_the_next(
         return job._replace(put=put)
 
     monkeypatch.setattr(training, "prepare", signalling)
-    config = config_of(inputs, steps=3)
+    config = config_of(inputs, steps=3, save_every=4)
     config.seeds = (0, 1)
     result = runs.train(config, tmp_path)
     assert not result.finished and [member.finished for member in result.members] == [True]

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 import lora_jax as lj
 from experiments.ending import with_homes, with_new_names
@@ -18,7 +17,7 @@ from lora_jax import checkpoints, runs, training
 from lora_jax.models import gpt2
 from lora_jax.training.config import RENAMED, TrainConfig, as_config_dict
 from tests.helpers import glue_inputs
-from tests.helpers.cli import make_inputs
+from tests.helpers.runs import config_of
 
 REVIEWS = """
 from pathlib import Path
@@ -32,21 +31,6 @@ def load(path, split):
 
 reviews = runs.classification(load, ("bad", "good"))
 """
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("user")
-    make_inputs(made, layers=1)
-    return made
-
-
-def config_of(folder: Path, **changes: Any) -> ConfigDict:
-    config = runs.default_config("generation")
-    config.base, config.data.path = str(folder / "base"), str(folder / "data")
-    small = {"data.batch_size": 4, "data.buckets": 1, "optimizer.warmup_steps": 1, "optimizer.learning_rate": 0.01}
-    config.update_from_flattened_dict({**small, "steps": 4, "log_every": 2, "save_every": 2, **changes})
-    return config
 
 
 class Entries:
@@ -68,8 +52,8 @@ def accuracy(outputs: np.ndarray, labels: np.ndarray) -> float:
 
 
 @pytest.mark.usefixtures("no_java")
-def test_a_run_with_parts_of_the_users_own(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    config, logger, seen = config_of(folder, best="accuracy"), Entries(), []
+def test_a_run_with_parts_of_the_users_own(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config, logger, seen = config_of(inputs, best="accuracy"), Entries(), []
     method = lj.lora(lj.select("**/attn/value/kernel", axes=gpt2.AXES), rank=1)
     given: dict[str, Any] = {"method": method, "metrics": {"accuracy": accuracy}}
     result = runs.train(config, tmp_path / "run", **given, loggers=[logger], started=seen.append)
@@ -83,7 +67,7 @@ def test_a_run_with_parts_of_the_users_own(folder: Path, tmp_path: Path, capsys:
     assert loaded.method is not None and loaded.method.spec == method.spec and loaded.step == 4
     objective = training.with_metrics(training.language_model(loaded.model), {"accuracy": accuracy})
     valid = runs.task_named("e2e")
-    batches = valid.batches(valid.load(folder / "data", "valid"), config, loaded, loaded.spec)
+    batches = valid.batches(valid.load(inputs / "data", "valid"), config, loaded, loaded.spec)
     expected = training.validate(objective, loaded.params, batches)
     assert last["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-6)
     assert last["accuracy"] == expected["accuracy"]
@@ -143,9 +127,9 @@ def test_a_task_and_a_metric_in_a_package_of_the_users_own(
         runs.train(config, tmp_path / "other")
 
 
-def test_seeds_and_sweeps_from_a_script(folder: Path, tmp_path: Path) -> None:
+def test_seeds_and_sweeps_from_a_script(inputs: Path, tmp_path: Path) -> None:
     """The entries of each run get its name as a prefix, in a logger that is closed once."""
-    logger, config = Entries(), config_of(folder, steps=2)
+    logger, config = Entries(), config_of(inputs, steps=2)
     config.seeds = (3, 4)
     result = runs.train(config, tmp_path / "seeds", loggers=[logger])
     assert result.finished and [member.workdir.name for member in result.members] == ["seed_3", "seed_4"]
@@ -155,7 +139,7 @@ def test_seeds_and_sweeps_from_a_script(folder: Path, tmp_path: Path) -> None:
     assert result.summary is not None and result.summary["validation_loss"]["score"] == pytest.approx(np.mean(losses))
     assert logger.closed == 1
 
-    logger, config = Entries(), config_of(folder, steps=2)
+    logger, config = Entries(), config_of(inputs, steps=2)
     config.sweep.seed = (3, 4)
     with pytest.raises(ValueError, match=r"runs\.sweep trains them"):
         runs.train(config, tmp_path / "other")
@@ -188,10 +172,10 @@ def test_a_home_folder_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 OLD = {"keep": 5, "optimizer.final_share": 0.1, "optimizer.warmup_share": 0.2, "optimizer.b_ratio": 16.0}
 
 
-def test_old_names_of_keys_mean_the_same(folder: Path, tmp_path: Path) -> None:
+def test_old_names_of_keys_mean_the_same(inputs: Path, tmp_path: Path) -> None:
     new = {"max_to_keep": 5, "optimizer.end_lr_ratio": 0.1, "optimizer.warmup_ratio": 0.2}
-    config = config_of(folder, **new, **{"optimizer.loraplus_lr_ratio": 16.0, "optimizer.warmup_steps": None})
-    old = config_of(folder, **{"optimizer.warmup_steps": None})
+    config = config_of(inputs, **new, **{"optimizer.loraplus_lr_ratio": 16.0, "optimizer.warmup_steps": None})
+    old = config_of(inputs, **{"optimizer.warmup_steps": None})
     old.keep = OLD["keep"]
     for name in ("final_share", "warmup_share", "b_ratio"):
         old.optimizer[name] = OLD[f"optimizer.{name}"]

@@ -7,16 +7,22 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lora_jax.core.arrays import Adapted, factor_axes
+from lora_jax.core.arrays import Adapted, Encoded, factor_axes, is_adapted
 from lora_jax.core.selection import CLASS
 
 Ints = Sequence[int]
 
 
-def rebuild(w: Adapted, axes: str, change: Callable[[Array, list, list], Any]) -> Adapted:
+def rebuild(w: Adapted, axes: str, change: Callable[[Array, list, list], Any], shape: Ints | None = None) -> Adapted:
     """The array with these axes, base and factors by `change(array, old, new)`; old and new name the array's axes, as
-    they are and as they shall be, by the base's axis that each follows."""
-    arrays = {"base": change(w.base, list(range(w.ndim)), list(range(len(axes))))}
+    they are and as they shall be, by the base's axis that each follows. `shape`: where it has other input or output
+    axes than before."""
+    if isinstance(w, Encoded):
+        arrays = w.resized(axes, shape) if shape is not None else {}
+    elif is_adapted(w.base):
+        arrays = {"base": rebuild(w.base, axes, change, shape)}
+    else:
+        arrays = {"base": change(w.base, list(range(w.ndim)), list(range(len(axes))))}
     for name, layout in w.layout.items():
         if (factor := getattr(w, name)) is not None:
             arrays[name] = change(factor, factor_axes(layout, w.axes), factor_axes(layout, axes))
@@ -30,7 +36,10 @@ def each(w: Adapted, change: Callable[[Array], Any]) -> Adapted:
 
 def cast(w: Adapted, dtype: Any) -> Adapted:
     """Base and factors in another float dtype; scales, and what is `exact`, keep theirs: the product applies them."""
+    if isinstance(w, Encoded):
+        return w.cast(dtype)
     kept = {name: getattr(w, name) for name in w.layout if set(w.layout[name]) == {"s"} or name in w.exact}
+    kept |= {"base": cast(w.base, dtype)} if is_adapted(w.base) else {}
     new = each(w, lambda array: array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array)
     return new.replace(**kept)
 
@@ -66,7 +75,8 @@ def squeeze(w: Adapted, dimensions: Ints) -> Adapted:
     def change(array: Array, where: list, _: list) -> Array:
         return lax.squeeze(array, [where.index(d) for d in dimensions if d in where])
 
-    return rebuild(w, "".join(letter for j, letter in enumerate(w.axes) if j not in dimensions), change)
+    kept = [j for j in range(w.ndim) if j not in dimensions]
+    return rebuild(w, "".join(w.axes[j] for j in kept), change, [w.shape[j] for j in kept])
 
 
 def slice_(w: Adapted, start_indices: Ints, limit_indices: Ints, strides: Ints | None) -> Adapted:
@@ -133,7 +143,7 @@ def reshape(w: Adapted, shape: Ints) -> Adapted | None:
         return array.reshape([shape[a] if isinstance(a, int) else array.shape[old.index(a)] for a in new])
 
     axes = _reshaped_axes(w.axes, w.shape, shape)
-    return None if axes is None else rebuild(w, axes, change)
+    return None if axes is None else rebuild(w, axes, change, shape)
 
 
 def _reshaped_axes(axes: str, old: Ints, new: Ints) -> str | None:

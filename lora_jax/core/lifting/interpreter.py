@@ -77,7 +77,8 @@ def lift(fn: Callable, on_dense: Literal["warn", "error", "allow"] = "warn") -> 
             return fn(*args, **kwargs)
 
         state = TraceState(on_dense, seen, Sites([(tap, *tap.per_occurrence()) for tap in taps]))
-        closed, shapes = jax.make_jaxpr(of_bases, return_shape=True)(*(w.base for w in adapted.values()))
+        bases = (w.base.base if is_adapted(w.base) else w.base for w in adapted.values())
+        closed, shapes = jax.make_jaxpr(of_bases, return_shape=True)(*bases)
         outputs = evaluate(closed.jaxpr, closed.consts, list(adapted.values()), state)
         untouched = set(map(id, adapted.values()))
         outputs = [state.dense(None, x) if is_adapted(x) and id(x) not in untouched else x for x in outputs]

@@ -5,6 +5,7 @@ A rule brings the weight to the order `(stacked.., i.., o..)`, x to `(batch.., f
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -20,6 +21,16 @@ from lora_jax.core.lifting.interpreter import TraceState, rule
 from lora_jax.core.selection import CLASS
 
 
+def _with_array(product: Callable) -> Callable:
+    """A product of x with an array or with one that is `Encoded`, whose values then last no longer than it takes."""
+
+    @functools.wraps(product)
+    def of_any(op: Any, x: Array, w: Any, *rest: Array) -> Array:
+        return w.within(functools.partial(product, op), x, *rest) if is_adapted(w) else product(op, x, w, *rest)
+
+    return of_any
+
+
 @dataclasses.dataclass(frozen=True)
 class Dot:
     """`dot_general` over x's last `count` axes and w's first."""
@@ -32,6 +43,7 @@ class Dot:
     out_sharding: NamedSharding | None  # of (x's free axes.., o..)
     drops_input: bool = True
 
+    @_with_array
     def __call__(self, x: Array, w: Array) -> Array:
         return self._dot(x, w, self.count, self.out_sharding)
 
@@ -79,6 +91,7 @@ class LookUp:
     how: tuple[tuple[str, Any], ...]  # gather's mode, fill_value and promises
     drops_input: bool = False
 
+    @_with_array
     def __call__(self, ids: Array, w: Array) -> Array:
         last = tuple(range(ids.ndim, ids.ndim + w.ndim - 1))
         numbers = lax.GatherDimensionNumbers(offset_dims=last, collapsed_slice_dims=(0,), start_index_map=(0,))
@@ -101,6 +114,7 @@ class Convolution:
     how: tuple[tuple[str, Any], ...]
     drops_input: bool = True
 
+    @_with_array
     def __call__(self, x: Array, w: Array) -> Array:
         n = w.ndim - 2
         last = (0, n + 1, *range(1, n + 1))
@@ -117,6 +131,7 @@ class Convolution:
         y = jnp.einsum("...gr,rgo->...go", z, by_group, precision=dict(self.how)["precision"])
         return y.reshape(*y.shape[:-2], b.shape[-1])
 
+    @_with_array
     def scale_input(self, x: Array, w: Array, scale: Array) -> Array:
         return self(x, scaled(w, scale[..., None]))
 
@@ -210,7 +225,10 @@ def _towards(w: Adapted, contracted: Sequence[int]) -> Adapted | None:
     """w or its transposed form, the one whose input axes are the contracted ones."""
     if sorted(contracted) == _axes_of(w, "i"):
         return w
-    return w.transposed() if sorted(contracted) == _axes_of(w, "o") else None
+    flipped = w.transposed() if sorted(contracted) == _axes_of(w, "o") else None
+    if flipped is not None and is_adapted(flipped.base):
+        return flipped.replace(base=flipped.base.transposed())
+    return flipped
 
 
 def _named(what: str, axes: Iterable[int]) -> list[tuple[str, int]]:
@@ -281,7 +299,8 @@ def _each(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[A
 
 @rule("sharding_constraint")
 def _constraint(eqn: jex.JaxprEqn, values: Sequence[Any], state: TraceState) -> list[Any]:
-    return [values[0].replace(base=eqn.primitive.bind(values[0].base, **eqn.params))]
+    w = values[0]  # to codes, which have their own placement, it is a hint
+    return [w.replace(base=eqn.primitive.bind(w.base, **eqn.params)) if isinstance(w.base, Array) else w]
 
 
 def _structural(name: str, change: Callable[..., Any]) -> None:

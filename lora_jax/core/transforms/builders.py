@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lora_jax.core.arrays import Adapted, PathLabel, is_adapted, map_adapted
+from lora_jax.core.arrays import Adapted, Encoded, PathLabel, is_adapted, is_changed, map_adapted
 from lora_jax.core.lifting.taps import Tap, Tapped
 from lora_jax.core.selection import Absent, Selection, check_globs, flatten, strings
 from lora_jax.core.transforms import transform
@@ -147,7 +147,7 @@ def per_target(
     checked = [*strings(spec.get("select", ())), *strings(spec.get("exclude", ())), *globs]
 
     def targets_in(params: Params) -> list[Target]:
-        params = map_adapted(lambda w: w.base, params)
+        params = map_adapted(lambda w: w if isinstance(w, Encoded) else w.base, params)
         return targets_of(targets, params) if isinstance(targets, Selection) else list(targets(params))
 
     def keys_of(chosen: Iterable[Target]) -> set[str]:
@@ -178,7 +178,7 @@ def per_target(
         def adapted(path: str, leaf: Any) -> Any:
             if (target := by_path.get(path)) is None:
                 return leaf
-            if is_adapted(leaf):
+            if is_changed(leaf):
                 raise ValueError(f"{path} is adapted already ({leaf}); two transforms on one leaf")
             factors = target.factors_in(delta)
             if shapes:

@@ -2,20 +2,27 @@
 
 from typing import Any
 
-import jax
-
-from lora_jax.core.arrays import is_adapted, map_adapted
+from lora_jax.core.arrays import Adapted, Tuned, map_adapted, widened
+from lora_jax.core.lifting.axis_ops import cast
 from lora_jax.core.lifting.taps import untapped
-from lora_jax.core.selection import Absent, flatten
-from lora_jax.core.transforms.transform import Delta, ParamTransform, need_params
+from lora_jax.core.transforms.transform import Delta, ParamTransform
 
 
-def merge(adapted: Any) -> Any:
-    """Plain params: every adapted array dense, summed in float32 and rounded once to the base's dtype. The other leaves
-    are the base's own; under `jax.jit` they are copied."""
+def merge(adapted: Any, dtype: Any = None) -> Any:
+    """Plain params: every adapted array dense, summed in float32 and rounded once, to the base's dtype or to `dtype`.
+    The other leaves are the base's own; under `jax.jit` they are copied.
+
+    Of a quantized base (`lora_jax.quantize`) it is the values that the adapter was trained on, dense: nothing is
+    quantized again, and a quantized leaf that no method adapts is made dense too.
+    """
     if isinstance(adapted, Delta):
         raise TypeError("merge takes adapted params (method.apply(params, delta)), got a Delta")
-    return map_adapted(lambda w: w.materialize(), _weights_alone(adapted))
+
+    def dense(w: Adapted) -> Any:
+        wide = w if dtype is None or isinstance(w, Tuned) else cast(w, widened(w.dtype))
+        return wide.materialize().astype(dtype or w.dtype)
+
+    return map_adapted(dense, _weights_alone(adapted))
 
 
 def _weights_alone(adapted: Any) -> Any:
@@ -30,11 +37,3 @@ def unmerge(merged: Any, method: ParamTransform, delta: Delta) -> Any:
     """The base of merged params, within one rounding of max(|merged|, |delta|); a ValueError where a method cannot be
     undone (tuned leaves). Exact switching is `method.apply(base, other_delta)`."""
     return map_adapted(lambda w: w.remove(), _weights_alone(method.apply(merged, delta)))
-
-
-def without_tuned(params: Any, delta: Delta) -> Any:
-    """Params with `Absent` for the leaves that the delta holds itself (`tune`), so that memory holds them once."""
-    need_params(params, "without_tuned")
-    flat, treedef = flatten(params, is_adapted)
-    absent = {path: Absent(leaf.shape, leaf.dtype) for path, leaf in flat if "value" in delta.get(path, ())}
-    return jax.tree.unflatten(treedef, [absent.get(path, leaf) for path, leaf in flat])

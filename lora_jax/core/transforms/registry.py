@@ -7,7 +7,8 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from lora_jax.core.selection import Selection, matches_any, strings
+from lora_jax.core.globs import matches_any
+from lora_jax.core.selection import Selection, strings
 from lora_jax.core.transforms.transform import ParamTransform, Spec, chain
 
 

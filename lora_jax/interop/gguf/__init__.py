@@ -18,7 +18,9 @@ from lora_jax.interop.gguf.reader import TYPES, Contents, read_contents
 from lora_jax.interop.gguf.tensors import Tensor, hf_name
 from lora_jax.interop.lazy import Lazy
 
-__all__ = ["GGUF", "TYPES", "open_file"]
+PRE = tokenizers.PRE
+
+__all__ = ["GGUF", "PRE", "TYPES", "open_file"]
 
 
 @dataclasses.dataclass(frozen=True)

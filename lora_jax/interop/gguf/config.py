@@ -35,11 +35,10 @@ class _Keys:
     """The metadata of the architecture, each value of the type that is asked for."""
 
     def __init__(self, metadata: Mapping[str, Any], path: Path) -> None:
-        self.metadata, self.path, self.architecture = metadata, path, metadata.get("general.architecture")
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(
-                f"{path}: general.architecture is {self.architecture!r}; {', '.join(ARCHITECTURES)} are read"
-            )
+        architecture = metadata.get("general.architecture")
+        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+            raise ValueError(f"{path}: general.architecture is {architecture!r}; {', '.join(ARCHITECTURES)} are read")
+        self.metadata, self.path, self.architecture = metadata, path, architecture
 
     def has(self, name: str) -> bool:
         return f"{self.architecture}.{name}" in self.metadata
@@ -103,6 +102,8 @@ def fields_of(contents: Contents, path: Path, read: Callable[[str], np.ndarray])
     }
     for name, key in {"bos": "bos", "eos": "eos", "pad": "padding"}.items():
         if (token := contents.metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+            if type(token) is not int:
+                raise ValueError(f"{path}: tokenizer.ggml.{key}_token_id is {repr(token)[:80]}, not an id")
             fields[f"{name}_token_id"] = token
     _check_sizes(keys, fields, contents)
     rope = _rope(keys, size, read(ROPE_FACTORS) if ROPE_FACTORS in tensors else None)
@@ -179,8 +180,7 @@ def _of_windows(keys: _Keys, fields: Mapping[str, Any], rope: dict[str, Any]) ->
         return {}
     deep = fields["num_hidden_layers"] == _DEEP[keys.architecture]
     scale = fields["hidden_size"] // fields["num_attention_heads"] if deep else fields["head_dim"]
-    made: dict[str, Any] = {"hidden_activation": "gelu_pytorch_tanh", "sliding_window": window or None}
-    made["query_pre_attn_scalar"] = scale
+    made: dict[str, Any] = {"sliding_window": window or None, "query_pre_attn_scalar": scale}
     pattern = keys.metadata.get(f"{keys.architecture}.attention.sliding_window_pattern", 0)
     if isinstance(pattern, np.ndarray):
         made["layer_types"] = ["sliding_attention" if local else "full_attention" for local in pattern]

@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # of tokenizer.ggml.token_type
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # some of tokenizer.ggml.token_type
 # "ggml" names of ids -> the names in a tokenizer_config.json
 SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
@@ -117,13 +117,12 @@ class _Parts:
         tokenizer = Tokenizer(models.BPE(vocab=self.vocabulary(self.tokens), merges=merges, ignore_merges=whole))
         tokenizer.decoder = decoders.ByteLevel()
         expression = PRE[self.pre]
-        if expression in ("", "digits"):
-            bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            first = pre_tokenizers.Digits(individual_digits=True)
-        else:
-            bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-            first = pre_tokenizers.Split(Regex(expression), behavior="isolated")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, bytes_of]) if expression else bytes_of
+        steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=expression in ("", "digits"))]
+        if expression == "digits":
+            steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+        elif expression:
+            steps.insert(0, pre_tokenizers.Split(Regex(expression), behavior="isolated"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
         return tokenizer
 
     def sentence_piece(self) -> Tokenizer:
@@ -170,7 +169,7 @@ def _merges(vocabulary: Mapping[str, int], ranks: Sequence[float], types: Sequen
 def _add_special(tokenizer: Tokenizer, parts: _Parts) -> None:
     """Tokens that a text spells out whole, and those before and after a text."""
     typed = list(zip(parts.tokens, parts.types, strict=True))
-    special = [token for token, kind in typed if kind in (_UNKNOWN, _CONTROL)]
+    special = [token for token, kind in typed if kind == _CONTROL]
     special += [token for token in dict.fromkeys(parts.special.values()) if token not in special]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     vocabulary = tokenizer.get_vocab()  # without Gemma's runs of spaces

@@ -1,4 +1,4 @@
-"""The chat template and the special tokens of a Hugging Face folder, as transformers reads them."""
+"""The chat template and the special tokens of a Hugging Face folder, as transformers reads them, or of a GGUF file."""
 
 import json
 import os
@@ -7,27 +7,29 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.checkpoints import finish_replacing, write_atomically
-from lora_jax.interop.folders import TEMPLATE, TOKENIZER_CONFIG, inside, read_json
-from lora_jax.interop.hf.sources import is_gguf, local
+from lora_jax.interop.folders import inside, read_json
+from lora_jax.interop.hf.sources import CHAT_FILES, is_gguf, local
+
+TEMPLATE, TOKENIZER_CONFIG = CHAT_FILES
 
 
 def chat_template(source: str | os.PathLike) -> str | None:
-    """The chat template of a GGUF file, or of a folder: chat_template.jinja, or else what tokenizer_config.json has, of
-    several named ones the one called "default"; None where there is none.
+    """The chat template of a source, as `load` takes it: of a folder chat_template.jinja, or else what
+    tokenizer_config.json has, of several named ones the one called "default"; None where there is none.
 
     Raises:
       ValueError: the file is no UTF-8, or holds something else than a template.
     """
     folder = local(source)
     if is_gguf(folder):
-        return _gguf(folder).chat_template
+        return _opened(folder).chat_template
     file = inside(folder, TEMPLATE)
     if file.is_file():
         try:
             return file.read_bytes().decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is no UTF-8: {error}") from error
-    template, file = _fields(folder).get("chat_template"), Path(folder) / TOKENIZER_CONFIG
+    template, file = _fields(folder).get("chat_template"), folder / TOKENIZER_CONFIG
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         if "default" not in named:
@@ -39,11 +41,11 @@ def chat_template(source: str | os.PathLike) -> str | None:
 
 
 def special_tokens(source: str | os.PathLike) -> dict[str, str]:
-    """{"bos_token": ..., "eos_token": ..., ...} of a GGUF file or a folder's tokenizer_config.json, the names that
-    templates use; {} without that file."""
+    """{"bos_token": ..., "eos_token": ..., ...}, the names that templates use, of a folder's tokenizer_config.json ({}
+    without that file) or of a GGUF file."""
     folder = local(source)
     if is_gguf(folder):
-        return _gguf(folder).special_tokens
+        return _opened(folder).special_tokens
     fields = {name: x for name, x in _fields(folder).items() if name.endswith("_token") and not name.startswith("add_")}
     texts = {name: x.get("content") if isinstance(x, dict) else x for name, x in fields.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
@@ -55,13 +57,13 @@ def save_chat(folder: str | os.PathLike, template: str, tokens: Mapping[str, str
     write_atomically(Path(folder) / TOKENIZER_CONFIG, (json.dumps(dict(tokens), indent=2) + "\n").encode())
 
 
-def _gguf(path: Path) -> Any:
+def _opened(file: Path) -> Any:
     from lora_jax.interop import gguf  # slow to import, and seldom needed
 
-    return gguf.open_file(path)
+    return gguf.open_file(file)
 
 
-def _fields(folder: str | os.PathLike) -> dict[str, Any]:
-    finish_replacing(Path(folder))
-    file = Path(folder) / TOKENIZER_CONFIG
+def _fields(folder: Path) -> dict[str, Any]:
+    finish_replacing(folder)
+    file = folder / TOKENIZER_CONFIG
     return read_json(file) if file.is_file() else {}

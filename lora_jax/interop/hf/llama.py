@@ -35,10 +35,11 @@ _NAMES = {
 _GEMMA = {"query_scale": "query_pre_attn_scalar", "score_cap": "attn_logit_softcapping"}
 _GEMMA |= {"logit_cap": "final_logit_softcapping", "activation": "hidden_activation"}
 # What config.json need not say, where it is not our default: transformers' defaults.
-_LLAMA_DEFAULTS: dict[str, Any] = {"max_position_embeddings": 2048, "eos_token_id": 2}
+
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": _LLAMA_DEFAULTS,
+    "llama": {"max_position_embeddings": 2048, "eos_token_id": 2},
     "mistral": {
+        "eos_token_id": 2,
         "max_position_embeddings": 131072,
         "num_key_value_heads": 8,
         "intermediate_size": 14336,
@@ -159,8 +160,10 @@ def _from_hf(
 def _config_of(family: str, fields: dict, source: str) -> LlamaConfig:
     fields = _DEFAULTS[family] | fields
     given: dict[str, Any] = {**fields, "use_bidirectional_attention": bool(fields.get("use_bidirectional_attention"))}
-    if isinstance(eos := given.get("eos_token_id"), list) and eos:
-        given["eos_token_id"] = eos[0]  # Llama 3 ends a text and a turn with different ones
+    eos = given.get("eos_token_id")
+    given["eos_token_id"] = eos[0] if isinstance(eos, list) and eos else eos  # Llama 3: of a text, and of a turn
+    if type(given["eos_token_id"]) is not int:
+        raise ValueError(f"{source}: config.json has eos_token_id={eos!r}; give it one id")
     windows = _windows(family, given, source)
     rope = _rope(family, given, source)
     attention = family in _ATTENTION_BIAS and given.get("attention_bias", False)

