@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -148,7 +149,8 @@ def _mixed(x: Array) -> Array:
 
 def check_base(expected: Mapping[str, Any], actual: Mapping[str, Any], where: str | Path) -> None:
     """A ValueError that shows the difference, where `actual` is not the base that `where` needs. Of config and
-    tokenizer, which older files and identities of parameters alone lack, what both have is compared."""
+    tokenizer, which older files and identities of parameters alone lack, what both have is compared. A base in other
+    bits (`config.model.base_bits`) is a warning: it is the same base, with values that are off by their rounding."""
     needed, given = f"{where} belongs to the base {expected['source']!r}", repr(actual["source"])
     for part, what in (
         ("shapes", "other shapes"),
@@ -161,6 +163,9 @@ def check_base(expected: Mapping[str, Any], actual: Mapping[str, Any], where: st
             digests = expected[part][:12], actual[part][:12]
             problem = f"{needed} ({part} {digests[0]}), but {given} has {what} ({digests[1]})"
             raise ValueError(f"{problem}: give the base it was trained on")
+    if (then := expected.get("bits")) != (now := actual.get("bits")):
+        kept = [f"in {bits} bits" if bits else "as it is" for bits in (then, now)]
+        logging.warning("%s was trained on its base %s, which is %s here", where, *kept)
     then, now = expected.get("config") or {}, actual.get("config") or {}
     if different := [name for name in then if name in now and then[name] != now[name]]:
         fields = ", ".join(f"{name} {then[name]!r}, not {now[name]!r}" for name in different)

@@ -23,7 +23,7 @@ from jax.sharding import AxisType, Mesh
 from lora_jax.core.arrays import factor_axes, is_adapted
 from lora_jax.core.globs import matches_any
 from lora_jax.core.lifting.taps import untapped
-from lora_jax.core.selection import flatten, look_up, path_of
+from lora_jax.core.selection import CLASS, flatten, look_up, path_of
 from lora_jax.core.transforms import method_shardings
 from lora_jax.models.family import family_of
 
@@ -90,7 +90,7 @@ def shardings(
     Raises:
       ValueError: no rule matches, a rule names more axes than its leaf has, or one does not divide.
     """
-    specs = dict(_specs(tree if adapted is None else adapted, rules))
+    specs = dict(_specs(tree if adapted is None else adapted, rules, mesh))
     # factors of taps, in a delta and on a tree, and what weights share are replicated unless a method's traits say else
     rules = {**rules, **method_shardings(), "**/@*/**": P(), "taps/**": P()}
 
@@ -128,7 +128,7 @@ class Placement(NamedTuple):
         return shardings(tree, self.mesh, self.rules, adapted)
 
 
-def _specs(tree: Any, rules: Rules) -> Iterator[tuple[str, tuple[P, Shape]]]:
+def _specs(tree: Any, rules: Rules, mesh: Mesh) -> Iterator[tuple[str, tuple[P, Shape]]]:
     """(path, (spec, shape)) of every parameter; of an adapted one also those of base and factors."""
     for path, leaf in flatten(untapped(tree)[0], is_leaf=is_adapted)[0]:
         spec = look_up(rules, path, "sharding rules") if leaf.ndim else P()
@@ -136,10 +136,31 @@ def _specs(tree: Any, rules: Rules) -> Iterator[tuple[str, tuple[P, Shape]]]:
         if not is_adapted(leaf):
             continue
         yield from ((f"{path}/{name}", (spec, leaf.shape)) for name in ("base", "value"))
-        of_axis: dict[Any, Any] = dict(enumerate(spec))
-        for name, layout in leaf.layout.items():
-            of_factor = P(*(of_axis.get(axis) for axis in factor_axes(layout, leaf.axes)))
-            yield f"{path}/{name}", (of_factor, getattr(getattr(leaf, name), "shape", ()))
+        yield from _factor_specs(path, leaf, spec, mesh)
+        if is_adapted(leaf.base):
+            yield from _factor_specs(f"{path}/base", leaf.base, spec, mesh)
+
+
+def _factor_specs(path: str, leaf: Any, spec: P, mesh: Mesh) -> Iterator[tuple[str, tuple[P, Shape]]]:
+    """(path, (spec, shape)) of the factors of an adapted array, along the axes that each follows. Codes that have all
+    input (or output) axes as one, I (or O), go as the first of those does, where their number divides."""
+    of_axis: dict[Any, Any] = dict(enumerate(spec))
+    for joined, kind in (("I", "i"), ("O", "o")):
+        first = next((axis for axis, letter in enumerate(leaf.axes) if CLASS[letter] == kind), None)
+        of_axis[joined] = of_axis.get(first)
+    for name, layout in leaf.layout.items():
+        axes = factor_axes(layout, leaf.axes)
+        shape = getattr(getattr(leaf, name), "shape", ())
+        entries = [of_axis.get(axis) for axis in axes]
+        for n, (axis, size) in enumerate(zip(axes, shape, strict=False)):
+            if axis in ("I", "O") and size % _ways(entries[n], mesh):
+                entries[n] = None
+        yield f"{path}/{name}", (P(*entries), shape)
+
+
+def _ways(names: Any, mesh: Mesh) -> int:
+    """The devices that an entry of a spec spreads an axis over."""
+    return math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
 
 
 def _follow(shape: Shape, spec: P, followed: Shape) -> P:
@@ -174,10 +195,10 @@ def _fitting(path: str, shape: Sequence[int], spec: P, mesh: Mesh, misfits: str)
         raise ValueError(f"{path} has shape {shape}, but its rule {spec} names {len(spec)} axes")
     fitting = list(spec)
     for axis, (size, names) in enumerate(zip(shape, spec, strict=False)):
-        names = (names,) if isinstance(names, str) else names or ()
-        ways = math.prod(mesh.shape[name] for name in names)
+        ways = _ways(names, mesh)
         if size % ways == 0:
             continue
+        names = (names,) if isinstance(names, str) else names
         problem = f"{path} has shape {shape}: {size} does not divide over the {ways} devices of {', '.join(names)}"
         if misfits == "error":
             raise ValueError(f"{problem}; pad it, change its rule {spec} or the mesh, or say misfits='replicate'")

@@ -11,7 +11,9 @@ from jax.sharding import Mesh, Sharding
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
+import lora_jax as lj
 from lora_jax import Delta, ParamTransform, checkpoints
+from lora_jax.core.selection import CLASS, flatten, look_up, matches_any
 from lora_jax.distributed import processes, sharding
 from lora_jax.interop import hf
 from lora_jax.models.family import family_of, function_fields
@@ -68,7 +70,7 @@ def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None
     check_task(stored_model, config.data.name, source, task)
     new = hf.untrained(stored_model, source)
     mesh = sharding.make_mesh({}) if mesh is None else mesh
-    settings = dataclasses.replace(stored_model.config, **config.model.to_dict())
+    settings = dataclasses.replace(stored_model.config, **model_fields(config))
     model = sharding.on_mesh(type(stored_model)(settings), mesh)
     placement = sharding.Placement.of(model, mesh)
 
@@ -81,7 +83,36 @@ def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None
     as_digested = mesh.size == 1 and layout == {"scan_layers": False, "dtype": "float32"}
     # no other process reads all of it
     digests = processes.on_primary(lambda: identity(model, params if as_digested else stored, source, new, tokenizer))
+    if bits := config.model.get("base_bits"):
+        params, digests = quantized(model, params, bits, source, new), digests | {"bits": bits}
     return Base(model, params, tokenizer, digests, placement, new)
+
+
+def model_fields(config: ConfigDict) -> dict[str, Any]:
+    """The fields of a model's config that a run's config sets."""
+    return {name: value for name, value in config.model.to_dict().items() if name != "base_bits"}
+
+
+def quantized(model: Any, params: Any, bits: str, source: str = "", new: Sequence[str] = ()) -> Any:
+    """Params with the matrices of the layers in so many bits: not the tables of embeddings, the heads, and what is
+    `new`.
+
+    Raises:
+      ValueError: "file", and the source is no GGUF file, or the model has no such matrix.
+    """
+    if bits == "file":
+        raise ValueError(f"base_bits='file' keeps a GGUF file's own blocks, and {source} is none: choose '4' or '8'")
+    family = family_of(model)
+    heads = {*family.head_params, *(family.output_head.params(model.config) if family.output_head else ())}
+
+    def is_chosen(path: str) -> bool:
+        axes = look_up(family.axes, path, "axes")
+        is_matrix = {"i", "o"} <= {CLASS[letter] for letter in axes} and "v" not in axes
+        return is_matrix and path.partition("/")[0] not in heads and not matches_any(new, path)
+
+    if not (chosen := [path for path, _ in flatten(params)[0] if is_chosen(path)]):
+        raise ValueError(f"base_bits={bits!r}: {source} has no matrix besides its embeddings and its head")
+    return lj.quantize(params, lj.select(*chosen, axes=family.axes), bits=int(bits))
 
 
 def check_task(model: Any, name: str, source: str, task: Task) -> None:

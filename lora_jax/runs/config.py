@@ -28,6 +28,7 @@ NUMBERS = {
     **{f"model.{name}": COUNT for name in ("n_embd", "n_layer", "n_head", "n_positions")},  # of one that is pretrained
     "vocab_size": COUNT,
 }
+BASE_BITS = (None, "4", "8", "file")
 SWEPT = ("learning_rate", "weight_decay", "alpha", "rank", "seed")  # alpha and rank: of the method
 
 
@@ -53,6 +54,9 @@ def default_config(kind: str) -> ConfigDict:
     config.model = ConfigDict()
     config.model.dtype = "float32"  # computes in; what trains is float32 always
     config.model.param_dtype = "float32"  # the base is kept in
+    # The base's matrices in 4 or 8 bits, "4" (nf4) or "8" (int8), or as a GGUF file has them, "file"; the tables of
+    # embeddings, the head, norms and biases stay in param_dtype. None: all of it does.
+    config.model.base_bits = config_dict.placeholder(str)
     config.model.scan_layers = False
     config.model.remat = False  # on a CPU together with scan_layers alone: in a loop XLA undoes it
     # Values that train at once, in one program, every combination a run: `--config.sweep.learning_rate=1e-4,2e-4`.
@@ -158,6 +162,8 @@ def check(config: ConfigDict) -> None:
     size, parts = _value(config, "data.batch_size"), settings.accumulate
     if size is not None and size % parts:
         raise ValueError(f"accumulate={parts} must divide data.batch_size={size}")
+    if (bits := _value(config, "model.base_bits")) not in BASE_BITS:
+        raise ValueError(f"model.base_bits={bits!r}: choose {', '.join(map(repr, BASE_BITS[1:]))}, or leave it out")
     methods.check(config)
 
 

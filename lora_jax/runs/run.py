@@ -1,6 +1,7 @@
 """A config and a workdir -> a run."""
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -230,7 +231,7 @@ def _validate_base(
     figures = training.validate(objective, base.params, batches["valid"], placement=base.placement)
     with training.Log(workdir, -1, loggers) as log:
         log.write(0, **figures)
-    return sum(leaf.size for leaf in jax.tree.leaves(base.params))
+    return sum(math.prod(leaf.shape) for _, leaf in flatten(base.params)[0])
 
 
 def _train_seeds(

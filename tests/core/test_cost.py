@@ -61,10 +61,12 @@ def closed_form(names: tuple[str, ...], *, scan: bool, remat: bool) -> float:
 
 
 @functools.cache
-def pieces(glob: str, **options: Any) -> tuple[Any, Any, Any, Any]:
+def pieces(glob: str, bits: int = 0, **options: Any) -> tuple[Any, Any, Any, Any]:
     """The lifted model, the method, and shapes of params and delta."""
     model = gpt2.GPT2(dataclasses.replace(CONFIG, **options))
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    if bits:
+        params = lj.quantize(params, lj.select("**/kernel", "wte/embedding", axes=gpt2.AXES), bits=bits)
     method = lj.lora(lj.select(glob, axes=gpt2.AXES), rank=RANK, alpha=8, dropout=0.1)
     return model, method, params, jax.eval_shape(method.init, jax.random.key(0), params)
 
@@ -101,6 +103,15 @@ def step_flops(glob: str, variant: str = "plain", **options: Any) -> int:
 
     with jax.numpy_dtype_promotion("standard"):  # optax.MultiSteps divides floats by integers
         return count(step, delta, jax.eval_shape(tx.init, delta), params, TOKENS, PLACES)
+
+
+@pytest.mark.parametrize(("scan", "remat"), [(False, False), pytest.param(True, True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
+def test_a_quantized_base_costs_no_more_products(bits, scan, remat):
+    glob, names = SELECTED["attention"]
+    flops = step_flops(glob, bits=bits, scan_layers=scan, remat=remat)
+    assert 0.99 <= flops / closed_form(names, scan=scan, remat=False) <= (1.01 if not remat else 1.5)
+    assert flops == step_flops(glob, scan_layers=scan, remat=remat)
 
 
 def quick_with(quick, cases):

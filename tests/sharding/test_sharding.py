@@ -43,9 +43,11 @@ def delta_of(config: gpt2.GPT2Config) -> lj.Delta:
     return jax.jit(METHOD.init)(jax.random.key(2), setup(config)[1])
 
 
-def adam_losses(config: gpt2.GPT2Config, mesh: jax.sharding.Mesh | None) -> tuple[list, dict]:
-    """The losses of ten Adam steps, and the delta after them."""
+def adam_losses(config: gpt2.GPT2Config, mesh: jax.sharding.Mesh | None, bits: int = 0) -> tuple[list, dict]:
+    """The losses of ten Adam steps, and the delta after them; of a base in so many bits."""
     model, params, tokens = setup(config)
+    if bits:
+        params = lj.quantize(params, lj.select("**/kernel", "wte/embedding", axes=gpt2.AXES), bits=bits)
     delta = delta_of(config)
     tx = lj.freeze_base(optax.adam(1e-2))
     state = jax.jit(tx.init)(delta)
@@ -88,6 +90,35 @@ def test_losses_agree_with_one_device(config, sizes):
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     for (path, ours), theirs in zip(jax.tree_util.tree_leaves_with_path(sharded), jax.tree.leaves(delta), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-4, err_msg=jax.tree_util.keystr(path))
+
+
+QUANTIZED = [
+    (8, dataclasses.replace(CONFIG, n_layer=1), (2, 2, 2)),
+    *(pytest.param(4, SCANNED, sizes, marks=pytest.mark.slow) for sizes in MESHES),
+    *(pytest.param(8, SCANNED, sizes, marks=pytest.mark.slow) for sizes in MESHES[:2]),
+]
+
+
+@pytest.mark.parametrize(("bits", "config", "sizes"), QUANTIZED)
+def test_losses_of_a_quantized_base_agree_with_one_device(bits, config, sizes):
+    expected, _ = adam_losses(config, None, bits)
+    losses, _ = adam_losses(config, mesh_of(*sizes), bits)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def test_codes_follow_the_axes_of_their_weight():
+    """Rows as the outputs go, and blocks along a row as the inputs go, where their number divides."""
+    mesh, rules = mesh_of(1, 2, 4), {"**": P("fsdp", "tensor")}
+    params = {"w": jax.ShapeDtypeStruct((256, 8), jnp.float32), "odd": jax.ShapeDtypeStruct((192, 8), jnp.float32)}
+    params = lj.quantize(params, lj.select("*"), bits=4)
+    method = lj.lora(lj.select("*"), rank=2)
+    adapted = jax.eval_shape(method.apply, params, jax.eval_shape(method.init, jax.random.key(0), params))
+    alone, under = (sharding.shardings(tree, mesh, rules) for tree in (params, adapted))
+    for w in (alone["w"], under["w"].base):
+        assert (w.codes.spec, w.scale.spec) == (P("tensor", "fsdp", None), P("tensor", "fsdp"))
+        assert (w.nested.spec, w.offset.spec) == (P(None), P())
+    assert alone["odd"].codes.spec == P("tensor", None, None)
+    assert under["w"].a.spec == P("fsdp", None)
 
 
 def test_factors_follow_their_kernels_and_the_optimizer_the_factors():
