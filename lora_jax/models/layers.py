@@ -196,17 +196,28 @@ def placed(x: Array, sharding: NamedSharding | None) -> Array:
     return x if sharding is None else lax.with_sharding_constraint(x, sharding)
 
 
+def gathered(x: Hidden, heads: int, sharding: NamedSharding | None) -> Hidden:
+    """Features of so many heads; where the heads do not divide over the devices of the sharding's second axis, with all
+    features on each of these."""
+    if sharding is None or heads % _devices(sharding) == 0:
+        return x
+    return placed(x, NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0])))
+
+
 def over_heads(query: Array, key: Array, value: Array, sharding: NamedSharding | None) -> tuple[Array, Array, Array]:
     """Queries, keys and values (batch, heads, length, size) with their heads over the devices of the sharding's second
     axis. Where the heads of keys and values do not divide over these, each is repeated, so that every device has the
     ones that its queries attend with."""
     if sharding is None:
         return query, key, value
-    heads, key_heads = query.shape[1], key.shape[1]
-    devices = sharding.mesh.shape[sharding.spec[1]]
+    heads, key_heads, devices = query.shape[1], key.shape[1], _devices(sharding)
     if key_heads % devices:
         divide = (n for n in range(key_heads, heads, key_heads) if heads % n == 0 and n % devices == 0)
         times = next(divide, heads) // key_heads
-        every = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))  # one gather, then each takes its own
-        key, value = (jnp.repeat(placed(x, every), times, axis=1) for x in (key, value))
+        key, value = (jnp.repeat(x, times, axis=1) for x in (key, value))
     return placed(query, sharding), placed(key, sharding), placed(value, sharding)
+
+
+def _devices(sharding: NamedSharding) -> int:
+    """The devices that a sharding of (batch, length, width) spreads positions over."""
+    return sharding.mesh.shape[sharding.spec[1]]

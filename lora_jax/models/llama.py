@@ -182,7 +182,7 @@ class Attention(nn.Module):
             features = dense(
                 config, heads[name] * config.size, name, use_bias=config.bias in ("qkv", "attention", "all")
             )(x)
-            return split_heads(features, heads[name])
+            return split_heads(layers.gathered(features, heads[name], config.residual), heads[name])
 
         query, key, value = map(split, heads)
         if config.qk_norm:
@@ -351,16 +351,9 @@ def sites(config: LlamaConfig) -> Sites:
 
 
 def sharding_rules(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> dict[str, PartitionSpec]:
-    """glob -> PartitionSpec of every parameter, in both layouts. Where the heads of keys and values do not divide over
-    `tensor`, their kernels stay whole along them."""
+    """glob -> PartitionSpec of every parameter, in both layouts."""
     table = layouts.table_spec(config.vocab_size, mesh)
-    rules = dict(layouts.RULES)
-    if config.kv_heads % mesh.shape["tensor"]:
-        whole = {"kernel": PartitionSpec("fsdp", None), "bias": PartitionSpec()}
-        for name, spec in whole.items():
-            rules = {f"**/h_*/attn/{{key,value}}/{name}": spec} | rules
-            rules = {f"**/h/attn/{{key,value}}/{name}": PartitionSpec(None, *spec)} | rules
-    return rules | {
+    return layouts.block_rules(config.kv_heads, config.size, mesh) | {
         "**/wte/embedding": table,
         "**/lm_head/kernel": PartitionSpec(*reversed(table)),
         **dict.fromkeys(("**/attn/{query_norm,key_norm}/scale", "**/score/**"), PartitionSpec()),

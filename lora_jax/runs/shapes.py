@@ -63,8 +63,9 @@ def workload(config: ConfigDict) -> asking.Workload:
     config and the model allow."""
     model = asking.padded(model_of(config))
     method, length = lj.from_spec(methods.spec(config, model)), min(config.data.length, dimensions_of(model).max_length)
-    smoothing = config.get("label_smoothing", 0.0)
-    return asking.Workload(model, method, config.optimizer, config.data.batch_size, length, smoothing)
+    smoothing, bits = config.get("label_smoothing", 0.0), config.model.get("base_bits")
+    params = bases.quantized(model, asking.param_shapes(model), bits, config.base) if bits else None
+    return asking.Workload(model, method, config.optimizer, config.data.batch_size, length, smoothing, params)
 
 
 def model_of(config: ConfigDict) -> Any:
