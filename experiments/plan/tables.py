@@ -10,8 +10,9 @@ that fit it with a text for each part of fsdp, each searched for --minutes: chip
 GPUs (`gpus`): GPT-2 and RoBERTa in float16, with LoRA and fine-tuned, a batch at once and a text at a time, by the
 bytes of the program compiled for a CPU.
 
-Llama 3 8B and 70B (`llamas`, which want libtpu), LoRA r = 16 on all matrices (configs/llama.py), with the base in bfloat16
-and its matrices in nf4: what training holds, the FLOPs of a step of one text of 2,048 tokens, and the smallest slices:
+Llama 3 8B and 70B (`llamas`, which want libtpu): LoRA r = 16 on all matrices (configs/llama.py), with the base in
+bfloat16, and with its matrices in nf4: what training holds, the FLOPs of a step of one text of 2,048 tokens, and the
+smallest slices:
 
     python -m experiments.plan.tables --only=llamas --out=docs/results/plan_llama.json --cache=plan_cache.json
 
