@@ -10,7 +10,13 @@ that fit it with a text for each part of fsdp, each searched for --minutes: chip
 GPUs (`gpus`): GPT-2 and RoBERTa in float16, with LoRA and fine-tuned, a batch at once and a text at a time, by the
 bytes of the program compiled for a CPU.
 
---only=pods or gpus; rows of the other kind stay in --out.
+Llama 3 8B and 70B (`llamas`, which want libtpu): LoRA r = 16 on all matrices (configs/llama.py), with the base in
+bfloat16, and with its matrices in nf4: what training holds, the FLOPs of a step of one text of 2,048 tokens, and the
+smallest slices:
+
+    python -m experiments.plan.tables --only=llamas --out=docs/results/plan_llama.json --cache=plan_cache.json
+
+--only=pods, gpus or llamas; rows of the other kinds stay in --out.
 """
 
 import json
@@ -22,8 +28,9 @@ from typing import Any
 import jax
 from absl import flags
 
-from configs import e2e, glue, gpt3
+from configs import e2e, glue, gpt3, llama
 from experiments import cli
+from lora_jax.distributed import sharding
 from lora_jax.planning import asking, search, topologies
 from lora_jax.planning.asking import Layout
 from lora_jax.runs import shapes, tables
@@ -36,6 +43,8 @@ flags.declare_key_flag("out")
 PODS = {"LoRA, q and v, r = 8": "lora_qv_r8", "AdapterH, r = 8": "adapter_h_r8", "full fine-tuning": "full"}
 FAMILIES = ("v5e", "v5p", "v6e")
 SENT_ON, SENT_AS = "v5e:16x16", Layout(1, 16, 16, True, 1)
+LLAMAS = {"8B": "8b", "70B": "70b"}
+BASES = {"bfloat16": None, "nf4": "4"}
 GPUS = {
     "GPT-2 small": (e2e, "small"),
     "GPT-2 medium": (e2e, "medium"),
@@ -55,6 +64,8 @@ def main() -> None:
         rows += [pod(label, name, cache, 60 * values.minutes) for label, name in PODS.items()]
     if "gpus" in values.only:
         rows += [gpu(label, method, cache) for label in GPUS for method in ("LoRA", "full fine-tuning")]
+    if "llamas" in values.only:
+        rows += [of_llama(size, base, cache, 60 * values.minutes) for size in LLAMAS for base in BASES]
     if values.out:
         tables.add_rows(Path(values.out), rows)
     else:
@@ -65,29 +76,52 @@ def pod(label: str, name: str, cache: search.Cache, seconds: float) -> dict[str,
     """A row of GPT-3 175B."""
     config = gpt3.get_config(name)
     config.data.length, config.data.batch_size = 2048, 0
-    workload, topology = shapes.workload(config), topologies.named(SENT_ON)
-    step = asking.step(workload, SENT_AS, SENT_AS.mesh(topology))
-    size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
-    answer = cache.ask(workload, topology, SENT_AS)
-    row: dict[str, Any] = {
-        "label": f"pods: {label}",
-        "held_gb": (size(step.params) + 2 * size(step.state.delta) + size(step.state.optimizer)) / 1e9,
-        "saved_mb": size(step.state.delta) / 2 / 1e6,
-        "petaflops": asking.step_flops(workload, SENT_AS) / 1e15,
-        "petaflops_kept": asking.step_flops(workload, SENT_AS._replace(remat=False)) / 1e15,
-    }
+    workload = shapes.workload(config)
+    answer = cache.ask(workload, topologies.named(SENT_ON), SENT_AS)
+    row = {"label": f"pods: {label}", **_held(workload, SENT_AS)}
+    row["petaflops_kept"] = asking.step_flops(workload, SENT_AS._replace(remat=False)) / 1e15
     for axis in ("fsdp", "tensor"):
         along = [sent for sent in answer.get("collectives", ()) if axis in sent["axes"]]
         row[f"sent_{axis}"] = sum(sent["bytes"] for sent in along) / 1e9
     row["times_tensor"] = sum(sent["times"] for sent in along)
+    return row | _smallest(label, workload, cache, seconds) | _made_by()
+
+
+def of_llama(size: str, base: str, cache: search.Cache, seconds: float) -> dict[str, Any]:
+    """A row of Llama 3 with its base in a type."""
+    config, label = llama.get_config(LLAMAS[size]), f"Llama 3 {size}, {base}"
+    config.model.base_bits = BASES[base]
+    workload = shapes.workload(config)
+    row = {"label": f"llamas: {label}", **_held(workload, Layout(1, 1, 1, True, 1))}
+    return row | _smallest(label, workload, cache, seconds) | _made_by()
+
+
+def _held(workload: asking.Workload, layout: Layout) -> dict[str, float]:
+    """What training holds in all, what a checkpoint takes in 16 bits, and the FLOPs of a step."""
+    step = asking.step(workload, layout._replace(data=1, fsdp=1, tensor=1), sharding.make_mesh({}))
+    size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
+    return {
+        "held_gb": (size(step.params) + 2 * size(step.state.delta) + size(step.state.optimizer)) / 1e9,
+        "saved_mb": size(step.state.delta) / 2 / 1e6,
+        "petaflops": asking.step_flops(workload, layout) / 1e15,
+    }
+
+
+def _smallest(label: str, workload: asking.Workload, cache: search.Cache, seconds: float) -> dict[str, str]:
+    """The smallest slice of each family that a step fits: chips (data, fsdp, tensor; peak of each)."""
+    slices = {}
     for family in FAMILIES:
         log = lambda line: print(f"{label}: {line}", file=sys.stderr)  # noqa: E731
         best = search.smallest(workload, topologies.slices(family), seconds, cache, log)
         if best and best["fits"]:
             mesh = f"{best['data']},{best['fsdp']},{best['tensor']}"
             room = f"{best['peak'] / 2**30:.2f} of {best['limit'] / 2**30:.2f} GiB"
-            row[family] = f"{best['chips']} ({mesh}; {room})"
-    return row | {"command": cli.command("plan.tables"), **tables.machine("jax", "libtpu")}
+            slices[family] = f"{best['chips']} ({mesh}; {room})"
+    return slices
+
+
+def _made_by() -> dict[str, Any]:
+    return {"command": cli.command("plan.tables"), **tables.machine("jax", "libtpu")}
 
 
 def gpu(label: str, method: str, cache: search.Cache) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.core.dropout import drop
 from lora_jax.core.extras import extra
@@ -34,7 +34,7 @@ class Computation:
     remat: bool = False  # recomputes each layer in the backward pass instead of storing its inside
     dtype: str = "float32"
     param_dtype: str = "float32"
-    residual: Sharding | None = None
+    residual: NamedSharding | None = None
 
 
 def _recomputed(activation: Callable[[Array], Array]) -> Callable[[Array], Array]:
@@ -191,6 +191,33 @@ def wide(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 
-def placed(x: Array, sharding: Sharding | None) -> Array:
+def placed(x: Array, sharding: NamedSharding | None) -> Array:
     """x with that sharding; None: with the one that the compiler chooses."""
     return x if sharding is None else lax.with_sharding_constraint(x, sharding)
+
+
+def gathered(x: Hidden, heads: int, sharding: NamedSharding | None) -> Hidden:
+    """Features of so many heads; where the heads do not divide over the devices of the sharding's second axis, with all
+    features on each of these."""
+    if sharding is None or heads % _devices(sharding) == 0:
+        return x
+    return placed(x, NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0])))
+
+
+def over_heads(query: Array, key: Array, value: Array, sharding: NamedSharding | None) -> tuple[Array, Array, Array]:
+    """Queries, keys and values (batch, heads, length, size) with their heads over the devices of the sharding's second
+    axis. Where the heads of keys and values do not divide over these, each is repeated, so that every device has the
+    ones that its queries attend with."""
+    if sharding is None:
+        return query, key, value
+    heads, key_heads, devices = query.shape[1], key.shape[1], _devices(sharding)
+    if key_heads % devices:
+        divide = (n for n in range(key_heads, heads, key_heads) if heads % n == 0 and n % devices == 0)
+        times = next(divide, heads) // key_heads
+        key, value = (jnp.repeat(x, times, axis=1) for x in (key, value))
+    return placed(query, sharding), placed(key, sharding), placed(value, sharding)
+
+
+def _devices(sharding: NamedSharding) -> int:
+    """The devices that a sharding of (batch, length, width) spreads positions over."""
+    return sharding.mesh.shape[sharding.spec[1]]

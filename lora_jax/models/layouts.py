@@ -6,6 +6,8 @@ change the keys that name layers, by themselves (`h_3`, in params) or at the beg
 (`h_3/attn/query/kernel`, `@shared/h_3/attn`, in deltas). All else stays as it is.
 """
 
+import functools
+import logging
 import re
 from collections.abc import Callable
 from typing import Any
@@ -50,6 +52,30 @@ def table_spec(rows: int, mesh: Mesh | AbstractMesh) -> P:
     """The spec of an embedding (rows, features): rows over `tensor` where they divide (a padded vocabulary; GPT-2's
     50,257 does not), else its features."""
     return P("tensor", "fsdp") if rows % mesh.shape["tensor"] == 0 else FEATURES
+
+
+def block_rules(key_heads: int, size: int, mesh: Mesh | AbstractMesh) -> dict[str, P]:
+    """RULES for layers with so many heads of keys and values, of that size. Heads that do not divide over `tensor` are
+    on all of its devices (`layers.gathered`), which is logged; their kernels are spread where their features divide."""
+    devices = mesh.shape["tensor"]
+    if key_heads % devices:
+        _log_replicated(key_heads, devices, key_heads * size % devices == 0)
+    if key_heads * size % devices == 0:
+        return RULES
+    whole = {"kernel": P("fsdp", None), "bias": P()}
+    rules = {f"**/h_*/attn/{{key,value}}/{name}": spec for name, spec in whole.items()}
+    return rules | {f"**/h/attn/{{key,value}}/{name}": P(None, *spec) for name, spec in whole.items()} | RULES
+
+
+@functools.cache  # once a process: a plan asks for the rules of many meshes
+def _log_replicated(key_heads: int, devices: int, spread: bool) -> None:
+    logging.warning(
+        "%d heads of keys and values do not divide over the %d devices of tensor: each device has all outputs of "
+        "attn/key and attn/value; their kernels %s",
+        key_heads,
+        devices,
+        "are spread over features" if spread else "stay whole along it",
+    )
 
 
 def to_scanned(tree: Any, stack: Callable[[list], Any] = jnp.stack) -> Any:

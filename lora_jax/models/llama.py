@@ -182,17 +182,17 @@ class Attention(nn.Module):
             features = dense(
                 config, heads[name] * config.size, name, use_bias=config.bias in ("qkv", "attention", "all")
             )(x)
-            return split_heads(features, heads[name])
+            return split_heads(layers.gathered(features, heads[name], config.residual), heads[name])
 
         query, key, value = map(split, heads)
         if config.qk_norm:
             query, key = Norm(config, name="query_norm")(query), Norm(config, name="key_norm")(key)
         query, key = rotated(query, angles), rotated(key, angles)
-        query, key, value = (placed(part, config.residual) for part in (query, key, value))
         if entry is not None:
             new = {"key": key, "value": value}
             entry = {name: masks.write(entry[name], new[name], index, axis=2) for name in new}
             key, value = (entry[name].astype(query.dtype) for name in new)
+        query, key, value = layers.over_heads(query, key, value, config.residual)
         scale = (config.query_scale or config.size) ** -0.5
         out = attend(query, key, value, mask, block=config.query_block, scale=scale, softcap=config.score_cap)
         use_bias = config.bias in ("attention", "all")
@@ -350,16 +350,9 @@ def sites(config: LlamaConfig) -> Sites:
 
 
 def sharding_rules(config: LlamaConfig, mesh: Mesh | AbstractMesh) -> dict[str, PartitionSpec]:
-    """glob -> PartitionSpec of every parameter, in both layouts. Where the heads of keys and values do not divide over
-    `tensor`, their kernels stay whole along them."""
+    """glob -> PartitionSpec of every parameter, in both layouts."""
     table = layouts.table_spec(config.vocab_size, mesh)
-    rules = dict(layouts.RULES)
-    if config.kv_heads % mesh.shape["tensor"]:
-        whole = {"kernel": PartitionSpec("fsdp", None), "bias": PartitionSpec()}
-        for name, spec in whole.items():
-            rules = {f"**/h_*/attn/{{key,value}}/{name}": spec} | rules
-            rules = {f"**/h/attn/{{key,value}}/{name}": PartitionSpec(None, *spec)} | rules
-    return rules | {
+    return layouts.block_rules(config.kv_heads, config.size, mesh) | {
         "**/wte/embedding": table,
         "**/lm_head/kernel": PartitionSpec(*reversed(table)),
         **dict.fromkeys(("**/attn/{query_norm,key_norm}/scale", "**/score/**"), PartitionSpec()),

@@ -35,6 +35,7 @@ class Workload(NamedTuple):
     batch_size: int  # examples of a step, of all micro-batches; 0: one for each part of the axes data and fsdp
     length: int  # tokens of each example
     label_smoothing: float = 0.0
+    params: Any = None  # shapes of the base, quantized or not; None: the model's own parameters
 
 
 class Layout(NamedTuple):
@@ -106,7 +107,8 @@ def step(workload: Workload, layout: Layout, mesh: Mesh) -> Step:
         objective = training.classifier(on_mesh)
     rate = training.schedule(workload.optimizer, 10_000)
     tx = training.optimizer(workload.optimizer, rate, spec=method.spec)
-    params, placement = param_shapes(model), sharding.Placement.of(model, mesh)
+    params = param_shapes(model) if workload.params is None else workload.params
+    placement = sharding.Placement.of(model, mesh)
 
     def start(params: Any) -> training.State:
         return training.new_state(method, tx, params, jax.random.key(0), dtype=model.config.dtype)

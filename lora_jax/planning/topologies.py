@@ -11,7 +11,7 @@ GIB = 2**30
 # What a program may use on each device, as the compiler says where it does not fit (libtpu 0.0.42).
 HBM = {"v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25, "tpu7x": 94.75}
 # The slices to try, smallest first.
-_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8")
 SLICES = {"v4": _CUBES, "v5e": _FLAT, "v5p": _CUBES, "v6e": _FLAT, "tpu7x": _CUBES}
 NAMES = "v5e:16x16 (or v4, v5p, v6e, tpu7x), cpu:8, gpu:1x16GB"

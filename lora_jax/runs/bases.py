@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 
 import lora_jax as lj
 from lora_jax import Delta, ParamTransform, checkpoints
-from lora_jax.core.selection import CLASS, flatten, look_up, matches_any
+from lora_jax.core.globs import matches_any
+from lora_jax.core.selection import CLASS, flatten, look_up
 from lora_jax.distributed import processes, sharding
 from lora_jax.interop import hf
 from lora_jax.models.family import family_of, function_fields

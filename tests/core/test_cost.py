@@ -1,16 +1,17 @@
-"""Matmul FLOPs of a LoRA step on a small GPT-2, counted from the jaxpr, against the closed form.
+"""Matmul FLOPs of a LoRA step on a small GPT-2 or Llama, counted from the jaxpr, against the closed form.
 
-With t = batch * length tokens, d the width, L layers, r the rank, n labelled positions an example:
+With t = batch * length tokens, d the width, q that of all heads (k of those of keys and values), f the inner width, L
+layers, r the rank, n labelled positions an example; a GPT-2 has q = k = d, f = 4 d and no gate:
 
-    W = 2 t L (4 d^2 + 2 d 4d)    forward products with weights: query, key, value, out, up, down
-    A = 2 t L (2 length d)        Q K^T and P V
+    W = 2 t L (2 d q + 2 d k + 3 d f)    forward products with weights: query, out, key, value, gate, up, down
+    A = 2 t L (2 length q)               Q K^T and P V: all queries, also where several share a head of keys
     T = sum over adapted weights of 2 t (in + out) r
-    H = 2 batch n d vocabulary    the head on the labelled positions
+    H = 2 batch n d vocabulary           the head on the labelled positions
 
 Forward W + A + T + H. Backward: no frozen weight has a gradient, so each product with one costs W' once (the
 gradient of its input), each product of activations twice (2 A'), the two thin ones twice (2 T), the head once (H).
 Below the lowest adapted weight nothing is needed: in layer 0 the gradients of the inputs of query, key and value
-(3 d^2 of W), of the keys unless they are adapted (a quarter of the layer's 2 A), and of the inputs of the adapted
+(d (q + 2 k) of W), of the keys unless they are adapted (a quarter of the layer's 2 A), and of the inputs of the adapted
 ones (part of 2 T). Under scan one body serves all layers, so that W' = W, A' = A. With remat at most one more
 forward without H.
 """
@@ -29,45 +30,66 @@ from flax.training.train_state import TrainState
 
 import lora_jax as lj
 from lora_jax.core.dropout import drop
-from lora_jax.models import gpt2
+from lora_jax.models import gpt2, llama
+from lora_jax.models.family import family_of
 from lora_jax.planning.flops import count, equations
 
 BATCH, LENGTH, LABELLED, RANK = 2, 12, 5, 2
 CONFIG = gpt2.GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+_SIZES: dict[str, Any] = {"vocab_size": 50, "max_length": 16, "hidden": 16, "layers": 2, "inner": 28, "head_size": 6}
+_SIZES |= {"heads": 4, "window": 5, "local": (True, False)}
+LLAMAS = {
+    "llama": llama.LlamaConfig(**(_SIZES | {"window": None, "local": ()}), key_value_heads=2),
+    "qwen2": llama.LlamaConfig("qwen2", **_SIZES, **llama.FAMILIES["qwen2"], key_value_heads=4),
+    "gemma3": llama.LlamaConfig("gemma3_text", **_SIZES, **llama.FAMILIES["gemma3_text"], key_value_heads=1),
+}
 TOKENS = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
 KEY = jax.random.key(0)
 PLACES = jax.ShapeDtypeStruct((BATCH, LABELLED), jnp.int32)
 SELECTED = {
     "query and value": ("**/attn/{query,value}/kernel", ("query", "value")),
     "attention": ("**/attn/*/kernel", ("query", "key", "value", "out")),
-    "all": ("**/kernel", ("query", "key", "value", "out", "up", "down")),
+    "all": ("**/{attn,mlp}/*/kernel", ("query", "key", "value", "out", "gate", "up", "down")),
 }
 
 
-def closed_form(names: tuple[str, ...], *, scan: bool, remat: bool) -> float:
-    t, d, layers = BATCH * LENGTH, CONFIG.n_embd, CONFIG.n_layer
-    sizes = {"up": (d, 4 * d), "down": (4 * d, d)}
-    w = 2 * t * layers * (4 * d**2 + 2 * d * 4 * d)
-    a = 2 * t * layers * (2 * LENGTH * d)
-    thin = layers * sum(2 * t * sum(sizes.get(name, (d, d))) * RANK for name in names)
-    head = 2 * BATCH * LABELLED * d * CONFIG.vocab_size
+def matrices(config: Any) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the kernels of a layer."""
+    if isinstance(config, gpt2.GPT2Config):
+        d = config.n_embd
+        return dict.fromkeys(("query", "key", "value", "out"), (d, d)) | {"up": (d, 4 * d), "down": (4 * d, d)}
+    d, size, inner = config.hidden, config.head_size, config.inner
+    q, k = config.heads * size, config.key_value_heads * size
+    attention = {"query": (d, q), "key": (d, k), "value": (d, k), "out": (q, d)}
+    return attention | {"gate": (d, inner), "up": (d, inner), "down": (inner, d)}
+
+
+def closed_form(names: tuple[str, ...], *, scan: bool, remat: bool, config: Any = CONFIG) -> float:
+    t, sizes, layers = BATCH * LENGTH, matrices(config), family_of(config).dimensions(config).depth
+    width, queries = sizes["query"]
+    w = 2 * t * layers * sum(n * m for n, m in sizes.values())
+    a = 2 * t * layers * (2 * LENGTH * queries)
+    thin = layers * sum(2 * t * sum(sizes.get(name, ())) * RANK for name in names)
+    head = 2 * BATCH * LABELLED * width * config.vocab_size
     w_back, a_back, thin_back = w, 2 * a, 2 * thin
     if not scan:
-        w_back -= 2 * t * 3 * d**2
-        a_back -= 0 if "key" in names else 2 * t * LENGTH * d
-        thin_back -= sum(2 * t * d * RANK for name in names if name in ("query", "key", "value"))
+        first = ("query", "key", "value")
+        w_back -= 2 * t * sum(math.prod(sizes[name]) for name in first)
+        a_back -= 0 if "key" in names else 2 * t * LENGTH * queries
+        thin_back -= sum(2 * t * width * RANK for name in names if name in first)
     again = w + a + thin if remat else 0
     return (w + a + thin + head) + (w_back + a_back + thin_back + head) + again
 
 
 @functools.cache
-def pieces(glob: str, bits: int = 0, **options: Any) -> tuple[Any, Any, Any, Any]:
+def pieces(glob: str, bits: int = 0, config: Any = CONFIG, **options: Any) -> tuple[Any, Any, Any, Any]:
     """The lifted model, the method, and shapes of params and delta."""
-    model = gpt2.GPT2(dataclasses.replace(CONFIG, **options))
+    family = family_of(config)
+    model = family.model(dataclasses.replace(config, **options))
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     if bits:
-        params = lj.quantize(params, lj.select("**/kernel", "wte/embedding", axes=gpt2.AXES), bits=bits)
-    method = lj.lora(lj.select(glob, axes=gpt2.AXES), rank=RANK, alpha=8, dropout=0.1)
+        params = lj.quantize(params, lj.select("**/kernel", "wte/embedding", axes=family.axes), bits=bits)
+    method = lj.lora(lj.select(glob, axes=family.axes), rank=RANK, alpha=8, dropout=0.1)
     return model, method, params, jax.eval_shape(method.init, jax.random.key(0), params)
 
 
@@ -153,6 +175,22 @@ def test_remat_costs_at_most_one_more_forward(selected, scan):
     flops = step_flops(glob, "logged norm", scan_layers=scan, remat=True)
     assert closed_form(names, scan=scan, remat=False) < flops
     assert flops <= 1.01 * closed_form(names, scan=scan, remat=True)
+
+
+def llama_cases():
+    cases = itertools.product(LLAMAS, SELECTED, (False, True), (False, True), (0, 4))
+    quick = {("llama", "query and value", False, False, 0), ("gemma3", "all", True, True, 4)}
+    return quick_with(lambda *case: case in quick, cases)
+
+
+@pytest.mark.parametrize(("name", "selected", "scan", "remat", "bits"), llama_cases())
+def test_a_llama_costs_the_closed_form(name, selected, scan, remat, bits):
+    """Grouped queries, a gate, a head of its own or the embedding, windows; a base in 4 bits too."""
+    (glob, names), config = SELECTED[selected], LLAMAS[name]
+    flops = step_flops(glob, "clipped", config=config, bits=bits, scan_layers=scan, remat=remat)
+    form = functools.partial(closed_form, names, scan=scan, config=config)
+    assert (form(remat=False) < flops) if remat else (0.99 * form(remat=False) <= flops)
+    assert flops <= 1.01 * form(remat=remat)
 
 
 @pytest.mark.parametrize("scan", [False, True])
