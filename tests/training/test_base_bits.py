@@ -49,7 +49,7 @@ def test_the_matrices_of_the_layers_are_quantized(folder, bits, scan):
 def test_other_values_of_base_bits_are_refused(folder):
     with pytest.raises(ValueError, match=r"model\.base_bits='5': choose '4', '8', 'file'"):
         runs.train(config_of(folder, "5"), folder / "none")
-    with pytest.raises(ValueError, match="base_bits='file' keeps a GGUF file's own blocks"):
+    with pytest.raises(ValueError, match="is no GGUF file: only such a file has blocks of its own"):
         bases.load(config_of(folder, "file"))
 
 
