@@ -90,6 +90,8 @@ def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None
     digests = processes.on_primary(lambda: identity(model, params if as_digested else stored, source, new, tokenizer))
     if bits := config.model.get("base_bits"):
         params, digests = quantized(model, params, bits, source, new), digests | {"bits": bits}
+        if mesh.size > 1:  # the blocks of a file are not placed yet
+            params = jax.device_put(params, placement.shardings(params))
     return Base(model, params, tokenizer, digests, placement, new)
 
 

@@ -9,17 +9,6 @@ from lora_jax.interop.hf.models import blocks, load, read, save, unread, untrain
 from lora_jax.interop.hf.origin import Origin, origin_of
 from lora_jax.interop.hf.tokenizer import read_tokenizer
 
-__all__ = [
-    "Architecture",
-    "Format",
-    "Head",
-    "Origin",
-    "blocks",
-    "chat_template",
-    "load",
-    "origin_of",
-    "read",
-    "read_config",
-]
-__all__ += ["read_tokenizer", "register_architecture", "register_format", "save", "save_chat", "special_tokens"]
-__all__ += ["unread", "untrained", "without_weights"]
+__all__ = ["Architecture", "Format", "Head", "Origin", "blocks", "chat_template", "load", "origin_of", "read"]
+__all__ += ["read_config", "read_tokenizer", "register_architecture", "register_format", "save", "save_chat"]
+__all__ += ["special_tokens", "unread", "untrained", "without_weights"]
