@@ -172,7 +172,7 @@ def export_run(workdir: str | Path, form: Form, out: str | Path, *, base: str | 
     workdir, out = Path(workdir).expanduser(), Path(out).expanduser()
     config = read_config(workdir)
     method, delta, step, trained_on = trained(workdir, config)
-    source = base or config.base
+    source = str(base or config.base)
     exported = cards.Exported(workdir, config, form, source, method, delta, step)
     if form == "native":
         file = checkpoints.save_adapter(out, method, delta, trained_on)
