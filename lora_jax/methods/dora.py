@@ -68,7 +68,7 @@ class Dora(Weight):
 def _with_base(base: Any, a: Array, axes: str, dtype: Any) -> tuple[Array, Array]:
     """W^T A and the squares of W's columns; of a stack that is encoded, one entry after the other is made dense."""
     if is_adapted(base) and axes[0] == "s":
-        return lax.map(lambda entry: _with_base(*entry, axes[1:], dtype), (base, a))
+        return lax.map(lambda entry: _with_base(entry[0], entry[1], axes[1:], dtype), (base, a))
     w = base.astype(dtype)
     return einsum("W,sir->sro", axes, w, a), einsum("W->so", axes, w * w)
 

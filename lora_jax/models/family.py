@@ -116,7 +116,10 @@ def function_fields(model: Any) -> dict[str, Any]:
     family, config = family_of(model), getattr(model, "config", model)
     names = {field.name for field in dataclasses.fields(config)} - {*_COMPUTATION, *family.varies}
     fields = {"family": family.name} | {name: getattr(config, name) for name in sorted(names)}
-    plain = {name: dataclasses.asdict(x) if dataclasses.is_dataclass(x) else x for name, x in fields.items()}
+    plain = {
+        name: dataclasses.asdict(x) if dataclasses.is_dataclass(x) and not isinstance(x, type) else x
+        for name, x in fields.items()
+    }
     kinds = str | int | float | bool | list | tuple | dict | None
     return {name: x for name, x in plain.items() if isinstance(x, kinds)}
 

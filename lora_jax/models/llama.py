@@ -299,17 +299,16 @@ class Llama(nn.Module):
         config, length = self.config, tokens.shape[1]
         if length > config.longest and cache is None and positions is None and segments is None:
             raise ValueError(f"{length} tokens, but the model has {config.longest} positions")
-        positions, attention, cached = masks.causal_inputs(tokens, mask, positions, segments, cache)
-        tokens = checkpoint_name(jnp.asarray(tokens), "tokens")
-        positions = checkpoint_name(positions, "positions")
+        places, attention, cached = masks.causal_inputs(tokens, mask, positions, segments, cache)
+        tokens, places = checkpoint_name(jnp.asarray(tokens), "tokens"), checkpoint_name(places, "positions")
         x = self.wte(tokens).astype(config.dtype)
         if config.scale_embeddings:
             x = x * jnp.asarray(math.sqrt(config.hidden), config.dtype)
         x = checkpoint_name(placed(x, config.residual), "embeddings")
-        of_slots = positions
+        of_slots = places
         if cache is not None and config.window is not None:
-            of_slots = masks.write(cache["positions"], positions, cache["index"])
-        shared = self._shared(positions, of_slots, attention, None if cache is None else cache["index"])
+            of_slots = masks.write(cache["positions"], places, cache["index"])
+        shared = self._shared(places, of_slots, attention, None if cache is None else cache["index"])
         entries = None if cache is None else cache["layers"]
         mixed = config.scan_layers and len(set(config.local)) == 2
         x, written = layers.run(self.h, x, (entries, jnp.array(config.local)) if mixed else entries, shared)

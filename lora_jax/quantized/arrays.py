@@ -88,12 +88,8 @@ class Quantized(Encoded):
         """The values, computed in float32 and rounded once."""
         numbers = KINDS[self.kind].decode({name: getattr(self, name) for name in self.layout})
         numbers = numbers[..., : math.prod(self.inner)].astype(dtype)
-        order = self._order()
+        order = order_of(self.axes, self.rows)
         return numbers.reshape(*self._lead, *self.inner).transpose(np.argsort(order).tolist())
-
-    def _order(self) -> list[int]:
-        """The axes as the codes have them: stacked, rows, then along a row."""
-        return order_of(self.axes, self.rows)
 
     def resized(self, axes: str, shape: Sequence[int]) -> dict[str, Any]:
         inner = (n for n, letter in zip(shape, axes, strict=True) if CLASS[letter] not in ("s", self.rows))
@@ -239,8 +235,8 @@ def from_gguf(
     numbers = arrays["codes"].shape[1] * KINDS[name].block
     if "s" in axes or math.prod(lead) != len(raw) or math.prod(inner) != numbers:
         raise ValueError(f"{path}: {len(raw)} rows of {numbers} numbers are no leaf {tuple(shape)} with axes {axes!r}")
-    placed = {field: jnp.asarray(x.reshape(*lead, *x.shape[1:])) for field, x in arrays.items()}
-    fields = {"kind": name, "inner": inner, "rows": rows, "values": np.dtype(dtype), "core": axes}
+    placed: dict[str, Any] = {field: jnp.asarray(x.reshape(*lead, *x.shape[1:])) for field, x in arrays.items()}
+    fields: dict[str, Any] = {"kind": name, "inner": inner, "rows": rows, "values": np.dtype(dtype), "core": axes}
     return Quantized(**placed, **fields, path=PathLabel(path))
 
 

@@ -98,6 +98,8 @@ def _nf4(codes: Codes) -> Array:
     small, nested = codes["scale"], codes["nested"]
     lead = nested.shape[:-1]
     levels = jnp.asarray(dynamic_map())[small.reshape(*lead, -1)]
+    if -(-levels.shape[-1] // _SCALES) != nested.shape[-1]:
+        raise ValueError(f"a part of an nf4 weight, {small.shape} of its scales: theirs are of the whole; use int8")
     each = jnp.repeat(nested, _SCALES, -1, total_repeat_length=nested.shape[-1] * _SCALES)[..., : levels.shape[-1]]
     scale = (levels * each + codes["offset"][..., None]).reshape(small.shape)
     return _joined(_pairs(codes["codes"], NF4, (4, 0)).reshape(*scale.shape, -1) * scale[..., None])
@@ -150,24 +152,25 @@ KINDS = {
     "Q4_1": Kind(32, _BLOCKS | {"minimum": "sRB"}, _q4_1),
     "Q8_0": Kind(32, _BLOCKS, _q8_0),
 }
+# GGUF's types that are kept as they are -> the float16 numbers at the head of a block.
+GGUF = {"Q4_0": ("scale",), "Q4_1": ("scale", "minimum"), "Q8_0": ("scale",)}
 
 
-def gguf_blocks(name: str, raw: np.ndarray) -> Codes:
+def gguf_blocks(name: str, raw: np.ndarray) -> dict[str, np.ndarray]:
     """The arrays of a matrix of a GGUF file: `raw` (rows, bytes of a row) uint8, of the type of that name. No bit is
     lost.
 
     Raises:
       ValueError: a type that is not kept as it is, or rows that are not whole blocks.
     """
-    head = {"Q4_0": ("scale",), "Q4_1": ("scale", "minimum"), "Q8_0": ("scale",)}
-    if name not in head:
-        raise ValueError(f"GGUF's {name} is not kept as it is; {', '.join(head)} are: dequantize it")
-    size = 2 * len(head[name]) + (32 if name == "Q8_0" else 16)
+    if name not in GGUF:
+        raise ValueError(f"GGUF's {name} is not kept as it is; {', '.join(GGUF)} are: dequantize it")
+    size = 2 * len(GGUF[name]) + (32 if name == "Q8_0" else 16)
     if raw.ndim != 2 or raw.dtype != np.uint8 or raw.shape[1] % size:
         raise ValueError(f"rows of {raw.shape} {raw.dtype} are not whole {name} blocks of {size} bytes")
     blocks = np.ascontiguousarray(raw).reshape(len(raw), -1, size)
     parts = {
-        field: blocks[..., 2 * n : 2 * n + 2].copy().view(np.float16)[..., 0] for n, field in enumerate(head[name])
+        field: blocks[..., 2 * n : 2 * n + 2].copy().view(np.float16)[..., 0] for n, field in enumerate(GGUF[name])
     }
-    codes = np.ascontiguousarray(blocks[..., 2 * len(head[name]) :])
+    codes = np.ascontiguousarray(blocks[..., 2 * len(GGUF[name]) :])
     return {"codes": codes.view(np.int8) if name == "Q8_0" else codes, **parts}

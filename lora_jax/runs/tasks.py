@@ -124,24 +124,27 @@ def generation(text: TextTask) -> Task:
 def load_split(task: Task, config: ConfigDict, split: str, path: str | Path | None = None) -> Any:
     """The examples of a split: of `path` where it is given, else where the config says.
 
-    A config that names the file `data.train` has its validation in `data.valid` or, without that, in one of twenty
-    examples of `data.train`, drawn at random, 1,000 at most, which are not trained on. Otherwise `data.path` has all
-    splits.
+    That is `data.path`, with all splits, or the files `data.train` and `data.valid`. Without the latter one of twenty
+    examples of the former, drawn at random, 1,000 at most, is held out for validation.
 
     Raises:
-      FileNotFoundError, ValueError: as of `task.load`; or `data.train` is too small to be divided, or the split is
-        neither of them.
+      FileNotFoundError, ValueError: as of `task.load`; or the config names no data, `data.train` is too small to be
+        divided, or the split is neither of them.
     """
-    files = {name: config.data.get(name) for name in ("train", "valid")}
-    if path or not files["train"]:
+    train, valid = config.data.get("train"), config.data.get("valid")
+    if path or not (train or valid):
+        if not path and not config.data.path and "train" in config.data:
+            raise ValueError("no data: --config.data.train=FILE, or --config.data.path=FOLDER")
         return task.load(path or config.data.path, split)
-    if split not in files:
-        raise ValueError(f"data.train={files['train']} has no split {split!r}: give --split=valid, or a file by --data")
-    if files["valid"]:
-        return task.load(files[split], split)
-    examples = task.load(files["train"], "train")
+    if not train:
+        raise ValueError(f"data.valid={valid} goes with data.train: a folder, data.path, has its own validation")
+    if split not in ("train", "valid"):
+        raise ValueError(f"data.train={train} has no split {split!r}: give --split=valid, or a file by --data")
+    if valid:
+        return task.load(valid if split == "valid" else train, split)
+    examples = task.load(train, "train")
     if len(examples) < 2:
-        raise ValueError(f"{files['train']} has {len(examples)} examples, none to validate with: give data.valid")
+        raise ValueError(f"{train} has {len(examples)} examples, none to validate with: give data.valid")
     order = np.random.default_rng(0).permutation(len(examples))
     held_out = min(-(-len(examples) // 20), 1000)
     return examples.select(np.sort(order[:held_out] if split == "valid" else order[held_out:]))

@@ -219,6 +219,22 @@ def test_what_cannot_be_quantized_says_so(run, message):
         run({"w": normal(64, 6), "b": normal(6)})
 
 
+def test_a_part_of_an_nf4_weight_is_refused():
+    """Inside a shard_map: of int8 each part has its scales."""
+    mesh, spec = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,)), jax.P(None, "d")
+    w, x = normal(128, 256), normal(3, 128)
+
+    def run(p):
+        return jax.shard_map(lambda w, x: x @ w, mesh=mesh, in_specs=(spec, jax.P()), out_specs=spec, check_vma=False)(
+            p["w"], x
+        )
+
+    params = lj.quantize({"w": w}, lj.select("w"), bits=8)
+    close(jax.jit(lj.lift(run, on_dense="error"))(params), run(lj.merge(params)))
+    with pytest.raises(ValueError, match="a part of an nf4 weight"):
+        lj.lift(run)(lj.quantize({"w": w}, lj.select("w"), bits=4))
+
+
 def test_without_lift_a_quantized_weight_says_what_to_do():
     params = lj.quantize({"w": normal(64, 6)}, lj.select("w"))
     with pytest.raises(TypeError, match=r"w: wrap the function with lora_jax\.lift, or merge"):

@@ -235,12 +235,16 @@ def test_splits_of_one_file(tmp_path: Path) -> None:
     file, other = written(tmp_path / "a.jsonl", *rows), written(tmp_path / "b.jsonl", *rows[:3])
     task, data = task_named("chat"), {"train": str(file), "valid": "", "path": ""}
     parts = {split: load_split(task, ConfigDict({"data": data}), split)["source"][:] for split in ("train", "valid")}
-    assert len(parts["valid"]) == 3 and len(set(parts["train"] + parts["valid"])) == 41
+    assert (len(parts["train"]), len(parts["valid"])) == (38, 3) and not {*parts["train"]} & {*parts["valid"]}
     with pytest.raises(ValueError, match="has no split 'test': give --split=valid"):
         load_split(task, ConfigDict({"data": data}), "test")
     config = ConfigDict({"data": data | {"valid": str(other)}})
     assert [len(load_split(task, config, split)) for split in ("train", "valid")] == [41, 3]
     assert len(load_split(task, config, "test", other)) == 3
+    with pytest.raises(ValueError, match=r"no data: --config\.data\.train=FILE"):
+        load_split(task, ConfigDict({"data": {"train": "", "valid": "", "path": ""}}), "train")
+    with pytest.raises(ValueError, match=r"data\.valid=b\.jsonl goes with data\.train"):
+        load_split(task, ConfigDict({"data": {"train": "", "valid": "b.jsonl", "path": "."}}), "train")
     with pytest.raises(ValueError, match="has 1 examples, none to validate with"):
         load_split(task, ConfigDict({"data": data | {"train": str(written(tmp_path / "c.jsonl", rows[0]))}}), "valid")
 

@@ -181,3 +181,14 @@ def test_a_folder_has_a_template_and_special_tokens(tmp_path: Any) -> None:
 def test_todays_date() -> None:
     text = templates.render(TEMPLATES["llama-3"], messages_of(("user", "a")), TOKENS)
     assert f"Today Date: {datetime.datetime.now():%d %b %Y}" in text
+
+
+@pytest.mark.slow  # importing what transformers finds its tokenizers with takes seconds
+def test_transformers_takes_the_tokenizer_of_a_saved_folder_as_it_is(tmp_path: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    hf.save_chat(tmp_path, TEMPLATES["qwen"], TOKENS)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    chat_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("a é\n<|im_end|> 5")["input_ids"] == chat_tokenizer().encode("a é\n<|im_end|> 5").ids
+    assert theirs.chat_template == TEMPLATES["qwen"]

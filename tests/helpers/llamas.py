@@ -58,13 +58,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def torch_model(name: str, head: str = "CausalLM", **changes: Any) -> Any:
-    """A variant in torch with weights that are all far from zero, also biases and norms."""
+    """A variant in torch with weights that are all far from zero, also biases and norms; `head` "" for none."""
     import torch
     import transformers
 
     kind, differs = VARIANTS[name]
     config = getattr(transformers, kind)(**(SIZES | differs | changes))
-    auto = transformers.AutoModelForCausalLM if head == "CausalLM" else transformers.AutoModelForSequenceClassification
+    auto = getattr(transformers, f"AutoModelFor{head}" if head else "AutoModel")
     torch.manual_seed(0)
     model = auto.from_config(config, attn_implementation="eager").eval()
     for path, weight in model.named_parameters():

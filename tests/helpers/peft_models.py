@@ -18,6 +18,9 @@ import transformers
 
 import lora_jax as lj
 from lora_jax.interop import hf
+from lora_jax.models.gpt2 import GPT2 as GPT2Model
+from lora_jax.models.llama import Llama
+from tests.helpers import llamas
 
 GPT2 = {"vocab_size": 23, "n_positions": 12, "n_embd": 12, "n_layer": 3, "n_head": 3}
 ENCODER = {
@@ -30,6 +33,7 @@ ENCODER = {
     "num_labels": 3,
 }
 IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+DECODERS = (GPT2Model, Llama)  # which have a head in any case
 TOKENS = np.random.default_rng(0).integers(2, 23, (3, 9), dtype=np.int32)
 
 
@@ -45,7 +49,10 @@ class Base:
 
 @functools.cache
 def base(kind: str) -> Base:
-    """`gpt2`, `gpt2 untied`, `gpt2 bare`, `gpt2 score`, `roberta`, `roberta bare`, `bert` or `bert bare`."""
+    """`gpt2`, `gpt2 untied`, `gpt2 bare`, `gpt2 score`, `roberta`, `roberta bare`, `bert`, `bert bare`, or a variant of
+    `llamas`, which is tied too without another word after a colon: `llama`, `qwen3: untied`, `llama: score`."""
+    if kind.partition(":")[0] in llamas.VARIANTS:
+        return _llama(*kind.partition(": ")[::2])
     family, _, what = kind.partition(" ")
     fields = (GPT2 if family == "gpt2" else ENCODER) | IDS | {"tie_word_embeddings": what != "untied"}
     config = {"gpt2": "GPT2Config", "roberta": "RobertaConfig", "bert": "BertConfig"}[family]
@@ -59,9 +66,7 @@ def base(kind: str) -> Base:
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.normal_(0.05, 0.3)
-    folder = Path(tempfile.mkdtemp(prefix="peft-base-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    made.save_pretrained(folder)
+    folder = _saved(made)
     if what == "score":
         made.transformer.save_pretrained(folder / "backbone")
         model, params, _ = hf.load(folder / "backbone")
@@ -69,6 +74,21 @@ def base(kind: str) -> Base:
     else:
         model, params, _ = hf.load(folder)
     return Base(made, folder, model, params)
+
+
+def _llama(variant: str, what: str) -> Base:
+    head = {"bare": "", "score": "SequenceClassification"}.get(what, "CausalLM")
+    labels = {"num_labels": 4} if what == "score" else {}
+    made = llamas.torch_model(variant, head, tie_word_embeddings=what != "untied", **labels)
+    folder = _saved(made)
+    return Base(made, folder, *hf.load(folder)[:2])
+
+
+def _saved(made: Any) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="peft-base-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    made.save_pretrained(folder)
+    return folder
 
 
 def quietly(function, *args, **kwargs):
@@ -116,14 +136,19 @@ def ours(kind: str, adapted: Any, tokens: np.ndarray = TOKENS) -> np.ndarray:
     model = base(kind).model
 
     def run(params):
-        if kind == "gpt2 bare" or kind == "gpt2 score":
+        if kind == "gpt2 score" or (kind.endswith("bare") and type(model) in DECODERS):
             named = lambda module, _: module.name == "ln_f"  # noqa: E731
             _, state = model.apply({"params": params}, tokens, capture_intermediates=named, mutable="intermediates")
             hidden = state["intermediates"]["ln_f"]["__call__"][0]
-            return hidden if kind == "gpt2 bare" else hidden[:, -1] @ params["score"]["kernel"]
+            return hidden if kind.endswith("bare") else hidden[:, -1] @ params["score"]["kernel"]
         return model.apply({"params": params}, tokens)
 
     return np.asarray(lj.lift(run, on_dense="error")(adapted))
+
+
+def tolerance(kind: str) -> float:
+    """Of the largest entry, where both sum in float32, in other orders: a Llama's norms divide by small numbers."""
+    return 1e-4 if kind.partition(":")[0] in llamas.VARIANTS else 1e-5
 
 
 def assert_close(got: np.ndarray, want: np.ndarray, tolerance: float = 1e-5) -> None:

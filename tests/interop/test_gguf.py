@@ -6,8 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import lora_jax as lj
+from lora_jax.core.selection import flatten
 from lora_jax.interop import gguf as ours
 from lora_jax.interop import hf
+from lora_jax.runs import bases
 from tests.helpers.llamas import VARIANTS, torch_model
 
 gguf = pytest.importorskip("gguf")
@@ -174,3 +177,28 @@ def test_the_context_of_llama_3_need_not_be_in_the_file(tmp_path):
     file = written(tmp_path / "model.gguf", theirs)
     rotary = hf.load(file)[0].config.rotary
     assert (rotary.rope_type, rotary.factor, rotary.original_max_position_embeddings) == ("llama3", 32.0, 8192)
+
+
+@pytest.mark.parametrize(("kind", "scan"), [("Q4_1", False), ("Q8_0", True)])
+def test_a_base_keeps_the_blocks_of_its_file(kind, scan, tmp_path):
+    """`base_bits="file"`: tables and matrices, q and k with their rows in Hugging Face's order, looped and stacked."""
+    file = written(tmp_path / "model.gguf", torch_model("llama", **SMALL | {"num_hidden_layers": 2}), kind)
+    model, params, _ = hf.load(file, scan_layers=scan)
+    kept = bases.quantized(model, params, "file", str(file))
+    leaves = {path: leaf for path, leaf in flatten(kept)[0] if isinstance(leaf, lj.Quantized)}
+    assert set(leaves) == {path for path, _ in flatten(params)[0] if path.endswith(("kernel", "embedding"))}
+    assert {leaf.kind for leaf in leaves.values()} == {kind}
+    dense = dict(flatten(params)[0])
+    for path, leaf in flatten(lj.merge(kept))[0]:
+        np.testing.assert_array_equal(leaf, dense[path], err_msg=path)
+    tokens = np.arange(3, 19, dtype=np.int32)[None]
+    expected = model.apply({"params": params}, tokens)
+    logits = lj.lift(model.apply)({"params": kept}, tokens)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_file_without_such_blocks_keeps_none(tmp_path):
+    file = written(tmp_path / "model.gguf", torch_model("llama", **SMALL), "Q5_0")
+    model, params, _ = hf.load(file)
+    with pytest.raises(ValueError, match="has no matrix in blocks of Q4_0, Q4_1, Q8_0"):
+        bases.quantized(model, params, "file", str(file))

@@ -1,5 +1,7 @@
 """Tokenizers of GGUF files: id for id those that transformers makes of the same files, on texts of twenty scripts."""
 
+import json
+
 import numpy as np
 import pytest
 from tokenizers import Regex, pre_tokenizers
@@ -47,6 +49,10 @@ def theirs_of(file):
     return transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
+def merges_of(tokenizer) -> list:
+    return json.loads(tokenizer.to_str())["model"]["merges"]
+
+
 def assert_same(tokenizer, theirs, names=TEXTS) -> None:
     """Ids, with special tokens and without, of single texts and of pairs, and the texts of the ids. Backwards and in
     parts too: what was not learnt as it stands, where the order of merges counts."""
@@ -58,6 +64,7 @@ def assert_same(tokenizer, theirs, names=TEXTS) -> None:
         assert tokenizer.decode(ids, skip_special_tokens=False) == theirs.decode(ids), name
         for part in (text[::-1], text[::2], text[1::3], text.swapcase(), *(text[start:] for start in range(1, 9))):
             assert tokenizer.encode(part).ids == theirs(part)["input_ids"], (name, part)
+    assert merges_of(tokenizer) == merges_of(theirs.backend_tokenizer)
     assert tokenizer.encode("one", "two").ids == theirs("one", "two")["input_ids"]
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ peft = pytest.importorskip("peft")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from peft.tuners.lora import LoraLayer  # noqa: E402
+from peft.utils import constants  # noqa: E402
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper  # noqa: E402
 
 import lora_jax as lj  # noqa: E402
@@ -23,12 +25,17 @@ from tests.helpers import peft_models  # noqa: E402
 from tests.helpers.peft_models import adapter, assert_close, base, ours, quietly, theirs, written  # noqa: E402
 
 KINDS = ["gpt2 untied", "gpt2 bare", "gpt2 score", "roberta", "roberta bare", "bert", "bert bare"]
+LLAMAS = ["llama", "llama: bare", "llama: score", "llama, biases", "mistral: untied", "qwen2", "qwen3", "qwen3, biases"]
+LLAMAS += ["gemma2", "gemma3, defaults"]
 NAMES = {
     "gpt2": "c_attn c_proj attn.c_proj mlp.c_proj c_fc wte wpe lm_head score ln_1 attn proj h.1.mlp.c_fc "
     "transformer.h.0.attn.c_attn h.2.attn.c_attn transformer.wte c.attn transformer.h.1 act",
     "bert": "query value key dense output.dense attention.output.dense intermediate.dense classifier pooler "
     "word_embeddings classifier.dense out_proj attention LayerNorm ery bert.encoder.layer.0.attention.self.query "
     "encoder.layer.2.attention.self.value roberta.encoder.layer.1.output.dense pooler.dense",
+    "llama": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj self_attn.q_proj mlp.down_proj embed_tokens "
+    "lm_head score norm input_layernorm post_attention_layernorm self_attn proj layers.1.mlp.up_proj q_norm "
+    "model.layers.0.self_attn.q_proj layers.2.self_attn.k_proj model.embed_tokens model.layers.1 act_fn rotary_emb",
 }
 REGEXES = {
     "gpt2": [
@@ -38,10 +45,25 @@ REGEXES = {
         r"(transformer\.)?h\.0\.attn\.c_attn",
         r".*h\.1.*",
     ],
+    "llama": [
+        r".*(q|v)_proj",
+        "q_proj",
+        r".*layers\.[12]\..*(up|down)_proj",
+        r"(model\.)?layers\.0\.self_attn\.k_proj",
+        r".*(embed_tokens|lm_head)",
+    ],
     "bert": [r".*(query|value)", "dense", r".*\.layer\.[12]\..*\.(key|dense)", r"(?!roberta).*query", r".*layer\.1.*"],
 }
 PATTERNS = {
     "gpt2": ["c_attn", "^transformer.h.0.attn.c_attn", "attn", r"h\.1\..*", "attn.c_proj|c_fc", "mlp.c_proj", "score"],
+    "llama": [
+        "q_proj",
+        "^model.layers.0.self_attn.q_proj",
+        "self_attn",
+        r"layers\.1\..*",
+        "up_proj|down_proj",
+        "score",
+    ],
     "bert": [
         "query",
         "^bert.encoder.layer.0.attention.self.query",
@@ -59,17 +81,35 @@ def torch_model(kind):
 
 def model(kind):
     prefix = "" if kind.endswith("bare") else None
-    return model_of(peft_models.base(kind).params, prefix, kind == "gpt2 score", "params")
+    return model_of(peft_models.base(kind).params, prefix, kind.endswith("score"), "params")
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "gpt2"])
+@pytest.mark.parametrize("kind", [*KINDS, "gpt2", *LLAMAS])
 def test_the_modules_are_those_of_transformers(kind):
-    classes = {"Linear", "Conv1D", "Embedding", "LayerNorm"}
+    classes = re.compile("(Linear|Conv1D|LayerNorm)|.*?(RMSNorm)|(?:.*Word)?(Embedding)")
     class_names = {name: type(module).__name__ for name, module in torch_model(kind).named_modules() if name}
-    want = {name: (class_names[name] if class_names[name] in classes else "") for name in class_names}
+    matches = {name: classes.fullmatch(class_name) for name, class_name in class_names.items()}
+    want = {name: match[match.lastindex] if match else "" for name, match in matches.items()}
     assert {name: module.torch_class for name, module in model(kind).modules.items()} == want
     biased = {name for name, module in torch_model(kind).named_modules() if getattr(module, "bias", None) is not None}
     assert {name for name, module in model(kind).modules.items() if module.bias} == biased
+
+
+@pytest.mark.parametrize("kind", LLAMAS)
+def test_parameters_are_recognized_and_have_the_targets_that_peft_gives_their_model(kind):
+    """A Mistral's parameters are a Llama's; PEFT's defaults for the two are the same."""
+    theirs, architecture = torch_model(kind).config.model_type, model(kind).architecture
+    assert architecture.name == theirs.replace("mistral", "llama")
+    for kind_of_adapter in ("LORA", "VERA", "LOKR"):
+        assert set(architecture.lora_targets) == defaults(kind_of_adapter)[theirs]
+    assert set(architecture.ia3_targets) == defaults("IA3")[theirs]
+    assert set(architecture.ia3_feedforward) == defaults("IA3", "FEEDFORWARD")[theirs]
+
+
+def defaults(kind_of_adapter, what="TARGET"):
+    """PEFT's default modules by the model's type."""
+    table = getattr(constants, f"TRANSFORMERS_MODELS_TO_{kind_of_adapter}_{what}_MODULES_MAPPING")
+    return {model_type: set(names) for model_type, names in table.items()}
 
 
 @st.composite
@@ -96,11 +136,15 @@ def configs(draw, family):
     }
     if draw(st.integers(0, 2)) == 0:
         fields["layers_to_transform"] = draw(st.sampled_from([[0], [1, 2], 2, [], [7]]))
-        fields["layers_pattern"] = draw(st.sampled_from([None, None, "h", ["layer"], ["h", "layer"], ""]))
+        patterns = [None, None, "layers"] if family == "llama" else [None, None, "h", ["layer"], ["h", "layer"], ""]
+        fields["layers_pattern"] = draw(st.sampled_from(patterns))
     if draw(st.integers(0, 5)) == 0:
         fields["lora_bias"] = True
     if draw(st.integers(0, 5)) == 0:
-        fields["trainable_token_indices"] = draw(st.sampled_from([[3, 1], {"wte": [2]}, {"word_embeddings": [5, 6]}]))
+        indices = [[3, 1], {"wte": [2]}, {"word_embeddings": [5, 6]}]
+        fields["trainable_token_indices"] = draw(
+            st.sampled_from([[3, 1], {"embed_tokens": [2]}] if family == "llama" else indices)
+        )
     return fields
 
 
@@ -151,9 +195,11 @@ def compare(kind, fields):
 
 @settings(max_examples=80)
 @given(st.data())
-@pytest.mark.parametrize("family", ["gpt2", "bert"])
+@pytest.mark.parametrize("family", ["gpt2", "bert", pytest.param("llama", marks=pytest.mark.slow)])
 def test_conformance_06_any_config_means_what_it_means_to_peft(family, data):
     kinds = [kind for kind in KINDS if kind.startswith("gpt2") == (family == "gpt2")]
+    if family == "llama":
+        kinds = ["llama: untied", "llama: bare", "llama: score", "qwen2: untied", "gemma3, defaults: untied"]
     compare(data.draw(st.sampled_from(kinds)), data.draw(configs(family)))
 
 

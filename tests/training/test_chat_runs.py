@@ -107,6 +107,20 @@ def test_evaluation_has_the_last_answers_as_references(folder: Path, run: runs.R
     assert result.result["loss"] == pytest.approx(loss, rel=2e-6)
 
 
+def test_contexts_without_room_for_an_answer_are_skipped(
+    folder: Path, run: runs.RunResult, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "a?", "response": "b"}, {"prompt": "long " * 90, "response": "b"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loaded = runs.load(folder / "run")
+    result = runs.evaluate(loaded._replace(workdir=tmp_path), data=tmp_path / "a.jsonl").result
+    assert (result["contexts"], result["skipped"]) == (1, 1)
+    assert "skipped 1 of 2 contexts longer than 282 tokens" in caplog.text
+    loaded.config.data.long = "error"
+    with pytest.raises(ValueError, match=r"prompt 1 .* too many"):
+        runs.evaluate(loaded._replace(workdir=tmp_path / "b"), data=tmp_path / "a.jsonl")
+
+
 def test_made_up_restaurants_are_conversations(tmp_path: Path) -> None:
     restaurants.write_conversations(tmp_path / "a.jsonl", count=3)
     examples = chat.load(tmp_path / "a.jsonl")

@@ -1,6 +1,7 @@
 """Runs given away and taken in: the merged model, PEFT's adapter and ours compute what the run computes."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -173,3 +174,78 @@ def test_training_goes_on_only_under_the_same_function(folder: Path, tmp_path: P
             continue
         with pytest.raises(ValueError, match=message):
             runs.train(other, tmp_path / case)
+
+
+def test_a_model_card_stands_beside_every_form(folder: Path, tmp_path: Path) -> None:
+    """Read by the Hub's own reader. What nobody knows is left out: this base has no name there, and no license."""
+    repocard = pytest.importorskip("huggingface_hub")
+    make_run(folder, config_of(folder, **{"lora.rank": 2}), tmp_path / "run")
+    summary = {"steps": 3, "validation": ["validation_loss"], "validation_loss": 1.25}
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    for name, params, step in (("test-adapted", "adapted", 3), ("test-base", "base", 3), ("old-adapted", "adapted", 2)):
+        part = tmp_path / "run" / "evaluation" / name
+        part.mkdir(parents=True)
+        scores = {"bleu": {"score": 59.3 + step, "low": 50.0, "high": 70.0}}
+        result = {"split": name, "params": params, "step": step, "contexts": 8, "scores": {"all": scores}}
+        (part / "evaluate.json").write_text(json.dumps(result))
+    libraries = {"merged": "transformers", "peft": "peft", "native": "lora_jax"}
+    for form, library in libraries.items():
+        runs.export_run(tmp_path / "run", form, tmp_path / form)
+        card = repocard.ModelCard.load(tmp_path / form / "README.md")
+        fields = {"library_name": library, "pipeline_tag": "text-generation", "tags": ["lora", "lora_jax"]}
+        assert card.data.to_dict() == fields
+        expected = ["rank `2`", "Trained parameters: 256.", "- steps: 3", "- learning rate: 0.0002", "1.2500"]
+        expected += [
+            str(folder / "base"),
+            str(folder / "data"),
+            "| test-adapted (8 contexts) | BLEU | 62.30 | 50.00 to",
+        ]
+        expected += [f"lora_jax {lj.__version__}"]
+        assert [text for text in expected if text not in card.text] == []
+        assert "test-base" not in card.text and "old-adapted" not in card.text
+        code = "".join(re.findall(r"```python\n(.*?)```", card.text, re.DOTALL))
+        compile(code, form, "exec")
+        assert f'"{form}"' in code and (library == "lora_jax") == ("transformers" not in code)
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(folder / "base")
+    assert 'target_modules `["c_attn"]`' in (tmp_path / "peft" / "README.md").read_text()
+
+
+def test_a_model_card_names_what_is_on_the_hub(folder: Path, tmp_path: Path) -> None:
+    repocard = pytest.importorskip("huggingface_hub")
+    config = config_of(folder, **{"lora.rank": 2})
+    make_run(folder, config, tmp_path / "run")
+    cached = tmp_path / "models--owner--base" / "snapshots" / "0a1b"
+    shutil.copytree(folder / "base", cached)
+    (cached / "README.md").write_text("---\nlicense: mit\n---\n")
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    saved["data"]["path"] = "owner/data"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
+    runs.export_run(tmp_path / "run", "peft", tmp_path / "peft", base=str(cached))
+    data = repocard.ModelCard.load(tmp_path / "peft" / "README.md").data.to_dict()
+    assert (data["base_model"], data["license"], data["datasets"]) == ("owner/base", "mit", ["owner/data"])
+    assert data["tags"] == ["base_model:adapter:owner/base", "lora", "lora_jax"]
+    adapter = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == "owner/base"
+
+
+def test_a_user_s_readme_stays_and_an_earlier_card_is_replaced(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_run(folder, config_of(folder, **{"lora.rank": 2}), tmp_path / "run")
+    readme = tmp_path / "out" / "README.md"
+    readme.parent.mkdir()
+    readme.write_text("mine")
+    runs.export_run(tmp_path / "run", "native", tmp_path / "out")
+    assert readme.read_text() == "mine" and "README.md was there and stays" in caplog.text
+    readme.unlink()
+    runs.export_run(tmp_path / "run", "native", tmp_path / "out")
+    card = readme.read_text()
+    summary = {"steps": 3, "validation": ["validation_loss"], "validation_loss": 1.25}
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    runs.export_run(tmp_path / "run", "native", tmp_path / "out")
+    assert "1.2500" in readme.read_text() and "1.2500" not in card
+    readme.write_text(readme.read_text().replace("1.2500", "0.9"))
+    changed = readme.read_text()
+    runs.export_run(tmp_path / "run", "native", tmp_path / "out")
+    assert readme.read_text() == changed

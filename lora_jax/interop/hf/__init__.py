@@ -5,9 +5,21 @@
 
 from lora_jax.interop.hf.chat import chat_template, save_chat, special_tokens
 from lora_jax.interop.hf.families import Architecture, Format, Head, read_config, register_architecture, register_format
-from lora_jax.interop.hf.models import load, read, save, unread, untrained, without_weights
+from lora_jax.interop.hf.models import blocks, load, read, save, unread, untrained, without_weights
+from lora_jax.interop.hf.origin import Origin, origin_of
 from lora_jax.interop.hf.tokenizer import read_tokenizer
 
-__all__ = ["Architecture", "Format", "Head", "chat_template", "load", "read", "read_config"]
+__all__ = [
+    "Architecture",
+    "Format",
+    "Head",
+    "Origin",
+    "blocks",
+    "chat_template",
+    "load",
+    "origin_of",
+    "read",
+    "read_config",
+]
 __all__ += ["read_tokenizer", "register_architecture", "register_format", "save", "save_chat", "special_tokens"]
 __all__ += ["unread", "untrained", "without_weights"]

@@ -54,7 +54,9 @@ def special_tokens(source: str | os.PathLike) -> dict[str, str]:
 def save_chat(folder: str | os.PathLike, template: str, tokens: Mapping[str, str]) -> None:
     """Writes a template and special tokens into a folder, where this library and transformers read them."""
     write_atomically(Path(folder) / TEMPLATE, template.encode())
-    write_atomically(Path(folder) / TOKENIZER_CONFIG, (json.dumps(dict(tokens), indent=2) + "\n").encode())
+    # tokenizer.json says all; by the model's type alone transformers might make another tokenizer of it
+    fields = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
+    write_atomically(Path(folder) / TOKENIZER_CONFIG, (json.dumps(fields, indent=2) + "\n").encode())
 
 
 def _opened(file: Path) -> Any:

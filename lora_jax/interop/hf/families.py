@@ -53,6 +53,12 @@ class Architecture(NamedTuple):
     lora_targets: tuple[str, ...] = ()  # PEFT's default for target_modules, of most kinds
     ia3_targets: tuple[str, ...] = ()  # that of IA3
     ia3_feedforward: tuple[str, ...] = ()  # that for feedforward_modules
+    # Where another family has `weight` too: paths of parameters that this one has (True) or lacks (False).
+    also: Mapping[str, bool] = {}
+
+    def fits(self, leaves: Collection[str]) -> bool:
+        """Whether parameters (paths in the loop layout) are of this family."""
+        return self.weight in leaves and all((path in leaves) is has for path, has in self.also.items())
 
     def head_in(self, leaves: Collection[str], classifies: bool = True) -> Head | None:
         """The head that these parameters (paths) have; a classifier's before a language model's if `classifies`."""

@@ -88,6 +88,15 @@ _SCORE = "score/kernel"
 _CLASS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # how names of classes begin
 _ATTENTION_BIAS = ("llama", "qwen3", "gemma2", "gemma3_text")  # whose config.json says whether attention has biases
 _CLASS |= {"gemma2": "Gemma2", "gemma3_text": "Gemma3"}
+# By what a family's parameters differ from another's. A Mistral's are a Llama's, which it is taken for: the names and
+# PEFT's defaults are the same.
+_QUERY_NORM, _POST_NORM = "h_0/attn/query_norm/scale", "h_0/ln_1_post/scale"
+_ALSO: dict[str, dict[str, bool]] = {
+    "qwen2": {"h_0/attn/query/bias": True, "h_0/attn/out/bias": False},
+    "qwen3": {_POST_NORM: False},
+    "gemma2": {_POST_NORM: True, _QUERY_NORM: False},
+    "gemma3_text": {_POST_NORM: True},
+}
 _ROPE_FIELDS = {field.name for field in dataclasses.fields(Rotary)}
 _ROPE_NEEDED: dict[str, tuple[str, ...]] = {"default": (), "linear": ("factor",), "dynamic": ("factor",)}  # by type
 _ROPE_NEEDED["yarn"] = ("factor",)
@@ -112,7 +121,8 @@ def _architecture(family: str) -> Architecture:
     config = LlamaConfig(family, **FAMILIES[family])
     return Architecture(
         name=family,
-        weight="wte/embedding",
+        weight=_QUERY_NORM if config.qk_norm else "h_0/mlp/gate/kernel",
+        also=_ALSO.get(family, {}),
         embedding="embed_tokens",
         backbone={
             **containers("rotary_emb"),
@@ -123,7 +133,7 @@ def _architecture(family: str) -> Architecture:
         lm_head=Head("model.", {"lm_head": ("Linear", "lm_head")}, "lm_head/kernel"),
         classifiers=(Head("model.", {"score": ("Linear", "score")}, _SCORE),),
         lora_targets=("q_proj", "v_proj"),
-        ia3_targets=("k_proj", "v_proj", "down_proj"),
+        ia3_targets=("k_proj" if family in ("llama", "mistral") else "q_proj", "v_proj", "down_proj"),
         ia3_feedforward=("down_proj",),
     )
 
@@ -264,7 +274,7 @@ def _rope_fields(rotary: Rotary) -> dict[str, Any]:
     return {name: value for name, (value, default) in values.items() if name in needed or value != default}
 
 
-for _family in FAMILIES:
+for _family in dict.fromkeys(("mistral", *FAMILIES)):  # later ones are recognized first
     families.register_format(
         _family,
         Format(

@@ -29,7 +29,7 @@ from lora_jax.interop.folders import INDEX, WEIGHTS, check_shapes
 from lora_jax.interop.hf import encoder, gpt2, llama  # noqa: F401  (they register their formats)
 from lora_jax.interop.hf.checks import check_sizes, with_source, without_other_head
 from lora_jax.interop.hf.families import Format, HeadOptions, Stored, format_of, layouts
-from lora_jax.interop.hf.sources import local, open_source
+from lora_jax.interop.hf.sources import is_gguf, local, open_source
 from lora_jax.interop.lazy import placed, stacked
 from lora_jax.interop.tensor_files import FLOATS
 from lora_jax.models import shapes
@@ -133,6 +133,26 @@ def read(
         return unflatten_dict({path: jnp.asarray(leaf.read()) for path, leaf in flat.items()}, sep="/")
     places = {path: place(path, leaf.shape) for path, leaf in flat.items()}  # all, before the first is read
     return unflatten_dict({path: placed(leaf, places[path]) for path, leaf in flat.items()}, sep="/")
+
+
+def blocks(source: str | os.PathLike, model: nn.Module) -> dict[str, tuple[str, np.ndarray]]:
+    """The tensors of a GGUF file as they lie in it: path in the loop layout -> (type, bytes of each row), of parameters
+    that are one tensor with a row for each output, or each word. Arguments as `load`'s, and the model that it gave.
+
+    Raises:
+      ValueError: the source is no GGUF file.
+    """
+    if not is_gguf(path := local(source)):
+        raise ValueError(f"{source} is no GGUF file: only such a file has blocks of its own")
+    from lora_jax.interop import gguf  # slow to import, and seldom needed
+
+    format, file = format_of(family_of(model).name, str(source)), gguf.open_file(path)
+    names = layouts(format.architecture, _shapes(model, scanned=False), prefixed=True)
+    return {
+        stored.paths[0]: file.raw(name)
+        for name, stored in names.items()
+        if name in file.tensors and name.endswith("weight") and len(file.tensors[name].shape) == 2
+    }
 
 
 def without_weights(folder: str | os.PathLike) -> nn.Module:

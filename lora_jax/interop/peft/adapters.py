@@ -35,7 +35,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def load(folder: str | os.PathLike, params: Any) -> tuple[ParamTransform, Delta]:
-    """An adapter that PEFT wrote: LoRA, DoRA, PiSSA, VeRA, IA3, LoKr or a registered kind, for GPT-2, RoBERTa, BERT.
+    """An adapter that PEFT wrote: LoRA, DoRA, PiSSA, VeRA, IA3, LoKr or a registered kind, for any family of `hf.load`.
 
     `params` are its base's as `interop.hf.load` gives them, in the loop layout (the method works in either).
 
@@ -82,7 +82,9 @@ def load(folder: str | os.PathLike, params: Any) -> tuple[ParamTransform, Delta]
     return method._replace(spec=method.spec | {"peft": kept}), delta
 
 
-def save(folder: str | os.PathLike, method: ParamTransform, delta: Delta, *, params: Any) -> None:
+def save(
+    folder: str | os.PathLike, method: ParamTransform, delta: Delta, *, params: Any, base: str | None = None
+) -> None:
     """Writes an adapter that PEFT's `PeftModel.from_pretrained(base, folder)` loads, as the same function.
 
     A method of `load` is written as it was read. Otherwise LoRA, DoRA, VeRA, IA3 or LoKr, tuned heads and biases,
@@ -95,7 +97,8 @@ def save(folder: str | os.PathLike, method: ParamTransform, delta: Delta, *, par
     that `load` read is written as PiSSA, unless the A's of query, key and value differ, of which PEFT has one.
 
     The folder is made, or its two files are replaced, both or none; other files stay. `params` are the base's, in the
-    loop layout.
+    loop layout; `base` is its name for PEFT's users, where the adapter does not come with one
+    (base_model_name_or_path).
 
     Raises:
       ValueError: something that PEFT cannot represent, by its name; a delta that is not this method's, or not finite.
@@ -106,6 +109,8 @@ def save(folder: str | os.PathLike, method: ParamTransform, delta: Delta, *, par
             raise ValueError(f"{name} is {array.dtype}; an adapter is {', '.join(FLOATS)}")
         if not np.isfinite(array.astype(np.float32)).all():
             raise ValueError(f"{name} has entries that are not finite; an adapter like that is not saved")
+    if base and not config.get("base_model_name_or_path"):
+        config = {**config, "base_model_name_or_path": base}
     named = {name_in_file(name): array for name, array in arrays.items()}
     with replaced_together(folder, last=CONFIG) as new:
         (new / WEIGHTS).write_bytes(safetensors.numpy.save(named, metadata={"format": "pt"}))
@@ -163,8 +168,9 @@ def _exported(method: ParamTransform, delta: Delta, params: Any) -> tuple[dict[s
     """Config and arrays of any other method."""
     model, config, exported = export(method, delta, params)
     _, tensors = _resolve(json.loads(to_json(config)), model, "the adapter")
-    # PEFT writes copies of the biases in its own wrappers, and of the weights of an adapted lm_head.
-    ends = (".bias", ".base_layer.weight") if "lm_head" in config["target_modules"] else (".bias",)
+    # PEFT writes copies of the biases in its own wrappers, and of embeddings and heads adapted by these names.
+    by_name = {"embed_tokens", "lm_head"} & {*config["target_modules"]}
+    ends = (".bias", ".base_layer.weight") if by_name else (".bias",)
     copies = [tensor.name for tensor in tensors if tensor.copy and tensor.name.endswith(ends)]
     return config, _arrays(tensors, copies, exported, model)
 

@@ -40,7 +40,7 @@ def model_of(params: Any, prefix: str | None, classifies: bool, source: str) -> 
         raise TypeError(f"params are the base's, but {adapted[0]} is adapted")
     if any(path.startswith("h/") for path in leaves):
         raise ValueError("params are in the scanned layout; to_loop(params), and to_loop(delta), first")
-    architecture = next((a for a in reversed(ARCHITECTURES.values()) if a.weight in leaves), None)
+    architecture = next((a for a in reversed(ARCHITECTURES.values()) if a.fits(leaves)), None)
     if architecture is None:
         families = ", ".join(ARCHITECTURES)
         raise ValueError(f"params are of none of the families {families}: they begin with {[*leaves][:3]}")
