@@ -59,7 +59,7 @@ def block_rules(key_heads: int, size: int, mesh: Mesh | AbstractMesh) -> dict[st
     on all of its devices (`layers.gathered`), which is logged; their kernels are spread where their features divide."""
     devices = mesh.shape["tensor"]
     if key_heads % devices:
-        _log_replicated(key_heads, devices, key_heads * size % devices == 0)
+        log_replicated(key_heads, devices, key_heads * size % devices == 0)
     if key_heads * size % devices == 0:
         return RULES
     whole = {"kernel": P("fsdp", None), "bias": P()}
@@ -68,7 +68,7 @@ def block_rules(key_heads: int, size: int, mesh: Mesh | AbstractMesh) -> dict[st
 
 
 @functools.cache  # once a process: a plan asks for the rules of many meshes
-def _log_replicated(key_heads: int, devices: int, spread: bool) -> None:
+def log_replicated(key_heads: int, devices: int, spread: bool) -> None:
     logging.warning(
         "%d heads of keys and values do not divide over the %d devices of tensor: each device has all outputs of "
         "attn/key and attn/value; their kernels %s",
