@@ -31,6 +31,8 @@ def all_of(sources: dict[str, str | None], folder: Path) -> list[Contest]:
     base, data, bert = sources["base"], sources["data"], sources["bert"]
     if base and data:
         contests += [*epochs_of_pairs(base, data, folder), *decoding(base, data, folder), sweep(base, data)]
+    if data and importlib.util.find_spec(SMOLLM2):
+        contests.append(smollm2_decoding(data, folder))
     if bert and sources["glue"]:
         contests.append(epoch_of_sentences(bert, sources["glue"], folder))
     return contests
@@ -46,7 +48,7 @@ def steps(folder: Path) -> list[Contest]:
         how: dict[str, Any] = {"agree": True, "prepare": lambda: smollm2(folder)} if model == "smollm2" else {}
         for targets in ("qv", "all"):
             work = {"model": model, "targets": targets, "batch": batch, "length": 128, "steady": True}
-            work |= {"weights": str(folder / SMOLLM2)} if how else {}
+            work |= {"weights": str(folder / SMOLLM2), "length": 64} if how else {}
             sides = {
                 "ours": ("ours:step", work),
                 "peft_eager": ("torch_peers:step", work),
@@ -124,6 +126,15 @@ def decoding(base: str, data: str, folder: Path) -> list[Contest]:
         )
         for name, options in (("greedy", work | {"how": {"max_new_tokens": 64}}), ("beams_10", work | {"how": beams}))
     ]
+
+
+def smollm2_decoding(data: str, folder: Path) -> Contest:
+    """Texts of SmolLM2 for E2E's contexts, greedily."""
+    contexts = list(pairs.contexts(tasks.named("e2e").load(data, "test")))[:50]
+    work = {"base": str(folder / SMOLLM2), "file": _kept(folder / "smollm2.json", {"context": contexts}), "batch": 50}
+    work["how"] = {"max_new_tokens": 32}
+    sides = {"ours": ("ours_texts:decode", work), "transformers": ("torch_texts:decode", work)}
+    return Contest("decode/smollm2", sides, ("unit", "tokens"), rounds=5, prepare=lambda: smollm2(folder))
 
 
 def sweep(base: str, data: str) -> Contest:
