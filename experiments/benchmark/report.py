@@ -18,6 +18,12 @@ def wanted(name: str, globs: Sequence[str]) -> bool:
     return any(fnmatch.fnmatch(name, glob) for glob in globs) if globs else name != "sweep"
 
 
+def check_loss(name: str, loss: float, expected: float) -> None:
+    """A ValueError unless a side's first step has our first step's loss."""
+    if not abs(loss - expected) <= 1e-4 * expected:
+        raise ValueError(f"{name} has a loss of {loss} in its first step, ours is {expected}: that is other work")
+
+
 def ratios(contest: Contest, seconds: Seconds, sides: dict[str, Any]) -> dict[str, Any]:
     """Of each peer: its time over ours, part by part, and its memory; the same over their floors."""
     ratios_of: dict[str, Any] = {}

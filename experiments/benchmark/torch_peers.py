@@ -17,24 +17,29 @@ TARGETS = {
     ("gpt2", "all"): ["c_attn", "c_proj", "c_fc"],
     ("roberta", "qv"): ["query", "value"],
     ("roberta", "all"): ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"],
+    ("llama", "qv"): ["q_proj", "v_proj"],
+    ("llama", "all"): "all-linear",
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def model_of(work: dict[str, Any]) -> Any:
-    """The model of a work's shape, with random weights and no dropout of its own."""
-    shape = shapes.MODELS[work["model"]]
+    """The model of a work's shape, with random weights or its folder's, and no dropout of its own."""
+    shape, dtype = shapes.MODELS[work["model"]], getattr(torch, work.get("dtype", "float32"))
+    if "weights" in work:
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(work["weights"], dtype=dtype, use_cache=False)
+        return model.to(DEVICE)
     vocab, width, layers, heads = (shape[name] for name in ("vocab", "width", "layers", "heads"))
     if shape["kind"] == "gpt2":
         still: dict[str, Any] = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
         sizes: dict[str, Any] = {"vocab_size": vocab, "n_embd": width, "n_layer": layers, "n_head": heads}
-        model: Any = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **still, use_cache=False))
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **still, use_cache=False))
     else:
         still = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
         sizes = {"vocab_size": vocab, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
         sizes |= {"intermediate_size": 4 * width, "max_position_embeddings": 514, "type_vocab_size": 1}
         model = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**sizes, **still))
-    return model.to(DEVICE, getattr(torch, work.get("dtype", "float32")))
+    return model.to(DEVICE, dtype)
 
 
 def lora_of(work: dict[str, Any]) -> Any:
@@ -42,9 +47,9 @@ def lora_of(work: dict[str, Any]) -> Any:
 
     kind = shapes.MODELS[work["model"]]["kind"]
     return peft.LoraConfig(
-        task_type="CAUSAL_LM" if kind == "gpt2" else "SEQ_CLS",
+        task_type="SEQ_CLS" if kind == "roberta" else "CAUSAL_LM",
         r=shapes.RANK,
-        lora_alpha=shapes.RANK,
+        lora_alpha=shapes.ALPHA,
         lora_dropout=work.get("dropout", 0.0),
         target_modules=TARGETS[kind, work["targets"]],
         fan_in_fan_out=kind == "gpt2",
@@ -61,20 +66,24 @@ def step(work: dict[str, Any]) -> Parts:
     tx = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=shapes.RATE)
     tokens = torch.from_numpy(shapes.texts(work)).to(DEVICE)
     inputs = {"input_ids": tokens[:, :-1].contiguous(), "attention_mask": torch.ones_like(tokens[:, :-1])}
-    if shapes.MODELS[work["model"]]["kind"] == "gpt2":
-        inputs["labels"] = inputs["input_ids"]  # transformers shifts them itself
+    if shapes.MODELS[work["model"]]["kind"] != "roberta":
+        inputs["labels"] = inputs["input_ids"].clone()  # transformers shifts them itself
+        inputs["labels"][:, : shapes.labelled(work)[0] + 1] = -100
     else:
         inputs["labels"] = tokens[:, -1] % 2
     call = torch.compile(model) if work.get("compile") else model
 
-    def unit() -> None:
+    def one() -> float:
         loss = call(**inputs).loss
         tx.zero_grad()
         loss.backward()
         tx.step()
-        loss.item()
+        return loss.item()
 
-    return {"unit": unit, "floor": lambda: floor(work)}
+    def unit() -> None:
+        one()
+
+    return {"unit": unit, "floor": lambda: floor(work), "loss": one}
 
 
 def floor(work: dict[str, Any]) -> float:

@@ -74,7 +74,7 @@ def epoch(work: dict[str, Any]) -> Parts:
 
 def decode(work: dict[str, Any]) -> Parts:
     """Texts for contexts, greedily or with beams, in batches of about equal length."""
-    model: Any = transformers.GPT2LMHeadModel.from_pretrained(work["base"], dtype=torch.float32)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(work["base"], dtype=torch.float32)
     model = model.to(DEVICE).eval()
     tokenizer = _tokenizer(work["base"], "left")
     eos = model.config.eos_token_id

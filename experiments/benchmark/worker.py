@@ -38,7 +38,7 @@ def main() -> None:
     for line in sys.stdin:
         part = line.strip()
         try:
-            seconds = timed(parts[part], steady=bool(work.get("steady")) and part != "floor")
+            seconds = timed(parts[part], steady=bool(work.get("steady")) and part not in ("floor", "loss"))
         except Exception as error:
             traceback.print_exc()
             return answer(failed=f"{type(error).__name__}: {str(error)[:200]}")

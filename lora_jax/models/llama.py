@@ -8,6 +8,7 @@ dropout.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -208,8 +209,15 @@ class MLP(nn.Module):
     def __call__(self, x: Hidden) -> Hidden:
         config, use_bias = self.config, self.config.bias in ("mlp", "all")
         gate = dense(config, config.inner, "gate", use_bias=use_bias)(x)
-        inside = layers.ACTIVATIONS[config.activation](gate) * dense(config, config.inner, "up", use_bias=use_bias)(x)
+        up = dense(config, config.inner, "up", use_bias=use_bias)(x)
+        inside = _gated(layers.ACTIVATIONS[config.activation], gate, up)
         return dense(config, x.shape[-1], "down", _last(config), use_bias=use_bias)(inside)
+
+
+@functools.partial(jax.checkpoint, static_argnums=0)
+def _gated(activation: Callable[[Array], Array], gate: Array, up: Array) -> Array:
+    """The product, which keeps nothing for its derivative but its inputs."""
+    return activation(gate) * up
 
 
 def _last(config: LlamaConfig) -> float:

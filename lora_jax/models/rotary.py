@@ -62,8 +62,10 @@ class Rotary:
         else:
             frequencies = jnp.asarray(self._frequencies(size, most), jnp.float32)
         phases = positions[:, None, :, None].astype(jnp.float32) * frequencies[None, None, None]
-        scale = self._attention_factor()
-        return jnp.cos(phases) * scale, jnp.sin(phases) * scale
+        cos, sin = jnp.cos(phases), jnp.sin(phases)
+        # XLA's CPU compiler computes cosines, cheap in its eyes, anew in every layer and head; a division it keeps.
+        length = jnp.sqrt(cos * cos + sin * sin) / self._attention_factor()
+        return cos / length, sin / length
 
     def _frequencies(self, size: int, most: int) -> np.ndarray:
         """(size / 2,) float64, in radians a token."""

@@ -19,21 +19,32 @@ from lora_jax.planning.flops import equations
 from lora_jax.runs import tables
 
 WORK = {"model": "small_base", "targets": "qv", "batch": 2, "length": 8}
+SIZES = {"vocab": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers", "inner": "intermediate_size"}
+SIZES |= {"heads": "num_attention_heads", "key_heads": "num_key_value_heads"}
 
 
-@pytest.mark.parametrize(("model", "layers"), [("small_base", 2), ("roberta_base", 3)])
+@pytest.mark.parametrize(("model", "layers"), [("small_base", 2), ("roberta_base", 3), ("smollm2", 2)])
 @pytest.mark.parametrize("targets", ["qv", "all"])
-def test_the_floor_has_every_product_with_a_frozen_weight(model, layers, targets, monkeypatch: pytest.MonkeyPatch):
-    """Those of our step that contract or give a model's width, traced, without attention, thin products and a head of
-    few labels."""
-    monkeypatch.setitem(shapes.MODELS, model, shapes.MODELS[model] | {"layers": layers})
+def test_the_floor_has_every_product_with_a_frozen_weight(
+    model, layers, targets, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Those of our step that contract or give a model's width or its keys', traced, without attention, thin products
+    and a head of few labels; the factors' entries, too."""
+    shape = shapes.MODELS[model] | {"layers": layers}
+    monkeypatch.setitem(shapes.MODELS, model, shape)
     work = WORK | {"model": model, "targets": targets}
+    if shape["kind"] == "llama":
+        work["weights"] = str(tmp_path)
+        sizes = {SIZES[name]: value for name, value in shape.items() if name in SIZES}
+        (tmp_path / "config.json").write_text(json.dumps(sizes | {"model_type": "llama", "tie_word_embeddings": True}))
+    narrowest = shape["width"] // shape["heads"] * shape.get("key_heads", shape["heads"])
     net = ours.model_of(work)
     params = jax.eval_shape(net.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), "int32"))["params"]
     method = ours.lora_of(net, work)
-    is_gpt2 = shapes.MODELS[model]["kind"] == "gpt2"
-    objective = training.language_model(net) if is_gpt2 else training.classifier(net)
+    objective = training.classifier(net) if shape["kind"] == "roberta" else training.language_model(net)
     delta = jax.eval_shape(method.init, jax.random.key(0), params)
+    factors = jax.tree.leaves({path: factors for path, factors in delta.items() if "a" in factors})
+    assert sum(x.size for x in factors) == shapes.trained(work)
 
     def loss(half: Any, fixed: Any, params: Any, batch: Any) -> Any:
         adapted = method.apply(params, lj.rejoin(half, fixed))
@@ -48,7 +59,7 @@ def test_the_floor_has_every_product_with_a_frozen_weight(model, layers, targets
         shape = eqn.invars[0].aval.shape
         inner, outer = math.prod(shape[axis] for axis in contracted), math.prod(eqn.outvars[0].aval.shape)
         tokens = work["batch"] * work["length"]
-        if not batched and min(inner, outer // tokens) >= shapes.MODELS[model]["width"] and outer % tokens == 0:
+        if not batched and min(inner, outer // tokens) >= narrowest and outer % tokens == 0:
             counts[2 * inner * outer] = counts.get(2 * inner * outer, 0) + 1
     expected: dict[int, int] = {}
     for shape, count in shapes.products(work).items():
@@ -74,6 +85,14 @@ def test_a_peer_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(Missing, match="no module qwix"):
         Side("flax_peers:qwix_step", WORK)
+
+
+def test_a_side_of_another_loss_ends_the_comparison():
+    for close in (2.0, 2.0001, 1.9999):
+        report.check_loss("peer", close, 2.0)
+    for far in (2.001, 1.99, math.nan):
+        with pytest.raises(ValueError, match="peer has a loss of"):
+            report.check_loss("peer", far, 2.0)
 
 
 def test_ratios_are_of_the_same_round():
