@@ -109,6 +109,7 @@ class Rotary:
 
 def rotated(x: Float[Array, "batch heads length size"], angles: Angles) -> Float[Array, "batch heads length size"]:
     """Each pair of features i and i + size / 2 turned by its angle; computed in float32 or wider."""
-    cos, sin = (part.astype(jnp.promote_types(x.dtype, jnp.float32)) for part in angles)
+    wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    cos, sin = (part.astype(wide) for part in angles)
     first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,8 +1,10 @@
 """Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3: as transformers has them, and against themselves."""
 
+import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from lora_jax import generation
 from lora_jax.interop import hf
 from lora_jax.models.family import new_cache
+from lora_jax.models.llama import FAMILIES, Llama, LlamaConfig
 from tests.helpers.llamas import VARIANTS, torch_model
 from tests.helpers.marks import slow_but
 
@@ -143,3 +146,42 @@ def test_classes_as_transformers_and_back(name, tmp_path):
     if model.config.tie:
         plain, _, _ = hf.load(tmp_path / "theirs", head="lm")
         assert plain.config.head is None
+
+
+@pytest.mark.parametrize("family", slow_but(FAMILIES, "gemma2"))
+def test_bfloat16_is_close_and_queries_in_blocks_are_all_at_once(family):
+    """Grouped queries, windows, caps; bfloat16 has 8 bits: two layers stay within 3% of the largest logit."""
+    sizes = {
+        "vocab_size": 50,
+        "hidden": 32,
+        "layers": 2,
+        "heads": 4,
+        "key_value_heads": 2,
+        "head_size": 10,
+        "inner": 40,
+    }
+    config = LlamaConfig(
+        family, **sizes, **FAMILIES[family], window=5, local=(True, False), score_cap=3.0, logit_cap=4.0
+    )
+    tokens, mask = jnp.asarray(SOME % 50), jnp.asarray(PADDED)
+    shapes = jax.eval_shape(Llama(config).init, jax.random.key(0), tokens)["params"]
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(random.normal(0, 0.1, x.shape), jnp.float32), shapes)
+
+    def logits(**changes):
+        model = Llama(dataclasses.replace(config, **changes))
+        out = jax.jit(lambda params: jax.value_and_grad(loss, has_aux=True)(params, model))(params)
+        return out[0][1], out[1]
+
+    def loss(params, model):
+        out = model.apply({"params": params}, tokens, mask)
+        return jnp.mean(jnp.square(out), where=mask[:, :, None]), jnp.where(mask[:, :, None], out, 0)
+
+    expected, grads = logits()
+    half, _ = logits(dtype="bfloat16")
+    assert half.dtype == jnp.float32
+    close(half, expected, 0.03)
+    blocks, of_blocks = logits(query_block=4)
+    close(blocks, expected, 1e-5)
+    for ours, theirs in zip(jax.tree.leaves(of_blocks), jax.tree.leaves(grads), strict=True):
+        close(ours, theirs, 1e-5)

@@ -5,8 +5,10 @@ import json
 import jax
 import pytest
 
+from configs import llama
 from lora_jax.planning import asking, search, topologies
 from lora_jax.planning.asking import Layout
+from lora_jax.runs import shapes
 from tests.helpers.cli import run_entry
 from tests.helpers.plan_config import tiny
 
@@ -120,3 +122,19 @@ def test_a_bad_topology(name):
 def test_bad_input_is_one_error():
     done = plan("--config=configs/gpt3.py", "--topology=v5e")
     assert done.returncode == 1 and done.stderr.startswith("error: --topology=v5e is a family")
+
+
+@pytest.mark.parametrize(("size", "parameters"), [("8b", 8_030_261_248), ("70b", 70_553_706_496)])
+def test_a_llama_by_its_sizes_and_a_base_in_4_bits(size, parameters):
+    """As many parameters as the models on the Hub; layers of nf4 have 4.13 bits a number, table and head stay."""
+    config, layout = llama.get_config(size), Layout(1, 1, 8, True, 1)
+    assert shapes.count(config).report.total == parameters
+    held = {}
+    for bits in (None, "4"):
+        config.model.base_bits = bits
+        workload = shapes.workload(config)
+        step = asking.step(workload, layout, layout.mesh(cpu(8)))
+        held[bits] = asking.bytes_per_device(step.params)
+    outside = 2 * 2 * 128_256 * workload.model.config.hidden / 8
+    assert held[None] == pytest.approx(2 * parameters / 8, rel=1e-3)
+    assert held["4"] == pytest.approx(outside + (held[None] - outside) * 4.13 / 16, rel=0.01)
