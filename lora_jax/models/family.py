@@ -62,6 +62,7 @@ class Family:
       head_params: the top-level parameters that belong to a task's head rather than to the pretrained base.
       varies: fields of the config that may differ between two uses of one pretrained model: its head, what acts in
         training alone, what the shapes of the parameters say. How it is computed (`dtype`, ...) may too.
+      classifier_inputs: what a classifier takes of a batch besides tokens and mask, as its third argument and on.
       token_embedding: glob of the token embedding, in both layouts; "" where a config has to name it.
     """
 
@@ -77,6 +78,7 @@ class Family:
     head_params: tuple[str, ...] = ()
     varies: tuple[str, ...] = ()
     token_embedding: str = ""
+    classifier_inputs: tuple[str, ...] = ("token_types",)
 
 
 _COMPUTATION = ("scan_layers", "remat", "dtype", "param_dtype", "residual")  # fields of every config

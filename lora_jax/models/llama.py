@@ -394,5 +394,6 @@ for _family in FAMILIES:
             head_params=("score",),
             varies=("head", "labels", "query_block"),
             token_embedding="**/wte/embedding",
+            classifier_inputs=(),
         )
     )

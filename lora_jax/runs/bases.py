@@ -75,7 +75,7 @@ def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None
     check_task(stored_model, config.data.name, source, task)
     new = hf.untrained(stored_model, source)
     mesh = sharding.make_mesh({}) if mesh is None else mesh
-    settings = dataclasses.replace(stored_model.config, **model_fields(config))
+    settings = dataclasses.replace(stored_model.config, **model_fields(config, stored_model.config))
     model = sharding.on_mesh(type(stored_model)(settings), mesh)
     placement = sharding.Placement.of(model, mesh)
 
@@ -95,9 +95,18 @@ def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None
     return Base(model, params, tokenizer, digests, placement, new)
 
 
-def model_fields(config: ConfigDict) -> dict[str, Any]:
-    """The fields of a model's config that a run's config sets."""
-    return {name: value for name, value in config.model.to_dict().items() if name != "base_bits"}
+def model_fields(config: ConfigDict, shape: Any) -> dict[str, Any]:
+    """The fields of a model's config, `shape`, that a run's config sets; those that are off and that the model does not
+    have are left out.
+
+    Raises:
+      ValueError: the run's config sets a field that the model does not have.
+    """
+    names = {field.name for field in dataclasses.fields(shape)}
+    fields = {name: value for name, value in config.model.to_dict().items() if name != "base_bits"}
+    if wrong := [f"model.{name}={fields[name]}" for name in fields if name not in names and fields[name]]:
+        raise ValueError(f"{', '.join(wrong)}: a {family_of(shape).name} has no such option, set it to 0")
+    return {name: value for name, value in fields.items() if name in names}
 
 
 def quantized(model: Any, params: Any, bits: str, source: str = "", new: Sequence[str] = ()) -> Any:

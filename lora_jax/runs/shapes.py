@@ -83,4 +83,4 @@ def model_of(config: ConfigDict) -> Any:
     bases.check_task(shape, config.data.name, base, task_named(config.data.name))
     if family.with_head and task:
         shape = family.with_head(shape, "classification" if task.labels else "regression", task.outputs)
-    return family.model(dataclasses.replace(shape, **bases.model_fields(config)))
+    return family.model(dataclasses.replace(shape, **bases.model_fields(config, shape)))

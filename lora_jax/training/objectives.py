@@ -105,13 +105,14 @@ def classifier(model: Any, metrics: Callable[[np.ndarray, np.ndarray], dict[str,
     apply, config = lift(model.apply), model.config
     if config.head == "regression" and config.labels != 1:
         raise ValueError(f"a regression on one number needs a head of one label, not of {config.labels}: labels=1")
-    drops = config.dropout > 0 or config.attention_dropout > 0
+    drops = any(getattr(config, name, 0) > 0 for name in ("dropout", "attention_dropout"))
+    further = family_of(model).classifier_inputs
 
     def forward(params: Any, batch: dict[str, Array], key: Array | None = None) -> Array:
         rngs = {}
         if drops and key is not None:
             rngs["rngs"] = {"dropout": jax.random.fold_in(key, stable_hash("the model's dropout"))}
-        return apply({"params": params}, batch["tokens"], batch["mask"], batch["token_types"], **rngs)
+        return apply({"params": params}, batch["tokens"], batch["mask"], *(batch[name] for name in further), **rngs)
 
     def loss_of(outputs: Array, batch: dict[str, Array]) -> tuple[Array, Array]:
         if config.head == "regression":

@@ -261,7 +261,7 @@ def test_wrong_tensors(copy, change, says):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"model_type": "t5"}, "model_type 't5' is none of bert, gpt2, roberta"),
+        ({"model_type": "t5"}, "model_type 't5' is none of bert, .*gpt2"),
         ({"vocab_size": 30}, "vocab_size 30, but transformer.wte.weight has 31 rows"),
         ({"n_layer": 1}, "n_layer 1, but the tensors are of 2 layers"),
         ({"n_positions": 13}, "n_positions 13, but transformer.wpe.weight has 12 rows"),

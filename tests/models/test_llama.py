@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_jax import generation
+from lora_jax import generation, training
 from lora_jax.interop import hf
 from lora_jax.models.family import new_cache
 from lora_jax.models.llama import FAMILIES, Llama, LlamaConfig
@@ -185,3 +185,16 @@ def test_bfloat16_is_close_and_queries_in_blocks_are_all_at_once(family):
     close(blocks, expected, 1e-5)
     for ours, theirs in zip(jax.tree.leaves(of_blocks), jax.tree.leaves(grads), strict=True):
         close(ours, theirs, 1e-5)
+
+
+def test_a_classifier_trains(folders):
+    """The objective of classification asks for no token types, and its gradient reaches the head."""
+    model, params, _ = hf.load(folders("llama"), head="classification", labels=3)
+    objective = training.classifier(model)
+    batch = {"tokens": SOME, "mask": PADDED, "labels": np.array([0, 2, 1]), "weights": np.ones(3, np.float32)}
+    total, weight = objective.loss(params, batch)
+    gradient = jax.grad(lambda params: objective.loss(params, batch)[0])(params)
+    logits = np.asarray(objective.forward(params, batch))
+    expected = -np.log(np.exp(logits) / np.exp(logits).sum(-1, keepdims=True))[range(3), [0, 2, 1]].sum()
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    assert weight == 3 and np.abs(gradient["score"]["kernel"]).max() > 0

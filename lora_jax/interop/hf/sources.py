@@ -64,7 +64,7 @@ def _gguf(path: Path) -> Source:
     file = gguf.open_file(path)
 
     def tokenizer(vocab_size: int) -> Tokenizer | None:
-        return None if file.tokenizer is None else checked(file.tokenizer, str(path), vocab_size)
+        return None if file.tokenizer is None else checked(file.tokenizer, str(path), vocab_size, "the metadata")
 
     format = format_of(file.fields["model_type"], str(path))
     return Source(str(path), format, file.fields, True, lambda: file.tensors, tokenizer)
