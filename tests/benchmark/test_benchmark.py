@@ -80,6 +80,7 @@ def test_a_side_does_its_parts_in_a_process_of_its_own():
         side.close()
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     (tmp_path / "qwix.py").write_text("raise ModuleNotFoundError(name='qwix')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -151,6 +152,7 @@ def test_an_entry_point_starts_with_huge_pages_and_an_import_does_not(monkeypatc
     assert python(start.format(shown) + f"; {shown}", GLIBC_TUNABLES="") == "['-m']"
 
 
+@pytest.mark.slow
 def test_what_is_compiled_is_kept_where_the_user_says(tmp_path: Path):
     code = "import jax; from experiments import cli; cli.keep_compiled(); print(jax.config.jax_compilation_cache_dir)"
     assert python(code, XDG_CACHE_HOME=str(tmp_path)) == f"{tmp_path}/lora_jax"

@@ -364,6 +364,7 @@ def test_the_command(tmp_path):
     assert refused.stderr.strip() == "error: --adapter, --base and --alpha go together: all three, or none"
 
 
+@pytest.mark.slow
 def test_the_command_unties_a_head_and_takes_enabled(reference, folder, tmp_path):
     their_model = fused(reference, (False, True, True))
     swap(their_model.transformer, "wte", theirs.Embedding, num_embeddings=31, embedding_dim=D, r=4)

@@ -332,6 +332,7 @@ peft.save(sys.argv[2], method, delta, params=params)
 """
 
 
+@pytest.mark.slow
 def test_conformance_25_equal_bytes_whatever_the_hash_seed(tmp_path):
     for seed in ("1", "2"):
         env = os.environ | {"PYTHONHASHSEED": seed, "JAX_PLATFORMS": "cpu"}
