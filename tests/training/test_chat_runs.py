@@ -11,6 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import dart, e2e, instruct, methods, nlg, webnlg
+from experiments import smollm2
 from lora_jax import checkpoints, runs, training
 from lora_jax.data import chat, restaurants
 from lora_jax.interop import hf, packages
@@ -21,14 +22,19 @@ from tests.helpers.cli import run_entry
 from tests.helpers.marks import slow_but
 
 
+def save_base(folder: Path, positions: int) -> None:
+    shape = gpt2.GPT2Config(vocab_size=320, n_positions=positions, n_embd=16, n_layer=1, n_head=2, eos_token_id=2)
+    params = jax.jit(gpt2.GPT2(shape).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    hf.save(folder, gpt2.GPT2(shape), params, chat_tokenizer())
+    template = TEMPLATES["smollm2"].replace("a helpful AI assistant named SmolLM", "a cat")
+    hf.save_chat(folder, template, TOKENS)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base with SmolLM2's template, and a file of 30 conversations."""
     made = tmp_path_factory.mktemp("chat")
-    shape = gpt2.GPT2Config(vocab_size=320, n_positions=288, n_embd=16, n_layer=1, n_head=2, eos_token_id=2)
-    params = jax.jit(gpt2.GPT2(shape).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
-    hf.save(made / "base", gpt2.GPT2(shape), params, chat_tokenizer())
-    hf.save_chat(made / "base", TEMPLATES["smollm2"].replace("a helpful AI assistant named SmolLM", "a cat"), TOKENS)
+    save_base(made / "base", 288)
     rows = [{"prompt": f"What is {n} + {n + 1}?", "response": "It is " + n % 5 * "surely " + str(n)} for n in range(30)]
     (made / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     turns = [("user", "a?"), ("assistant", "b!\n\nc"), ("user", "d?"), ("assistant", "e!")]
@@ -275,3 +281,17 @@ def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_no_such_config() -> None:
     with pytest.raises(ValueError, match="no config 'r8': give one of lora, lora_all"):
         instruct.get_config("r8")
+
+
+@pytest.mark.slow
+def test_the_command_of_smollm2_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`make smollm2` on a tiny GPT-2: what it prints, and a second start that resumes, which trains nothing."""
+    save_base(tmp_path / "base", 512)
+    config = smollm2.config_of(tmp_path, str(tmp_path / "base"))
+    config.steps, config.decode.max_new_tokens = 3, 4
+    first = smollm2.run(tmp_path / "runs", config)
+    output = capsys.readouterr().out
+    assert first["losses"][1] < first["losses"][0] and set(first["texts"]) == {"base", "LoRA"}
+    adapter = (tmp_path / "runs" / "lora" / "adapter" / "adapter.safetensors").stat().st_size
+    assert f"adapter: {adapter:,} bytes" in output and "in 4 bits: " in output
+    assert smollm2.run(tmp_path / "runs", config) == first
