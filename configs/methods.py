@@ -7,9 +7,8 @@ chain (`--config.method=lora+prefix_embedding`), "none" (the base is evaluated),
 
 from typing import Any
 
-from lora_jax.runs.config import ATTENTION_AND_MLP
+from lora_jax.runs.config import ATTENTION_AND_MLP, ATTENTION_AND_MLP_KERNELS
 
-EVERY = ("**/{attn,mlp}/*/kernel",)
 MLP = ("mlp_out",)
 
 NOTHING = {"optimizer.decay": ()}
@@ -17,7 +16,7 @@ NOTHING = {"optimizer.decay": ()}
 # What each name changes in the config of LoRA; sizes are the paper's where it has one, and else near LoRA's.
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
-    "lora_all": {"lora.select": EVERY},
+    "lora_all": {"lora.select": ATTENTION_AND_MLP_KERNELS},
     "bitfit": {"method": "tune", "tune.select": ("**/bias",)},
     "adapter_h": {  # with swish, as in the authors' code
         "method": "adapter",

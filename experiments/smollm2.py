@@ -20,6 +20,7 @@ from experiments import cli
 from lora_jax import runs
 from lora_jax.data import restaurants
 from lora_jax.models.family import family_of
+from lora_jax.runs.config import ATTENTION_AND_MLP_KERNELS
 
 STEPS = 24
 ASKED = [
@@ -76,7 +77,7 @@ def trained(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 def show_sizes(base: runs.Loaded, summary: dict[str, Any]) -> None:
     """Prints the sizes of base and adapter, and of the base with its matrices in 4 bits."""
-    matrices = lj.select("**/{attn,mlp}/*/kernel", axes=family_of(base.model).axes)
+    matrices = lj.select(*ATTENTION_AND_MLP_KERNELS, axes=family_of(base.model).axes)
     small = jax.eval_shape(lambda params: lj.quantize(params, matrices, bits=4), base.params)
     sizes = {"base, float32": base.params, "base, its layers' matrices in 4 bits": small}
     for name, params in sizes.items():

@@ -5,13 +5,12 @@ of their own, so that they can be adapted one by one.
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
@@ -111,7 +110,7 @@ class GPT2(nn.Module):
         self.h = layers.stack(Block, config, config.n_layer, shared=2)
         self.ln_f = _norm(config, "ln_f")
         if not config.tie:
-            options: dict[str, Any] = {"use_bias": False, "dot_general": _exact_product}
+            options: dict[str, Any] = {"use_bias": False, "dot_general": layers.exact_product}
             self.lm_head = layers.dense(config, config.vocab_size, "lm_head", **options)
 
     def __call__(
@@ -126,10 +125,8 @@ class GPT2(nn.Module):
 
     def head(self, x: Float[Array, "*positions width"]) -> Float[Array, "*positions vocabulary"]:
         """Logits, float32 (..., vocabulary), of hidden states."""
-        # Logits are summed and kept in float32: they are large numbers with small differences.
         if self.config.tie:
-            last = ((x.ndim - 1,), (1,))
-            return _exact_product(x, self.wte.embedding.astype(x.dtype), (last, ((), ())))
+            return layers.tied_head(x, self.wte.embedding)
         return self.lm_head(x)
 
     def hidden(
@@ -177,9 +174,6 @@ class GPT2(nn.Module):
             x = jnp.take_along_axis(x, labelled[:, :, None], axis=1)
         x = self.ln_f(x)
         return x if cache is None else (x, {"index": cache["index"] + length, "mask": cached, "layers": written})
-
-
-_exact_product = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
 
 
 def init_cache(config: GPT2Config, batch: int, length: int, dtype: Any = None) -> dict:

@@ -173,6 +173,17 @@ def run(blocks: Any, x: Hidden, entries: Any, *shared: Any) -> tuple[Hidden, Any
     return x, tuple(written)
 
 
+# Of an output head: logits are summed and kept in float32, as they are large numbers with small differences.
+exact_product = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
+
+
+def tied_head(
+    x: Float[Array, "*positions width"], embedding: Float[Array, "vocabulary width"]
+) -> Float[Array, "*positions vocabulary"]:
+    """Logits, float32, of hidden states by a head that is the token embedding."""
+    return exact_product(x, embedding.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+
+
 def empty_cache(config: Any, depth: int, shape: tuple[int, int, int, int], dtype: Any = None) -> dict[str, Any]:
     """`gpt2.init_cache`'s result, of keys and values of a shape (batch, heads, length, size)."""
 

@@ -265,7 +265,7 @@ class Llama(nn.Module):
         if config.head:
             self.score = dense(config, config.labels, "score", use_bias=False)
         elif not config.tie:
-            self.lm_head = dense(config, config.vocab_size, "lm_head", use_bias=False, dot_general=_exact_product)
+            self.lm_head = dense(config, config.vocab_size, "lm_head", use_bias=False, dot_general=layers.exact_product)
 
     def __call__(self, tokens: shapes.Tokens, mask: Any = None, *, cache: dict | None = None, **options: Any) -> Any:
         """Logits of the next token, float32 (batch, length, vocabulary), with a cache `(logits, cache)`; a classifier
@@ -284,7 +284,7 @@ class Llama(nn.Module):
     def head(self, x: Float[Array, "*positions width"]) -> Float[Array, "*positions vocabulary"]:
         """Logits, float32 (..., vocabulary), of hidden states."""
         if self.config.tie:
-            logits = _exact_product(x, self.wte.embedding.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+            logits = layers.tied_head(x, self.wte.embedding)
         else:
             logits = self.lm_head(x)
         cap = self.config.logit_cap
@@ -338,9 +338,6 @@ class Llama(nn.Module):
         local = config.local_rotary
         near_angles = angles if local is None else local.angles(positions, config.size, config.max_length)
         return Shared(index, (mask, mask & near), (angles, near_angles))
-
-
-_exact_product = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
 
 
 def init_cache(config: LlamaConfig, batch: int, length: int, dtype: Any = None) -> dict:

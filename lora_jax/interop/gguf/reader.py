@@ -19,6 +19,7 @@ with extra("hf"):
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")  # of tensors
+_TYPE_NAMES = {member.value: member.name for member in GGMLQuantizationType}
 _VERSIONS = (2, 3)
 _NUMBERS = dict(enumerate(("u1", "i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?"))) | {10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
@@ -158,8 +159,7 @@ class _Reader:
         return tensors
 
     def typed(self, name: str, shape: tuple[int, ...], kind: int, start: int) -> Entry:
-        known = {member.value: member.name for member in GGMLQuantizationType}
-        type_name = known.get(kind, str(kind))
+        type_name = _TYPE_NAMES.get(kind, str(kind))
         if type_name not in TYPES:
             raise ValueError(
                 f"{self.path}: {name} is of type {type_name}; {', '.join(TYPES)} are read: quantize the model anew "

@@ -148,11 +148,8 @@ def blocks(source: str | os.PathLike, model: nn.Module) -> dict[str, tuple[str, 
 
     format, file = format_of(family_of(model).name, str(source)), gguf.open_file(path)
     names = layouts(format.architecture, _shapes(model, scanned=False), prefixed=True)
-    return {
-        stored.paths[0]: file.raw(name)
-        for name, stored in names.items()
-        if name in file.tensors and name.endswith("weight") and len(file.tensors[name].shape) == 2
-    }
+    matrices = {name for name, tensor in file.tensors.items() if name.endswith("weight") and len(tensor.shape) == 2}
+    return {stored.paths[0]: file.raw(name) for name, stored in names.items() if name in matrices}
 
 
 def without_weights(folder: str | os.PathLike) -> nn.Module:
