@@ -102,8 +102,8 @@ class Selection(NamedTuple):
 
     def axes_of(self, path: str, leaf: Any) -> str:
         """The axes of one leaf: as named in `axes`, else by the leaf's name and number of axes."""
-        own = getattr(leaf, "axes", None)  # of one that is quantized
-        axes = self._named(path) or own
+        of_leaf = getattr(leaf, "axes", None)  # of one that is quantized
+        axes = self._named(path) or of_leaf
         if axes is None and leaf.ndim < 3:
             name = re.split(r"[/.]", path)[-1]
             axes = _DEFAULT_AXES.get(name, "io") if leaf.ndim == 2 else "o" * leaf.ndim
@@ -111,8 +111,8 @@ class Selection(NamedTuple):
             named = "no axes are named" if axes is None else f"axes={axes!r}"
             hint = f"select(..., axes={{{path!r}: ...}}), for example {_EXAMPLES.get(leaf.ndim, _ANY_AXES)}"
             raise ValueError(f"{path} has shape {tuple(leaf.shape)} but {named}: name its {leaf.ndim} axes with {hint}")
-        if own and [CLASS[x] for x in axes] != [CLASS[x] for x in own]:
-            raise ValueError(f"{path} was quantized with axes {own!r}, but the selection has {axes!r}")
+        if of_leaf and [CLASS[x] for x in axes] != [CLASS[x] for x in of_leaf]:
+            raise ValueError(f"{path} was quantized with axes {of_leaf!r}, but the selection has {axes!r}")
         return axes
 
     def spec(self) -> dict[str, Any]:

@@ -172,12 +172,14 @@ class Format:
 
     def tokens(self, texts: Sequence[templates.Rendered]) -> Iterator[tuple[list[int], Spans]]:
         """The ids of each text, and which characters each of them stands for."""
-        whole = iter(self.tokenizer.encode_batch([x.text for x in texts if not x.literals], add_special_tokens=False))
+        encodings = iter(
+            self.tokenizer.encode_batch([x.text for x in texts if not x.literals], add_special_tokens=False)
+        )
         for x in texts:
             if x.literals:
                 yield self._in_pieces(x)
             else:
-                encoding = next(whole)
+                encoding = next(encodings)
                 yield encoding.ids, encoding.offsets
 
     def _in_pieces(self, x: templates.Rendered) -> tuple[list[int], Spans]:

@@ -129,14 +129,14 @@ def rendered(template: str, messages: Messages, special_tokens: Mapping[str, str
     """
     marked = [{**message, "content": _literal(message["content"], tokens)} for message in messages]
     write = functools.partial(_written, template, special_tokens=special_tokens, now=DATE_IN_DATA)
-    whole = _unmarked(write(marked, answer_next=False))
-    if whole.answers or re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template):
-        return whole
+    conversation = _unmarked(write(marked, answer_next=False))
+    if conversation.answers or re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template):
+        return conversation
     answers = []
     for n in (n for n, message in enumerate(messages) if message["role"] == "assistant"):
         before = _unmarked(write(marked[:n], answer_next=True)).text
-        after = whole if n + 1 == len(messages) else _unmarked(write(marked[: n + 1], answer_next=False))
-        if not (after.text.startswith(before) and whole.text.startswith(after.text)):
+        after = conversation if n + 1 == len(messages) else _unmarked(write(marked[: n + 1], answer_next=False))
+        if not (after.text.startswith(before) and conversation.text.startswith(after.text)):
             raise ValueError(
                 f"where answer {n} (counted from 0, of all messages) stands is not known: the chat template writes "
                 "turns otherwise where more of them follow. Give one that marks the answers with {% generation %} ... "
@@ -146,7 +146,7 @@ def rendered(template: str, messages: Messages, special_tokens: Mapping[str, str
         stripped = answer.rstrip()
         ended = any(match.end() == len(stripped) for match in tokens.finditer(stripped))
         answers.append((len(before), len(before) + len(stripped if ended else answer)))
-    return whole._replace(answers=answers)
+    return conversation._replace(answers=answers)
 
 
 def prompt(template: str, messages: Messages, special_tokens: Mapping[str, str], tokens: re.Pattern) -> Rendered:

@@ -62,9 +62,9 @@ def block_rules(key_heads: int, size: int, mesh: Mesh | AbstractMesh) -> dict[st
         log_replicated(key_heads, devices, key_heads * size % devices == 0)
     if key_heads * size % devices == 0:
         return RULES
-    whole = {"kernel": P("fsdp", None), "bias": P()}
-    rules = {f"**/h_*/attn/{{key,value}}/{name}": spec for name, spec in whole.items()}
-    return rules | {f"**/h/attn/{{key,value}}/{name}": P(None, *spec) for name, spec in whole.items()} | RULES
+    unsplit = {"kernel": P("fsdp", None), "bias": P()}
+    rules = {f"**/h_*/attn/{{key,value}}/{name}": spec for name, spec in unsplit.items()}
+    return rules | {f"**/h/attn/{{key,value}}/{name}": P(None, *spec) for name, spec in unsplit.items()} | RULES
 
 
 @functools.cache  # once a process: a plan asks for the rules of many meshes

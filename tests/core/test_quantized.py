@@ -37,12 +37,12 @@ def nf4_by_loops(matrix):
     blocks = [[row[n : n + 64] for n in range(0, len(row), 64)] for row in matrix]
     scales = np.array([[np.max(np.abs(block)) for block in row] for row in blocks], np.float32)
     offset = np.mean(scales)
-    small, found = (scales - offset).reshape(-1), []
+    small, restored = (scales - offset).reshape(-1), []
     for first in range(0, len(small), 256):
         group = small[first : first + 256]
         largest = np.max(np.abs(group))
-        found += [small_levels[nearest(small_levels, x / (largest or 1))] * largest + offset for x in group]
-    stored = np.array(found, np.float32).reshape(scales.shape)
+        restored += [small_levels[nearest(small_levels, x / (largest or 1))] * largest + offset for x in group]
+    stored = np.array(restored, np.float32).reshape(scales.shape)
     values = np.empty_like(matrix)
     for r, row in enumerate(blocks):
         for b, block in enumerate(row):

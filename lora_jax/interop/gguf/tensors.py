@@ -80,8 +80,8 @@ class Tensor:
     def _fetch(self, index: Index) -> np.ndarray:
         """A part, of which only the rows and blocks that it touches are read."""
         if len(index) == 1:  # a vector is one row, of which nothing is worth leaving out
-            whole = self._numbers(self._stored())[0]
-            return (whole if self.order is None else whole[self.order])[index[0]]
+            values = self._numbers(self._stored())[0]
+            return (values if self.order is None else values[self.order])[index[0]]
         (rows, columns), stored = index, self._stored()
         per_block, block_bytes = GGML_QUANT_SIZES[self.kind]
         first, last = columns.start // per_block, -(-columns.stop // per_block)

@@ -113,8 +113,8 @@ class _Parts:
         merges = self.merges()
         if merges is None:
             raise ValueError(f"{self.path}: the metadata has a tokenizer of byte pairs, but no tokenizer.ggml.merges")
-        whole = self.pre in _WHOLE
-        tokenizer = Tokenizer(models.BPE(vocab=self.vocabulary(self.tokens), merges=merges, ignore_merges=whole))
+        vocabulary = self.vocabulary(self.tokens)
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=self.pre in _WHOLE))
         tokenizer.decoder = decoders.ByteLevel()
         expression = PRE[self.pre]
         steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=expression in ("", "digits"))]
@@ -159,9 +159,9 @@ def _merges(vocabulary: Mapping[str, int], ranks: Sequence[float], types: Sequen
         if types[number] not in (_NORMAL, _USER_DEFINED):
             continue
         halves = ((token[:i], token[i:]) for i in range(1, len(token)))
-        known = [(a, b) for a, b in halves if a in vocabulary and b in vocabulary]
-        known.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
-        pairs += [(rank, len(a), len(b), a, b) for a, b in known]
+        merged = [(a, b) for a, b in halves if a in vocabulary and b in vocabulary]
+        merged.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+        pairs += [(rank, len(a), len(b), a, b) for a, b in merged]
     pairs.sort(key=lambda pair: pair[:3], reverse=True)
     return [(a, b) for *_, a, b in pairs]
 
