@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -178,7 +179,7 @@ exact_product = functools.partial(lax.dot_general, preferred_element_type=jnp.fl
 
 
 def tied_head(
-    x: Float[Array, "*positions width"], embedding: Float[Array, "vocabulary width"]
+    x: Float[Array, "*positions width"], embedding: Float[Array | np.ndarray, "vocabulary width"]
 ) -> Float[Array, "*positions vocabulary"]:
     """Logits, float32, of hidden states by a head that is the token embedding."""
     return exact_product(x, embedding.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
