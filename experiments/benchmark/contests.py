@@ -40,7 +40,7 @@ def all_of(sources: dict[str, str | None], folder: Path) -> list[Contest]:
 
 def steps(folder: Path) -> list[Contest]:
     """Training steps. Medium has fewer tokens: a step of it should not take a minute. SmolLM2 has its weights, on all
-    sides, if its package is installed."""
+    sides, if its package is installed, and on ours its layers stacked (`model.scan_layers`)."""
     contests = []
     models = {"small_base": 8, "gpt2_small": 8, "gpt2_medium": 2, "roberta_base": 8}
     models |= {"smollm2": 8} if importlib.util.find_spec(SMOLLM2) else {}
@@ -50,7 +50,7 @@ def steps(folder: Path) -> list[Contest]:
             work = {"model": model, "targets": targets, "batch": batch, "length": 128, "steady": True}
             work |= {"weights": str(folder / SMOLLM2), "length": 64} if how else {}
             sides = {
-                "ours": ("ours:step", work),
+                "ours": ("ours:step", work | {"scan": True} if how else work),
                 "peft_eager": ("torch_peers:step", work),
                 "peft_compiled": ("torch_peers:step", work | {"compile": True}),
                 "qwix": ("flax_peers:qwix_step", work),

@@ -1,5 +1,6 @@
 """Our side of training steps and of what an adapter is after training."""
 
+import dataclasses
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from lora_jax.models.family import family_of
 from lora_jax.runs import methods
 
 Parts = dict[str, Callable[[], float | None]]
-TARGETS = {"qv": "**/attn/{query,value}/kernel", "all": "h_*/**/kernel"}
+TARGETS = {"qv": "**/attn/{query,value}/kernel", "all": "h*/**/kernel"}
 
 
 def model_of(work: dict[str, Any]) -> Any:
@@ -28,7 +29,8 @@ def model_of(work: dict[str, Any]) -> Any:
     shape, dtype = shapes.MODELS[work["model"]], work.get("dtype", "float32")
     vocab, width, layers, heads = (shape[name] for name in ("vocab", "width", "layers", "heads"))
     if shape["kind"] == "llama":
-        return hf.without_weights(work["weights"])
+        model = hf.without_weights(work["weights"])
+        return model.clone(config=dataclasses.replace(model.config, scan_layers=work.get("scan", False)))
     if shape["kind"] == "gpt2":
         sizes = {"vocab_size": vocab, "n_embd": width, "n_layer": layers, "n_head": heads}
         return gpt2.GPT2(gpt2.GPT2Config(**sizes, dtype=dtype))
@@ -39,7 +41,7 @@ def model_of(work: dict[str, Any]) -> Any:
 def params_of(model: Any, work: dict[str, Any]) -> Any:
     """Those of the work's folder, or random ones, in the dtype that the model computes in."""
     if "weights" in work:
-        return hf.load(work["weights"])[1]
+        return hf.load(work["weights"], scan_layers=work.get("scan", False))[1]
     return random(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"], work)
 
 

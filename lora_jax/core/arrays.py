@@ -119,7 +119,7 @@ class Adapted:
         return None
 
     def ready(self) -> "Adapted":
-        """With what is derived from whole arrays; called by `lift` once, before anything slices them."""
+        """With what is derived from whole arrays; `lift` asks for it once, before anything slices them."""
         return self
 
     def _unlifted(self, *_: Any, **__: Any) -> Any:
@@ -167,9 +167,12 @@ def is_changed(node: Any) -> bool:
     return is_adapted(node) and not isinstance(node, Encoded)
 
 
-def frozen(base: Any) -> Any:
-    """The base of an adapted array, without a gradient."""
-    return base if is_adapted(base) else lax.stop_gradient(base)
+def ready(w: Adapted) -> Adapted:
+    """`w.ready()`, with frozen fields that have no gradient. They lose it here, before anything slices them: the
+    backward pass of a scan reads its inputs again, but keeps what is computed from a layer's."""
+    names = [field.name for field in dataclasses.fields(w) if not field.metadata.get("static")]  # type: ignore[arg-type]
+    frozen = [name for name in names if name in w.frozen or name.startswith("fixed_")]
+    return w.replace(**{name: lax.stop_gradient(getattr(w, name)) for name in frozen}).ready()
 
 
 def factor_axes(layout: str, axes: str) -> list[int | str]:
@@ -225,7 +228,7 @@ class Weight(Adapted):
     path: str = static(default=PathLabel())
 
     def product(self, x: Array, op: Op) -> Array:
-        return op(x, frozen(self.base))
+        return op(x, self.base)
 
     def materialize(self) -> Array:
         return dense(self.base)
@@ -263,13 +266,13 @@ class LowRank(Summed):
     dropout: float = static(default=0.0)
 
     def product(self, x: Array, op: Op) -> Array:
-        y = op(x, frozen(self.base))
+        y = op(x, self.base)
         return y + self.branch(self.dropped(x, op), op).astype(y.dtype)
 
     def branch(self, x: Array, op: Op) -> Array:
         """scale * x A B."""
         z = op.down(x, self.a)
-        return op.up(z * lax.stop_gradient(self.scale).astype(z.dtype), self.b)
+        return op.up(z * self.scale.astype(z.dtype), self.b)
 
     def dropped(self, x: Array, op: Op) -> Array:
         """x after dropout, the branch's input; ids stay."""

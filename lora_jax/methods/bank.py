@@ -30,7 +30,7 @@ class Gated(LowRank):
     exact: ClassVar = ("scale",)
 
     def branch(self, x: Array, op: Any) -> Array:
-        z, gate = op.down(x, self.a), lax.stop_gradient(self.scale)
+        z, gate = op.down(x, self.a), self.scale
         if len(gate) not in (1, len(z)):
             raise ValueError(f"{self.path}: a batch of {len(z)} rows, but a strength of {len(gate)} rows")
         gate = lax.expand_dims(gate, range(1, z.ndim - 1)) if z.ndim > 1 else gate[0]
@@ -67,7 +67,7 @@ class Chosen(LowRank):
 
         k = jnp.maximum(self.ids, 0)
         unscaled = jnp.where(self.ids == _NONE, 0.0, jnp.nan)
-        scale = jnp.where(self.ids < 0, unscaled, lax.stop_gradient(self.scale)[k])
+        scale = jnp.where(self.ids < 0, unscaled, self.scale[k])
         return jax.vmap(row)(x[:, None], of_rows(self.a), of_rows(self.b), scale)[:, 0]
 
     def delta(self) -> Array:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from lora_jax.core.arrays import Adapted, Summed, Tuned, adapted_array, widened
 from lora_jax.core.selection import Absent, Selection, glob_keys, look_up
@@ -25,7 +25,7 @@ class BiasDelta(Summed):
 
     def ready(self) -> Adapted:
         # A bias meets a sum and no product: lift may as well know the sum.
-        return Tuned(value=self.replace(base=lax.stop_gradient(self.base)).materialize(), path=self.path)
+        return Tuned(value=self.materialize(), path=self.path)
 
     def delta(self) -> Array:
         wide = widened(self.dtype)

@@ -14,7 +14,6 @@ from lora_jax.core.arrays import (
     adapted_array,
     dense,
     einsum,
-    frozen,
     is_adapted,
     static,
     widened,
@@ -56,12 +55,12 @@ class Dora(Weight):
         a, b, scale = (lax.stop_gradient(x.astype(wide)) for x in (self.a, self.b, self.scale))
         b = einsum("sro,s->sro", self.axes, b, scale)
         gram = einsum("sir,siq->srq", self.axes, a, a)
-        turned, squares = _with_base(frozen(self.base), a, self.axes, wide)
+        turned, squares = _with_base(self.base, a, self.axes, wide)
         twice = 2 * turned + einsum("srq,sqo->sro", self.axes, gram, b)
         grown = einsum("sro,sro->so", self.axes, twice, b)  # <2 W + A B, A B> = ||V||^2 - ||W||^2, nothing dense
         norm, after = jnp.sqrt(squares), jnp.sqrt(jnp.maximum(squares + grown, 0))
         safe = jnp.where(after > 0, after, 1)  # a unit without weights keeps its gain of 1
-        change = self.m.astype(wide) - lax.stop_gradient(self.fixed_norm).astype(wide) - grown / (norm + safe)
+        change = self.m.astype(wide) - self.fixed_norm.astype(wide) - grown / (norm + safe)
         return jnp.where(after > 0, change / safe, 0)
 
 
@@ -84,15 +83,15 @@ class Scaled(LowRank):
     inputs: Array | None = None
 
     def product(self, x: Array, op: Op) -> Array:
-        base, dropped = frozen(self.base), self.dropped(x, op)
-        y = op(x, base)
+        dropped = self.dropped(x, op)
+        y = op(x, self.base)
         wide = widened(y.dtype)
         change = self.branch(dropped, op).astype(wide)
         if self.outputs is not None:
-            again = y if dropped is x else op(dropped, base)
+            again = y if dropped is x else op(dropped, self.base)
             change += jnp.broadcast_to(self.outputs.astype(wide), y.shape) * again.astype(wide)
         if self.inputs is not None:
-            change += op.scale_input(dropped, base, self.inputs).astype(wide)
+            change += op.scale_input(dropped, self.base, self.inputs).astype(wide)
         return y + change.astype(y.dtype)
 
     def delta(self) -> Array:

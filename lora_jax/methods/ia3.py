@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from lora_jax.core.arrays import Adapted, Op, Tuned, Weight, adapted_array, factor_axes, frozen, scaled, widened
+from lora_jax.core.arrays import Adapted, Op, Tuned, Weight, adapted_array, factor_axes, scaled, widened
 from lora_jax.core.globs import matches, matches_any
 from lora_jax.core.selection import Absent, Selection, flatten, strings
 from lora_jax.core.transforms import Factors, Params, ParamTransform, Target, Traits, per_target, register, targets_of
@@ -26,8 +26,7 @@ class Rescaled(Weight):
     outputs: Array | None = None
 
     def product(self, x: Array, op: Op) -> Array:
-        base = frozen(self.base)
-        y = op(x, base) if self.inputs is None else op.scale_input(x, base, self.inputs)
+        y = op(x, self.base) if self.inputs is None else op.scale_input(x, self.base, self.inputs)
         return y if self.outputs is None else scaled(y, self.outputs)
 
     def materialize(self) -> Array:
@@ -47,7 +46,7 @@ class Rescaled(Weight):
         if set(self.core) - {"s", "o"}:
             return self
         # A bias meets a sum and no product: lift may as well know its value.
-        return Tuned(value=self.replace(base=lax.stop_gradient(self.base)).materialize(), path=self.path)
+        return Tuned(value=self.materialize(), path=self.path)
 
     def _wide(self) -> tuple[Array, Array]:
         """Base and factors, float32 (or wider); the factors with the base's axes, of size 1 where they are one."""

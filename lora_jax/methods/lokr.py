@@ -53,7 +53,7 @@ class Kronecker(Summed):
             change = _multiplied(op, x, first, second)
         else:
             return y + op(x, self.delta().astype(x.dtype)).astype(y.dtype)
-        change = change * lax.stop_gradient(self.scale).astype(change.dtype)
+        change = change * self.scale.astype(change.dtype)
         return y + change.astype(y.dtype).reshape(y.shape)
 
     def delta(self) -> Array:

@@ -4,7 +4,7 @@ import math
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from lora_jax.core.arrays import LowRank, Summed, adapted_array, dense, widened
 from lora_jax.core.selection import CLASS, Selection
@@ -25,7 +25,7 @@ class Pissa(Summed):
 
     def ready(self) -> LowRank:
         # A B - A0 B0 = (A - A0) B + A0 (B - B0): exactly zero at first, and no small difference of large products
-        a0, b0 = lax.stop_gradient(self.fixed_a), lax.stop_gradient(self.fixed_b)
+        a0, b0 = self.fixed_a, self.fixed_b
         a = jnp.concatenate([self.a - a0, a0], -1)
         b = jnp.concatenate([self.b, self.b - b0], self.scale.ndim)
         return LowRank(base=self.base, a=a, b=b, scale=self.scale, core=self.core, path=self.path)

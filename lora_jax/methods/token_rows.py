@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lora_jax.core.arrays import Adapted, LowRank, Weight, adapted_array, dense, frozen, static, widened
+from lora_jax.core.arrays import Adapted, LowRank, Weight, adapted_array, dense, static, widened
 from lora_jax.core.selection import Absent, Selection
 from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_target, register
 from lora_jax.methods.ranges import Range
@@ -25,8 +25,8 @@ class TokenRows(Weight):
 
     def ready(self) -> Adapted:
         # As a product of low rank, what is right for LoRA is right here: look-ups, and a head that is the embedding.
-        base, wide = frozen(self.base), widened(self.dtype)
-        change = self.rows.astype(wide) - dense(base)[jnp.array(self.indices)].astype(wide)
+        wide = widened(self.dtype)
+        change = self.rows.astype(wide) - dense(self.base)[jnp.array(self.indices)].astype(wide)
         chosen = jax.nn.one_hot(jnp.array(self.indices), self.shape[0], axis=0, dtype=change.dtype)
         return LowRank(base=self.base, a=chosen, b=change, scale=jnp.float32(1), core=self.core, path=self.path)
 

@@ -30,8 +30,8 @@ class Vera(Summed):
 
     def ready(self) -> LowRank:
         stacked = self.scale.ndim
-        a = lax.stop_gradient(self.fixed_a) * lax.expand_dims(self.d, range(stacked, self.fixed_a.ndim - 1))
-        b = lax.stop_gradient(self.fixed_b) * lax.expand_dims(self.b, [stacked])
+        a = self.fixed_a * lax.expand_dims(self.d, range(stacked, self.fixed_a.ndim - 1))
+        b = self.fixed_b * lax.expand_dims(self.b, [stacked])
         return LowRank(base=self.base, a=a, b=b, scale=self.scale, core=self.core, path=self.path)
 
 

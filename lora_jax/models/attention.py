@@ -88,13 +88,27 @@ def _attend(
         scores = softcap * jnp.tanh(scores / softcap)
     if mask is not None:  # finite, so that a query that attends to nothing gives no NaN
         scores = jnp.where(mask, scores, 0.7 * jnp.finfo(wide).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    weights = _softmax(scores).astype(value.dtype)
     weights = drop(weights) if drop else weights
     if not grouped:
         return jnp.einsum("bhns,bhsd->bhnd", weights, value)
     weights = weights.reshape(*query.shape[:-1], weights.shape[-1])
     out = jnp.einsum("bkgns,bksd->bkgnd", weights, value)
     return out.reshape(out.shape[0], heads, *out.shape[-2:])
+
+
+@jax.custom_jvp
+def _softmax(x: Array) -> Array:
+    """Over the last axis. Its derivative needs its result alone; for that of `jax.nn.softmax` XLA's CPU compiler keeps
+    dividend and divisor, each in x's shape, too."""
+    numerators = jnp.exp(x - x.max(axis=-1, keepdims=True))
+    return numerators * (1 / numerators.sum(axis=-1, keepdims=True))
+
+
+@_softmax.defjvp
+def _(inputs: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    out = _softmax(*inputs)
+    return out, out * (tangents[0] - (out * tangents[0]).sum(axis=-1, keepdims=True))
 
 
 def split_heads(x: Float[Array, "batch length width"], heads: int) -> Queries:

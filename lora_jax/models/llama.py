@@ -8,7 +8,6 @@ dropout.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -164,7 +163,9 @@ class Norm(nn.Module):
         init = nn.initializers.zeros if offset else nn.initializers.ones
         scale = wide(self.param("scale", init, x.shape[-1:], self.config.param_dtype))
         long = wide(x)
-        long = long * lax.rsqrt(jnp.mean(jnp.square(long), axis=-1, keepdims=True) + self.config.eps)
+        long = long * lax.rsqrt(
+            jnp.mean(long * long, axis=-1, keepdims=True) + self.config.eps
+        )  # a square keeps 2 long
         scale = jnp.expand_dims(1 + scale if offset else scale, range(x.ndim - 1))
         return (long * scale.astype(long.dtype)).astype(x.dtype)
 
@@ -210,14 +211,8 @@ class MLP(nn.Module):
         config, use_bias = self.config, self.config.bias in ("mlp", "all")
         gate = dense(config, config.inner, "gate", use_bias=use_bias)(x)
         up = dense(config, config.inner, "up", use_bias=use_bias)(x)
-        inside = _gated(layers.ACTIVATIONS[config.activation], gate, up)
+        inside = layers.gated(layers.ACTIVATIONS[config.activation], gate, up)
         return dense(config, x.shape[-1], "down", _last(config), use_bias=use_bias)(inside)
-
-
-@functools.partial(jax.checkpoint, static_argnums=0)
-def _gated(activation: Callable[[Array], Array], gate: Array, up: Array) -> Array:
-    """The product, which keeps nothing for its derivative but its inputs."""
-    return activation(gate) * up
 
 
 def _last(config: LlamaConfig) -> float:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lora_jax.core.arrays import map_adapted
+from lora_jax.core.arrays import map_adapted, ready
 from lora_jax.core.lifting.interpreter import lift
 from lora_jax.core.lifting.taps import untapped
 from lora_jax.core.transforms import stable_hash
@@ -85,7 +85,7 @@ def language_model(model: Any, smoothing: float = 0.0) -> Objective:
             return cross_entropy(logits_of(top, x), labels, weights, smoothing)[0]
 
         x, plain = forward(params, batch, method=head.hidden), untapped(params)[0]
-        top = map_adapted(lambda w: w.ready(), {name: plain[name] for name in head.params(model.config)})
+        top = map_adapted(ready, {name: plain[name] for name in head.params(model.config)})
         drops = any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(top))  # once for all x
         chunks = 1 if drops else min(CHUNKS, x.shape[0] * x.shape[1] // LEAST)
         weights = batch["weights"].astype(jnp.float32)

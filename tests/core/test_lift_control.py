@@ -330,6 +330,18 @@ def test_a_scan_runs_as_it_did():
     close(*jax.jit(lambda d, merged: (lifted(method.apply(STACK, d), X), fn(merged, X)))(delta, merged))
 
 
+@pytest.mark.parametrize("factory", [lj.lora, lj.dora, lj.pissa, lj.vera, lj.lokr])
+def test_a_scan_keeps_no_copy_of_a_frozen_weight(factory):
+    """The backward pass reads the stacked weights themselves: no output of the forward scan has their shape."""
+    method = factory(lj.select("w", axes=SIO), rank=2)
+    lifted = lj.lift(lambda p, x: lax.scan(lambda x, w: (layer(x, w), None), x, p["w"])[0].sum(), on_dense="error")
+    delta = random_delta(method, STACK)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda d: lifted(method.apply(STACK, d), X)))(delta)
+    scans = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
+    assert len(scans) >= 2
+    assert STACK["w"].shape not in [out.aval.shape for eqn in scans for out in eqn.outvars]
+
+
 def test_remat_and_constraints_stay_what_they_are():
     """In the jaxpr: the policy, prevent_cse, and the sharding that a weight is held to."""
     policy, mesh = (

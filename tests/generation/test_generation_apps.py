@@ -1,6 +1,7 @@
 """experiments.evaluate and experiments.generate on a tiny run, as a user starts them."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -210,7 +211,7 @@ def test_compare(run: Made, tmp_path: Path) -> None:
             for i, (p, r) in enumerate(zip(predictions, references, strict=True))
         ]
         (folder / "predictions.jsonl").write_bytes(json_lines(rows))
-        (tmp_path / name / "config.json").write_text(json.dumps({"data": {"name": "e2e"}}))
+        shutil.copy(run.workdir / "config.json", tmp_path / name)
     done = start("compare", f"--runs={tmp_path}/good,{tmp_path}/bad")
     assert done.returncode == 0, done.stderr
     expected = bleu(["the cat sat on the mat", "a dog barked"], references) - bleu(["cat", "dog"], references)

@@ -1,5 +1,7 @@
 """Activation functions against torch's and jax's, and what they keep for their derivatives."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,3 +48,31 @@ def test_float64_and_forward_mode():
         ours = jax.jvp(layers.ACTIVATIONS["gelu"], (x,), (x,))
         theirs = jax.jvp(THEIRS["gelu"], (x,), (x,))
     np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_gated_s_values_and_derivatives():
+    """To float64's rounding: both terms and both modes, against the product itself."""
+    with jax.enable_x64(True):
+        gate, up = jax.random.normal(jax.random.key(0), (2, 5, 7), jnp.float64) * 4
+        both = (functools.partial(layers.gated, jax.nn.silu), lambda gate, up: jax.nn.silu(gate) * up)
+        for mode in (jax.jacfwd, jax.jacrev):
+            results = [mode(f, argnums=(0, 1))(gate, up) for f in both]
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14), *results)
+        second = [jax.hessian(lambda g, f=f: f(g, up).sum())(gate) for f in both]
+    np.testing.assert_allclose(*second, rtol=1e-12, atol=1e-14)
+
+
+def test_a_compiled_gated_keeps_its_inputs_alone():
+    """Three more MLPs with frozen weights keep two arrays each of the inner size, and their small inputs."""
+    kernels = jnp.ones((2, 4, 512)), jnp.ones((512, 4))
+
+    def temporary(depth):
+        def loss(x, into, out):
+            for _ in range(depth):
+                x = jnp.sin(x) + layers.gated(layers.ACTIVATIONS["silu"], x @ into[0], x @ into[1]) @ out
+            return x.sum()
+
+        step = jax.jit(jax.grad(loss)).lower(jnp.ones((32, 4)), *kernels).compile()
+        return step.memory_analysis().temp_size_in_bytes
+
+    assert temporary(6) - temporary(3) < 3 * 2.2 * 32 * 512 * 4

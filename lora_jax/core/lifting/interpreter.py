@@ -17,7 +17,7 @@ import jax
 import jax.extend.core as jex
 from jax import Array
 
-from lora_jax.core.arrays import Adapted, Tuned, is_adapted
+from lora_jax.core.arrays import Adapted, Tuned, is_adapted, ready
 from lora_jax.core.lifting.taps import Sites, untapped
 
 RULES: dict[str, Callable] = {}  # primitive name -> rule(equation, values, state) -> outputs, or None for "dense"
@@ -64,7 +64,7 @@ def lift(fn: Callable, on_dense: Literal["warn", "error", "allow"] = "warn") -> 
     def lifted(*args: Any, **kwargs: Any) -> Any:
         (args, kwargs), taps = untapped((args, kwargs))
         leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_adapted)
-        leaves = [leaf.ready() if is_adapted(leaf) else leaf for leaf in leaves]
+        leaves = [ready(leaf) if is_adapted(leaf) else leaf for leaf in leaves]
         leaves = [leaf.value if isinstance(leaf, Tuned) else leaf for leaf in leaves]
         adapted = {i: leaf for i, leaf in enumerate(leaves) if is_adapted(leaf)}
         if not adapted and not taps:
