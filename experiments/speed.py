@@ -51,7 +51,7 @@ def main() -> None:
 
 def job(config: ConfigDict, name: str, workdir: Path) -> training.Job:
     """A run of the method on the flags' base and data."""
-    variant = e2e.get_config(f"small,{name}")
+    variant, config = e2e.get_config(f"small,{name}"), config.copy_and_resolve_references()
     variant.update({"base": config.base, "data": config.data, "model": config.model})
     return runs.prepare(variant, workdir).job
 
