@@ -6,6 +6,7 @@
 Training's own keys are those of `lora_jax.training.config`.
 """
 
+import difflib
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -29,6 +30,7 @@ NUMBERS = {
     "vocab_size": COUNT,
 }
 BASE_BITS = (None, "4", "8", "file")
+DTYPES = ("float32", "bfloat16", "float16")
 SWEPT = ("learning_rate", "weight_decay", "alpha", "rank", "seed")  # alpha and rank: of the method
 
 
@@ -164,6 +166,11 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"accumulate={parts} must divide data.batch_size={size}")
     if (bits := _value(config, "model.base_bits")) not in BASE_BITS:
         raise ValueError(f"model.base_bits={bits!r}: choose {', '.join(map(repr, BASE_BITS[1:]))}, or leave it out")
+    for name in ("model.dtype", "model.param_dtype"):
+        if (dtype := _value(config, name)) not in (None, *DTYPES):
+            near = difflib.get_close_matches(str(dtype), DTYPES, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(f"{name}={dtype!r}: {hint}choose {', '.join(DTYPES)}")
     methods.check(config)
 
 
