@@ -6,7 +6,6 @@
 Training's own keys are those of `lora_jax.training.config`.
 """
 
-import difflib
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -168,9 +167,7 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"model.base_bits={bits!r}: choose {', '.join(map(repr, BASE_BITS[1:]))}, or leave it out")
     for name in ("model.dtype", "model.param_dtype"):
         if (dtype := _value(config, name)) not in (None, *DTYPES):
-            near = difflib.get_close_matches(str(dtype), DTYPES, 1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ValueError(f"{name}={dtype!r}: {hint}choose {', '.join(DTYPES)}")
+            raise ValueError(f"{name}={dtype!r}: choose {', '.join(DTYPES)}")
     methods.check(config)
 
 
