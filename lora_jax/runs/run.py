@@ -56,6 +56,7 @@ def load_setup(
         method = lj.from_spec(methods.spec(config, unread.model, unread.new))
     report = lj.check(method, unread.shapes) if method else None
     objective = training.with_metrics(task.objective(config, unread.model), metrics)
+    training.with_metrics(objective, config.get("metrics", ()))  # names that there are
     base, spec = unread.read(), method.spec if method else {}
     schedules = {split: task.batches(examples, config, base, spec) for split, examples in data.items()}
     return Setup(base, method, schedules, objective, report)
