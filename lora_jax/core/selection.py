@@ -16,9 +16,9 @@ from lora_jax.core.globs import alternatives, matches, matches_any, plainest
 
 CLASS = {"i": "i", "v": "i", "k": "i", "o": "o", "s": "s"}  # what the letter of an axis counts as
 _DEFAULT_AXES = {"kernel": "io", "embedding": "vo", "weight": "oi"}
-_LETTERS = "i input, o output, k window of a convolution, s stacked layers, v vocabulary"
-_FLOATS = "only floating-point arrays are adapted (in fewer bits those of lora_jax.quantize)"
-_OTHERS = {3: "; ioo and iio are heads, sio stacked", 4: "; sioo and siio are stacked heads"}
+_LETTERS = "i input, o output, k window, s stacked, v vocabulary"
+_FLOATS = "only floating-point arrays train (lora_jax.quantize makes weights of 8 or 4 bits to adapt)"
+_USES = {3: " for a convolution, ioo or iio for heads, sio if stacked", 4: " for a convolution, siio for stacked heads"}
 
 
 class Absent(NamedTuple):
@@ -115,7 +115,7 @@ class Selection(NamedTuple):
         if axes is None or len(axes) != leaf.ndim or set(axes) - set(CLASS):
             named = "no axes are named" if axes is None else f"axes={axes!r}"
             proposed = f"oi{window}" if name == "weight" else f"{window}io"  # of Equinox; of Flax, Haiku and Keras
-            hint = f"select(..., axes={{{path!r}: {proposed!r}}}) ({_LETTERS}){_OTHERS.get(leaf.ndim, '')}"
+            hint = f"select(..., axes={{{path!r}: {proposed!r}}}){_USES.get(leaf.ndim, '')}; {_LETTERS}"
             raise ValueError(f"{path} has shape {tuple(leaf.shape)} but {named}: name its {leaf.ndim} axes, {hint}")
         if of_leaf and [CLASS[x] for x in axes] != [CLASS[x] for x in of_leaf]:
             raise ValueError(f"{path} was quantized with axes {of_leaf!r}, but the selection has {axes!r}")

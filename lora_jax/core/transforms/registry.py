@@ -99,9 +99,9 @@ def from_spec(spec: dict[str, Any]) -> ParamTransform:
     name, peft = options.pop("method", None), options.pop("peft", None)
     if not isinstance(name, str) or name not in _METHODS:
         near = difflib.get_close_matches(str(name), _METHODS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it is one of {sorted(_METHODS)}"
-        way_out = "import the module that registers it, or run its file with --code=FILE.py of an entry point"
-        raise ValueError(f"the spec's method {name!r} is not known; {hint}; one of your own: {way_out}")
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(_METHODS))}."
+        way_out = "import the module that registers one of your own, or run its file, --code=FILE.py"
+        raise ValueError(f"the spec's method {name!r} is not known: {hint} Or {way_out}")
     selection = []
     if "select" in options:
         globs, exclude = strings(options.pop("select")), strings(options.pop("exclude", ()) or ())
