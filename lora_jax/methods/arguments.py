@@ -48,18 +48,19 @@ def called_here(name: str, options: Collection[str]) -> str:
 
 
 def brief(fn: Callable[P, T]) -> Callable[P, T]:
-    """`fn`, with the traceback of this library's own errors (ValueError, TypeError) ending here. What JAX or the user's
-    own code raises keeps its traceback, and JAX_TRACEBACK_FILTERING=off keeps all."""
+    """`fn`, with the traceback of this library's own errors (ValueError, TypeError, FileNotFoundError with a message)
+    ending here. What JAX or the user's own code raises keeps its traceback, and JAX_TRACEBACK_FILTERING=off keeps all.
+    """
 
     @functools.wraps(fn)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return fn(*args, **kwargs)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, FileNotFoundError) as error:
             *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-            is_ours = frame.f_globals.get("__name__", "").startswith("lora_jax.")
+            is_ours = frame.f_globals.get("__name__", "").startswith("lora_jax.") and len(error.args) == 1
             keeps_all = jax.config.values.get("jax_traceback_filtering") == "off"
-            if keeps_all or not is_ours or type(error) not in (ValueError, TypeError):
+            if keeps_all or not is_ours or type(error) not in (ValueError, TypeError, FileNotFoundError):
                 raise
             raise type(error)(*error.args) from None  # a new one, without the notes that JAX adds on the way
 

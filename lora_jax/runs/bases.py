@@ -98,7 +98,7 @@ def unread(
     try:
         stored_model, stored, tokenizer = hf.unread(source, **head)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}. The paper's bases are public: {PUBLIC}") from error
+        raise FileNotFoundError(f"{error}. The paper's bases are public: {PUBLIC}") from None
     if tokenizer is None:
         raise FileNotFoundError(
             f"{source} has no tokenizer: a folder needs the base's tokenizer.json, a GGUF file its own"

@@ -15,6 +15,7 @@ from lora_jax import Delta, ParamTransform, checkpoints, training
 from lora_jax.data.json_files import read_json
 from lora_jax.distributed import sharding
 from lora_jax.interop import hf, peft
+from lora_jax.methods.arguments import brief
 from lora_jax.models.family import family_of
 from lora_jax.models.layouts import to_loop
 from lora_jax.runs import bases, cards, methods
@@ -55,6 +56,7 @@ class Loaded(NamedTuple):
         return self.method.spec if self.method else {}
 
 
+@brief
 def load(workdir: str | Path, *, params: Kind = "adapted", base: str | None = None, task: Task | None = None) -> Loaded:
     """The model of a workdir: of its best epoch where its config has `best`, else of its newest checkpoint.
 

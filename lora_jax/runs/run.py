@@ -18,6 +18,7 @@ from lora_jax.core.selection import flatten
 from lora_jax.data.batches import Schedule
 from lora_jax.data.json_files import read_json
 from lora_jax.distributed import processes
+from lora_jax.methods.arguments import brief
 from lora_jax.metrics.statistics import spread
 from lora_jax.runs import bases, methods, tables
 from lora_jax.runs.config import check, check_run
@@ -88,6 +89,7 @@ def ignore(_: Any) -> None:
     """What `started` and `ended` do if nothing is given."""
 
 
+@brief
 @locks.holding(keep=True, check=check)
 def prepare(
     config: ConfigDict,
@@ -118,6 +120,7 @@ def prepare(
     return Prepared(Path(workdir).expanduser(), job, setup.report, note)
 
 
+@brief
 @stopping.noted()
 @locks.holding(check=check_run)
 def train(

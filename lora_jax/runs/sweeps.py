@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 import lora_jax as lj
 from lora_jax import training
 from lora_jax.distributed import processes
+from lora_jax.methods.arguments import brief
 from lora_jax.runs import bases, methods, tables
 from lora_jax.runs.config import check
 from lora_jax.runs.run import load_setup
@@ -41,6 +42,7 @@ def _check(config: ConfigDict) -> None:
         check(member)
 
 
+@brief
 @stopping.noted()
 @locks.holding(check=_check)
 def sweep(

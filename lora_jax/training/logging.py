@@ -253,13 +253,13 @@ def _plot_loss(workdir: str | Path) -> None:
     entries = read_metrics(workdir)
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = (
-        ("loss", "-", "training loss per label, with dropout and label smoothing"),
-        ("validation_loss", "o-", "validation loss per label, without"),
+        ("loss", "-", "training loss, with dropout and label smoothing"),
+        ("validation_loss", "o-", "validation loss, with neither"),
     )
     for axes, (name, style, title) in zip(figure.subplots(1, 2), panels, strict=True):
         if points := [(entry["step"], entry[name]) for entry in entries if name in entry]:
             axes.plot(*zip(*points, strict=True), style)
-        axes.set(xlabel="step", ylabel="loss", title=title)
+        axes.set(xlabel="step", ylabel="loss per label", title=title)
         axes.title.set_size("medium")
         axes.grid(alpha=0.3)
     figure.savefig(Path(workdir) / "loss.png", dpi=120)

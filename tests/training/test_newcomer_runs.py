@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lora_jax.runs import bases, budget, reload
 from lora_jax.runs.config import check
 from tests.helpers import glue_inputs
 from tests.helpers.cli import ROOT, run_entry
-from tests.helpers.runs import config_of
+from tests.helpers.runs import config_of, schedule
 
 
 @pytest.mark.parametrize(
@@ -37,8 +38,9 @@ def test_a_config_is_checked_before_the_base_is_read(
 
     monkeypatch.setattr(hf, "read", read)
     config = config_of(inputs, **changes)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         (runs.sweep if "sweep.rank" in changes else runs.train)(config, tmp_path / "run")
+    assert len("".join(traceback.format_exception(caught.value)).splitlines()) <= 12
 
 
 @pytest.mark.parametrize(
@@ -47,12 +49,14 @@ def test_a_config_is_checked_before_the_base_is_read(
         ({"model.dtype": "fp16"}, "^model.dtype='fp16': choose float32, bfloat16, float16$"),
         ({"model.param_dtype": "half"}, "^model.param_dtype='half': choose"),
         ({"method": "lroa"}, "no options for 'lroa': did you mean 'lora'. It has .*dora.*vera; or write none, or FILE"),
+        ({"lora.r": 8}, "lora has no option 'r': it is rank here"),
         ({"method": "lora+tuna"}, "no options for 'tuna': did you mean 'tune'"),
     ],
 )
 def test_names_of_a_config_with_the_choices(changes: dict[str, Any], message: str) -> None:
     config = runs.default_config("generation")
-    config.update_from_flattened_dict(changes)
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=message):
         check(config)
 
@@ -80,6 +84,10 @@ def test_a_trained_head_is_not_told_as_a_new_one(
         caplog.clear()
         assert repr(runs.load(tmp_path, params=params)).startswith(f"Loaded({tmp_path}, {params}, step ")
         assert ("made new" in caplog.text) == tells
+
+
+def test_a_schedule_prints_briefly() -> None:
+    assert repr(schedule()) == "Schedule(5 batches of 4, seed 0)"
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
