@@ -124,7 +124,7 @@ class Selection(NamedTuple):
     def spec(self) -> dict[str, Any]:
         """This selection as JSON, the form that `from_spec` reads."""
         axes = dict(self.axes) if isinstance(self.axes, Mapping) else self.axes
-        options = {"axes": axes, "layers": self.layers and list(self.layers), "exclude": list(self.exclude)}
+        options: dict[str, Any] = {"axes": axes, "layers": list(self.layers or ()), "exclude": list(self.exclude)}
         options["ndim"] = self.ndim
         return {"select": list(self.globs)} | {name: value for name, value in options.items() if value}
 

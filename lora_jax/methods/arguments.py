@@ -15,7 +15,8 @@ from lora_jax.core.selection import Selection
 from lora_jax.core.transforms import Delta, Params, ParamTransform
 from lora_jax.methods.flax_state import register_delta
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # What PEFT, loralib and transformers call an option, and what it is here.
 FOREIGN = {

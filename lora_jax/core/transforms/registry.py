@@ -130,5 +130,5 @@ def _characters_of_globs(spec: Any) -> int:
 
 register("chain", lambda of: chain(*map(from_spec, of)))
 # What cannot be pickled, the functions of a method, is made again from its spec.
-ParamTransform.__reduce__ = lambda method: (from_spec, (method.spec,))  # type: ignore[method-assign]
+ParamTransform.__reduce__ = lambda method: (from_spec, (method.spec,))  # type: ignore[method-assign,assignment,attr-defined]
 ParamTransform.__deepcopy__ = lambda method, _: method  # type: ignore[attr-defined]
