@@ -46,6 +46,8 @@ def run(main: Callable[[], None]) -> None:
             # orbax tells each step it takes, and every error with its traceback before it raises it
             logging.get_absl_logger().setLevel("CRITICAL")
             sys.unraisablehook = unraisable
+        if flags.FLAGS.verbosity > 0:
+            jax.config.update("jax_traceback_filtering", "off")  # the library's own errors keep theirs too
         if len(argv) > 1:
             end(f"{argv[1]!r} is not expected: write --flag=value")
         keep_compiled()

@@ -59,6 +59,8 @@ def hold(further: dict[str, Path]) -> None:
             return
         if command == ":adapter" and value in adapters:
             name = value
+        elif command == ":adapter":
+            print(f"no adapter {value!r}: there are {', '.join(adapters)}", flush=True)
         elif command == ":strength" and (number := _number(value)) is not None:
             strength = number
         elif command == ":reset" and has_turns:

@@ -42,11 +42,25 @@ def parse(argv: Sequence[str]) -> list[str]:
         return flags.FLAGS(argv)
     except (AttributeError, KeyError) as error:  # of ml_collections: a key that is not there
         message = str(error.args[0])
-        hint = re.search(r"Did you mean .*\?", message)
+        hint, key = re.search(r"Did you mean .*\?", message), re.findall(r"[a-zA-Z_]+", message)[0]
         advice = hint[0] if hint else "lora_jax/runs/config.py lists the keys."
-        end(f"the config has no key {re.findall(r'[a-zA-Z_]+', message)[0]!r}. {advice}")
+        end(f"the config has no key {key!r}. {_of_peft(key) or advice}")
     except flags.Error as error:
-        end(str(error).strip().splitlines()[-1])
+        message = str(error).strip().splitlines()[-1]
+        if missing := re.search(r"Flag --(\w+) must have a value", message):
+            example = _EXAMPLES.get(missing[1])
+            message = f"--{missing[1]} is missing" + (f", for example {example}" if example else "")
+        end(message)
+
+
+_EXAMPLES = {"config": "--config=configs/e2e.py:medium --workdir=runs/e2e", "workdir": "--workdir=runs/e2e"}
+
+
+def _of_peft(key: str) -> str:
+    """What a key that PEFT or transformers have is called here, as a sentence; "" where there is none."""
+    from lora_jax.methods.arguments import FOREIGN  # slow to import
+
+    return f"It is {FOREIGN[key]} here." if key in FOREIGN else ""
 
 
 def end(message: str, *, at_once: bool = False) -> NoReturn:

@@ -10,9 +10,9 @@ optimizer, of what a step needs besides, and its peak; the FLOPs of a step's mat
 devices send each other, by kind and axis of the mesh (on a ring; a program's loops are counted). Every text is as long
 as the config takes (--config.data.length), and the token table is filled up to a multiple of 128 rows.
 
---mesh is data,fsdp,tensor, with the config's remat and micro-batches (--config.model.remat, --config.accumulate);
-without it the layout is the one that holds least by a closed form. The batch is the config's
-(--config.data.batch_size; 0: one text for each part of data and fsdp).
+The layout is the config's: its mesh (config.mesh), or --mesh=data,fsdp,tensor in its place, with its remat and
+micro-batches (--config.model.remat, --config.accumulate). The batch is the config's (--config.data.batch_size; 0: one
+text for each part of data and fsdp). The first line printed says whose layout it is.
 
 --search tries meshes, remat and micro-batches, those with the least memory by a closed form first, and on a family
 without a size ("v5e") its slices from the smallest on: what fits first is the smallest slice, and of its layouts that
@@ -23,10 +23,12 @@ of so many bytes (10^9 each), both compiled for a CPU.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 from absl import flags
+from ml_collections import ConfigDict
 
 from experiments import cli, train
 from lora_jax.distributed import sharding
@@ -54,16 +56,14 @@ def main() -> None:
     workload = shapes.workload(config)
     cache = search.Cache(Path(values.cache) if values.cache else None)
     if values.search:
+        print("layout: found by --search")
         answer = search.smallest(workload, names, 60 * values.minutes, cache, lambda line: print(line, file=sys.stderr))
         if answer is None:
             return print(f"fits: no (no layout of {', '.join(names)} could hold it, or was asked in the time)")
     else:
         topology = topologies.named(names[0])
-        if values.mesh:
-            options = {"remat": config.model.remat, "accumulate": config.accumulate}
-            layout = asking.layout_on(topology, values.mesh, **options)
-        else:
-            layout = search.least(workload, topology)
+        layout = layout_of(config, topology, values.mesh)
+        print(f"layout: {'of --mesh' if values.mesh else 'the mesh of the config'}, remat and accumulate of the config")
         if values.shardings:
             step = asking.step(workload, layout, layout.mesh(topology))
             tree = {"base": step.params, "delta": step.state.delta, "optimizer": step.state.optimizer}
@@ -72,6 +72,17 @@ def main() -> None:
     print(asking.shown(answer))
     if values.out:
         tables.write_json(values.out, answer)
+
+
+def layout_of(config: ConfigDict, topology: topologies.Topology, mesh: Sequence[str]) -> asking.Layout:
+    """The layout of a config, with that mesh in the place of its own where one is given."""
+    options = {"remat": config.model.remat, "accumulate": config.accumulate}
+    if mesh:
+        return asking.layout_on(topology, mesh, **options)
+    try:
+        return asking.layout_on(topology, [str(config.mesh[axis]) for axis in sharding.AXES], **options)
+    except ValueError as error:
+        raise ValueError(f"the config's {error}: give --mesh=data,fsdp,tensor, or --search") from None
 
 
 if __name__ == "__main__":

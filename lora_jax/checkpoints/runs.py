@@ -41,6 +41,9 @@ class Run(NamedTuple):
     step: int
     config: dict[str, Any]
 
+    def __repr__(self) -> str:
+        return f"Run(step {self.step}, {self.method})"
+
 
 class _Manager(ocp.CheckpointManager):
     """Leaves it to the training loop to ask JAX whether the run has to end (`training.loop`).

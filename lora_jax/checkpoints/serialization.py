@@ -1,18 +1,7 @@
-"""`flax.serialization` of a Delta: to_bytes and from_bytes, and Flax's TrainState with a delta as its params."""
+"""`flax.serialization` of a Delta (`lora_jax.methods.flax_state`), from the import of this package on."""
 
-from typing import Any
+from flax import serialization  # noqa: F401
 
-from flax import serialization
+from lora_jax.methods.flax_state import register_delta
 
-from lora_jax.core.transforms import Delta
-
-
-def _to_state_dict(delta: Delta) -> dict[str, Any]:
-    return {path: serialization.to_state_dict(factors) for path, factors in delta.items()}
-
-
-def _from_state_dict(delta: Delta, state: dict[str, Any]) -> Delta:
-    return Delta(serialization.from_state_dict(dict(delta), state))
-
-
-serialization.register_serialization_state(Delta, _to_state_dict, _from_state_dict, override=True)
+register_delta()

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core.globs import alternatives, matches, plainest
+from lora_jax.core.globs import alternatives, matches, matches_any, plainest
 
 CLASS = {"i": "i", "v": "i", "k": "i", "o": "o", "s": "s"}  # what the letter of an axis counts as
 _DEFAULT_AXES = {"kernel": "io", "embedding": "vo", "weight": "oi"}
-_EXAMPLES = {3: "sio, ioo, iio, kio, soi", 4: "kkio, sioo, siio, skio", 5: "kkkio, skkio"}
-_ANY_AXES = "one of i, o, s, k, v an axis"
+_LETTERS = "i input, o output, k window, s stacked, v vocabulary"
+_FLOATS = "only floating-point arrays train (lora_jax.quantize makes weights of 8 or 4 bits to adapt)"
+_USES = {3: " for a convolution, ioo or iio for heads, sio if stacked", 4: " for a convolution, siio for stacked heads"}
 
 
 class Absent(NamedTuple):
@@ -74,6 +75,7 @@ class Selection(NamedTuple):
     axes: str | Mapping[str, str] | None = None
     layers: tuple[int, ...] | None = None
     exclude: tuple[str, ...] = ()
+    ndim: int | None = None
 
     def __call__(self, params: Any) -> dict[str, str]:
         """`{path: axes}` of the selected leaves, in the tree's order.
@@ -81,19 +83,22 @@ class Selection(NamedTuple):
         Raises:
           ValueError: a glob, or an alternative in its braces, matches no leaf; unnamed axes beyond two.
         """
-        return {path: self.axes_of(path, leaf) for path, leaf in self.leaves(params, strict=True).items()}
+        check_globs((*self.globs, *self.exclude), params)
+        return {path: self.axes_of(path, leaf) for path, leaf in self.leaves(params).items()}
 
-    def leaves(self, params: Any, strict: bool = False) -> dict[str, Any]:
+    def leaves(self, params: Any) -> dict[str, Any]:
         """`{path: leaf}` of the selected floating-point leaves; a glob that matches none is a ValueError. Of braces one
-        alternative suffices, as specs of old files may have others, but with `strict` each must match a leaf."""
+        alternative suffices, as specs of old files may have others."""
         leaves = _float_leaves(params)
-        selected = {path for glob in self.globs for path in _matching(glob, leaves, strict)}
-        selected -= {path for glob in self.exclude for path in _matching(glob, leaves, strict)}
+        selected = {path for glob in self.globs for path in _matching(glob, leaves, params)}
+        selected -= {path for glob in self.exclude for path in _matching(glob, leaves, params)}
+        stacked = {path: (self._named(path) or "").count("s") for path in selected}
+        selected = {path for path, n in stacked.items() if self.ndim in (None, leaves[path].ndim - n)}
         layers = set(self.layers or (0,))
         paths = [path for path in leaves if path in selected]
         chosen = {path: leaves[path] for path in paths if self._layers_of(path, leaves[path]) & layers}
         if not chosen:
-            options = f"exclude={list(self.exclude)} and layers={self.layers}"
+            options = f"exclude={list(self.exclude)}, layers={self.layers} and ndim={self.ndim}"
             raise ValueError(f"select({', '.join(map(repr, self.globs))}) with {options} leaves no parameter")
         present = set().union(*(self._layers_of(path, leaf) for path, leaf in chosen.items()))
         if self.layers and (missing := sorted(set(self.layers) - present)):
@@ -104,13 +109,14 @@ class Selection(NamedTuple):
         """The axes of one leaf: as named in `axes`, else by the leaf's name and number of axes."""
         of_leaf = getattr(leaf, "axes", None)  # of one that is quantized
         axes = self._named(path) or of_leaf
+        name, window = re.split(r"[/.]", path)[-1], "k" * (leaf.ndim - 2)
         if axes is None and leaf.ndim < 3:
-            name = re.split(r"[/.]", path)[-1]
             axes = _DEFAULT_AXES.get(name, "io") if leaf.ndim == 2 else "o" * leaf.ndim
         if axes is None or len(axes) != leaf.ndim or set(axes) - set(CLASS):
             named = "no axes are named" if axes is None else f"axes={axes!r}"
-            hint = f"select(..., axes={{{path!r}: ...}}), for example {_EXAMPLES.get(leaf.ndim, _ANY_AXES)}"
-            raise ValueError(f"{path} has shape {tuple(leaf.shape)} but {named}: name its {leaf.ndim} axes with {hint}")
+            proposed = f"oi{window}" if name == "weight" else f"{window}io"  # of Equinox; of Flax, Haiku and Keras
+            hint = f"select(..., axes={{{path!r}: {proposed!r}}}){_USES.get(leaf.ndim, '')}; {_LETTERS}"
+            raise ValueError(f"{path} has shape {tuple(leaf.shape)} but {named}: name its {leaf.ndim} axes, {hint}")
         if of_leaf and [CLASS[x] for x in axes] != [CLASS[x] for x in of_leaf]:
             raise ValueError(f"{path} was quantized with axes {of_leaf!r}, but the selection has {axes!r}")
         return axes
@@ -118,7 +124,8 @@ class Selection(NamedTuple):
     def spec(self) -> dict[str, Any]:
         """This selection as JSON, the form that `from_spec` reads."""
         axes = dict(self.axes) if isinstance(self.axes, Mapping) else self.axes
-        options = {"axes": axes, "layers": self.layers and list(self.layers), "exclude": list(self.exclude)}
+        options: dict[str, Any] = {"axes": axes, "layers": list(self.layers or ()), "exclude": list(self.exclude)}
+        options["ndim"] = self.ndim
         return {"select": list(self.globs)} | {name: value for name, value in options.items() if value}
 
     def _named(self, path: str) -> str | None:
@@ -140,15 +147,23 @@ def check_globs(globs: Iterable[str], params: Any) -> None:
     """A ValueError for a glob, or an alternative in its braces, that matches no floating-point leaf."""
     leaves = _float_leaves(params)
     for glob in globs:
-        _matching(glob, leaves, strict=True)
+        _matching(glob, leaves, params, strict=True)
 
 
-def _matching(glob: str, leaves: Mapping[str, Any], strict: bool) -> list[str]:
+def left_out(globs: Iterable[str], params: Any, exclude: Iterable[str] = ()) -> dict[str, str]:
+    """`{path: dtype}` of the arrays that globs match and that never train: of integers, complex numbers, keys."""
+    dtypes = {path: leaf.dtype for path, leaf in flatten(params)[0] if hasattr(leaf, "dtype")}
+    others = {path: str(x) for path, x in dtypes.items() if not jnp.issubdtype(x, jnp.floating)}
+    return {path: x for path, x in others.items() if matches_any(globs, path) and not matches_any(exclude, path)}
+
+
+def _matching(glob: str, leaves: Mapping[str, Any], params: Any, strict: bool = False) -> list[str]:
     """The paths of the leaves that a glob matches; none is a ValueError, and with `strict` an alternative in its braces
     that matches none is one too."""
     paths = [path for path in leaves if matches(glob, path)]
     if not paths:
-        raise ValueError(f"{glob!r} matches no parameter{nearest(plainest(glob), leaves)}")
+        others = [f": {path} is {dtype}, and {_FLOATS}" for path, dtype in left_out([glob], params).items()]
+        raise ValueError(f"{glob!r} matches no parameter{[*others, nearest(plainest(glob), leaves)][0]}")
     for alternative, its_plainest, matches_it in alternatives(glob) if strict and "{" in glob else ():
         if not any(map(matches_it, paths)):
             problem = f"{glob!r}: its alternative {alternative!r} matches no parameter"
@@ -166,6 +181,7 @@ def select(
     axes: str | Mapping[str, str] | None = None,
     layers: Iterable[int] | None = None,
     exclude: str | Iterable[str] = (),
+    ndim: int | None = None,
 ) -> Selection:
     """Chooses leaves of a parameter tree by the globs of their paths.
 
@@ -176,6 +192,7 @@ def select(
         the leaf's name tells them: `kernel` "io", `embedding` "vo", `weight` "oi" (torch, Equinox), else "io".
       layers: only these: the number in `h_3`, or entries of the stacked axis `s`.
       exclude: globs of leaves to leave out.
+      ndim: only leaves of so many axes, stacked ones apart: `select("**", ndim=2)` is all matrices.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> params = {"attn": {"query": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}}}
@@ -187,7 +204,7 @@ def select(
     chosen = None if layers is None else tuple(sorted(int(layer) for layer in layers))
     if chosen is not None and (not chosen or chosen[0] < 0):
         raise ValueError(f"layers={chosen}: name one layer or more, counted from 0")
-    return Selection(globs, axes, chosen, strings(exclude))
+    return Selection(globs, axes, chosen, strings(exclude), ndim)
 
 
 def _float_leaves(params: Any) -> dict[str, Any]:

@@ -57,6 +57,9 @@ class Schedule:
     collate: Callable[[np.ndarray, int, int], Batch]
     held: Int[np.ndarray, " held"] | None = None
 
+    def __repr__(self) -> str:
+        return f"Schedule({len(self)} batches of {self.batch_size}, seed {self.seed})"
+
     def __len__(self) -> int:
         return -(-sum(map(len, self.buckets)) // self.batch_size)
 

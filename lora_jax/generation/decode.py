@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Int
 
+from lora_jax.core.transforms import Delta
 from lora_jax.generation import beam_rules, beams, single
 from lora_jax.models.family import dimensions_of
 
@@ -66,6 +67,8 @@ def generate(
         left; eos or pad is not in the vocabulary; more beams than the vocabulary has tokens; options that do not go
         together or are out of their range; the logits are NaN.
     """
+    if isinstance(params, Delta):
+        raise TypeError("generate takes params, adapted ones by method.apply(params, delta), not the Delta alone")
     # numpy, not jax.numpy, which would compile a conversion for each shape
     tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens, np.int32)
     mask = mask if isinstance(mask, jax.Array) else np.asarray(mask, bool)

@@ -10,6 +10,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from lora_jax.core.transforms import ParamTransform, Traits, per_site, register
+from lora_jax.methods.arguments import checked
 from lora_jax.methods.ranges import COUNT
 
 ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu, "tanh": jnp.tanh}
@@ -44,6 +45,7 @@ def _dense(x: Array, kernel: Array, bias: Array) -> Array:
     return y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
 
 
+@checked
 def adapter(
     sites: Mapping[str, Sequence[Any]],
     *,

@@ -17,6 +17,7 @@ from lora_jax.core.arrays import LowRank, adapted_array, einsum, is_adapted, is_
 from lora_jax.core.lifting.taps import untapped
 from lora_jax.core.selection import flatten
 from lora_jax.core.transforms import Delta, Params, ParamTransform, from_spec, keys_of, register
+from lora_jax.methods.arguments import checked
 
 _NONE, _NO_ID = -1, -2  # among the ids
 
@@ -74,6 +75,7 @@ class Chosen(LowRank):
         raise ValueError(f"{self.path}: rows have adapters of their own, which no one weight has; choose one")
 
 
+@checked
 def bank(methods: Sequence[ParamTransform]) -> ParamTransform:
     """K adapters of one base, of any ranks and targets, as one transform; `strength` says which row has which.
 

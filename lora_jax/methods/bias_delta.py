@@ -9,6 +9,7 @@ from jax import Array
 from lora_jax.core.arrays import Adapted, Summed, Tuned, adapted_array, widened
 from lora_jax.core.selection import Absent, Selection, glob_keys, look_up
 from lora_jax.core.transforms import Factors, Params, ParamTransform, Target, Traits, per_target, register
+from lora_jax.methods.arguments import checked
 from lora_jax.methods.ranges import FINITE
 
 
@@ -32,6 +33,7 @@ class BiasDelta(Summed):
         return self.scale.astype(wide) * self.shift.astype(wide)
 
 
+@checked
 def bias_delta(selection: Selection, *, scale: float | Mapping[str, float] = 1.0) -> ParamTransform:
     """`b + scale * shift` for the selected biases b: the shift trains and is zero at first, b is frozen.
 

@@ -10,6 +10,7 @@ from jax import Array
 
 from lora_jax.core.transforms import Factors, ParamTransform, Traits, per_site, register
 from lora_jax.methods.adapter import Bottleneck, occurrences
+from lora_jax.methods.arguments import checked
 from lora_jax.methods.ranges import COUNT
 
 
@@ -28,6 +29,7 @@ class KroneckerBottleneck:
         return self.bottleneck(dense, x, seen)
 
 
+@checked
 def compacter(
     sites: Mapping[str, Sequence[Any]],
     *,

@@ -20,6 +20,7 @@ from lora_jax.core.arrays import (
 )
 from lora_jax.core.selection import Selection
 from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_target, register
+from lora_jax.methods.arguments import checked
 from lora_jax.methods.lora import Options, Ranks, at_rank
 
 
@@ -108,6 +109,7 @@ class Scaled(LowRank):
         return super().transposed().replace(outputs=self.inputs, inputs=self.outputs)
 
 
+@checked
 def dora(
     selection: Selection,
     *,

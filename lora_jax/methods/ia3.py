@@ -14,6 +14,7 @@ from lora_jax.core.arrays import Adapted, Op, Tuned, Weight, adapted_array, fact
 from lora_jax.core.globs import matches, matches_any
 from lora_jax.core.selection import Absent, Selection, flatten, strings
 from lora_jax.core.transforms import Factors, Params, ParamTransform, Target, Traits, per_target, register, targets_of
+from lora_jax.methods.arguments import checked
 
 
 @adapted_array
@@ -60,6 +61,7 @@ class Rescaled(Weight):
         return self.base.astype(wide), scale
 
 
+@checked
 def ia3(selection: Selection, *, feedforward: Iterable[str] = ()) -> ParamTransform:
     """`(x W + b) * l`, or `(x * l) W + b` for the weights that feed a layer back: l trains, 1 at first, W and b do not.
 

@@ -13,6 +13,7 @@ from lora_jax.core.arrays import Op, Summed, adapted_array, sides, static, widen
 from lora_jax.core.lifting.rules import Dot, LookUp
 from lora_jax.core.selection import Selection, glob_keys, look_up
 from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_target, register
+from lora_jax.methods.arguments import checked
 from lora_jax.methods.lora import ALPHA, Ranks
 from lora_jax.methods.ranges import COUNT, Range
 
@@ -105,6 +106,7 @@ def _looked_up(op: LookUp, ids: Array, first: Matrices, second: Matrices) -> Arr
     return (high[..., :, None] * low[..., None, :]).reshape(*ids.shape, -1)
 
 
+@checked
 def lokr(
     selection: Selection, *, rank: Ranks, alpha: Any = None, decompose_both: bool = False, decompose_factor: int = -1
 ) -> ParamTransform:

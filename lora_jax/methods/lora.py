@@ -14,6 +14,7 @@ from lora_jax.core.arrays import LowRank
 from lora_jax.core.globs import matches_any
 from lora_jax.core.selection import Selection, glob_keys, look_up, strings
 from lora_jax.core.transforms import Factors, Params, ParamTransform, Spec, Target
+from lora_jax.methods.arguments import checked
 from lora_jax.methods.ranges import COUNT, PROBABILITY, Range
 
 Ranks = int | Mapping[str, int]  # of all leaves, or glob -> rank
@@ -23,6 +24,7 @@ _A_INITS = ("kaiming_uniform", "gaussian")
 ALPHA = Range(optional=True)
 
 
+@checked
 def lora(
     selection: Selection,
     *,

@@ -9,6 +9,7 @@ from jax import Array
 from lora_jax.core.arrays import LowRank, Summed, adapted_array, dense, widened
 from lora_jax.core.selection import CLASS, Selection
 from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_target, register
+from lora_jax.methods.arguments import checked
 from lora_jax.methods.lora import Options, Ranks, at_rank
 
 
@@ -31,6 +32,7 @@ class Pissa(Summed):
         return LowRank(base=self.base, a=a, b=b, scale=self.scale, core=self.core, path=self.path)
 
 
+@checked
 def pissa(
     selection: Selection, *, rank: Ranks, alpha: Any = None, scale_rule: str = "alpha/r", dtype: Any = jnp.float32
 ) -> ParamTransform:

@@ -17,6 +17,7 @@ from lora_jax.core.lifting.taps import Tap
 from lora_jax.core.selection import Absent, Selection
 from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_site, per_target, register
 from lora_jax.methods.adapter import occurrences
+from lora_jax.methods.arguments import checked
 from lora_jax.methods.ranges import COUNT, Range
 
 
@@ -46,6 +47,7 @@ class Extended(Weight):
         return Weight(base=self.base, core="oi", path=self.path)
 
 
+@checked
 def prefix_embedding(selection: Selection, *, prefix: int, infix: int = 0) -> ParamTransform:
     """Trained embeddings of prefix and infix tokens: d (l_p + l_i) parameters (PreEmbed). They start as rows of the
     vocabulary, drawn at random. It cannot be merged.
@@ -104,6 +106,7 @@ class ClampIds:
         return jnp.minimum(x, self.vocabulary - 1)
 
 
+@checked
 def prefix_layer(sites: Mapping[str, Sequence[Any]], *, vocabulary: int, prefix: int, infix: int = 0) -> ParamTransform:
     """Trained vectors in place of every layer's output at the prefix and infix tokens: L d (l_p + l_i) parameters
     (PreLayer), from N(0, 0.02^2). Below them is the embedding of the vocabulary's last token. It cannot be merged.

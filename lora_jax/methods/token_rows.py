@@ -10,6 +10,7 @@ from jax import Array
 from lora_jax.core.arrays import Adapted, LowRank, Weight, adapted_array, dense, static, widened
 from lora_jax.core.selection import Absent, Selection
 from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_target, register
+from lora_jax.methods.arguments import checked
 from lora_jax.methods.ranges import Range
 
 
@@ -31,6 +32,7 @@ class TokenRows(Weight):
         return LowRank(base=self.base, a=chosen, b=change, scale=jnp.float32(1), core=self.core, path=self.path)
 
 
+@checked
 def token_rows(selection: Selection, *, indices: Sequence[int]) -> ParamTransform:
     """The rows `indices` of the selected embeddings train, and replace the base's; the others stay.
 

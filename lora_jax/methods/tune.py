@@ -10,8 +10,10 @@ from lora_jax.core.arrays import Tuned, dense, is_adapted
 from lora_jax.core.selection import Absent, Selection, flatten
 from lora_jax.core.transforms import Delta, Factors, Params, ParamTransform, Target, Traits, per_target, register
 from lora_jax.core.transforms.transform import need_params
+from lora_jax.methods.arguments import checked
 
 
+@checked
 def tune(selection: Selection) -> ParamTransform:
     """The selected leaves train: copied into the delta, as factor `value`; they stand as `Tuned` in adapted params.
 

@@ -14,6 +14,7 @@ from lora_jax.core.arrays import LowRank, Summed, adapted_array
 from lora_jax.core.globs import matches
 from lora_jax.core.selection import Selection, strings
 from lora_jax.core.transforms import Factors, Params, ParamTransform, Target
+from lora_jax.methods.arguments import checked
 from lora_jax.methods.ranges import COUNT, FINITE
 
 
@@ -42,6 +43,7 @@ class Part(Target):
     start: int = 0
 
 
+@checked
 def vera(selection: Selection, *, rank: int, d_initial: float = 0.1, fused: Iterable[str] = ()) -> ParamTransform:
     """`x W + x A diag(d) B diag(b)`: the vectors d and b train; A and B are random, frozen, and the same for all.
 

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +42,9 @@ class Base(NamedTuple):
         """Where it was loaded from."""
         return self.identity["source"]
 
+    def __repr__(self) -> str:
+        return f"Base({self.source})"
+
 
 def mesh_of(config: ConfigDict) -> Mesh:
     """The mesh that a config says, over the devices of all processes; a ValueError where there are fewer devices, or a
@@ -51,22 +54,51 @@ def mesh_of(config: ConfigDict) -> Mesh:
     return mesh
 
 
-def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None, task: Task | None = None) -> Base:
+class Unread(NamedTuple):
+    """A base whose files are open and of which no weight is read."""
+
+    model: Any
+    shapes: Any  # of the params, ShapeDtypeStructs
+    new: tuple[str, ...]  # of `Base`
+    read: Callable[[], Base]
+
+
+def load(
+    config: ConfigDict,
+    source: str | None = None,
+    mesh: Mesh | None = None,
+    task: Task | None = None,
+    *,
+    head_trained: bool = False,
+) -> Base:
     """The base at `source`, or where the config says; with the head of the task (by default the config's), new unless
     it is there. The identity is the same whatever the mesh, the layout and the dtype.
 
     With a mesh of several devices each device's part of a parameter is read from the files by itself, by its family's
-    rules: no process holds all of a parameter.
+    rules: no process holds all of a parameter. `head_trained`: a trained head replaces a new one, which no warning
+    then names.
 
     Raises:
       FileNotFoundError: it or its tokenizer is not there. ValueError: a model of another kind than the config's task.
     """
+    return unread(config, source, mesh, task, head_trained=head_trained).read()
+
+
+def unread(
+    config: ConfigDict,
+    source: str | None = None,
+    mesh: Mesh | None = None,
+    task: Task | None = None,
+    *,
+    head_trained: bool = False,
+) -> Unread:
+    """The base that `load` gives, before a weight is read; arguments and errors as there."""
     source, task = source or config.base, task or task_in(config)
-    head = {**task.head, "key": jax.random.key(config.seed)} if task.head else {}
+    head = {**task.head, "key": jax.random.key(config.seed), "trained": head_trained} if task.head else {}
     try:
         stored_model, stored, tokenizer = hf.unread(source, **head)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}. The paper's bases are public: {PUBLIC}") from error
+        raise FileNotFoundError(f"{error}. The paper's bases are public: {PUBLIC}") from None
     if tokenizer is None:
         raise FileNotFoundError(
             f"{source} has no tokenizer: a folder needs the base's tokenizer.json, a GGUF file its own"
@@ -78,6 +110,26 @@ def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None
     settings = dataclasses.replace(stored_model.config, **model_fields(config, stored_model.config))
     model = sharding.on_mesh(type(stored_model)(settings), mesh)
     placement = sharding.Placement.of(model, mesh)
+    shapes = hf.shapes_of(stored, scan_layers=settings.scan_layers, dtype=settings.param_dtype)
+
+    def read() -> Base:
+        params, digests = _read(config, model, stored, placement, source, new, tokenizer)
+        return Base(model, params, tokenizer, digests, placement, new)
+
+    return Unread(model, shapes, new, read)
+
+
+def _read(
+    config: ConfigDict,
+    model: Any,
+    stored: Any,
+    placement: sharding.Placement,
+    source: str,
+    new: tuple[str, ...],
+    tokenizer: Tokenizer,
+) -> tuple[Any, dict[str, Any]]:
+    """Parameters and identity of a base."""
+    mesh, settings = placement.mesh, model.config
 
     def place(path: str, shape: tuple[int, ...]) -> Sharding:
         return placement.shardings({path: jax.ShapeDtypeStruct(shape, jnp.float32)})[path]
@@ -92,7 +144,7 @@ def load(config: ConfigDict, source: str | None = None, mesh: Mesh | None = None
         params, digests = quantized(model, params, bits, source, new), digests | {"bits": bits}
         if mesh.size > 1:  # the blocks of a file are not placed yet
             params = jax.device_put(params, placement.shardings(params))
-    return Base(model, params, tokenizer, digests, placement, new)
+    return params, digests
 
 
 def model_fields(config: ConfigDict, shape: Any) -> dict[str, Any]:

@@ -141,23 +141,30 @@ def greedy_scores(workdir: Path, contexts: int, names: Sequence[str]) -> dict[st
 
 
 def plot(rows: Sequence[dict[str, Any]], titles: Mapping[str, str], file: Path) -> None:
-    """Draws figures of rows, such as `experiments.study` writes, against trained parameters, as the paper's Figure 2: a
-    diagram for each of the titles, {name in a row: what stands beside the axis}."""
+    """Draws figures of rows, such as `experiments.study` writes, as the paper's Figure 2: a diagram for each of the
+    titles, {name in a row: what stands below the axis}, with a line for each method, its trained parameters beside its
+    name, the best one on top."""
     with extra("train"):
         from matplotlib.figure import Figure  # slow to import
 
-    figure = Figure(figsize=(7.5 * len(titles), 7), layout="constrained")
+    figure = Figure(figsize=(7.5 * len(titles), 1.2 + 0.28 * len(rows)), layout="constrained")
     for axes, (measured, title) in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles.items(), strict=True):
-        ordered = sorted(rows, key=lambda row: row[measured]["score"])
+        sign = -1 if "loss" in measured else 1  # the best one is drawn last
+        ordered = sorted(rows, key=lambda row: sign * row[measured]["score"])
         for number, row in enumerate(ordered):
-            score = row[measured]
-            at = (row["trained"], score["score"])
-            ends = [[score["score"] - score["low"]], [score["high"] - score["score"]]]
-            color = axes.errorbar(*at, yerr=ends, fmt="o", capsize=3)[0].get_color()
-            line = {"arrowstyle": "-", "color": color, "linewidth": 0.5}
-            beside = (1.04, (number + 0.5) / len(rows))  # in their order, so that no name hides another
-            place = {"xytext": beside, "textcoords": "axes fraction", "verticalalignment": "center"}
-            axes.annotate(row["label"], at, color=color, arrowprops=line, **place)
-        axes.set(xscale="log", xlabel="trained parameters (a head apart)", ylabel=title)
+            score, low, high = (row[measured][part] for part in ("score", "low", "high"))
+            axes.errorbar(score, number, xerr=[[score - low], [high - score]], fmt="o", color=_colour(row), capsize=3)
+        names = [f"{row['label']}  ({row['trained']:,})" for row in ordered]
+        axes.set(yticks=range(len(ordered)), yticklabels=names, xlabel=title)
         axes.grid(alpha=0.3)
+    figure.suptitle("method (trained parameters, a head apart); bars: the lowest and highest of several seeds", size=10)
     figure.savefig(file, dpi=100)
+
+
+# The colour of a kind of method, by how its name begins.
+_COLOURS = {"full": "C3", "top2": "C3", "frozen": "gray", "adapter": "C2", "compacter": "C2", "prefix": "C1"}
+_COLOURS |= {"bitfit": "C4", "ia3": "C4", "classifier": "C4"}
+
+
+def _colour(row: dict[str, Any]) -> str:
+    return next((colour for start, colour in _COLOURS.items() if row["label"].startswith(start)), "C0")

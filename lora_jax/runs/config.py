@@ -29,6 +29,7 @@ NUMBERS = {
     "vocab_size": COUNT,
 }
 BASE_BITS = (None, "4", "8", "file")
+DTYPES = ("float32", "bfloat16", "float16")
 SWEPT = ("learning_rate", "weight_decay", "alpha", "rank", "seed")  # alpha and rank: of the method
 
 
@@ -164,6 +165,9 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"accumulate={parts} must divide data.batch_size={size}")
     if (bits := _value(config, "model.base_bits")) not in BASE_BITS:
         raise ValueError(f"model.base_bits={bits!r}: choose {', '.join(map(repr, BASE_BITS[1:]))}, or leave it out")
+    for name in ("model.dtype", "model.param_dtype"):
+        if (dtype := _value(config, name)) not in (None, *DTYPES):
+            raise ValueError(f"{name}={dtype!r}: choose {', '.join(DTYPES)}")
     methods.check(config)
 
 

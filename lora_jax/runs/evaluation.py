@@ -23,6 +23,7 @@ from lora_jax.data.json_files import parse_json
 from lora_jax.data.pairs import contexts
 from lora_jax.data.tasks import TextTask, references
 from lora_jax.generation import completions
+from lora_jax.methods.arguments import brief
 from lora_jax.metrics import report
 from lora_jax.metrics.scores import FILLED
 from lora_jax.models.family import dimensions_of
@@ -43,6 +44,7 @@ class Evaluation(NamedTuple):
     result: dict[str, Any]
 
 
+@brief
 @stopping.noted()
 def evaluate(
     run: Loaded | str | Path,
@@ -139,6 +141,7 @@ def _evaluate(
     return Evaluation(folder, result)
 
 
+@brief
 def predict(
     run: Loaded | str | Path, *, split: str = "valid", data: str | Path | None = None, command: str | None = None
 ) -> Evaluation:

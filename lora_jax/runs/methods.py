@@ -1,5 +1,6 @@
 """From a config's `method` and its options to a transform."""
 
+import difflib
 import importlib.util
 import json
 import sys
@@ -42,8 +43,7 @@ def _part(name: str, config: ConfigDict, model: Any) -> dict[str, Any]:
     """The spec of one method."""
     if ".py:" in name:
         return _function(name)(model).spec
-    if name not in config:
-        raise ValueError(f"method is {config.method!r}, but the config has no options for {name!r}")
+    _need_options(name, config)
     options = _options(name, config)
     family = family_of(model)
     if "sites" in options:
@@ -62,6 +62,16 @@ def _part(name: str, config: ConfigDict, model: Any) -> dict[str, Any]:
     return options
 
 
+def _need_options(name: str, config: ConfigDict) -> None:
+    """A ValueError for a method that a config has no options for."""
+    if name not in config:
+        names = [key for key, part in config.items() if isinstance(part, ConfigDict) and {"select", "sites"} & {*part}]
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        problem = f"method is {config.method!r}, but the config has no options for {name!r}"
+        raise ValueError(f"{problem}: {hint}It has {', '.join(names)}; or write none, or FILE.py:FUNCTION")
+
+
 def _options(name: str, config: ConfigDict) -> dict[str, Any]:
     """The spec of one method, without what depends on the model."""
     # By way of JSON: to_dict sorts keys, and of a mapping from globs the first match wins.
@@ -74,8 +84,9 @@ def _options(name: str, config: ConfigDict) -> dict[str, Any]:
 def check(config: ConfigDict) -> None:
     """What the factories of a config's methods refuse of their options, whatever the model; a ValueError."""
     for name in config.get("method", "none").split("+"):
-        if name not in config:  # of a file, or "none", or not there
+        if ".py:" in name or name == "none":
             continue
+        _need_options(name, config)
         options = _options(name, config)
         if "sites" in options:  # of a width that a compacter's `n` divides
             options["sites"] = {site: [1, options.get("n") or 1] for site in options["sites"]}
@@ -86,7 +97,7 @@ def check(config: ConfigDict) -> None:
         try:
             lj.from_spec(options)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+            raise ValueError(f"{name}: {error}") from None
 
 
 # The Python files that the user has named, on a command line or in a config of his own, and that have run.

@@ -15,6 +15,7 @@ from lora_jax import Delta, ParamTransform, checkpoints, training
 from lora_jax.data.json_files import read_json
 from lora_jax.distributed import sharding
 from lora_jax.interop import hf, peft
+from lora_jax.methods.arguments import brief
 from lora_jax.models.family import family_of
 from lora_jax.models.layouts import to_loop
 from lora_jax.runs import bases, cards, methods
@@ -41,6 +42,9 @@ class Loaded(NamedTuple):
     task: Task  # what the run learnt
     kind: Kind
 
+    def __repr__(self) -> str:
+        return f"Loaded({self.workdir}, {self.kind}, step {self.step}, base {self.source})"
+
     @property
     def source(self) -> str:
         """Where the base was loaded from."""
@@ -52,6 +56,7 @@ class Loaded(NamedTuple):
         return self.method.spec if self.method else {}
 
 
+@brief
 def load(workdir: str | Path, *, params: Kind = "adapted", base: str | None = None, task: Task | None = None) -> Loaded:
     """The model of a workdir: of its best epoch where its config has `best`, else of its newest checkpoint.
 
@@ -71,7 +76,8 @@ def load(workdir: str | Path, *, params: Kind = "adapted", base: str | None = No
     if params != "base" and config.method == "none":
         raise ValueError(f"{workdir} trained nothing (method none): there is --params=base only")
     task = task or task_in(config)
-    model, plain, tokenizer, identity, *_ = bases.load(config, base, task=task)
+    head_trained = params != "base" and bool(config.get("head"))
+    model, plain, tokenizer, identity, *_ = bases.load(config, base, task=task, head_trained=head_trained)
     if params == "base":
         return Loaded(workdir, config, model, plain, tokenizer, None, None, 0, identity, task, params)
     method, delta, step, trained_on = trained(workdir, config)
@@ -182,7 +188,7 @@ def export_run(workdir: str | Path, form: Form, out: str | Path, *, base: str | 
     shape = config.mesh.to_dict() if config.get("mesh") else {}
     # The mesh of the run where it has several devices and they are there: its base may be too large for one.
     mesh = sharding.make_mesh(shape) if 1 < math.prod(shape.values()) <= jax.device_count() else None
-    loaded = bases.load(config, source, mesh)
+    loaded = bases.load(config, source, mesh, head_trained=bool(config.get("head")))
     checkpoints.check_base(trained_on, loaded.identity, workdir)
     if form == "merged":
         if mesh is not None:

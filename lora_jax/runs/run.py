@@ -18,6 +18,7 @@ from lora_jax.core.selection import flatten
 from lora_jax.data.batches import Schedule
 from lora_jax.data.json_files import read_json
 from lora_jax.distributed import processes
+from lora_jax.methods.arguments import brief
 from lora_jax.metrics.statistics import spread
 from lora_jax.runs import bases, methods, tables
 from lora_jax.runs.config import check, check_run
@@ -32,6 +33,7 @@ class Setup(NamedTuple):
     method: lj.ParamTransform | None  # what trains; None of method "none"
     batches: dict[str, Schedule]  # of "train" and "valid"
     objective: training.Objective  # with its metrics
+    report: lj.Report | None = None  # what trains; None of method "none"
 
 
 def load_setup(
@@ -42,19 +44,23 @@ def load_setup(
     method: lj.ParamTransform | None = None,
     metrics: Mapping[str, training.Metric] = {},
 ) -> Setup:
-    """The setup of a config, with what was given of `train`'s arguments; with a mesh its base is read straight onto it.
+    """The setup of a config, with what was given of `train`'s arguments; with a mesh its base is read straight onto it,
+    once the method is checked on its shapes.
 
     Raises:
-      FileNotFoundError: no base or no data where the config says.
+      FileNotFoundError: no base or no data where the config says. ValueError: the method does not fit the base.
     """
     task = task or task_named(config.data.name)
     data = {split: load_split(task, config, split) for split in ("train", "valid")}
-    base = bases.load(config, mesh=mesh, task=task)
+    unread = bases.unread(config, mesh=mesh, task=task)
     if method is None and config.method != "none":
-        method = lj.from_spec(methods.spec(config, base.model, base.new))
-    spec = method.spec if method else {}
+        method = lj.from_spec(methods.spec(config, unread.model, unread.new))
+    report = lj.check(method, unread.shapes) if method else None
+    objective = training.with_metrics(task.objective(config, unread.model), metrics)
+    training.with_metrics(objective, config.get("metrics", ()))  # names that there are
+    base, spec = unread.read(), method.spec if method else {}
     schedules = {split: task.batches(examples, config, base, spec) for split, examples in data.items()}
-    return Setup(base, method, schedules, training.with_metrics(task.objective(config, base.model), metrics))
+    return Setup(base, method, schedules, objective, report)
 
 
 class Prepared(NamedTuple):
@@ -83,6 +89,7 @@ def ignore(_: Any) -> None:
     """What `started` and `ended` do if nothing is given."""
 
 
+@brief
 @locks.holding(keep=True, check=check)
 def prepare(
     config: ConfigDict,
@@ -103,17 +110,17 @@ def prepare(
     """
     setup = load_setup(config, bases.mesh_of(config), task=task, method=method, metrics=metrics)
     base = setup.base
-    if setup.method is None:
+    if setup.method is None or setup.report is None:
         raise ValueError(f"{workdir}: method 'none' trains nothing; runs.train evaluates the base")
-    report = lj.check(setup.method, base.params)
     initial, note = _warm_start(config, setup.method, base)
     parts: dict[str, Any] = {"method": setup.method, "objective": setup.objective, "initial": initial}
     parts |= {"model": base.model, "params": base.params, "base": base.identity, "placement": base.placement}
     parts |= {"batches": setup.batches["train"], "validation": setup.batches["valid"], "loggers": loggers}
     job = training.prepare(config, workdir, **parts)
-    return Prepared(Path(workdir).expanduser(), job, report, note)
+    return Prepared(Path(workdir).expanduser(), job, setup.report, note)
 
 
+@brief
 @stopping.noted()
 @locks.holding(check=check_run)
 def train(
@@ -225,7 +232,7 @@ def _validate_base(
     config: ConfigDict, workdir: Path, loggers: Sequence[training.Logger], parts: Mapping[str, Any]
 ) -> int:
     """Method "none": logs validation's loss and metrics of the base; returns the base's number of parameters."""
-    base, _, batches, objective = load_setup(config, bases.mesh_of(config), **parts)
+    base, _, batches, objective, _ = load_setup(config, bases.mesh_of(config), **parts)
     stopping.check(workdir)
     objective = training.with_metrics(objective, config.get("metrics", ()))
     figures = training.validate(objective, base.params, batches["valid"], placement=base.placement)

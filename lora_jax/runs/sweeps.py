@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 import lora_jax as lj
 from lora_jax import training
 from lora_jax.distributed import processes
+from lora_jax.methods.arguments import brief
 from lora_jax.runs import bases, methods, tables
 from lora_jax.runs.config import check
 from lora_jax.runs.run import load_setup
@@ -41,6 +42,7 @@ def _check(config: ConfigDict) -> None:
         check(member)
 
 
+@brief
 @stopping.noted()
 @locks.holding(check=_check)
 def sweep(
@@ -101,18 +103,19 @@ def _prepare(
     configs = members(config)
     first, *_ = configs.values()
     mesh = bases.mesh_of(config)
-    base, _, batches, objective = load_setup(first, mesh, task=task, metrics=metrics)
+    unread = bases.unread(first, mesh=mesh, task=task)  # the methods are checked before a weight is read
+    methods_of = {n: lj.from_spec(methods.spec(member, unread.model, unread.new)) for n, member in configs.items()}
+    reports = [lj.check(method, unread.shapes) for method in methods_of.values()]
+    base, _, batches, objective, _ = load_setup(first, mesh, task=task, metrics=metrics)
     params = {first.seed: base.params}
     prepared = []
     for name, member in configs.items():
         if member.seed not in params:  # another seed draws another head, where the head is new
             params[member.seed] = bases.load(member, mesh=mesh, task=task).params if member.get("head") else base.params
-        method = lj.from_spec(methods.spec(member, base.model, base.new))
         schedule = dataclasses.replace(batches["train"], seed=member.seed)
-        prepared.append(training_sweep.Member(name, member, method, params[member.seed], schedule))
+        prepared.append(training_sweep.Member(name, member, methods_of[name], params[member.seed], schedule))
     parts: dict[str, Any] = {"base": base.identity, "objective": objective, "validation": batches["valid"]}
     parts |= {"placement": base.placement, "dtype": base.model.config.dtype, "loggers": loggers}
-    reports = [lj.check(member.method, base.params) for member in prepared]
     return training_sweep.prepare(config, workdir, prepared, **parts), reports
 
 

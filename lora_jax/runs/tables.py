@@ -223,12 +223,13 @@ def plot_losses(file: Path, workdirs: Mapping[str, Path], frozen: float | None =
         from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(12, 5), layout="constrained")
-    for axes, measured, style in zip(figure.subplots(1, 2), ("loss", "validation_loss"), ("-", "o-"), strict=True):
+    titles = {"loss": "training", "validation_loss": "validation"}
+    for axes, measured, style in zip(figure.subplots(1, 2), titles, ("-", "o-"), strict=True):
         for name, workdir in workdirs.items():
             entries = [entry for entry in read_metrics(workdir) if measured in entry]
             steps, losses = ([entry[key] for entry in entries] for key in ("step", measured))
             axes.plot(steps, losses, style, label=name, markersize=4)
-        axes.set(xlabel="step", ylabel=f"{measured.replace('_', ' ')} per label")
+        axes.set(xlabel="step", ylabel=f"{titles[measured]} loss per label")
         axes.grid(alpha=0.3)
     if frozen is not None:
         axes.axhline(frozen, color="gray", linestyle="--", label="frozen base")

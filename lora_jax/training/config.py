@@ -29,6 +29,7 @@ OLD_MATRICES = [
 # What `prefix_embedding.select` was by default then; now [], the model's token embedding.
 OLD_TOKEN_EMBEDDING = ["**/{wte,word}/embedding"]
 
+SCHEDULES = ("constant", "cosine", "linear")
 _FROM_0, _ABOVE_0 = Range(least=0), Range(above=0)
 _STEPS = Range(least=0, whole=True, optional=True)
 SEED = Range(least=0, below=2**63, whole=True)
@@ -72,6 +73,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _check_numbers(self, "optimizer.")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"optimizer.schedule is {self.schedule!r}, not one of {list(SCHEDULES)}")
 
     @classmethod
     def of(cls, config: Any) -> "OptimizerConfig":

@@ -230,8 +230,8 @@ class Meter:
 
 
 def plot_loss(workdir: str | Path) -> None:
-    """Draws loss.png from metrics.jsonl: training loss and validation loss; the first of several processes does. A
-    warning where it cannot be drawn or written."""
+    """Draws loss.png from metrics.jsonl: training loss and validation loss, each with an axis of its own, as the former
+    has dropout and label smoothing; the first of several processes does. A warning where it cannot be drawn."""
     if processes.is_primary():
         with warns_of_plot(Path(workdir) / "loss.png"):
             _plot_loss(workdir)
@@ -251,13 +251,15 @@ def _plot_loss(workdir: str | Path) -> None:
         from matplotlib.figure import Figure  # slow to import
 
     entries = read_metrics(workdir)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, style in (("loss", "-"), ("validation_loss", "o-")):
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = (
+        ("loss", "-", "training loss, with dropout and label smoothing"),
+        ("validation_loss", "o-", "validation loss, with neither"),
+    )
+    for axes, (name, style, title) in zip(figure.subplots(1, 2), panels, strict=True):
         if points := [(entry["step"], entry[name]) for entry in entries if name in entry]:
-            axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "))
-    axes.set(xlabel="step", ylabel="loss per label")
-    if axes.lines:
-        axes.legend()
-    axes.grid(alpha=0.3)
+            axes.plot(*zip(*points, strict=True), style)
+        axes.set(xlabel="step", ylabel="loss per label", title=title)
+        axes.title.set_size("medium")
+        axes.grid(alpha=0.3)
     figure.savefig(Path(workdir) / "loss.png", dpi=120)

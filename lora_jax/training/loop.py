@@ -62,6 +62,9 @@ class Job(NamedTuple):
     shapes: tuple[steps.State, ...] | None = None  # of a sweep: each run's state without leading axis and padding
     loggers: tuple[Logger, ...] = ()  # written to besides the files
 
+    def __repr__(self) -> str:
+        return f"Job({self.workdir}, step {self.start} of {self.total}, {self.method})"
+
     @property
     def method(self) -> ParamTransform:
         """What trains, in the first member."""

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import optax
 from lora_jax.core.freezing import freeze_base, partition
 from lora_jax.core.globs import matches, matches_any, plainest
 from lora_jax.core.selection import nearest
-from lora_jax.core.transforms.registry import owners
+from lora_jax.core.transforms import Spec, Traits, traits_of
 from lora_jax.training.config import OLD_MATRICES, OptimizerConfig
 
 
@@ -30,8 +31,6 @@ def schedule(config: Any, steps: int, peak: Any = None) -> optax.Schedule:
         "cosine": optax.cosine_decay_schedule(peak, rest, config.end_lr_ratio),
         "constant": optax.constant_schedule(peak),
     }
-    if config.schedule not in after:
-        raise ValueError(f"optimizer.schedule is {config.schedule!r}, not one of {sorted(after)}")
     decay = after[config.schedule]
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup]) if warmup else decay
 
@@ -65,12 +64,12 @@ def optimizer(
         path, factor = (jax.tree_util.keystr(keys[:n], simple=True, separator="/") for n in (1, 2))
         if matches_any(globs, path) or matches_any(globs, factor):
             return True
-        names = [glob for traits in owners(spec or {}, path) for glob in traits.decays] if "matrices" in globs else []
+        names = [glob for traits in _owners(spec or {}, path) for glob in traits.decays] if "matrices" in globs else []
         return matches_any(names, factor)
 
     def rates(delta: Any) -> Any:  # "b": what LoRA+ speeds up (so named in checkpoints)
         def label(path: str, name: str) -> str:
-            return "b" if any(name in traits.fast for traits in owners(spec or {}, path)) else "other"
+            return "b" if any(name in traits.fast for traits in _owners(spec or {}, path)) else "other"
 
         return type(delta)({path: {name: label(path, name) for name in factors} for path, factors in delta.items()})
 
@@ -82,3 +81,18 @@ def optimizer(
         by_label = {"b": optax.scale(ratio), "other": optax.identity()}
         parts.append(optax.partition(by_label, rates))
     return freeze_base(optax.chain(*parts))
+
+
+def _owners(spec: Mapping[str, Any], path: str) -> list[Traits]:
+    """The traits of the part of a chain that has this path in its delta; for `@shared/...`, which does not tell it, of
+    every part."""
+
+    def owns(part: Spec) -> bool:
+        if path.startswith("@"):
+            return path.endswith(f"/{part.get('method')}")
+        selected, excluded = (matches_any(part.get(key) or (), path) for key in ("select", "exclude"))
+        return selected and not excluded
+
+    parts = traits_of(spec)
+    owning = [traits for part, traits in parts if owns(part)]
+    return owning if len(parts) > 1 and owning else [traits for _, traits in parts]

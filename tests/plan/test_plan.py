@@ -87,8 +87,10 @@ def plan(*args):
 def test_the_command(tmp_path):
     tiny(tmp_path)
     config = ["--config=configs/e2e.py:small", f"--config.base={tmp_path}", "--config.model.scan_layers=true"]
-    done = plan(*config, "--topology=cpu:4", "--mesh=1,2,2", "--shardings", f"--out={tmp_path / 'answer.json'}")
+    config += ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+    done = plan(*config, "--topology=cpu:4", "--shardings", f"--out={tmp_path / 'answer.json'}")
     assert done.returncode == 0, done.stderr
+    assert "layout: the mesh of the config" in done.stdout and "fsdp 2 x tensor 2, no remat" in done.stdout
     assert "fits: yes" in done.stdout and "bytes per device" in done.stdout
     assert "delta/h/attn/query/kernel/a" in done.stdout
     assert json.loads((tmp_path / "answer.json").read_text())["chips"] == 4
@@ -122,6 +124,9 @@ def test_a_bad_topology(name):
 def test_bad_input_is_one_error():
     done = plan("--config=configs/gpt3.py", "--topology=v5e")
     assert done.returncode == 1 and done.stderr.startswith("error: --topology=v5e is a family")
+    done = plan("--config=configs/e2e.py:small", "--topology=cpu:4")
+    problem = "the config's mesh=1,1,1 has 1 devices, cpu:4 has 4: give --mesh=data,fsdp,tensor, or --search"
+    assert done.returncode == 1 and done.stderr == f"error: {problem}\n"
 
 
 @pytest.mark.parametrize(("size", "parameters"), [("8b", 8_030_261_248), ("70b", 70_553_706_496)])

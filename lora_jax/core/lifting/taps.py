@@ -49,7 +49,7 @@ class Tap:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Tapped:
     """Params, plain or adapted, and the taps that a lifted function meets with them."""
 
@@ -60,6 +60,9 @@ class Tapped:
         raise TypeError("these params are tapped: wrap the function with lora_jax.lift")
 
     __getitem__ = __iter__ = __contains__ = __call__ = keys = items = values = _unlifted
+
+    def __repr__(self) -> str:
+        return f"Tapped(params, taps at {', '.join(tap.site for tap in self.taps)})"
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"tapped params have no {name}: wrap the function with lora_jax.lift")

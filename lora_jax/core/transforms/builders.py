@@ -34,7 +34,7 @@ class Target:
     """
 
     path: str
-    leaf: Any
+    leaf: Any = dataclasses.field(repr=False)
     axes: Axes = ""
     layers: tuple[int, ...] | None = None
     shared: str | Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -91,7 +91,8 @@ class Target:
     def need_weight(self, method: str) -> None:
         """A ValueError unless the leaf is there and has input and output axes."""
         if isinstance(self.leaf, Absent) or not self.inputs or not self.outputs:
-            raise ValueError(f"{self.path} with axes {self.axes!r}: {method} needs a weight with input and output axes")
+            problem = f"{self.path} with axes {self.axes!r}: {method} needs a weight with input and output axes"
+            raise ValueError(f"{problem}; of several leaves select(..., ndim=2) takes the matrices")
 
     def key_of(self, factor: str) -> str:
         """The key of the delta that has this factor."""
@@ -201,10 +202,8 @@ def per_leaf(
         leaves = dict(flatten(params)[0])
         return [Target(path, leaves[path], axes) for path, axes in targets(params).items()]
 
-    def adapt_one(target: Target, factors: Factors, key: Array | None, strength: Any) -> Adapted:
-        return adapt(key, target.path, target.leaf, target.axes, factors, strength)
-
-    return per_target(spec, targets_in, lambda key, target: init(key, target.path, target.leaf, target.axes), adapt_one)
+    start = lambda key, t: init(key, t.path, t.leaf, t.axes)  # noqa: E731
+    return per_target(spec, targets_in, start, lambda t, x, key, s: adapt(key, t.path, t.leaf, t.axes, x, s))
 
 
 def per_site(
@@ -249,16 +248,8 @@ def per_site(
 
         def tap(name: str, site: str) -> Tap:
             shared = delta[common_key] if common else {}
-            stacked = {factor: jnp.broadcast_to(x, (counts[site], *x.shape)) for factor, x in shared.items()}
-            return Tap(
-                factors=delta[name] | stacked,
-                strength=weight,
-                site=site,
-                fn=fn,
-                count=sites[site],
-                layers=chosen,
-                name=name,
-            )
+            factors = delta[name] | {n: jnp.broadcast_to(x, (counts[site], *x.shape)) for n, x in shared.items()}
+            return Tap(factors=factors, strength=weight, site=site, fn=fn, count=sites[site], layers=chosen, name=name)
 
         return Tapped(params, tuple(tap(name, site) for name, site in names.items()))
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
-from lora_jax.core.globs import matches_any
 from lora_jax.core.selection import Selection, strings
 from lora_jax.core.transforms.transform import ParamTransform, Spec, chain
 
@@ -68,21 +67,6 @@ def traits_of(spec: Mapping[str, Any]) -> list[tuple[Spec, Traits]]:
     return [(dict(spec), _TRAITS.get(spec.get("method", ""), Traits()))]
 
 
-def owners(spec: Mapping[str, Any], path: str) -> list[Traits]:
-    """The traits of the part of a chain that has this path in its delta; for `@shared/...`, which does not tell it, of
-    every part."""
-
-    def owns(part: Spec) -> bool:
-        if path.startswith("@"):
-            return path.endswith(f"/{part.get('method')}")
-        selected, excluded = (matches_any(part.get(key) or (), path) for key in ("select", "exclude"))
-        return selected and not excluded
-
-    parts = traits_of(spec)
-    owning = [traits for part, traits in parts if owns(part)]
-    return owning if len(parts) > 1 and owning else [traits for _, traits in parts]
-
-
 def inserted_tokens(spec: Mapping[str, Any]) -> tuple[int, int]:
     """How many prefix and infix tokens the data insert for a method; a ValueError where two parts of a chain do.
 
@@ -115,18 +99,18 @@ def from_spec(spec: dict[str, Any]) -> ParamTransform:
     name, peft = options.pop("method", None), options.pop("peft", None)
     if not isinstance(name, str) or name not in _METHODS:
         near = difflib.get_close_matches(str(name), _METHODS, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it is one of {sorted(_METHODS)}"
-        way_out = "import the module that registers it, or run its file with --code=FILE.py of an entry point"
-        raise ValueError(f"the spec's method {name!r} is not known; {hint}; one of your own: {way_out}")
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(_METHODS))}."
+        way_out = "import the module that registers one of your own, or run its file, --code=FILE.py"
+        raise ValueError(f"the spec's method {name!r} is not known: {hint} Or {way_out}")
     selection = []
     if "select" in options:
         globs, exclude = strings(options.pop("select")), strings(options.pop("exclude", ()) or ())
-        layers = options.pop("layers", None)
-        selection = [Selection(globs, options.pop("axes", None), None if layers is None else tuple(layers), exclude)]
+        layers = None if (given := options.pop("layers", None)) is None else tuple(given)
+        selection = [Selection(globs, options.pop("axes", None), layers, exclude, options.pop("ndim", None))]
     try:
         method = _METHODS[name](*selection, **options)
     except TypeError as error:
-        raise ValueError(f"the spec of {name!r} does not fit: {error}") from error
+        raise ValueError(f"the spec of {name!r} does not fit: {error}") from None
     return method if peft is None else method._replace(spec=method.spec | {"peft": peft})
 
 
@@ -145,3 +129,6 @@ def _characters_of_globs(spec: Any) -> int:
 
 
 register("chain", lambda of: chain(*map(from_spec, of)))
+# What cannot be pickled, the functions of a method, is made again from its spec.
+ParamTransform.__reduce__ = lambda method: (from_spec, (method.spec,))  # type: ignore[method-assign,assignment,attr-defined]
+ParamTransform.__deepcopy__ = lambda method, _: method  # type: ignore[attr-defined]

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lora_jax.core.selection import flatten
+from lora_jax.core.selection import flatten, left_out
 from lora_jax.core.transforms.registry import from_spec
 from lora_jax.core.transforms.transform import ParamTransform, keys_of, shapes_of
 
@@ -36,14 +36,19 @@ class Report(NamedTuple):
         trained = f"trained: {self.trained:,} of {self.total:,} parameters ({self.trained / self.total:.4%})"
         return "\n".join([*table, trained])
 
+    def __repr__(self) -> str:
+        return f"Report({len(self.rows)} leaves, {str(self).splitlines()[-1]})"
+
 
 def check(method: ParamTransform, params: Any) -> Report:
     """What a method would train on these params (arrays or ShapeDtypeStructs); raises on what cannot work."""
     delta, adapted = shapes_of(method, params)
     names: dict[str, str] = {}
+    others: dict[str, str] = {}
     for spec in method.spec["of"] if method.spec["method"] == "chain" else [method.spec]:
         part = method if spec is method.spec else from_spec(spec)
         names |= dict.fromkeys(keys_of(part, params), spec["method"])
+        others |= left_out(spec.get("select", ()), params, spec.get("exclude", ()))
     rows = []
     for path, factors in delta.items():
         w = adapted.get(path)
@@ -51,5 +56,6 @@ def check(method: ParamTransform, params: Any) -> Report:
         trained = sum(leaf.size for name, leaf in factors.items() if not name.startswith("fixed_"))
         shape, axes = (tuple(w.shape), w.axes) if w is not None else ((), "")
         rows.append(Row(path, shape, axes, names.get(path, ""), shown, trained))
+    rows += [Row(path, (), "", "", f"none: {dtype} does not train", 0) for path, dtype in others.items()]
     sizes = (int(np.prod(leaf.shape)) for _, leaf in flatten(params)[0] if hasattr(leaf, "shape"))
     return Report(rows, sum(row.trained for row in rows), max(sum(sizes), 1))

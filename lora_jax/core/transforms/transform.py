@@ -30,7 +30,8 @@ class Delta(dict):
         rows = {path: ", ".join(f"{n} {shown(x)}" for n, x in sorted(by_path[path].items())) for path in by_path}
         count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self) if hasattr(leaf, "shape"))
         head = f"Delta: {len(self)} paths, {count:,} numbers"
-        return "\n".join([head, *(f"  {path}: {row}" for path, row in rows.items())])
+        lines = [head, *(f"  {path}: {row}" for path, row in rows.items())]
+        return "\n".join(lines if len(lines) < 30 else [*lines[:20], f"  ... {len(lines) - 20} more"])
 
 
 jax.tree_util.register_pytree_with_keys(
@@ -65,6 +66,9 @@ class ParamTransform(NamedTuple):
     apply: Apply
     spec: Spec
     keys: Callable[[Params], Collection[str]] | None = None
+
+    def __repr__(self) -> str:
+        return f"ParamTransform({self.spec})"
 
 
 def keys_of(method: ParamTransform, params: Params) -> set[str]:

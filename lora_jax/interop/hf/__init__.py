@@ -5,10 +5,10 @@
 
 from lora_jax.interop.hf.chat import chat_template, save_chat, special_tokens
 from lora_jax.interop.hf.families import Architecture, Format, Head, read_config, register_architecture, register_format
-from lora_jax.interop.hf.models import blocks, load, read, save, unread, untrained, without_weights
+from lora_jax.interop.hf.models import blocks, load, read, save, shapes_of, unread, untrained, without_weights
 from lora_jax.interop.hf.origin import Origin, origin_of
 from lora_jax.interop.hf.tokenizer import read_tokenizer
 
 __all__ = ["Architecture", "Format", "Head", "Origin", "blocks", "chat_template", "load", "origin_of", "read"]
 __all__ += ["read_config", "read_tokenizer", "register_architecture", "register_format", "save", "save_chat"]
-__all__ += ["special_tokens", "unread", "untrained", "without_weights"]
+__all__ += ["shapes_of", "special_tokens", "unread", "untrained", "without_weights"]

@@ -94,7 +94,7 @@ _UNUSED = re.compile(r"(lm_head|cls|pooler)\.")
 def _from_hf(
     format: Format, fields: dict, tensors: dict[str, Lazy], source: str, options: families.HeadOptions
 ) -> tuple[Encoder, dict[str, Lazy]]:
-    head, labels, tie, key = options
+    head, labels, tie, key, trained = options
     if tie is not None or head not in HEADS:
         raise ValueError(f"{source}: an encoder has one of the heads {HEADS} and nothing to tie, not {head=}, {tie=}")
     config = format.config_of(fields, source)
@@ -114,7 +114,8 @@ def _from_hf(
     for name, tensor in tensors.items():  # a head is there to be trained: it stays in float32
         flat |= names[name].split(dataclasses.replace(tensor, kept=name.startswith("classifier")))
     if new:
-        logging.warning("%s has no %s: made new, random ones", source, ", ".join(sorted(new)))
+        if not trained:
+            logging.warning("%s has no %s: made new, random ones", source, ", ".join(sorted(new)))
         one_layer = Encoder(dataclasses.replace(config, layers=1, vocab_size=1))  # none of the new ones is in a layer
         params = one_layer.init(jax.random.key(0) if key is None else key, jnp.zeros((1, 1), jnp.int32))["params"]
         initial = flatten_dict(params, sep="/")

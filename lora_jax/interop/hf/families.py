@@ -224,13 +224,14 @@ class HeadOptions(NamedTuple):
     labels: int | None = None
     tie: bool | None = None
     key: Array | None = None
+    trained: bool = False  # a trained head replaces a new one, which no warning then names
 
 
 def language_model(
     format: "Format", fields: dict, tensors: dict[str, Lazy], source: str, options: HeadOptions
 ) -> tuple[Any, dict[str, Lazy]]:
     """`Format.from_hf` of a language model. Its head is its token embedding if `config.tie`, where there is that."""
-    head, labels, tie, key = options
+    head, labels, tie, key, _ = options
     config, architecture, lm_head = format.config_of(fields, source), format.architecture, format.architecture.lm_head
     assert lm_head is not None, f"{architecture.name} is no language model"
     if head not in (None, "lm") or labels is not None:

@@ -142,7 +142,7 @@ def _from_hf(
     format: Format, fields: dict, tensors: dict[str, Lazy], source: str, options: families.HeadOptions
 ) -> tuple[Llama, dict[str, Lazy]]:
     """A language model, or a model with a classification head where one is asked for or in the file."""
-    head, labels, tie, key = options
+    head, labels, tie, key, trained = options
     head, labels = (None, 0) if head == "lm" else heads.wanted(tensors, "score.weight", fields, head, labels, source)
     if head is None:
         tensors = {name: tensor for name, tensor in tensors.items() if name != "score.weight"}
@@ -161,7 +161,8 @@ def _from_hf(
     for name, tensor in tensors.items():  # a head is there to be trained: it stays in float32
         flat |= names[name].split(dataclasses.replace(tensor, kept=name == "score.weight"))
     if new:
-        logging.warning("%s has no score.weight: made a new, random one", source)
+        if not trained:
+            logging.warning("%s has no score.weight: made a new, random one", source)
         values = 0.02 * jax.random.normal(jax.random.key(0) if key is None else key, leaves[_SCORE], jnp.float32)
         flat[_SCORE] = lazy.of(values, "a new head")
     return Llama(config), flat

@@ -91,12 +91,14 @@ def unread(
     labels: int | None = None,
     tie: bool | None = None,
     key: Array | None = None,
+    trained: bool = False,
 ) -> tuple[Any, dict, Tokenizer | None]:
     """As `load`, in float32 and the loop layout, but the leaves are `lazy.Lazy`: the files are open to look at, names,
-    types and shapes are checked, and no weight is read."""
+    types and shapes are checked, and no weight is read. `trained`: the caller has a trained head for a new one, of
+    which then no warning tells."""
     source = open_source(local(folder_or_hub_id))
     format, fields, name = source.format, source.fields, source.name
-    tensors, options = source.tensors(), HeadOptions(head, labels, tie, key)
+    tensors, options = source.tensors(), HeadOptions(head, labels, tie, key, trained)
     check_sizes(format, format.config_of(fields, name), tensors, name)
     tensors = without_other_head(format, fields, tensors, name, options)
     model, flat = format.from_hf(format, fields, tensors, name, options)
@@ -124,15 +126,25 @@ def read(
     Raises:
       ValueError: a file was damaged since; a tensor is not finite, or too large for the dtype.
     """
-    if dtype not in FLOATS:
-        raise ValueError(f"dtype {dtype!r} is none of {', '.join(FLOATS)}")
-    flat = {path: leaf.astype(dtype) for path, leaf in flatten_dict(stored, sep="/").items()}
-    if scan_layers:
-        flat = to_scanned(flat, stacked)
+    flat = _in_layout(stored, scan_layers, dtype)
     if place is None:
         return unflatten_dict({path: jnp.asarray(leaf.read()) for path, leaf in flat.items()}, sep="/")
     places = {path: place(path, leaf.shape) for path, leaf in flat.items()}  # all, before the first is read
     return unflatten_dict({path: placed(leaf, places[path]) for path, leaf in flat.items()}, sep="/")
+
+
+def _in_layout(stored: dict, scan_layers: bool, dtype: str) -> dict[str, Any]:
+    """The parameters of `unread` by their paths, not read yet, in a layout and a dtype."""
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype {dtype!r} is none of {', '.join(FLOATS)}")
+    flat = {path: leaf.astype(dtype) for path, leaf in flatten_dict(stored, sep="/").items()}
+    return to_scanned(flat, stacked) if scan_layers else flat
+
+
+def shapes_of(stored: dict, *, scan_layers: bool = False, dtype: str = "float32") -> dict:
+    """What `read` gives, as ShapeDtypeStructs: nothing is read."""
+    flat = _in_layout(stored, scan_layers, dtype)
+    return unflatten_dict({path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in flat.items()}, sep="/")
 
 
 def blocks(source: str | os.PathLike, model: nn.Module) -> dict[str, tuple[str, np.ndarray]]:
