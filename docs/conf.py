@@ -21,6 +21,7 @@ myst_heading_anchors = 4
 myst_enable_extensions = ["dollarmath"]
 # The outputs of the notebooks are committed: tests/test_notebooks.py runs each of them, and compares.
 nb_execution_mode = "off"
+nb_output_stderr = "remove"
 
 default_role = "py:obj"  # `name` in a docstring: a link where it is a name of the reference, else code
 autodoc_member_order = "bysource"

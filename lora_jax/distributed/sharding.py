@@ -1,4 +1,4 @@
-"""Where each array lives on a mesh: ordered rules over paths, as NamedShardings for `jax.jit`.
+"""Where each array lives on a mesh: ordered rules over paths, as NamedShardings for `jax.jit`::
 
     mesh = make_mesh({"data": 2, "fsdp": 4})
     rules = rules_for(model, mesh)
