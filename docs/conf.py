@@ -32,7 +32,7 @@ napoleon_use_rtype = False
 
 html_theme = "sphinx_book_theme"
 html_title = "lora_jax"
-html_theme_options = {"show_navbar_depth": 1, "show_toc_level": 2}
+html_theme_options = {"show_navbar_depth": 1, "show_toc_level": 2, "navbar_persistent": []}
 html_show_sourcelink = False
 
 SEARCHED = ("lift", "DoRA", "resume", "target_modules")  # words that the search has to find

@@ -2,9 +2,9 @@
 
 What most scripts need::
 
-result = runs.train(config, "runs/e2e")    # trains, or resumes where it was stopped
-loaded = runs.load("runs/e2e")             # model, params, tokenizer, method, delta, ...
-runs.evaluate(loaded).result["scores"]
+    result = runs.train(config, "runs/e2e")    # trains, or resumes where it was stopped
+    loaded = runs.load("runs/e2e")             # model, params, tokenizer, method, delta, ...
+    runs.evaluate(loaded).result["scores"]
 """
 
 from lora_jax.core.extras import extra
