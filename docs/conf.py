@@ -32,6 +32,8 @@ napoleon_use_rtype = False
 
 html_theme = "sphinx_book_theme"
 html_title = "lora_jax"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_theme_options = {"show_navbar_depth": 1, "show_toc_level": 2, "navbar_persistent": []}
 html_show_sourcelink = False
 
