@@ -29,6 +29,7 @@ autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
 maximum_signature_line_length = 100
 napoleon_use_rtype = False
+napoleon_use_ivar = True
 
 html_theme = "sphinx_book_theme"
 html_title = "lora_jax"
