@@ -71,6 +71,9 @@ def identity(
       source: the folder or the hub's name it was loaded from, for messages only.
       config: what else its function depends on, JSON (`models.family.function_fields`).
       tokenizer: that of the base, of which the identity has a digest.
+
+    >>> identity({"kernel": jnp.ones((2, 2))}, "two by two")["source"]
+    'two by two'
     """
     table = table_of(named(params))
     shapes = {name: [shape, dtype] for name, (shape, dtype, _) in table.items()}
@@ -150,7 +153,11 @@ def _mixed(x: Array) -> Array:
 def check_base(expected: Mapping[str, Any], actual: Mapping[str, Any], where: str | Path) -> None:
     """A ValueError that shows the difference, where `actual` is not the base that `where` needs. Of config and
     tokenizer, which older files and identities of parameters alone lack, what both have is compared. A base in other
-    bits (`config.model.base_bits`) is a warning: it is the same base, with values that are off by their rounding."""
+    bits (`config.model.base_bits`) is a warning: it is the same base, with values that are off by their rounding.
+
+    >>> base = identity({"kernel": jnp.ones((2, 2))}, "ones")
+    >>> check_base(base, base, "adapter.safetensors")  # nothing: it is the same base
+    """
     needed, given = f"{where} belongs to the base {expected['source']!r}", repr(actual["source"])
     for part, what in (
         ("shapes", "other shapes"),
