@@ -105,6 +105,10 @@ def checksums(arrays: Mapping[str, Array]) -> dict[str, str]:
     element's bits are mixed with a hash of its position in the array, and the results added up modulo 2^32: a sum does
     not depend on how the elements are spread over devices. A change of one element always changes the first sum (the
     mixing is one-to-one); for all else two sums leave a chance of 2^-64.
+
+    >>> one, same, other = (checksums({"a": jnp.array(x)})["a"] for x in ([1.0, 2.0], [1.0, 2.0], [2.0, 1.0]))
+    >>> one == same, one == other
+    (True, False)
     """
     return {name: "".join(f"{part:08x}" for part in pair.tolist()) for name, pair in on_each(_sums, arrays)}
 
@@ -180,7 +184,12 @@ def check_base(expected: Mapping[str, Any], actual: Mapping[str, Any], where: st
 
 
 def write_atomically(path: str | Path, content: bytes | Iterable[bytes | memoryview]) -> None:
-    """Writes a file, given at once or in pieces, so that a crash at any moment leaves the old one or the new one."""
+    """Writes a file, given at once or in pieces, so that a crash at any moment leaves the old one or the new one.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_atomically(Path(folder, "notes.txt"), b"all of it or nothing")
+    """
     with naming(path):
         _write_atomically(Path(path).expanduser(), content)
 
