@@ -43,7 +43,6 @@ OWN_RATES = {
     | dict.fromkeys(_FASTER, (5e-3, 2e-2, 6e-2))
     | {"full": (5e-5, 1e-4, 3e-4), "top2": (1e-4, 3e-4, 1e-3)},
 }
-SAME_RATE = dict.fromkeys(("lora_int8", "lora_nf4"), "lora")  # no rate of their own is searched: that of another method
 # The method that is compared, the config's name of it, what else differs, and the option that sets its size.
 METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "frozen": ("frozen", {}, ""),
@@ -70,12 +69,14 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "vera": ("vera", {}, "vera.rank"),
     "ia3": ("ia3", {}, ""),
     "lokr": ("lokr", {}, "lokr.rank"),
+    "lora_bf16": ("lora", {"model.param_dtype": "bfloat16"}, ""),
     "lora_int8": ("lora", {"model.base_bits": "8"}, ""),
     "lora_nf4": ("lora", {"model.base_bits": "4"}, ""),
 }
 SMOLLM2 = "frozen lora lora_all full top2 bitfit adapter_h adapter_l prefix_layer prefix_embedding dora".split()
-SMOLLM2 += ["lora_int8", "lora_nf4"]
-NOT_IN = {"e2e": ("classifier", "frozen", "lora_int8", "lora_nf4"), "mrpc": ("top2", "frozen", "lora_int8", "lora_nf4")}
+SAME_RATE = dict.fromkeys(("lora_bf16", "lora_int8", "lora_nf4"), "lora")  # that of another method
+SMOLLM2 += SAME_RATE
+NOT_IN = {"e2e": ("classifier", "frozen", *SAME_RATE), "mrpc": ("top2", "frozen", *SAME_RATE)}
 SIZES = (*range(1, 16), *range(16, 64, 4), *range(64, 160, 16), *range(192, 2049, 64))
 RANK = {"e2e": 4, "mrpc": 8}
 MOST = {"e2e": 96, "mrpc": 32}  # tokens of a prefix: they cost time as any

