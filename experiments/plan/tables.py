@@ -1,4 +1,4 @@
-"""The README's tables of what fits where: slow, an hour and more of compiling on two cores.
+"""The documentation's tables of what fits where: slow, an hour and more of compiling on two cores.
 
     python -m experiments.plan.tables --out=docs/results/plan.json --cache=plan_cache.json
 

@@ -30,6 +30,16 @@ def save_adapter(path: str | Path, method: ParamTransform, delta: Delta, base_id
     `adapter.safetensors`) or a file that ends in `.safetensors`, `base_id` comes from `identity`.
 
     With several processes all of them call it, and the first one writes. One factor at a time is in their memory.
+
+    >>> import tempfile, jax, lora_jax as lj
+    >>> from lora_jax import checkpoints
+    >>> params, method = {"kernel": jnp.ones((3, 2))}, lj.lora(lj.select("kernel"), rank=1)
+    >>> delta = method.init(jax.random.key(0), params)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = checkpoints.save_adapter(folder, method, delta, checkpoints.identity(params, "ones"))
+    ...     method, delta, info = checkpoints.load_adapter(folder)
+    >>> file.name, info["base"]["source"]
+    ('adapter.safetensors', 'ones')
     """
     arrays, table = named(delta), {}
     for name in sorted(arrays):
@@ -78,6 +88,8 @@ def load_adapter(path: str | Path) -> tuple[ParamTransform, Delta, dict[str, Any
     Raises:
       FileNotFoundError: no such file.
       ValueError: it is cut off, changed, of another kind, or an array is not floating-point or not finite.
+
+    An example is in `save_adapter`.
     """
     file = _adapter_file(path)
     if not file.is_file():

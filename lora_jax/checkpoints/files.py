@@ -71,6 +71,9 @@ def identity(
       source: the folder or the hub's name it was loaded from, for messages only.
       config: what else its function depends on, JSON (`models.family.function_fields`).
       tokenizer: that of the base, of which the identity has a digest.
+
+    >>> identity({"kernel": jnp.ones((2, 2))}, "two by two")["source"]
+    'two by two'
     """
     table = table_of(named(params))
     shapes = {name: [shape, dtype] for name, (shape, dtype, _) in table.items()}
@@ -102,6 +105,10 @@ def checksums(arrays: Mapping[str, Array]) -> dict[str, str]:
     element's bits are mixed with a hash of its position in the array, and the results added up modulo 2^32: a sum does
     not depend on how the elements are spread over devices. A change of one element always changes the first sum (the
     mixing is one-to-one); for all else two sums leave a chance of 2^-64.
+
+    >>> one, same, other = (checksums({"a": jnp.array(x)})["a"] for x in ([1.0, 2.0], [1.0, 2.0], [2.0, 1.0]))
+    >>> one == same, one == other
+    (True, False)
     """
     return {name: "".join(f"{part:08x}" for part in pair.tolist()) for name, pair in on_each(_sums, arrays)}
 
@@ -150,7 +157,11 @@ def _mixed(x: Array) -> Array:
 def check_base(expected: Mapping[str, Any], actual: Mapping[str, Any], where: str | Path) -> None:
     """A ValueError that shows the difference, where `actual` is not the base that `where` needs. Of config and
     tokenizer, which older files and identities of parameters alone lack, what both have is compared. A base in other
-    bits (`config.model.base_bits`) is a warning: it is the same base, with values that are off by their rounding."""
+    bits (`config.model.base_bits`) is a warning: it is the same base, with values that are off by their rounding.
+
+    >>> base = identity({"kernel": jnp.ones((2, 2))}, "ones")
+    >>> check_base(base, base, "adapter.safetensors")  # nothing: it is the same base
+    """
     needed, given = f"{where} belongs to the base {expected['source']!r}", repr(actual["source"])
     for part, what in (
         ("shapes", "other shapes"),
@@ -173,7 +184,12 @@ def check_base(expected: Mapping[str, Any], actual: Mapping[str, Any], where: st
 
 
 def write_atomically(path: str | Path, content: bytes | Iterable[bytes | memoryview]) -> None:
-    """Writes a file, given at once or in pieces, so that a crash at any moment leaves the old one or the new one."""
+    """Writes a file, given at once or in pieces, so that a crash at any moment leaves the old one or the new one.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_atomically(Path(folder, "notes.txt"), b"all of it or nothing")
+    """
     with naming(path):
         _write_atomically(Path(path).expanduser(), content)
 

@@ -230,7 +230,11 @@ def has_data(workdir: str | Path) -> bool:
 
 
 def latest_step(workdir: str | Path) -> int | None:
-    """The step of the newest checkpoint, unread; None where there is none."""
+    """The step of the newest checkpoint, unread; None where there is none.
+
+    >>> latest_step("no/such/workdir") is None
+    True
+    """
     return max(_steps(workdir), default=None)
 
 

@@ -21,7 +21,12 @@ T = TypeVar("T")
 
 
 class PathLabel(str):
-    """The path of an adapted array, for messages. All are equal, so that layers of equal shapes compile once."""
+    """The path of an adapted array, for messages. All are equal, so that layers of equal shapes compile once.
+
+    >>> import lora_jax as lj
+    >>> lj.PathLabel("h_0/kernel") == lj.PathLabel("h_1/kernel"), str(lj.PathLabel("h_0/kernel"))
+    (True, 'h_0/kernel')
+    """
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PathLabel)
@@ -67,7 +72,14 @@ class Op(Protocol):
 
 
 class Adapted:
-    """The protocol of adapted arrays. A method's kind defines layout, materialize, remove and product."""
+    """The protocol of adapted arrays. A method's kind defines layout, materialize, remove and product.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lj
+    >>> params, method = {"kernel": jnp.ones((3, 2))}, lj.lora(lj.select("kernel"), rank=1)
+    >>> w = method.apply(params, method.init(jax.random.key(0), params))["kernel"]
+    >>> isinstance(w, lj.Adapted), w.shape, w.axes, w.materialize().shape
+    (True, (3, 2), 'io', (3, 2))
+    """
 
     layout: ClassVar[dict[str, str]] = {}
     frozen: ClassVar[tuple[str, ...]] = ("base", "key", "scale")  # fields that do not train
@@ -256,7 +268,13 @@ class Summed(Weight):
 
 @adapted_array
 class LowRank(Summed):
-    """LoRA: base + scale * A B, with A `(s.., i.., r)` and B `(s.., r, o..)` (Hu et al. 2021, section 4.1)."""
+    """LoRA: base + scale * A B, with A `(s.., i.., r)` and B `(s.., r, o..)` (Hu et al. 2021, section 4.1).
+
+    >>> import jax.numpy as jnp, lora_jax as lj
+    >>> base, a, b = jnp.ones((3, 2)), jnp.ones((3, 1)), jnp.ones((1, 2))
+    >>> lj.LowRank(base=base, core="io", path="kernel", a=a, b=b, scale=jnp.array(2.0)).materialize()[0]
+    Array([3., 3.], dtype=float32)
+    """
 
     layout: ClassVar = {"a": "sir", "b": "sro", "scale": "s", "key": "s"}
     a: Array
@@ -291,7 +309,13 @@ class LowRank(Summed):
 
 @adapted_array
 class Tuned(Adapted):
-    """A leaf that trains itself. `lift` puts its value in its place."""
+    """A leaf that trains itself. `lift` puts its value in its place.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lj
+    >>> params, method = {"bias": jnp.zeros(2)}, lj.tune(lj.select("bias"))
+    >>> method.apply(params, lj.Delta({"bias": {"value": jnp.ones(2)}}))["bias"].value
+    Array([1., 1.], dtype=float32)
+    """
 
     frozen: ClassVar = ()
     value: Array

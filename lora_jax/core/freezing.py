@@ -16,6 +16,13 @@ def labels(tree: Any) -> Any:
     """A tree of "trainable" and "frozen" for a Delta, `{"base": params, "delta": delta}` or adapted params.
 
     Factors train, but those named `fixed_...`; inside an adapted array base, keys, scale are frozen; plain params too.
+
+    >>> import jax.numpy as jnp, lora_jax as lj
+    >>> delta = lj.Delta({"kernel": {"a": jnp.ones((3, 1)), "fixed_b": jnp.ones((1, 2))}})
+    >>> lj.labels({"base": {"kernel": jnp.ones((3, 2))}, "delta": delta})["base"]
+    {'kernel': 'frozen'}
+    >>> dict(lj.labels(delta))
+    {'kernel': {'a': 'trainable', 'fixed_b': 'frozen'}}
     """
 
     def label(node: Any) -> Any:
@@ -71,7 +78,12 @@ def partition(tree: Any) -> tuple[Any, Any]:
 
 
 def combine(trainable: Any, frozen: Any) -> Any:
-    """The inverse of `partition`: the tree with each leaf from the half that has it."""
+    """The inverse of `partition`: the tree with each leaf from the half that has it.
+
+    >>> halves = {"a": 1, "b": None}, {"a": None, "b": 2}
+    >>> combine(*halves)
+    {'a': 1, 'b': 2}
+    """
     return jax.tree.map(lambda a, b: b if a is None else a, trainable, frozen, is_leaf=lambda leaf: leaf is None)
 
 

@@ -22,7 +22,12 @@ _USES = {3: " for a convolution, ioo or iio for heads, sio if stacked", 4: " for
 
 
 class Absent(NamedTuple):
-    """Stands where a tuned leaf was taken out of the base (`without_tuned`): a static node without a buffer."""
+    """Stands where a tuned leaf was taken out of the base (`without_tuned`): a static node without a buffer.
+
+    >>> import jax, lora_jax as lj
+    >>> jax.tree.leaves({"bias": lj.Absent((2,), "float32")})
+    []
+    """
 
     shape: tuple[int, ...]
     dtype: Any
@@ -69,7 +74,13 @@ def look_up(value: Any, path: str, what: str) -> Any:
 
 
 class Selection(NamedTuple):
-    """What `select` returns: call it on params to get `{path: axes}`."""
+    """What `select` returns: call it on params to get `{path: axes}`.
+
+    >>> import jax.numpy as jnp, lora_jax as lj
+    >>> selection = lj.select("*/kernel", axes={"conv/*": "kio"}, exclude="out/*")
+    >>> selection({"conv": {"kernel": jnp.ones((3, 4, 8))}, "out": {"kernel": jnp.ones((8, 2))}})
+    {'conv/kernel': 'kio'}
+    """
 
     globs: tuple[str, ...]
     axes: str | Mapping[str, str] | None = None

@@ -1,6 +1,6 @@
 """Schedules of batches: fixed shapes, a seeded order, every position reachable by its index.
 
-A batch is a dict of arrays, of b rows (examples, or packed rows), l tokens, n labelled positions:
+A batch is a dict of arrays, of b rows (examples, or packed rows), l tokens, n labelled positions::
 
     tokens (b, l) int32         0 where padded, on the right
     mask (b, l) bool            False: padding
@@ -9,7 +9,7 @@ A batch is a dict of arrays, of b rows (examples, or packed rows), l tokens, n l
     weights (b, n) float32      1, or 0 where there is no label
 
 Packed rows (`packed`, `packing`) also have `segments` and `positions` (b, l) int32. Texts with one label each
-(`classified`) have no `labelled`, n is 1, and
+(`classified`) have no `labelled`, n is 1, and::
 
     token_types (b, l) int32    1 for a BERT's second sentence
     labels (b,) int32, float32  the class, or the value of a regression

@@ -1,6 +1,6 @@
 """Conversations from JSON lines, and as tokens with the answers as labels.
 
-A file is of one kind, a line one conversation:
+A file is of one kind, a line one conversation::
 
     {"instruction": ..., "input": ..., "output": ...}                   Alpaca; "input" may be empty or absent
     {"prompt": ..., "response": ...}                                    or "completion" in place of "response"

@@ -99,7 +99,7 @@ TASKS = {
 
 
 def load(name: str, path: str | Path, split: str = "train") -> datasets.Dataset:
-    """A split of a task, with the columns
+    """A split of a task, with the columns::
 
         first, second  the sentences as they are; no `second` where there is one only
         label          int32, the place in the task's `labels`; of STS-B float32, 0 (unlike) to 5 (the same). Test

@@ -1,4 +1,4 @@
-"""Where each array lives on a mesh: ordered rules over paths, as NamedShardings for `jax.jit`.
+"""Where each array lives on a mesh: ordered rules over paths, as NamedShardings for `jax.jit`::
 
     mesh = make_mesh({"data": 2, "fsdp": 4})
     rules = rules_for(model, mesh)
@@ -39,6 +39,9 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
     Raises:
       ValueError: an axis of another name, a size below 1, or more devices than there are.
+
+    >>> dict(make_mesh({"data": 1}).shape)
+    {'data': 1, 'fsdp': 1, 'tensor': 1}
     """
     devices = jax.devices() if devices is None else devices
     if unknown := set(shape) - set(AXES):
@@ -53,7 +56,10 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """For every array of a batch: its examples spread over `data` and `fsdp`."""
+    """For every array of a batch: its examples spread over `data` and `fsdp`.
+
+    >>> batch = jax.device_put({"tokens": jax.numpy.ones((4, 8))}, batch_sharding(make_mesh({})))
+    """
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
@@ -89,6 +95,12 @@ def shardings(
 
     Raises:
       ValueError: no rule matches, a rule names more axes than its leaf has, or one does not divide.
+
+    >>> from jax.sharding import PartitionSpec
+    >>> params = {"kernel": jax.ShapeDtypeStruct((8, 4), "float32")}
+    >>> placed = shardings(params, make_mesh({}), {"**/kernel": PartitionSpec("fsdp", "tensor")})
+    >>> tuple(placed["kernel"].spec)
+    ('fsdp', 'tensor')
     """
     specs = dict(_specs(tree if adapted is None else adapted, rules, mesh))
     # factors of taps, in a delta and on a tree, and what weights share are replicated unless a method's traits say else
@@ -209,7 +221,14 @@ def _fitting(path: str, shape: Sequence[int], spec: P, mesh: Mesh, misfits: str)
 
 def table(tree: Any, places: Any) -> str:
     """What lies where, for reading: path, type and shape, spec, and bytes on each device, with their sum, of a tree of
-    arrays or ShapeDtypeStructs and their `shardings`."""
+    arrays or ShapeDtypeStructs and their `shardings`.
+
+    >>> from jax.sharding import PartitionSpec
+    >>> params = {"kernel": jax.ShapeDtypeStruct((8, 4), "float32")}
+    >>> text = table(params, shardings(params, make_mesh({}), {"**": PartitionSpec()}))
+    >>> "128" in text  # bytes
+    True
+    """
     rows, total = [("path", "array", "spec", "bytes per device")], 0
     for (path, leaf), place in zip(flatten(tree)[0], jax.tree.leaves(places), strict=True):
         size = math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize

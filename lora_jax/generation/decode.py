@@ -66,6 +66,14 @@ def generate(
       ValueError: prompts and new tokens exceed the model's positions; a prompt is empty; the padding is not on the
         left; eos or pad is not in the vocabulary; more beams than the vocabulary has tokens; options that do not go
         together or are out of their range; the logits are NaN.
+
+    >>> from lora_jax.generation import generate
+    >>> from lora_jax.models import gpt2
+    >>> model = gpt2.GPT2(gpt2.GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=1, n_head=2))
+    >>> tokens = jnp.ones((2, 4), jnp.int32)
+    >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    >>> generate(model, params, tokens, jnp.ones((2, 4), bool), max_new_tokens=3, eos=0).shape
+    (2, 3)
     """
     if isinstance(params, Delta):
         raise TypeError("generate takes params, adapted ones by method.apply(params, delta), not the Delta alone")

@@ -112,7 +112,13 @@ def clean(
     paragraphs: bool = False,
 ) -> str:
     """The text of generated tokens, as the authors clean it (microsoft/LoRA, examples/NLG): up to the first end
-    token or blank line, stripped. With `paragraphs` blank lines are part of it."""
+    token or blank line, stripped. With `paragraphs` blank lines are part of it.
+
+    >>> from tokenizers import Tokenizer, models
+    >>> tokenizer = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "pub": 2}, unk_token="<eos>"))
+    >>> clean([1, 2, 0, 1], tokenizer, eos=0)
+    'a pub'
+    """
     ends = np.flatnonzero(np.isin(ids, [] if eos is None else eos))
     kept = ids[: ends[0]] if len(ends) else ids
     text = tokenizer.decode([int(i) for i in kept], skip_special_tokens=False)
@@ -120,7 +126,13 @@ def clean(
 
 
 def end_tokens(tokenizer: Tokenizer, eos: int) -> list[int]:
-    """The authors' end tokens: eos, and a blank line where that is one token (GPT-2's 628)."""
+    """The authors' end tokens: eos, and a blank line where that is one token (GPT-2's 628).
+
+    >>> from tokenizers import Tokenizer, models
+    >>> tokenizer = Tokenizer(models.WordLevel({"<eos>": 0, "\\n\\n": 1}, unk_token="<eos>"))
+    >>> end_tokens(tokenizer, eos=0)
+    [0, 1]
+    """
     encoding = tokenizer.encode("\n\n", add_special_tokens=False)
     # Without the padding, and nothing cut, that the tokenizer's file may ask for.
     blank = [i for i, mask in zip(encoding.ids, encoding.attention_mask, strict=True) if mask]

@@ -66,7 +66,15 @@ def add(pairs: Sequence[Pair], weights: Sequence[Any], *, params: Any = None) ->
 
 
 def difference(one: Pair, other: Pair, *, params: Any = None) -> Pair:
-    """What `one` changes beyond `other`: `add([one, other], [1, -1])`."""
+    """What `one` changes beyond `other`: `add([one, other], [1, -1])`.
+
+    >>> import jax.numpy as jnp, lora_jax as lj
+    >>> params, method = {"kernel": jnp.ones((3, 2))}, lj.lora(lj.select("kernel"), rank=1)
+    >>> delta = lj.Delta({"kernel": {"a": jnp.ones((3, 1)), "b": jnp.ones((1, 2))}})
+    >>> nothing, zero = lj.arithmetic.difference((method, delta), (method, delta))
+    >>> float(jnp.abs(lj.merge(nothing.apply(params, zero))["kernel"] - params["kernel"]).max())
+    0.0
+    """
     return add([one, other], [1, -1], params=params)
 
 
@@ -82,6 +90,13 @@ def truncate(
     Args:
       rank: 1 or more, or a mapping glob -> rank (first match wins; no match is an error).
       params: as in `add`, and so the errors; one besides where nothing has low rank.
+
+    >>> import jax.numpy as jnp, lora_jax as lj
+    >>> method = lj.lora(lj.select("kernel"), rank=2)
+    >>> delta = lj.Delta({"kernel": {"a": jnp.array([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), "b": jnp.eye(2)}})
+    >>> smaller, factors, residual = lj.arithmetic.truncate(method, delta, rank=1)
+    >>> factors["kernel"]["a"].shape
+    (3, 1)
     """
     _need_sum(method, delta)
     factors, axes = _sums([(method, delta)], [1], params)

@@ -51,7 +51,14 @@ def tune(selection: Selection) -> ParamTransform:
 
 
 def without_tuned(params: Any, delta: Delta) -> Any:
-    """Params with `Absent` for the leaves that the delta holds itself (`tune`), so that memory holds them once."""
+    """Params with `Absent` for the leaves that the delta holds itself (`tune`), so that memory holds them once.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lj
+    >>> params, method = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}, lj.tune(lj.select("bias"))
+    >>> delta = method.init(jax.random.key(0), params)
+    >>> type(lj.without_tuned(params, delta)["bias"]).__name__
+    'Absent'
+    """
     need_params(params, "without_tuned")
     flat, treedef = flatten(params, is_adapted)
     absent = {path: Absent(leaf.shape, leaf.dtype) for path, leaf in flat if "value" in delta.get(path, ())}

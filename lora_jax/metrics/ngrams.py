@@ -25,6 +25,9 @@ def bleu(hypotheses: Texts, references: References) -> float:
     Raises:
       TypeError: a string where a list of references belongs.
       ValueError: nothing to score, lists of different lengths, or an instance without reference.
+
+    >>> bleu(["a pub by the river"], [["a pub by the river", "a riverside pub"]])
+    100.0
     """
     return bleu_statistics(hypotheses, checked(hypotheses, references)).score()
 

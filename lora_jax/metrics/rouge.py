@@ -8,7 +8,11 @@ KINDS = ("rouge1", "rouge2", "rougeL")
 
 def rouge(hypotheses: Texts, references: References) -> dict[str, float]:
     """Mean F1 of "rouge1", "rouge2" and "rougeL" by package rouge-score with stemming, fractions; of several references
-    each takes its best. Arguments and errors are those of `bleu`."""
+    each takes its best. Arguments and errors are those of `bleu`.
+
+    >>> rouge(["a pub by the river"], [["a riverside pub", "a pub by the river"]])
+    {'rouge1': 1.0, 'rouge2': 1.0, 'rougeL': 1.0}
+    """
     lists = checked(hypotheses, references)
     return {kind: part.score() for kind, part in rouge_statistics(hypotheses, lists).items()}
 

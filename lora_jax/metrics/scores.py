@@ -49,6 +49,10 @@ def score(hypotheses: Texts, references: References, *, style: str, missing: str
       TypeError: a string where a list belongs.
       ValueError: an unknown style or rule, nothing to score, lists of different lengths, or an instance without any
         reference.
+
+    >>> from lora_jax import metrics
+    >>> sorted(metrics.score(["a pub"], [["a pub", "a bar"]], style="samsum"))
+    ['rouge1', 'rouge2', 'rougeL']
     """
     return {name: part.score() for name, part in _statistics(hypotheses, references, style, missing).items()}
 
@@ -70,6 +74,10 @@ def report(
 
     `samples` is the number of resamples, `level` the part of them that the interval holds, `seed` that of the draws;
     the other arguments are those of `score`.
+
+    >>> from lora_jax import metrics
+    >>> metrics.report(["a pub", "a bar"], [["a pub"], ["a bar"]], style="samsum", samples=10)["rouge1"]
+    {'score': 1.0, 'low': 1.0, 'high': 1.0}
     """
     parts = _statistics(hypotheses, references, style, missing)
     weights = draws(len(hypotheses), samples, seed)
@@ -98,6 +106,11 @@ def paired(
     a resample is as far from the resamples' mean as the difference found is from zero, (1 + times) / (1 + samples).
 
     `others` are the second system's texts for the same instances; the other arguments are those of `report`.
+
+    >>> from lora_jax import metrics
+    >>> first, second, references = ["a pub", "a bar"], ["a pub", "an inn"], [["a pub"], ["a bar"]]
+    >>> metrics.paired(first, second, references, style="samsum", samples=10)["rouge1"]["difference"]
+    0.5
     """
     firsts = _statistics(hypotheses, references, style, missing)
     seconds = _statistics(others, references, style, missing)

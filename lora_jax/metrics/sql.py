@@ -12,6 +12,9 @@ def logical_form_accuracy(predictions: Texts, references: References) -> float:
     Case, blanks, the kind of quotes and a closing semicolon do not count, nor does the order of conditions, as in the
     official evaluate.py without `--ordered` (salesforce/WikiSQL); which compares numbers of columns, here their names
     are compared.
+
+    >>> logical_form_accuracy(['select a from t where b = "x"'], [["SELECT a FROM t WHERE b = 'x'"]])
+    1.0
     """
     return logical_form_statistics(predictions, checked(predictions, references)).score()
 

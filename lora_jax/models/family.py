@@ -3,7 +3,7 @@
 A model is a Flax module with a `config`, a frozen dataclass. The config's `family` is the name of its family, Hugging
 Face's `model_type`; `vocab_size`, `scan_layers`, `remat`, `dtype`, `param_dtype` and `residual` mean what they mean in
 `gpt2.GPT2Config`, and so does `eos_token_id` of a model that generates. A family from outside is registered in the same
-way as ours:
+way as ours::
 
     register_family(Family("llama", Llama, AXES, sites, sharding_rules, dimensions, init_cache))
 """

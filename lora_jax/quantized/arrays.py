@@ -28,6 +28,11 @@ class Quantized(Encoded):
       inner: the sizes of the axes along a row, inputs or of an embedding features, which the codes have as one.
       rows: the class of the axes of the rows, "o" or of an embedding "i".
       values: the dtype of the values, that of the product.
+
+    >>> import jax.numpy as jnp, lora_jax as lj
+    >>> w = lj.quantize({"kernel": jnp.ones((64, 2))}, lj.select("kernel"), bits=8)["kernel"]
+    >>> w.shape, w.codes.dtype.name, w.axes
+    ((64, 2), 'int8', 'io')
     """
 
     frozen = ("codes", "scale", "minimum", "nested", "offset")

@@ -1,8 +1,10 @@
 """From a config to a run, and from a workdir back to a model.
 
-result = runs.train(config, "runs/e2e")    # trains, or resumes where it was stopped
-loaded = runs.load("runs/e2e")             # model, params, tokenizer, method, delta, ...
-runs.evaluate(loaded).result["scores"]
+What most scripts need::
+
+    result = runs.train(config, "runs/e2e")    # trains, or resumes where it was stopped
+    loaded = runs.load("runs/e2e")             # model, params, tokenizer, method, delta, ...
+    runs.evaluate(loaded).result["scores"]
 """
 
 from lora_jax.core.extras import extra

@@ -41,6 +41,11 @@ def default_config(kind: str) -> ConfigDict:
         "chat" (the answers of conversations; LoRA on all matrices, with the hyperparameters that most have for it).
 
     Returns: a config without `base`, data and, of a classification, `data.name`.
+
+    >>> config = default_config("generation")
+    >>> config.base, config.lora.rank = "gpt2-medium", 8
+    >>> config.optimizer.learning_rate, config.epochs
+    (0.0002, 5)
     """
     kinds = {"generation": _generation, "classification": _classification, "chat": _chat}
     if kind not in kinds:
@@ -185,5 +190,11 @@ def _value(config: ConfigDict, name: str) -> Any:
 
 
 def is_sweep(config: ConfigDict) -> bool:
-    """Whether a config has values to sweep."""
+    """Whether a config has values to sweep.
+
+    >>> config = default_config("generation")
+    >>> config.sweep.rank = (4, 8)
+    >>> is_sweep(config)
+    True
+    """
     return any((config.get("sweep") or {}).values())

@@ -50,7 +50,12 @@ def _check_numbers(config: Any, prefix: str = "") -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW under a schedule; `lora_jax.training.optimizer` makes it."""
+    """AdamW under a schedule; `lora_jax.training.optimizer` makes it.
+
+    >>> config = OptimizerConfig(learning_rate=1e-3, warmup_ratio=0.06)
+    >>> config.schedule, config.weight_decay
+    ('linear', 0.01)
+    """
 
     learning_rate: Annotated[float, _FROM_0] = 2e-4  # the peak
     schedule: str = "linear"  # after the warm-up: "linear" or "cosine" down to `end_lr_ratio`, or "constant"
@@ -90,7 +95,11 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A run, besides what trains and on what."""
+    """A run, besides what trains and on what.
+
+    >>> TrainConfig.of({"epochs": 3, "optimizer": {"learning_rate": 1e-3}}).optimizer.learning_rate
+    0.001
+    """
 
     seed: Annotated[int, SEED] = 0  # of the delta's start, of dropout and of the order of the data
     epochs: Annotated[int, COUNT] = 1  # how often each example comes

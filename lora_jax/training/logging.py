@@ -27,7 +27,14 @@ TIMES = ("seconds", "tokens_per_second")
 
 def read_metrics(workdir: str | Path, last_step: float = math.inf) -> list[dict[str, Any]]:
     """The entries of metrics.jsonl up to a step, none where there is no such file; a half-written last line is left
-    out. A ValueError where a line is no JSON object of numbers, "step" among them."""
+    out. A ValueError where a line is no JSON object of numbers, "step" among them.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as workdir:
+    ...     _ = Path(workdir, "metrics.jsonl").write_bytes(b'{"step": 100, "loss": 2.5}' + os.linesep.encode())
+    ...     read_metrics(workdir)
+    [{'step': 100, 'loss': 2.5}]
+    """
     path = Path(workdir) / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     entries = []

@@ -24,6 +24,10 @@ def cross_entropy(
     A token costs `(1 - smoothing) * nll + smoothing * mean over the vocabulary of -log p`, as in the authors' code
     (their mean gives the gold token its share of the smoothing too), computed in float32; a weight of 0 leaves a
     position out. Sums, not a mean: micro-batches and devices add up, and the caller divides once.
+
+    >>> loss, count = cross_entropy(jnp.zeros((2, 4)), jnp.array([0, 1]), jnp.ones(2))
+    >>> round(float(loss / count), 4)  # ln(4)
+    1.3863
     """
     logits = logits.astype(jnp.float32)
     weights = weights.astype(jnp.float32)
@@ -38,7 +42,11 @@ def cross_entropy(
 def squared_error(
     outputs: Float[Array, "*rows"], labels: Float[Array, "*rows"], weights: Float[Array, "*rows"]
 ) -> tuple[Sum, Sum]:
-    """Weighted sum of the squared errors, and the sum of the weights; computed in float32."""
+    """Weighted sum of the squared errors, and the sum of the weights; computed in float32.
+
+    >>> [float(x) for x in squared_error(jnp.array([1.0, 2.0]), jnp.zeros(2), jnp.ones(2))]
+    [5.0, 2.0]
+    """
     error = outputs.astype(jnp.float32) - labels.astype(jnp.float32)
     weights = weights.astype(jnp.float32)
     return jnp.sum(error * error * weights), jnp.sum(weights)

@@ -18,7 +18,12 @@ from lora_jax.training.config import OLD_MATRICES, OptimizerConfig
 
 def schedule(config: Any, steps: int, peak: Any = None) -> optax.Schedule:
     """Learning rate of an OptimizerConfig, or a mapping of its keys, in a run of so many steps: linear warm-up from 0,
-    then "linear" or "cosine" decay, or "constant". `peak`, which may be traced, replaces `learning_rate`."""
+    then "linear" or "cosine" decay, or "constant". `peak`, which may be traced, replaces `learning_rate`.
+
+    >>> rate = schedule({"learning_rate": 0.5, "warmup_steps": 10}, steps=110)
+    >>> [float(rate(step)) for step in (0, 5, 10, 60, 110)]
+    [0.0, 0.25, 0.5, 0.25, 0.0]
+    """
     config = OptimizerConfig.of(config)
     peak, warmup = config.learning_rate if peak is None else peak, config.warmup_steps
     if warmup is None:
@@ -54,6 +59,8 @@ def optimizer(
     Args:
       weight_decay: instead of the config's; it may be traced.
       spec: the method's, needed for "matrices"; without it B is what is named `b`.
+
+    >>> tx = optimizer({"learning_rate": 0.5, "clip_norm": 1.0}, schedule({"learning_rate": 0.5}, steps=100))
     """
     config = OptimizerConfig.of(config)
     globs = tuple(config.decay)

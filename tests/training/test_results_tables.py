@@ -1,4 +1,4 @@
-"""The README's tables come from what runs leave."""
+"""The tables of the documentation come from what runs leave."""
 
 import json
 from pathlib import Path

@@ -25,7 +25,12 @@ TAPPED = ("scan", "checkpoint", "remat", "remat2")  # primitives whose rules kno
 
 
 class DenseWeight(UserWarning):
-    """An adapted weight was made dense, or is contracted over its output axes."""
+    """An adapted weight was made dense, or is contracted over its output axes.
+
+    >>> import warnings, lora_jax as lj
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("error", lj.DenseWeight)  # as on_dense="error" in every call of lift
+    """
 
 
 def rule(*names: str) -> Callable:

@@ -51,7 +51,14 @@ class Tap:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Tapped:
-    """Params, plain or adapted, and the taps that a lifted function meets with them."""
+    """Params, plain or adapted, and the taps that a lifted function meets with them.
+
+    >>> import jax, lora_jax as lj
+    >>> method = lj.adapter({"mlp_out": (2, 16)}, rank=4)
+    >>> tapped = method.apply({}, method.init(jax.random.key(0), {}))
+    >>> isinstance(tapped, lj.Tapped), [tap.site for tap in tapped.taps]
+    (True, ['mlp_out'])
+    """
 
     params: Any
     taps: tuple[Tap, ...]

@@ -143,6 +143,19 @@ def per_target(
       common: `(key of the transform's init, targets) -> {factor: array}` that all targets share, under
         `@shared/<method>` in the delta. `adapt` finds them among the factors.
       globs: further ones, of the method's options, that must match a leaf.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lj
+    >>> def rank_one(selection):
+    ...     def init(key, target):
+    ...         inputs, outputs = target.leaf.shape
+    ...         return {"a": jax.random.normal(key, (inputs, 1)), "b": jnp.zeros((1, outputs))}
+    ...
+    ...     def adapt(target, factors, key, strength):
+    ...         return lj.LowRank(**target.fields, **factors, scale=target.scale(strength))
+    ...
+    ...     return lj.per_target({"method": "rank_one", **selection.spec()}, selection, init, adapt)
+    >>> lj.check(rank_one(lj.select("kernel")), {"kernel": jnp.ones((3, 2))}).trained
+    5
     """
     common_key = f"@shared/{spec['method']}"
     checked = [*strings(spec.get("select", ())), *strings(spec.get("exclude", ())), *globs]
@@ -221,6 +234,19 @@ def per_site(
       sites: how often each occurs. init: `(key, site, n) -> {factor: array}`, stacked over n occurrences.
       fn: of `Tap`, for every site. layers: the occurrences that are changed; None: all.
       common: `key -> {factor: array}` that all occurrences share, as in `per_target`.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lj
+    >>> from jax.ad_checkpoint import checkpoint_name
+    >>> shift = lj.per_site(
+    ...     {"method": "shift_site"},
+    ...     {"hidden": 1},
+    ...     init=lambda key, site, n: {"by": jnp.ones((n, 3))},
+    ...     fn=lambda factors, x, seen: x + factors["by"],
+    ... )
+    >>> model = lj.lift(lambda params, x: checkpoint_name(x * params["scale"], "hidden"))
+    >>> params = {"scale": jnp.array(2.0)}
+    >>> model(shift.apply(params, shift.init(jax.random.key(0), params)), jnp.ones(3))
+    Array([3., 3., 3.], dtype=float32)
     """
     chosen = None if layers is None else tuple(layers)
     for site, count in sites.items():

@@ -14,6 +14,12 @@ def merge(adapted: Any, dtype: Any = None) -> Any:
 
     Of a quantized base (`lora_jax.quantize`) it is the values that the adapter was trained on, dense: nothing is
     quantized again, and a quantized leaf that no method adapts is made dense too.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lj
+    >>> params, method = {"kernel": jnp.ones((3, 2))}, lj.lora(lj.select("kernel"), rank=1)
+    >>> delta = lj.Delta({"kernel": {"a": jnp.ones((3, 1)), "b": jnp.ones((1, 2))}})
+    >>> lj.merge(method.apply(params, delta))["kernel"][0]
+    Array([2., 2.], dtype=float32)
     """
     if isinstance(adapted, Delta):
         raise TypeError("merge takes adapted params (method.apply(params, delta)), got a Delta")
@@ -34,6 +40,13 @@ def _weights_alone(adapted: Any) -> Any:
 
 
 def unmerge(merged: Any, method: ParamTransform, delta: Delta) -> Any:
-    """The base of merged params, within one rounding of max(|merged|, |delta|); a ValueError where a method cannot be
-    undone (tuned leaves). Exact switching is `method.apply(base, other_delta)`."""
+    """The base of merged params, within one rounding of `max(|merged|, |delta|)`; a ValueError where a method cannot be
+    undone (tuned leaves). Exact switching is `method.apply(base, other_delta)`.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lj
+    >>> params, method = {"kernel": jnp.ones((3, 2))}, lj.lora(lj.select("kernel"), rank=1)
+    >>> delta = lj.Delta({"kernel": {"a": jnp.ones((3, 1)), "b": jnp.ones((1, 2))}})
+    >>> lj.unmerge(lj.merge(method.apply(params, delta)), method, delta)["kernel"][0]
+    Array([1., 1.], dtype=float32)
+    """
     return map_adapted(lambda w: w.remove(), _weights_alone(method.apply(merged, delta)))

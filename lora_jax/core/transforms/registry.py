@@ -27,6 +27,9 @@ class Traits:
       inserts: `spec -> (prefix, infix)`, how many placeholder tokens the data insert before a context and after it.
       sharding: `{glob: PartitionSpec}` of factors that follow no axis of their weight (`Adapted.layout`).
       aliases: other names of the method in specs and configs.
+
+    >>> import lora_jax as lj
+    >>> traits = lj.Traits(decays=("**/{a,b}", "**/magnitude"), fast=("b",))
     """
 
     not_additive: str = ""
@@ -49,6 +52,9 @@ def register(name: str, factory: Callable[..., ParamTransform], traits: Traits |
 
     `factory(selection, **options)`, the options JSON, returns the transform; without a selection where the spec has no
     "select".
+
+    >>> import lora_jax as lj
+    >>> lj.register("lora", lj.lora, lj.traits_of({"method": "lora"})[0][1])  # as lora's own file does
     """
     traits = traits or Traits()
     for known_as in (name, *traits.aliases):

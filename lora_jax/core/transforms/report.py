@@ -21,7 +21,13 @@ class Row(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What trains; prints as a table. `total` counts the base's parameters."""
+    """What trains; prints as a table. `total` counts the base's parameters.
+
+    >>> import jax.numpy as jnp, lora_jax as lj
+    >>> report = lj.check(lj.lora(lj.select("kernel"), rank=1), {"kernel": jnp.ones((3, 2))})
+    >>> report.trained, report.total, [row.factors for row in report.rows]
+    (5, 6, ['a (3, 1), b (1, 2)'])
+    """
 
     rows: list[Row]
     trained: int
@@ -41,7 +47,15 @@ class Report(NamedTuple):
 
 
 def check(method: ParamTransform, params: Any) -> Report:
-    """What a method would train on these params (arrays or ShapeDtypeStructs); raises on what cannot work."""
+    """What a method would train on these params (arrays or ShapeDtypeStructs); raises on what cannot work.
+
+    >>> import jax, lora_jax as lj
+    >>> params = {"kernel": jax.ShapeDtypeStruct((4096, 4096), "float32")}
+    >>> print(lj.check(lj.lora(lj.select("kernel"), rank=8), params))
+    path    shape         axes  method  factors                  trained  share
+    kernel  (4096, 4096)  io    lora    a (4096, 8), b (8, 4096)  65,536   0.3906%
+    trained: 65,536 of 16,777,216 parameters (0.3906%)
+    """
     delta, adapted = shapes_of(method, params)
     names: dict[str, str] = {}
     others: dict[str, str] = {}

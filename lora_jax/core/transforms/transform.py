@@ -20,7 +20,13 @@ Spec = dict[str, Any]  # a transform as JSON
 
 
 class Delta(dict):
-    """What trains: `{path: {factor: array}}`, a pytree. Keys are paths of adapted leaves, or begin with "@"."""
+    """What trains: `{path: {factor: array}}`, a pytree. Keys are paths of adapted leaves, or begin with "@".
+
+    >>> import jax.numpy as jnp, lora_jax as lj
+    >>> lj.Delta({"kernel": {"a": jnp.ones((3, 1)), "b": jnp.zeros((1, 2))}})
+    Delta: 1 paths, 5 numbers
+      kernel: a float32(3, 1), b float32(1, 2)
+    """
 
     def __repr__(self) -> str:
         def shown(leaf: Any) -> str:
@@ -56,10 +62,19 @@ class Apply(Protocol):
 class ParamTransform(NamedTuple):
     """A method of adaptation. Pure: works under jit, vmap, eval_shape and on sharded arrays.
 
-    init: `(key, params) -> Delta`. Keys are folded with the path: order and mesh do not matter.
-    apply: `(params, delta, *, key=None, strength=1.0) -> adapted params`; without a key there is no dropout; strength 0
-      is the base, 1 the trained adapter, and may be traced. spec: JSON; `from_spec(spec)` gives an equal transform.
-    keys: `params -> the keys of the delta`, without computing it. Where None, `keys_of` traces `init` instead.
+    Attributes:
+      init: `(key, params) -> Delta`. Keys are folded with the path: order and mesh do not matter.
+      apply: `(params, delta, *, key=None, strength=1.0) -> adapted params`; without a key there is no dropout; strength
+        0 is the base, 1 the trained adapter, and may be traced.
+      spec: JSON; `from_spec(spec)` gives an equal transform.
+      keys: `params -> the keys of the delta`, without computing it. Where None, `keys_of` traces `init` instead.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lj
+    >>> params, method = {"kernel": jnp.ones((3, 2))}, lj.lora(lj.select("kernel"), rank=1)
+    >>> delta = method.init(jax.random.key(0), params)
+    >>> adapted = method.apply(params, delta, strength=0.5)
+    >>> method.spec["method"], method.spec["select"], method.spec["rank"]
+    ('lora', ['kernel'], 1)
     """
 
     init: Init
@@ -77,7 +92,11 @@ def keys_of(method: ParamTransform, params: Params) -> set[str]:
 
 
 def stable_hash(name: str) -> int:
-    """A hash that does not change between runs: 31 bits, for `jax.random.fold_in`."""
+    """A hash that does not change between runs: 31 bits, for `jax.random.fold_in`.
+
+    >>> import jax, lora_jax as lj
+    >>> key = jax.random.fold_in(jax.random.key(0), lj.stable_hash("h_0/attn/query/kernel"))
+    """
     return zlib.crc32(name.encode()) & 0x7FFFFFFF
 
 

@@ -216,6 +216,17 @@ def save(
       ValueError: the parameters are not the model's (the names and shapes are shown), or cannot be merged; a tensor is
         not finite, such as a merged one beyond float16's range; `like` is of another family.
       TypeError: adapted parameters without `merge`, or a model of no known family.
+
+    >>> import tempfile, jax
+    >>> from lora_jax.interop import hf
+    >>> from lora_jax.models import gpt2
+    >>> model = gpt2.GPT2(gpt2.GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=1, n_head=2))
+    >>> params = jax.jit(model.init)(jax.random.key(0), jax.numpy.ones((1, 4), "int32"))["params"]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     hf.save(folder, model, params)
+    ...     loaded, same, tokenizer = hf.load(folder)
+    >>> loaded.config == model.config
+    True
     """
     format = format_of(family_of(model).name, str(folder))
     leaves = flatten_dict(jax.eval_shape(transforms.merge, params) if merge else params, sep="/")

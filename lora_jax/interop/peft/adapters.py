@@ -102,6 +102,22 @@ def save(
 
     Raises:
       ValueError: something that PEFT cannot represent, by its name; a delta that is not this method's, or not finite.
+
+    >>> import tempfile, jax
+    >>> from lora_jax.interop import hf
+    >>> from lora_jax.models import gpt2
+    >>> model = gpt2.GPT2(gpt2.GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=1, n_head=2))
+    >>> params = jax.jit(model.init)(jax.random.key(0), jax.numpy.ones((1, 4), "int32"))["params"]
+    >>> import lora_jax as lj
+    >>> from lora_jax.interop import peft
+    >>> method = lj.lora(lj.select("**/attn/out/kernel"), rank=2)
+    >>> delta = method.init(jax.random.key(1), params)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     peft.save(folder, method, delta, params=params)
+    ...     loaded, same = peft.load(folder, params)
+    >>> print(same)
+    Delta: 1 paths, 32 numbers
+      h_0/attn/out/kernel: a float32(8, 2), b float32(2, 8)
     """
     config, arrays = (_as_loaded if "peft" in method.spec else _exported)(method, delta, params)
     for name, array in arrays.items():
