@@ -1,4 +1,4 @@
-"""Instruction tuning: LoRA on the answers of conversations, by the base's chat template (docs/instruct.md).
+"""Instruction tuning: LoRA on the answers of conversations, by the base's chat template (docs/how_to/instruct.md).
 
     python -m experiments.train --config=configs/instruct.py --config.data.train=my.jsonl --workdir=runs/mine
     python -m experiments.generate --workdir=runs/mine --interactive

@@ -25,7 +25,7 @@ flags.DEFINE_multi_string(
     [],
     "FILE.py, which registers methods and tasks of your own: it runs. A run's files never run by themselves.",
 )
-flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, of a run of several processes (docs/distributed.md).")
+flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, of a run of several processes (docs/how_to/devices).")
 flags.DEFINE_integer("processes", None, "How many processes the run has.", lower_bound=1)
 flags.DEFINE_integer("process", None, "Which of them this one is, from 0.", lower_bound=0)
 flags.DEFINE_enum("distributed", None, ["auto"], "auto: the three above are found (Slurm, Open MPI, TPU pods).")

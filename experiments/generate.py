@@ -5,10 +5,10 @@
     python -m experiments.generate --workdir=runs/e2e --file=contexts.txt --out=texts.jsonl
     python -m experiments.generate --workdir=runs/e2e --interactive --adapter=other:runs/other
 
-A file has one context a line; of a run on conversations it is what a user says (docs/instruct.md). Prints each context
-with its text, or writes JSON lines to --out, where the same command resumes after it was stopped. --interactive asks
-for contexts, or holds a conversation, and lets the adapter and its strength be changed between them; --adapter names
-further ones.
+A file has one context a line; of a run on conversations it is what a user says (docs/how_to/instruct.md). Prints each
+context with its text, or writes JSON lines to --out, where the same command resumes after it was stopped. --interactive
+asks for contexts, or holds a conversation, and lets the adapter and its strength be changed between them; --adapter
+names further ones.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a base in 8 and 4 bits costs and saves: bytes, error and the time of a step of LoRA, as docs/quantized.md says.
+"""What a base in 8 and 4 bits costs and saves: bytes, error, the time of a step of LoRA (docs/how_to/quantized.md).
 
 python -m experiments.quantized [--layers=4] [--width=768] [--tokens=512]
 """

@@ -16,7 +16,7 @@ Several values train at once, in one program, every combination each in its fold
     python -m experiments.train --config=configs/e2e.py:medium --workdir=runs/sweep \\
       --config.sweep.learning_rate=1e-4,2e-4,5e-4 --config.sweep.rank=4,8
 
-One run on many devices, and of many processes: docs/distributed.md.
+One run on many devices, and of many processes: docs/how_to/devices.md.
 """
 
 import json

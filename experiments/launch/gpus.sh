@@ -3,7 +3,7 @@
 #
 #     experiments/launch/gpus.sh --config=configs/e2e.py:medium --workdir=runs/e2e
 #
-# The batch is spread over all GPUs (mesh.data); another mesh can be given after it, as docs/distributed.md says. The
+# The batch is spread over all GPUs (mesh.data); another mesh can be given after it, as docs/how_to/devices.md says. The
 # first process to use a GPU takes three quarters of its memory: JAX's default, which XLA_PYTHON_CLIENT_MEM_FRACTION
 # changes.
 set -euo pipefail

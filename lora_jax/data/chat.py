@@ -34,7 +34,7 @@ with extra("data"):
 
 log = logging.getLogger(__name__)
 
-SOURCE = "conversations are JSON lines of your own: docs/instruct.md"
+SOURCE = "conversations are JSON lines of your own: docs/how_to/instruct.md"
 FILES = {
     "train": ("train.jsonl",),
     "valid": ("valid.jsonl", "validation.jsonl", "val.jsonl", "dev.jsonl"),

@@ -92,7 +92,7 @@ def _chat(config: ConfigDict) -> None:
     config.update(_method_options(rank=16, alpha=32.0))
     config.lora.select = config.dora.select = config.pissa.select = ATTENTION_AND_MLP_KERNELS
     config.data.name = "chat"
-    config.data.train = ""  # a file of JSON lines (docs/instruct.md), or in its place the folder `data.path`
+    config.data.train = ""  # a file of JSON lines (docs/how_to/instruct.md), or in its place the folder `data.path`
     config.data.valid = ""  # another; "": one of twenty conversations of `data.train` is held out
     config.data.template = ""  # a file of Jinja, its text, or "plain"; "": the template of the base
     config.data.length = 1024  # tokens: longer conversations are skipped, see `long`

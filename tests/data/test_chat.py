@@ -250,7 +250,7 @@ def test_splits_of_one_file(tmp_path: Path) -> None:
 
 
 def test_the_example_of_the_docs() -> None:
-    """docs/instruct.md shows what is in the loss."""
+    """docs/how_to/instruct.md shows what is in the loss."""
     rendered = format_of("smollm2").rendered(said("Is it open?", "Yes, until ten.", "And tomorrow?", "Closed."))
     underlined, start = "", 0
     for line in rendered.text.splitlines(keepends=True):
@@ -258,7 +258,7 @@ def test_the_example_of_the_docs() -> None:
         underlined += line + ("~" * sum(inside) + "\n" if any(inside) else "")
         assert all(inside) or not any(inside)
         start += len(line)
-    assert f"```\n{underlined}```" in (Path(__file__).parents[2] / "docs/instruct.md").read_text()
+    assert f"```\n{underlined}```" in (Path(__file__).parents[2] / "docs/how_to/instruct.md").read_text()
 
 
 def test_the_plain_template_needs_no_special_tokens_of_a_chat() -> None:
