@@ -62,7 +62,9 @@ def named(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-WITH_PYTHON = [page for page in PAGES if any(block.language == "python" for block in blocks_of(page))]
+WITH_PYTHON = [
+    page for page in (ROOT / "README.md", *PAGES) if any(block.language == "python" for block in blocks_of(page))
+]
 
 
 def imported(source: str) -> set[str]:
@@ -100,6 +102,11 @@ def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pyte
     names: dict[str, Any] = {"__name__": "page"}
     for block in blocks:
         exec(compile("\n" * block.line + block.text, named(page), "exec"), names)
+
+
+def test_the_readme_is_short():
+    text = READ_ALONE[0].read_bytes()
+    assert text.count(b"\n") <= 150 and len(text) <= 8000
 
 
 # Commands

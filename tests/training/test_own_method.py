@@ -1,4 +1,4 @@
-"""The README's method of one's own, in a file outside the package: trained, reloaded, counted and timed."""
+"""The method of docs/how_to/your_method.md, in a file outside the package: trained, reloaded, counted and timed."""
 
 import functools
 import json
@@ -23,21 +23,18 @@ from tests.helpers import sweeps
 from tests.helpers.cli import ROOT, run, run_entry
 from tests.helpers.runs import model_and_params, run_config
 
-BLOCK = next(
-    block
-    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    if "def method(model)" in block
-)
+PAGE = (ROOT / "docs/how_to/your_method.md").read_text()
+FILE = "\n".join(block for block in re.findall(r"```python\n(.*?)```", PAGE, re.S) if "print(" not in block)
 
 
 @pytest.fixture(scope="module")
 def folder(inputs: Path) -> Path:
-    (inputs / "mine.py").write_text(BLOCK)
+    (inputs / "mine.py").write_text(FILE)
     return inputs
 
 
-def test_the_readmes_method(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(registry._METHODS, "lora_xs", raising=False)  # the README's blocks may have run before
+def test_the_pages_method(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(registry._METHODS, "lora_xs", raising=False)  # the page's blocks may have run before
     method_flag = f"--config.method={folder}/mine.py:method"
     done = run(folder, folder / "run", method_flag, "--config.data.buckets=1", "--config.optimizer.learning_rate=0.05")
     assert done.returncode == 0, done.stderr
@@ -53,10 +50,10 @@ def test_the_readmes_method(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @jax.numpy_rank_promotion("allow")  # a user's code
-def test_the_readmes_method_has_traits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_pages_method_has_traits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Its rank is swept, each member as alone; its factors have a place on a mesh; its matrices decay; it adds."""
     names: dict[str, Any] = {}
-    exec(BLOCK, names)
+    exec(FILE, names)
     select = {"method": "lora_xs", "select": ["**/attn/{query,value}/kernel"]}
     members = sweeps.members([{"rank": 1}, {"rank": 3}], select | {"rank": 2}, buckets=1)
     alone = [sweeps.alone(tmp_path / "alone" / member.name, member, validation=None) for member in members]
@@ -86,7 +83,7 @@ def test_the_readmes_method_has_traits(tmp_path: Path, caplog: pytest.LogCapture
 
 
 @pytest.mark.slow
-def test_the_readmes_method_is_counted_and_timed(folder: Path) -> None:
+def test_the_pages_method_is_counted_and_timed(folder: Path) -> None:
     method_flag = f"--config.method={folder}/mine.py:method"
     config = ["--config=configs/e2e.py:small", method_flag, f"--config.base={folder}/base"]
     done = run_entry("count", *config)
