@@ -7,7 +7,7 @@ axis of its own. Slicing, transposing, scanning, vmapping and sharding follow fr
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, Self, TypeVar, dataclass_transform
 
 import jax
@@ -182,9 +182,19 @@ def is_changed(node: Any) -> bool:
 def ready(w: Adapted) -> Adapted:
     """`w.ready()`, with frozen fields that have no gradient. They lose it here, before anything slices them: the
     backward pass of a scan reads its inputs again, but keeps what is computed from a layer's."""
-    names = [field.name for field in dataclasses.fields(w) if not field.metadata.get("static")]  # type: ignore[arg-type]
-    frozen = [name for name in names if name in w.frozen or name.startswith("fixed_")]
-    return w.replace(**{name: lax.stop_gradient(getattr(w, name)) for name in frozen}).ready()
+    frozen = {name: x for name, x in arrays_of(w).items() if is_frozen(name, w.frozen)}
+    return w.replace(**lax.stop_gradient(frozen)).ready()
+
+
+def arrays_of(w: Adapted) -> dict[str, Any]:
+    """The fields of an adapted array that are no static ones."""
+    names = (field.name for field in dataclasses.fields(w) if not field.metadata.get("static"))  # type: ignore[arg-type]
+    return {name: getattr(w, name) for name in names}
+
+
+def is_frozen(name: str, frozen: Sequence[str] = ()) -> bool:
+    """Whether a factor, or a field of an adapted array with these frozen ones, does not train."""
+    return name.startswith("fixed_") or name in frozen
 
 
 def factor_axes(layout: str, axes: str) -> list[int | str]:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from lora_jax.core.arrays import Adapted
+from lora_jax.core.arrays import Adapted, arrays_of, is_frozen
 from lora_jax.core.lifting.taps import Tap
 from lora_jax.core.transforms import Delta
 
@@ -32,8 +32,7 @@ def labels(tree: Any) -> Any:
             strength = jax.tree.map(lambda _: "frozen", node.strength)
             return dataclasses.replace(node, factors=_by_name(node.factors), strength=strength)
         if isinstance(node, Adapted):
-            fields = [field for field in dataclasses.fields(node) if not field.metadata.get("static")]  # type: ignore[arg-type]
-            return node.replace(**_by_name({field.name: getattr(node, field.name) for field in fields}, node.frozen))
+            return node.replace(**_by_name(arrays_of(node), node.frozen))
         return "frozen"
 
     return jax.tree.map(label, tree, is_leaf=lambda node: isinstance(node, Delta | Adapted | Tap))
@@ -41,7 +40,7 @@ def labels(tree: Any) -> Any:
 
 def _by_name(factors: Any, frozen: Sequence[str] = ()) -> Any:
     def label(name: str) -> str:
-        return "frozen" if name.startswith("fixed_") or name in frozen else "trainable"
+        return "frozen" if is_frozen(name, frozen) else "trainable"
 
     if not isinstance(factors, dict):
         return jax.tree.map(lambda _: "trainable", factors)

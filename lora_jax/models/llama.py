@@ -163,9 +163,8 @@ class Norm(nn.Module):
         init = nn.initializers.zeros if offset else nn.initializers.ones
         scale = wide(self.param("scale", init, x.shape[-1:], self.config.param_dtype))
         long = wide(x)
-        long = long * lax.rsqrt(
-            jnp.mean(long * long, axis=-1, keepdims=True) + self.config.eps
-        )  # a square keeps 2 long
+        mean = jnp.mean(long * long, axis=-1, keepdims=True)  # the derivative of jnp.square keeps 2 long, too
+        long = long * lax.rsqrt(mean + self.config.eps)
         scale = jnp.expand_dims(1 + scale if offset else scale, range(x.ndim - 1))
         return (long * scale.astype(long.dtype)).astype(x.dtype)
 
