@@ -96,11 +96,11 @@ def test_a_method_is_printed_as_its_spec_and_pickled_through_it():
     chain = lj.chain(LORA, lj.tune(lj.select("**/bias")))
     for method in (LORA, chain, lj.bank([LORA, LORA]), lj.adapter({"mlp_out": (2, 4)}, rank=2)):
         assert repr(method) == f"ParamTransform({method.spec})" and "\n" not in repr(method)
-        for again in (pickle.loads(pickle.dumps(method)), copy.deepcopy(method)):
+        for again in (pickle.loads(pickle.dumps(method)), copy.copy(method), copy.deepcopy(method)):
             assert again.spec == method.spec
             jax.tree.map(np.testing.assert_array_equal, again.init(KEY, PARAMS), method.init(KEY, PARAMS))
     own = per_target({"method": "of my own"}, QV, lambda key, target: {}, lambda *_: None)
-    assert copy.deepcopy(own).spec == own.spec
+    assert copy.copy(own).spec == copy.deepcopy(own).spec == own.spec
     with pytest.raises(ValueError, match="'of my own' is not known"):
         pickle.loads(pickle.dumps(own))
 

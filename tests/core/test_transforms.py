@@ -9,8 +9,6 @@ import optax
 import pytest
 
 import lora_jax as lj
-from lora_jax.core.arrays import Label
-from lora_jax.core.transforms import per_leaf
 from tests.helpers.reference import close, filled, merged_params, normal, random_delta, same
 
 KEY = jax.random.key(0)
@@ -212,21 +210,3 @@ def test_specs_with_former_names_of_methods():
         assert [traits.fast for _, traits in lj.traits_of(former)] == [()]
         delta = random_delta(method, PARAMS)
         same(lj.merge(lj.from_spec(former).apply(PARAMS, delta)), merged_params(method, PARAMS, delta))
-
-
-def test_a_method_in_the_former_shape_of_the_builder():
-    """What the README showed before: init(key, path, leaf, axes), adapt(key, path, leaf, axes, factors, strength)."""
-
-    def init(key, path, leaf, axes):
-        return {"gain": jax.random.normal(key, leaf.shape[1:])}
-
-    def adapt(key, path, leaf, axes, factors, strength):
-        assert path == "h_0/attn/query/kernel" and axes == "io" and key is None
-        value = leaf * (1 + strength * factors["gain"][None])
-        return lj.Tuned(value=value, path=Label(path))
-
-    method = per_leaf({"method": "gain"}, lj.select("**/kernel"), init, adapt)
-    delta = method.init(KEY, PARAMS)
-    kernel = np.asarray(PARAMS["h_0"]["attn"]["query"]["kernel"])
-    want = kernel * (1 + np.float32(0.5) * np.asarray(delta["h_0/attn/query/kernel"]["gain"])[None])
-    close(merged_params(method, PARAMS, delta, strength=0.5)["h_0"]["attn"]["query"]["kernel"], want)

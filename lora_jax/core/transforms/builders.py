@@ -205,20 +205,6 @@ def per_target(
     return ParamTransform(init_all, apply, spec, lambda params: keys_of(targets_in(params)))
 
 
-def per_leaf(
-    spec: Spec, targets: Callable[[Params], Mapping[str, Axes]], init: Callable, adapt: Callable
-) -> ParamTransform:
-    """`per_target` in its former shape: `targets(params) -> {path: axes}`, `init(key, path, leaf, axes)`, and
-    `adapt(key or None, path, leaf, axes, factors, strength)`."""
-
-    def targets_in(params: Params) -> list[Target]:
-        leaves = dict(flatten(params)[0])
-        return [Target(path, leaves[path], axes) for path, axes in targets(params).items()]
-
-    start = lambda key, t: init(key, t.path, t.leaf, t.axes)  # noqa: E731
-    return per_target(spec, targets_in, start, lambda t, x, key, s: adapt(key, t.path, t.leaf, t.axes, x, s))
-
-
 def per_site(
     spec: Spec,
     sites: Mapping[str, int],

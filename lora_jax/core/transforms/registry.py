@@ -1,5 +1,6 @@
 """The methods that a spec can name, and what is known of each beside what it computes: `register`, `from_spec`."""
 
+import copyreg
 import dataclasses
 import difflib
 from collections.abc import Callable, Mapping
@@ -135,6 +136,5 @@ def _characters_of_globs(spec: Any) -> int:
 
 
 register("chain", lambda of: chain(*map(from_spec, of)))
-# What cannot be pickled, the functions of a method, is made again from its spec.
-ParamTransform.__reduce__ = lambda method: (from_spec, (method.spec,))  # type: ignore[method-assign,assignment,attr-defined]
-ParamTransform.__deepcopy__ = lambda method, _: method  # type: ignore[attr-defined]
+# Its functions cannot be pickled: a method is made again from its spec.
+copyreg.pickle(ParamTransform, lambda method: (from_spec, (method.spec,)))

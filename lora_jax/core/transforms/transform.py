@@ -85,6 +85,12 @@ class ParamTransform(NamedTuple):
     def __repr__(self) -> str:
         return f"ParamTransform({self.spec})"
 
+    def __copy__(self) -> "ParamTransform":
+        return self
+
+    def __deepcopy__(self, memo: dict) -> "ParamTransform":
+        return self
+
 
 def keys_of(method: ParamTransform, params: Params) -> set[str]:
     """The keys of a method's delta on these params, of which shapes suffice."""
