@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 LOCK ?= tests/constraints.txt
 INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check $(LOCK:%=-c %)
 
-.PHONY: quickstart smollm2 test test-all test-wheel test-core test-tpu test-matrix lint lock results docs
+.PHONY: quickstart smollm2 test test-all test-wheel test-core test-docs test-tpu test-matrix lint lock results docs
 
 quickstart: $(VENV)/.installed
 	$(PY) -m experiments.quickstart
@@ -38,6 +38,10 @@ test-wheel: lint
 
 test-core: $(VENV)/.installed-core
 	$(PY) -m pytest -m "not slow" $(PYTEST_ARGS) tests/core
+
+# The code of every page and notebook.
+test-docs: $(VENV)/.installed-test
+	$(PY) -m pytest tests/test_docs.py tests/test_notebooks.py $(PYTEST_ARGS)
 
 # A step of GPT-3 175B, compiled for TPUs, of which none is needed.
 test-tpu: $(VENV)/.installed-tpu

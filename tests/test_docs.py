@@ -62,8 +62,12 @@ def named(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+# The pages take minutes together: all but the first ones are for `make test-docs`.
+QUICK = (ROOT / "README.md", DOCS / "index.md", DOCS / "concepts.md")
 WITH_PYTHON = [
-    page for page in (ROOT / "README.md", *PAGES) if any(block.language == "python" for block in blocks_of(page))
+    pytest.param(page, id=named(page), marks=() if page in QUICK else pytest.mark.slow)
+    for page in (ROOT / "README.md", *PAGES)
+    if any(block.language == "python" for block in blocks_of(page))
 ]
 
 
@@ -91,10 +95,11 @@ def registries() -> Iterator[None]:
 @pytest.mark.usefixtures("registries", "no_java")
 @jax.numpy_rank_promotion("allow")  # what users have
 @jax.numpy_dtype_promotion("standard")
-@pytest.mark.parametrize("page", WITH_PYTHON, ids=named)
+@pytest.mark.parametrize("page", WITH_PYTHON)
 def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From an empty folder, one block after the other in one namespace."""
     blocks = [block for block in blocks_of(page) if block.language == "python"]
+    monkeypatch.setenv("KERAS_BACKEND", "jax")  # read by its import
     for package in sorted(set().union(*(imported(block.text) for block in blocks)) - OF_CORE):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)

@@ -35,6 +35,7 @@ def test_every_notebook_is_expected_to_say_something() -> None:
     assert {file.stem for file in NOTEBOOKS.glob("*.ipynb")} == set(EXPECTED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_notebook_runs(name: str) -> None:
     texts, plots, packages = EXPECTED[name]

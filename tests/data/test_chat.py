@@ -89,7 +89,7 @@ def test_a_bad_line_is_an_error_that_names_it(tmp_path: Path, row: Any, message:
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"holds none of train\.jsonl, .*docs/instruct\.md"):
+    with pytest.raises(FileNotFoundError, match=r"holds none of train\.jsonl, .*docs/how_to/instruct\.md"):
         chat.load(tmp_path, "train")
 
 
