@@ -182,7 +182,8 @@ def restore(workdir: str | Path, like: S, *, base: Mapping[str, Any] | None = No
       base: the identity of the base at hand; another than the checkpoint's is a ValueError.
 
     Raises:
-      FileNotFoundError: there is no checkpoint. ValueError: none is good, or another structure.
+      FileNotFoundError: there is no checkpoint.
+      ValueError: none is good, or another structure.
     """
     parts = {"delta": like.delta, "rest": like._replace(delta=None)}  # type: ignore[attr-defined]
     for step, meta in _good_steps(workdir):

@@ -102,7 +102,7 @@ class Adapted:
 
     @property
     def indivisible(self) -> bool:
-        """Whether no factor follows a part of an input or output axis: a cut one is dense. A kind may say so."""
+        """Whether the factors cannot follow a slice of an input or output axis, so that a slice is dense."""
         return isinstance(self, Encoded) or is_adapted(self.base)
 
     @property
@@ -119,7 +119,7 @@ class Adapted:
         raise NotImplementedError
 
     def remove(self) -> Array:
-        """The base, were `base` the merged array; a ValueError where the method cannot be undone."""
+        """The base, given that `base` is the merged array; a ValueError where the method cannot be undone."""
         raise ValueError(f"{self.path}: {type(self).__name__} cannot be unmerged; keep the base")
 
     def product(self, x: Array, op: Op) -> Array:
@@ -131,7 +131,7 @@ class Adapted:
         return None
 
     def ready(self) -> "Adapted":
-        """With what is derived from whole arrays; `lift` asks for it once, before anything slices them."""
+        """The same array with what is derived from whole factors; `lift` calls it once, before they are sliced."""
         return self
 
     def _unlifted(self, *_: Any, **__: Any) -> Any:

@@ -61,7 +61,7 @@ def is_primary() -> bool:
 def on_primary(function: Callable[[], T]) -> T:
     """What the function gives on the first process, JSON, on all of them; none returns before the function has ended.
 
-    Raises: the function's ValueError, TypeError or OSError, with its message, on every process.
+    A ValueError, TypeError or OSError of the function is raised, with its message, on every process.
     """
     if jax.process_count() == 1:
         return function()

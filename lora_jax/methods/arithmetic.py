@@ -41,7 +41,8 @@ def add(pairs: Sequence[Pair], weights: Sequence[Any], *, params: Any = None) ->
     shift; tuned leaves (with a base) one tuned leaf. One pair of weight 1 is returned as it is. Works under jit.
 
     Args:
-      pairs: of one base. weights: a number for each pair; they may be negative or traced.
+      pairs: of one base.
+      weights: a number for each pair; they may be negative or traced.
       params: the base, which `token_rows` and tuned leaves replace, and so need (tuned leaves not for an average: all
         pairs have them, and the weights add up to 1). Shapes are enough for VeRA and for `layers` of a stack.
 

@@ -21,7 +21,7 @@ BITS = {4: "nf4", 8: "int8"}
 
 @adapted_array
 class Quantized(Encoded):
-    """A matrix of rows, each of them codes: a row for each output unit, or of an embedding for each word.
+    """A quantized weight: rows of codes, one row for each output unit, or for each word of an embedding.
 
     Attributes:
       codes, scale, minimum, nested, offset: the arrays of the kind (`kinds.KINDS`), None where it has none.

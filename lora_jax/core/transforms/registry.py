@@ -93,8 +93,9 @@ def method_shardings() -> dict[str, PartitionSpec]:
 
 
 def from_spec(spec: dict[str, Any]) -> ParamTransform:
-    """The transform of a spec: `{"method": name, "select": [globs], "axes", "layers", "exclude", **options}`. What is
-    under "peft" (`interop.peft`) stays in the spec and changes nothing.
+    """The transform of a spec: `{"method": name, "select": [globs], "axes", "layers", "exclude", **options}`.
+
+    An entry "peft", which `interop.peft` makes, is kept and changes nothing.
 
     >>> import lora_jax as lj
     >>> lj.from_spec({"method": "lora", "select": ["**/kernel"], "rank": 4}).spec["rank"]
