@@ -85,7 +85,7 @@ def write_math(translator: Any, node: nodes.Element) -> None:
     """A formula as MathML, which browsers show without a script."""
     block = isinstance(node, nodes.math_block)
     formula = tex2mathml(node.astext(), as_block=block)
-    translator.body.append(f'<div class="math">{formula}</div>' if block else formula)
+    translator.body.append(f'<div class="formula">{formula}</div>' if block else formula)
     raise nodes.SkipNode
 
 

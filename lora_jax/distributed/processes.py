@@ -59,7 +59,7 @@ def is_primary() -> bool:
 
 
 def on_primary(function: Callable[[], T]) -> T:
-    """What the function gives on the first process, JSON, on all of them; none returns before the function has ended.
+    """The function's result on the first process, JSON, returned on all of them; none returns before it has ended.
 
     A ValueError, TypeError or OSError of the function is raised, with its message, on every process.
     """
