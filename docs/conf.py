@@ -65,7 +65,8 @@ def shorten_types(app: Any, what: str, name: str, obj: Any, options: Any, parame
     """A signature with short types: without the ranges that numbers are annotated with, and with Array for JAX's."""
 
     def short(text: str) -> str:
-        return re.sub(r"Annotated\[(.*?), [\w.~]*Range\(.*?\)\]", r"\1", text).replace("jaxlib._jax.Array", "Array")
+        text = re.sub(r"Annotated\[(.*?), [\w.~]*Range\(.*?\)\]", r"\1", text)
+        return re.sub(r"OptimizerConfig\(.*\)\)$", "OptimizerConfig())", text).replace("jaxlib._jax.Array", "Array")
 
     return parameters and short(parameters), returned and short(returned)
 

@@ -56,7 +56,7 @@ class Op(Protocol):
 
     @property
     def drops_input(self) -> bool:
-        """Whether dropout applies to the input: not to the ids of an embedding lookup."""
+        """Whether dropout applies to the input, as it does except to the ids of an embedding lookup."""
 
     def __call__(self, x: Array, w: Array) -> Array:
         """x times a weight `(i.., o..)`, ending in `o..`."""
@@ -107,7 +107,7 @@ class Adapted:
 
     @property
     def axes(self) -> str:
-        """One letter an axis. `core` has no leading stacked ones: vmap, scan and indexing add and take such axes."""
+        """One letter an axis, stacked ones too. (`core` lacks those: vmap, scan and indexing add and take them.)"""
         return "s" * (self.ndim - len(self.core)) + self.core
 
     def replace(self, **fields: Any) -> Self:

@@ -50,7 +50,7 @@ class Target:
 
     @property
     def stacked(self) -> tuple[int, ...]:
-        """The sizes of a factor's stacked axes: of the adapted layers alone."""
+        """The sizes of a factor's stacked axes, which has the adapted layers alone."""
         return (len(self.layers), *self.stack[1:]) if self.layers and self.stack else self.stack
 
     @property
@@ -70,7 +70,7 @@ class Target:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The fields of an adapted array that are the target's: base, core, path."""
+        """The fields base, core and path of an adapted array in the target's place."""
         return {"base": self.leaf, "core": self.axes.lstrip("s"), "path": self.label}
 
     def scale(self, number: Any) -> Array:
