@@ -91,7 +91,7 @@ threading._register_atexit(_finish_saves)  # type: ignore[attr-defined]
 
 @contextlib.contextmanager
 def opened(workdir: str | Path, *, keep: int = 3) -> Iterator[ocp.CheckpointManager]:
-    """`manager` for a block, at whose end it waits for what is being written.
+    """`manager` as a context, at whose end it waits for what is being written.
 
     Raises:
       OSError: it, or another file that the block writes, could not be written; names the newest complete checkpoint.
