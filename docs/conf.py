@@ -65,6 +65,7 @@ def shorten_types(app: Any, what: str, name: str, obj: Any, options: Any, parame
     """A signature with short types: without the ranges that numbers are annotated with, and with Array for JAX's."""
 
     def short(text: str) -> str:
+        text = text.replace("<factory>", "...")
         text = re.sub(r"Annotated\[(.*?), [\w.~]*Range\(.*?\)\]", r"\1", text)
         return re.sub(r"OptimizerConfig\(.*\)\)$", "OptimizerConfig())", text).replace("jaxlib._jax.Array", "Array")
 
