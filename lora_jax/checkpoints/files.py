@@ -221,7 +221,7 @@ def open_beside(path: Path) -> tuple[int, Path]:
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-    """Around writing a file or a folder: the OSError of a full disk names it."""
+    """A context for writing a file or a folder, in which the OSError of a full disk names it."""
     try:
         yield
     except OSError as error:

@@ -91,7 +91,7 @@ threading._register_atexit(_finish_saves)  # type: ignore[attr-defined]
 
 @contextlib.contextmanager
 def opened(workdir: str | Path, *, keep: int = 3) -> Iterator[ocp.CheckpointManager]:
-    """`manager` for a block, at whose end it waits for what is being written.
+    """`manager` as a context, at whose end it waits for what is being written.
 
     Raises:
       OSError: it, or another file that the block writes, could not be written; names the newest complete checkpoint.
@@ -182,7 +182,8 @@ def restore(workdir: str | Path, like: S, *, base: Mapping[str, Any] | None = No
       base: the identity of the base at hand; another than the checkpoint's is a ValueError.
 
     Raises:
-      FileNotFoundError: there is no checkpoint. ValueError: none is good, or another structure.
+      FileNotFoundError: there is no checkpoint.
+      ValueError: none is good, or another structure.
     """
     parts = {"delta": like.delta, "rest": like._replace(delta=None)}  # type: ignore[attr-defined]
     for step, meta in _good_steps(workdir):

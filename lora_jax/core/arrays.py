@@ -56,7 +56,7 @@ class Op(Protocol):
 
     @property
     def drops_input(self) -> bool:
-        """Whether dropout applies to the input: not to the ids of an embedding lookup."""
+        """Whether dropout applies to the input, as it does except to the ids of an embedding lookup."""
 
     def __call__(self, x: Array, w: Array) -> Array:
         """x times a weight `(i.., o..)`, ending in `o..`."""
@@ -102,12 +102,12 @@ class Adapted:
 
     @property
     def indivisible(self) -> bool:
-        """Whether no factor follows a part of an input or output axis: a cut one is dense. A kind may say so."""
+        """Whether the factors cannot follow a slice of an input or output axis, so that a slice is dense."""
         return isinstance(self, Encoded) or is_adapted(self.base)
 
     @property
     def axes(self) -> str:
-        """One letter an axis. `core` has no leading stacked ones: vmap, scan and indexing add and take such axes."""
+        """One letter an axis, stacked ones too. (`core` lacks those: vmap, scan and indexing add and take them.)"""
         return "s" * (self.ndim - len(self.core)) + self.core
 
     def replace(self, **fields: Any) -> Self:
@@ -119,7 +119,7 @@ class Adapted:
         raise NotImplementedError
 
     def remove(self) -> Array:
-        """The base, were `base` the merged array; a ValueError where the method cannot be undone."""
+        """The base, given that `base` is the merged array; a ValueError where the method cannot be undone."""
         raise ValueError(f"{self.path}: {type(self).__name__} cannot be unmerged; keep the base")
 
     def product(self, x: Array, op: Op) -> Array:
@@ -131,7 +131,7 @@ class Adapted:
         return None
 
     def ready(self) -> "Adapted":
-        """With what is derived from whole arrays; `lift` asks for it once, before anything slices them."""
+        """The same array with what is derived from whole factors; `lift` calls it once, before they are sliced."""
         return self
 
     def _unlifted(self, *_: Any, **__: Any) -> Any:

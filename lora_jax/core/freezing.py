@@ -15,7 +15,8 @@ from lora_jax.core.transforms import Delta
 def labels(tree: Any) -> Any:
     """A tree of "trainable" and "frozen" for a Delta, `{"base": params, "delta": delta}` or adapted params.
 
-    Factors train, but those named `fixed_...`; inside an adapted array base, keys, scale are frozen; plain params too.
+    Factors are trainable, except those named `fixed_...`. The base, keys and scale of an adapted array are frozen, and
+    so are plain params.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> delta = lj.Delta({"kernel": {"a": jnp.ones((3, 1)), "fixed_b": jnp.ones((1, 2))}})
@@ -48,10 +49,10 @@ def _by_name(factors: Any, frozen: Sequence[str] = ()) -> Any:
 
 
 def freeze_base(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """An optimizer for what trains alone: no updates and no state for the rest, whatever the tree.
+    """The optimizer, for what `labels` calls trainable: the rest gets no updates and has no state.
 
-    Clipping, `MultiSteps` or a gradient norm belong inside: there they see what trains. (`optax.masked` would let the
-    raw gradients of the base through.)
+    Clipping, `MultiSteps` or a gradient norm belong inside, where they see only what trains. (`optax.masked` would let
+    the raw gradients of the base through.)
 
     >>> import jax.numpy as jnp, optax, lora_jax as lj
     >>> delta = lj.Delta({"kernel": {"a": jnp.ones((3, 1)), "b": jnp.ones((1, 2))}})

@@ -98,8 +98,10 @@ class Selection(NamedTuple):
         return {path: self.axes_of(path, leaf) for path, leaf in self.leaves(params).items()}
 
     def leaves(self, params: Any) -> dict[str, Any]:
-        """`{path: leaf}` of the selected floating-point leaves; a glob that matches none is a ValueError. Of braces one
-        alternative suffices, as specs of old files may have others."""
+        """`{path: leaf}` of the selected floating-point leaves; a glob that matches none is a ValueError.
+
+        One matching alternative in braces suffices: specs of old files may have others.
+        """
         leaves = _float_leaves(params)
         selected = {path for glob in self.globs for path in _matching(glob, leaves, params)}
         selected -= {path for glob in self.exclude for path in _matching(glob, leaves, params)}
@@ -201,9 +203,9 @@ def select(
         each alternative.
       axes: one string for all (`"io"`), or a mapping glob -> string (first match wins). Two axes need no naming where
         the leaf's name tells them: `kernel` "io", `embedding` "vo", `weight` "oi" (torch, Equinox), else "io".
-      layers: only these: the number in `h_3`, or entries of the stacked axis `s`.
+      layers: only these layers: the number in `h_3`, or entries of the stacked axis `s`.
       exclude: globs of leaves to leave out.
-      ndim: only leaves of so many axes, stacked ones apart: `select("**", ndim=2)` is all matrices.
+      ndim: only leaves with this number of axes, not counting stacked ones: `select("**", ndim=2)` is all matrices.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> params = {"attn": {"query": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}}}

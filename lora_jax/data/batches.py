@@ -43,8 +43,10 @@ class Schedule:
     be short, and there are ceil(rows / batch_size).
 
     Attributes:
-      buckets, shapes: the rows of each bucket, shortest first, with -1 for an empty row; and its (l, n).
-      batch_size, seed: b, the rows of a batch; and what seeds the order.
+      buckets: the rows of each bucket, shortest first, with -1 for an empty row.
+      shapes: (l, n) of each bucket.
+      batch_size: b, the rows of a batch.
+      seed: of the order.
       collate: makes a batch: (rows, l, n) -> Batch, with -1 for an empty row.
       held: which rows of a batch are made, by their numbers below b; None for all. The processes of one run each make
         those that their devices hold.

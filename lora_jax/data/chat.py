@@ -56,8 +56,9 @@ _PIECE = 1024  # conversations that are encoded together
 def load(path: str | Path, split: str = "train") -> datasets.Dataset:
     """The conversations of a split in a folder of train, valid and test.jsonl (also .gz), or of one file.
 
-    Returns: a Dataset with columns `context`, the messages before the last answer, as `dumped`; `completion`, that
-    answer; `source`, "file:line".
+    Returns:
+      A Dataset with the columns `context`, the messages before the last answer, as `dumped`; `completion`, that answer;
+      and `source`, the file and the line.
 
     Raises:
       FileNotFoundError: there is nothing there.

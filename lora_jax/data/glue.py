@@ -78,7 +78,7 @@ class GlueTask(NamedTuple):
 
     @property
     def outputs(self) -> int:
-        """Of a model: one for each label, or the one of a regression."""
+        """The number of a model's outputs, one for each label or one for a regression."""
         return max(len(self.labels), 1)
 
 

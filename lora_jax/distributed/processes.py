@@ -59,9 +59,9 @@ def is_primary() -> bool:
 
 
 def on_primary(function: Callable[[], T]) -> T:
-    """What the function gives on the first process, JSON, on all of them; none returns before the function has ended.
+    """The function's result on the first process, JSON, returned on all of them; none returns before it has ended.
 
-    Raises: the function's ValueError, TypeError or OSError, with its message, on every process.
+    A ValueError, TypeError or OSError of the function is raised, with its message, on every process.
     """
     if jax.process_count() == 1:
         return function()
@@ -126,8 +126,11 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def own_rows(sharding: Sharding, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The numbers, (rows,) ascending, of the rows that this process's devices hold of an array whose first axes, over
-    which its rows lie in order, have this shape; with one process None, for all. Two processes may hold the same."""
+    """The indices, (rows,) ascending, of the rows of an array that this process's devices hold.
+
+    The rows lie in order over the array's first axes, which have this shape. None where there is one process, which
+    holds all. Two processes may hold the same row.
+    """
     if jax.process_count() == 1:
         return None
     held = np.zeros(shape, bool)
@@ -139,7 +142,7 @@ def own_rows(sharding: Sharding, shape: tuple[int, ...]) -> np.ndarray | None:
 def batch_placer(
     mesh: Mesh, size: int, micro: int | None = None, members: int | None = None
 ) -> tuple[Callable[[Mapping[str, np.ndarray]], dict[str, jax.Array]], np.ndarray | None]:
-    """What puts a batch of `size` rows on the mesh, its rows over the devices, and `own_rows` that each process makes.
+    """A function that puts a batch of `size` rows on the mesh, and `own_rows`, those that this process makes.
 
     Arrays there are (b, ...); with `micro` (k, b, ...), k micro-batches of equal size; with `members` (members, k, b,
     ...), made of one batch of each member.

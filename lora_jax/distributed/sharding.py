@@ -74,7 +74,7 @@ def on_mesh(model: Any, mesh: Mesh) -> Any:
 
 
 def rules_for(model: Any, mesh: Mesh) -> Rules:
-    """The rules of a model, by its family. What no rule names, and no method's traits, is an error."""
+    """The sharding rules of a model, those of its family; for `shardings`, which refuses a leaf that no rule names."""
     return family_of(model).sharding_rules(model.config, mesh)
 
 

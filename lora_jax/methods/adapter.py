@@ -55,7 +55,9 @@ def adapter(
     layers: Sequence[int] | None = None,
     dtype: Any = jnp.float32,
 ) -> ParamTransform:
-    """`x + up(act(down(x)))` for every x of the sites, with down `(d, r)`, up `(r, d)` zero at first, and biases.
+    """Adapters: trained bottlenecks at the sites, `x + up(act(down(x)))` in place of each activation x.
+
+    down is `(d, r)`, up `(r, d)` and zero at first; both have biases.
 
     The paper's kinds, of GPT-2's sites `s = gpt2.sites(config)`, each site named before the residual sum:
 
@@ -64,13 +66,15 @@ def adapter(
     - AdapterP (Pfeiffer et al. 2021): `{"mlp_out": s["mlp_out"]}`, `activation="relu"`
     - AdapterD (AdapterDrop, Rücklé et al. 2021): as Houlsby's or Pfeiffer's, with `layers` without the first ones
 
-    Each adds 2 d r + r + d parameters an occurrence, and 2 d with its LayerNorm. They cannot be merged.
+    Each occurrence has 2 d r + r + d parameters, and 2 d more with a LayerNorm. Adapters cannot be merged.
 
     Args:
       sites: `{name: (occurrences, width)}`, or with a shape that ends in the width (`gpt2.sites`, `lora_jax.sites`).
-      rank: the width of the bottleneck. norm: whether a trained LayerNorm goes before.
+      rank: the width of the bottleneck.
+      norm: whether a trained LayerNorm goes before.
       activation: "gelu" (its tanh form), "relu", "silu" (swish) or "tanh".
-      layers: the occurrences that are adapted; None: all. dtype: of the factors; they compute in x's.
+      layers: the occurrences that are adapted; None: all.
+      dtype: of the factors; the computation is in that of x.
 
     >>> import jax, lora_jax as lj
     >>> lj.adapter({"mlp_out": (2, 16)}, rank=3).init(jax.random.key(0), {})

@@ -37,11 +37,13 @@ def add(pairs: Sequence[Pair], weights: Sequence[Any], *, params: Any = None) ->
     """The adapter `(method, delta)` whose change of every leaf is the sum of `weights[n]` times that of `pairs[n]`.
 
     Exact, up to rounding in float32. Targets, ranks and scales may differ. What has low rank becomes one LoRA of scale
-    1, without dropout, with an A for every path and every layer of a stack (zero where none had one); shifts become one
-    shift; tuned leaves (with a base) one tuned leaf. One pair of weight 1 is returned as it is. Works under jit.
+    1, without dropout, with an A for every path and every layer of a stack (zero where none had one); bias deltas
+    become one bias delta, tuned leaves (with a base) one tuned leaf. One pair of weight 1 is returned as it is. Works
+    under jit.
 
     Args:
-      pairs: of one base. weights: a number for each pair; they may be negative or traced.
+      pairs: of one base.
+      weights: a number for each pair; they may be negative or traced.
       params: the base, which `token_rows` and tuned leaves replace, and so need (tuned leaves not for an average: all
         pairs have them, and the weights add up to 1). Shapes are enough for VeRA and for `layers` of a stack.
 
@@ -84,8 +86,8 @@ def truncate(
     """The adapter of at most this rank that is nearest in the Frobenius norm, and by how much it is off.
 
     By the singular values of A B (Eckart and Young 1936), those of the r x r core of the QR decompositions of A and
-    B^T; every layer of a stack has its own. Their roots go into A and B alike. Tuned leaves and shifts stay as they
-    are. `truncate(*add(pairs, weights), rank)` is a sum of a given rank.
+    B^T; every layer of a stack has its own. Their roots go into A and B alike. Tuned leaves and bias deltas stay as
+    they are. `truncate(*add(pairs, weights), rank)` is a sum of a given rank.
 
     Args:
       rank: 1 or more, or a mapping glob -> rank (first match wins; no match is an error).

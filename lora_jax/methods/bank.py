@@ -77,15 +77,20 @@ class Chosen(LowRank):
 
 @checked
 def bank(methods: Sequence[ParamTransform]) -> ParamTransform:
-    """K adapters of one base, of any ranks and targets, as one transform; `strength` says which row has which.
+    """A bank: K adapters of one base, of any ranks and targets, as one transform, of which each row of a batch has one.
 
-    `strength` of `apply` is, for a batch of n rows along the first axis of every input that an adapted weight meets,
-    (n,) integers, the adapter of each row, -1 being none (not on explicit meshes, and an embedding's factors are copied
-    for each row); or (n, K) numbers, how strong each adapter is in each row. One number, or (1, K), holds for all rows;
-    strength 1 is the sum of all adapters. It may be traced: a row whose id is then below -1, or not below K, is NaN.
+    The `strength` of `apply` says which. For a batch of n rows, along the first axis of every input, it is
 
-    The delta has the entries of adapter k under `@k/`: `pack` and `take` go from deltas to it and back. With gradients
-    each row trains its own adapter. For methods whose change has low rank: LoRA with its scales, PiSSA, rows.
+    - (n,) integers: the adapter of each row, -1 for none. (Not on explicit meshes; an embedding's factors are copied
+      for each row.)
+    - (n, K) numbers: how strong each adapter is in each row.
+    - (1, K) numbers, or one number: the same for all rows; 1 is the sum of all adapters.
+
+    It may be traced; a row whose traced id is below -1 or not below K is NaN.
+
+    The delta has the entries of adapter k under `@k/`; `methods.bank.pack` makes it from the adapters' deltas, and
+    `take` takes one out. In training each row trains its own adapter. The methods must be of low rank: LoRA and its
+    scalings, PiSSA, `token_rows`.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> params, lora = {"kernel": jnp.ones((3, 2))}, lj.lora(lj.select("kernel"), rank=1)

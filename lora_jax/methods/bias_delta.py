@@ -35,7 +35,7 @@ class BiasDelta(Summed):
 
 @checked
 def bias_delta(selection: Selection, *, scale: float | Mapping[str, float] = 1.0) -> ParamTransform:
-    """`b + scale * shift` for the selected biases b: the shift trains and is zero at first, b is frozen.
+    """A trained change of the selected biases: `b + scale * shift`, where the shift is zero at first and b is frozen.
 
     LoRA with a bias in its B adds `scale * bias` to a layer's output; with `scale` equal to LoRA's this is that bias.
 

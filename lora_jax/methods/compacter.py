@@ -39,12 +39,13 @@ def compacter(
     layers: Sequence[int] | None = None,
     dtype: Any = jnp.float32,
 ) -> ParamTransform:
-    """Houlsby's adapter with down and up of `sum_i kron(rule_i, s_i t_i)`, i from 1 to n: rule_i `(n, n)` is shared by
-    all (`@shared/compacter`), s_i t_i of rank one is each's own (section 3 of the paper). Up is zero at first.
+    """Compacter: Houlsby's adapters with matrices that are sums of Kronecker products (the paper's section 3).
 
-    Each occurrence has 2 (d + r) + r + d parameters, and all together n^3. A chain has room for one.
+    down and up are `sum_i kron(rule_i, s_i t_i)`, i from 1 to n. All share the rules `(n, n)`, under
+    `@shared/compacter` in the delta; the products s_i t_i, of rank one, are each matrix's own. up is zero at first.
+    Each occurrence has 2 (d + r) + r + d parameters, and the rules n^3. A chain can have one Compacter.
 
-    Args: as of `adapter`; `n` divides the rank and the width of every site.
+    The arguments are those of `adapter`; `n` must divide the rank and the width of every site.
 
     >>> import lora_jax as lj
     >>> lj.check(lj.compacter({"mlp_out": (2, 16)}, rank=8, n=4), {}).trained

@@ -122,7 +122,9 @@ def dora(
     shared: Iterable[str] = (),
     strict: bool = True,
 ) -> ParamTransform:
-    """`m V / ||V||` with `V = W + scale * A B`: A and B as in LoRA, m `(s.., o..)` the norm of W at first.
+    """DoRA: trains a weight's magnitude m and, by LoRA, its direction: `m V / ||V||`, `V = W + scale * A B`.
+
+    A and B are as in `lora`; m is `(s.., o..)` and begins as the norm of W.
 
     The norm is over a weight's input axes (one number an output unit; of an embedding, over the vocabulary, one a
     feature), and a constant for the gradient (the paper's section 4.3). Dropout is on the input of all that changes:

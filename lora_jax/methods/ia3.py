@@ -63,7 +63,9 @@ class Rescaled(Weight):
 
 @checked
 def ia3(selection: Selection, *, feedforward: Iterable[str] = ()) -> ParamTransform:
-    """`(x W + b) * l`, or `(x * l) W + b` for the weights that feed a layer back: l trains, 1 at first, W and b do not.
+    """IA3: trained vectors l that scale layers' outputs, `(x W + b) * l`, or their inputs, `(x * l) W + b`.
+
+    The inputs are scaled of the weights that `feedforward` names. l is 1 at first; W and b are frozen.
 
     A bias is scaled with its weight, if the weight's module has a leaf named `bias`: the l of both stands once in the
     delta, under `@shared/<module>`; a bias of another shape, or of two selected weights, is a ValueError. Without one,

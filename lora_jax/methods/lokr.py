@@ -110,7 +110,9 @@ def _looked_up(op: LookUp, ids: Array, first: Matrices, second: Matrices) -> Arr
 def lokr(
     selection: Selection, *, rank: Ranks, alpha: Any = None, decompose_both: bool = False, decompose_factor: int = -1
 ) -> ParamTransform:
-    """`W + alpha/rank * (w1 x w2)`, the Kronecker product of w1 (out_1, in_1) and w2 (out_2, in_2); W is frozen.
+    """LoKr: a trained Kronecker product beside each weight, `W + alpha/rank * (w1 x w2)`; W is frozen.
+
+    w1 is (out_1, in_1) and w2 (out_2, in_2).
 
     The sizes and the initialization are PEFT's: `out = out_1 * out_2` and `in = in_1 * in_2` by `factorization`. A side
     is low-rank, w2 = w2_a w2_b, where rank is less than half its longer size; w1 only with `decompose_both`. w1 (or
@@ -124,8 +126,8 @@ def lokr(
       rank: 1 or more, or a mapping glob -> rank (first match wins; no match is an error).
       alpha: scale = alpha / rank, also where no side is low-rank; a number (it may be traced) or a mapping; the rank
         where None.
-      decompose_both: whether w1 may be low-rank too. decompose_factor: the size of out_1 and in_1 where it divides; -1:
-        the nearest to a square root.
+      decompose_both: whether w1 may be low-rank too.
+      decompose_factor: the size of out_1 and in_1 where it divides; -1: the nearest to a square root.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> lj.lokr(lj.select("kernel"), rank=2).init(jax.random.key(0), {"kernel": jnp.ones((120, 64))})

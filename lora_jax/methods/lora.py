@@ -37,19 +37,22 @@ def lora(
     shared: Iterable[str] = (),
     strict: bool = True,
 ) -> ParamTransform:
-    """`W x + scale * B A x`, with A `(s.., i.., r)`, B `(s.., r, o..)` zero, and W frozen.
+    """LoRA: a trained low-rank product beside each selected weight, `x W + scale * (x A) B`; W is frozen.
+
+    A is `(s.., i.., r)`, and B, zero at first, is `(s.., r, o..)`.
 
     Args:
       selection: the weights; each needs named input and output axes.
       rank: 1 to min(in, out), or a mapping glob -> rank (first match wins; no match is an error).
-      alpha: scale = alpha / rank; a number (it may be traced) or a mapping; the rank where None.
-      dropout: on the input of the low-rank branch alone, drawn where `apply` gets a key; look-ups draw none.
+      alpha: scale = alpha / rank. A number, which may be traced, or a mapping as of `rank`; None: the rank.
+      dropout: the rate for the input of the low-rank branch. `apply` needs a key for it; look-ups have no dropout.
       a_init: "kaiming_uniform" U(-1/sqrt(in), 1/sqrt(in)), as in loralib and PEFT; "gaussian" N(0, 0.02^2), as in the
-        authors' first GPT-2 code. Embeddings the other way round, as there: A zero, B N(0, 1).
-      scale_rule: "alpha/r", or "alpha/sqrt(r)" (rsLoRA, Kalajdzievski 2023). dtype: of the factors.
+        authors' first GPT-2 code. For an embedding A is zero and B is drawn from N(0, 1), as in loralib.
+      scale_rule: "alpha/r", or "alpha/sqrt(r)" (rsLoRA, Kalajdzievski 2023).
+      dtype: of the factors.
       shared: globs of leaves that share one A and one dropout mask with those of their module, as in a fused layer
         (PEFT's adapters of GPT-2's c_attn): `@shared/h_0/attn` in the delta for `h_0/attn/{query,value}/kernel`.
-      strict: whether a rank above min(in, out) is refused; adapters of other libraries have such.
+      strict: whether a rank above min(in, out) is an error. Some adapters of other libraries have such ranks.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> lj.lora(lj.select("kernel"), rank=2).init(jax.random.key(0), {"kernel": jnp.ones((100, 70))})

@@ -36,7 +36,9 @@ class Pissa(Summed):
 def pissa(
     selection: Selection, *, rank: Ranks, alpha: Any = None, scale_rule: str = "alpha/r", dtype: Any = jnp.float32
 ) -> ParamTransform:
-    """`W - scale * A0 B0 + scale * A B`, with A and B starting as A0 and B0: the first `rank` singular triples of W.
+    """PiSSA: LoRA whose A and B begin as the weight's first `rank` singular triples.
+
+    The weight becomes `W - scale * A0 B0 + scale * A B`, where A0 and B0 are what A and B begin as.
 
     With `W = U S V` (inputs times outputs), `A0 = U sqrt(S / scale)` and `B0 = sqrt(S / scale) V`, each cut to the
     rank (the paper's section 3); of each triple, the entry of U that is largest in size is positive. W itself is not

@@ -49,8 +49,9 @@ class Extended(Weight):
 
 @checked
 def prefix_embedding(selection: Selection, *, prefix: int, infix: int = 0) -> ParamTransform:
-    """Trained embeddings of prefix and infix tokens: d (l_p + l_i) parameters (PreEmbed). They start as rows of the
-    vocabulary, drawn at random. It cannot be merged.
+    """Prefix-embedding tuning (the paper's PreEmbed): trained embeddings of prefix and infix tokens.
+
+    These are d (l_p + l_i) parameters, which start as random rows of the vocabulary. The method cannot be merged.
 
     The selection is the token embedding, with axes "vo"; `prefix` tokens stand before the context, `infix` tokens
     between it and the completion.
@@ -108,12 +109,15 @@ class ClampIds:
 
 @checked
 def prefix_layer(sites: Mapping[str, Sequence[Any]], *, vocabulary: int, prefix: int, infix: int = 0) -> ParamTransform:
-    """Trained vectors in place of every layer's output at the prefix and infix tokens: L d (l_p + l_i) parameters
-    (PreLayer), from N(0, 0.02^2). Below them is the embedding of the vocabulary's last token. It cannot be merged.
+    """Prefix-layer tuning (PreLayer): trained vectors in place of every layer's output at prefix and infix tokens.
+
+    These are L d (l_p + l_i) parameters, drawn from N(0, 0.02^2). The first layer's input at these tokens is the
+    embedding of the vocabulary's last token. The method cannot be merged.
 
     Args:
       sites: `{"block_out": (layers, width)}`, as of `adapter`. The model names its `tokens` too.
-      vocabulary: how many ids the model knows: the tokens' ids begin there. prefix, infix: as of `prefix_embedding`.
+      vocabulary: how many ids the model has; those of the extra tokens come after them.
+      prefix, infix: as of `prefix_embedding`.
 
     >>> import lora_jax as lj
     >>> lj.check(lj.prefix_layer({"block_out": (2, 16)}, vocabulary=50, prefix=3, infix=1), {}).trained

@@ -15,9 +15,10 @@ from lora_jax.methods.arguments import checked
 
 @checked
 def tune(selection: Selection) -> ParamTransform:
-    """The selected leaves train: copied into the delta, as factor `value`; they stand as `Tuned` in adapted params.
+    """Fine-tuning: the selected leaves train. They are copied into the delta, as factor `value`.
 
-    Of a leaf in 16 bits the copy has 32, in which small updates are not lost; adapted params have it rounded.
+    In adapted params a `Tuned` stands in the place of each. The copy of a leaf of 16 bits has 32, so that small updates
+    are not lost; it is rounded in adapted params.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}

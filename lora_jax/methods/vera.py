@@ -45,11 +45,13 @@ class Part(Target):
 
 @checked
 def vera(selection: Selection, *, rank: int, d_initial: float = 0.1, fused: Iterable[str] = ()) -> ParamTransform:
-    """`x W + x A diag(d) B diag(b)`: the vectors d and b train; A and B are random, frozen, and the same for all.
+    """VeRA: two trained vectors a weight, d and b, between random matrices that all weights share.
+
+    A layer computes `x W + x A diag(d) B diag(b)`; A and B are frozen.
 
     A has the input and B the output of the largest weight; a weight takes the first rows of A and columns of B, as many
     as its input and output have. In the delta they are `@shared/vera`, as PEFT has them: `fixed_a` (rank, in) and
-    `fixed_b` (out, rank), U(-sqrt(6/n), sqrt(6/n)) with n their second size. A chain has room for one VeRA.
+    `fixed_b` (out, rank), U(-sqrt(6/n), sqrt(6/n)) with n their second size. A chain can have one VeRA.
 
     Args:
       selection: the weights; each needs named input and output axes.

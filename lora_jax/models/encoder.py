@@ -47,7 +47,8 @@ class EncoderConfig(layers.Computation):
       head: None, "classification" or "regression".
       labels: outputs of the head: classes, or the numbers of a regression, most often one.
       pooler: a layer and tanh on the first token; BERT's head needs it.
-      dropout, attention_dropout: rates in training, of embeddings, sublayers and head, and of attention's weights.
+      dropout: the rate in training of embeddings, sublayers and head.
+      attention_dropout: that of attention's weights.
     """
 
     family: str = "roberta"

@@ -95,7 +95,8 @@ def family_of(model: Any) -> Family:
     """The family of a model, of a model's config, or of that name.
 
     Raises:
-      TypeError: the model names no family. ValueError: no family of that name is registered.
+      TypeError: the model names no family.
+      ValueError: no family of that name is registered.
     """
     name = model if isinstance(model, str) else getattr(getattr(model, "config", model), "family", None)
     if not isinstance(name, str):

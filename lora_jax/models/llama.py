@@ -65,7 +65,8 @@ class LlamaConfig(layers.Computation):
       window: tokens that a layer in `local` attends to at most, its own among them.
       local: of each layer, whether it has the window; (): none.
       query_scale: scores are multiplied by this to the power of -1/2; None: the size of a head.
-      score_cap, logit_cap: scores of attention, and logits, become cap * tanh(x / cap).
+      score_cap: scores of attention become cap * tanh(x / cap).
+      logit_cap: so do logits, with this cap.
       head: None, a language model; "classification" or "regression" of the last token, with `labels` outputs.
       query_block: of `gpt2.GPT2Config`.
     """
@@ -133,7 +134,7 @@ class LlamaConfig(layers.Computation):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest input: `max_length`, unless the rotary embedding grows with the input."""
+        """Tokens of the longest input, which is `max_length` unless the rotary embedding grows with the input."""
         return int(self.max_length * (self.rotary.factor if self.rotary.rope_type == "dynamic" else 1))
 
 

@@ -21,10 +21,11 @@ BITS = {4: "nf4", 8: "int8"}
 
 @adapted_array
 class Quantized(Encoded):
-    """A matrix of rows, each of them codes: a row for each output unit, or of an embedding for each word.
+    """A quantized weight: rows of codes, one row for each output unit, or for each word of an embedding.
 
     Attributes:
-      codes, scale, minimum, nested, offset: the arrays of the kind (`kinds.KINDS`), None where it has none.
+      codes: one of the arrays of the kind (`kinds.KINDS`); scale, minimum, nested and offset are the others, None where
+        it has none.
       inner: the sizes of the axes along a row, inputs or of an embedding features, which the codes have as one.
       rows: the class of the axes of the rows, "o" or of an embedding "i".
       values: the dtype of the values, that of the product.

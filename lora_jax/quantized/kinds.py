@@ -44,7 +44,8 @@ class Kind(NamedTuple):
       block: numbers along a row with one scale; 0: all of them.
       layout: of the arrays: R the axes of the rows, B blocks along a row (or numbers, where there are none), other
         letters their own; s stacked.
-      decode: arrays -> (s.., R.., numbers) float32. encode: the inverse, nearest codes; None: from files alone.
+      decode: arrays -> (s.., R.., numbers) float32.
+      encode: the inverse, nearest codes; None: from files alone.
     """
 
     block: int

@@ -79,7 +79,8 @@ def load(
     then names.
 
     Raises:
-      FileNotFoundError: it or its tokenizer is not there. ValueError: a model of another kind than the config's task.
+      FileNotFoundError: it or its tokenizer is not there.
+      ValueError: a model of another kind than the config's task.
     """
     return unread(config, source, mesh, task, head_trained=head_trained).read()
 

@@ -24,7 +24,8 @@ def template_of(config: ConfigDict, source: str) -> str:
     """The chat template of a run: `data.template`, a file, "plain" or the template itself; else that of its base.
 
     Raises:
-      FileNotFoundError: there is no such file. ValueError: neither the config nor the base has a template.
+      FileNotFoundError: there is no such file.
+      ValueError: neither the config nor the base has a template.
     """
     given = config.data.get("template") or ""
     if given == "plain":

@@ -40,7 +40,8 @@ def default_config(kind: str) -> ConfigDict:
       kind: "generation" (texts from contexts, by a model that generates), "classification" (a label a text, GLUE's) or
         "chat" (the answers of conversations; LoRA on all matrices, with the hyperparameters that most have for it).
 
-    Returns: a config without `base`, data and, of a classification, `data.name`.
+    Returns:
+      A config whose `base`, data and, of a classification, `data.name` are not set yet.
 
     >>> config = default_config("generation")
     >>> config.base, config.lora.rank = "gpt2-medium", 8

@@ -157,7 +157,8 @@ def predict(
       command: the command line that makes the result again, kept in it.
 
     Raises:
-      FileNotFoundError: the data are not there. ValueError: the run writes texts, or the model's outputs are NaN.
+      FileNotFoundError: the data are not there.
+      ValueError: the run writes texts, or the model's outputs are NaN.
     """
     loaded = run if isinstance(run, Loaded) else load(run)
     task, name, workdir = loaded.task, loaded.config.data.name, loaded.workdir

@@ -28,7 +28,8 @@ def spec(config: ConfigDict, model: Any, new: Sequence[str] = ()) -> dict[str, A
     `new` in the base.
 
     Raises:
-      ValueError: the config has no such method. FileNotFoundError: its file is not there.
+      ValueError: the config has no such method.
+      FileNotFoundError: its file is not there.
     """
     parts = [_part(name, config, model) for name in config.method.split("+")]
     besides = [*config.get("head", ()), *new]

@@ -111,7 +111,8 @@ def adapter(path: str | Path, base: bases.Base) -> tuple[ParamTransform, Delta]:
     which a model is a delta that replaces every leaf of the base.
 
     Raises:
-      FileNotFoundError: it is not there. ValueError: it is of no form, damaged, or another base's.
+      FileNotFoundError: it is not there.
+      ValueError: it is of no form, damaged, or another base's.
     """
     path = Path(path).expanduser()
     checkpoints.finish_replacing(path)
@@ -173,7 +174,8 @@ def export_run(workdir: str | Path, form: Form, out: str | Path, *, base: str | 
       out: the folder.
       base: where the base is, if no longer where the run's config says.
 
-    Returns: what was written, and the step that it is of.
+    Returns:
+      What was written, and the step of the run that it is of.
     """
     workdir, out = Path(workdir).expanduser(), Path(out).expanduser()
     config = read_config(workdir)

@@ -48,7 +48,8 @@ def load_setup(
     once the method is checked on its shapes.
 
     Raises:
-      FileNotFoundError: no base or no data where the config says. ValueError: the method does not fit the base.
+      FileNotFoundError: no base or no data where the config says.
+      ValueError: the method does not fit the base.
     """
     task = task or task_named(config.data.name)
     data = {split: load_split(task, config, split) for split in ("train", "valid")}

@@ -50,7 +50,7 @@ def _check_numbers(config: Any, prefix: str = "") -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW under a schedule; `lora_jax.training.optimizer` makes it.
+    """The settings of AdamW and its schedule, for `lora_jax.training.optimizer`.
 
     >>> config = OptimizerConfig(learning_rate=1e-3, warmup_ratio=0.06)
     >>> config.schedule, config.weight_decay
@@ -83,7 +83,7 @@ class OptimizerConfig:
 
     @classmethod
     def of(cls, config: Any) -> "OptimizerConfig":
-        """The `optimizer` of a config, which may have old names; a key that there is not is a ValueError."""
+        """The `optimizer` of a config, which may have old names; an unknown key is a ValueError."""
         if isinstance(config, cls):
             return config
         values = with_new_names({"optimizer": config})["optimizer"]
@@ -95,7 +95,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A run, besides what trains and on what.
+    """The settings of a training run, except its method and its data.
 
     >>> TrainConfig.of({"epochs": 3, "optimizer": {"learning_rate": 1e-3}}).optimizer.learning_rate
     0.001

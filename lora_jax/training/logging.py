@@ -67,7 +67,7 @@ class Logger(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl of a workdir, of which what came after `step` is dropped first."""
+    """Writes metrics.jsonl of a workdir, after dropping the entries that came after `step`."""
 
     def __init__(self, workdir: str | Path, step: int) -> None:
         path = Path(workdir) / "metrics.jsonl"
@@ -86,7 +86,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Events of TensorBoard in a workdir; those after `step` are taken back."""
+    """Writes TensorBoard's events into a workdir; earlier ones after `step` are purged."""
 
     def __init__(self, workdir: str | Path, step: int) -> None:
         with extra("train"):

@@ -46,9 +46,9 @@ def rule(*names: str) -> Callable:
 def lift(fn: Callable, on_dense: Literal["warn", "error", "allow"] = "warn") -> Callable:
     """The same function, now also accepting adapted arrays, and tapped params, anywhere in its arguments.
 
-    It returns what `fn` of the merged weights would, computes nothing dense, and composes with jit, grad, vmap,
-    scan and checkpoint: write `jax.jit(lift(f))`. Without adapted arguments it is `fn`. Taps act where `fn` names an
-    activation: differentiate the lifted function, since a derivative that `fn` takes itself does not know them.
+    It returns what `fn` returns for the merged weights, without forming them, and composes with jit, grad, vmap, scan
+    and checkpoint: write `jax.jit(lift(f))`. Without adapted arguments it is `fn`. Taps act where `fn` names an
+    activation. Differentiate the lifted function: a derivative that `fn` itself takes leaves the taps out.
 
     `on_dense` is what happens where a weight of more than one axis must be made dense (a function with custom
     derivatives, an operation without a rule), or is contracted over its output axis alone: a warning once a place, an

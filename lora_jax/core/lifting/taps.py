@@ -27,7 +27,8 @@ class Tap:
       strength: 0 leaves the activation, 1 (and None) is what `fn` gives; in between a mean.
       fn: keeps x's shape and dtype; `seen` are the named values met before, as the model had them (`seen["tokens"]`).
         A frozen dataclass rather than a closure, so that equal taps compile once.
-      count: how often the site occurs. layers: the occurrences that are tapped; None: all.
+      count: how often the site occurs.
+      layers: the occurrences that are tapped; None: all.
       name: under which the delta has the factors, `@site/method`.
     """
 
@@ -176,7 +177,9 @@ def _changed(tap: Tap, factors: Any, x: Array, seen: Mapping[str, Any]) -> Array
 
 
 def sites(fn: Callable, *args: Any, **kwargs: Any) -> dict[str, Site]:
-    """The activations that a function names: `{name: (occurrences, shape, dtype)}`, found by tracing (shapes suffice).
+    """The activations that a function names, found by tracing: `{name: (occurrences, shape, dtype)}`.
+
+    The arguments may be ShapeDtypeStructs.
 
     >>> import jax, jax.numpy as jnp
     >>> from jax.ad_checkpoint import checkpoint_name

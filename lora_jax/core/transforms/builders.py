@@ -50,7 +50,7 @@ class Target:
 
     @property
     def stacked(self) -> tuple[int, ...]:
-        """The sizes of a factor's stacked axes: of the adapted layers alone."""
+        """The sizes of a factor's stacked axes, which has the adapted layers alone."""
         return (len(self.layers), *self.stack[1:]) if self.layers and self.stack else self.stack
 
     @property
@@ -70,7 +70,7 @@ class Target:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The fields of an adapted array that are the target's: base, core, path."""
+        """The fields base, core and path of an adapted array in the target's place."""
         return {"base": self.leaf, "core": self.axes.lstrip("s"), "path": self.label}
 
     def scale(self, number: Any) -> Array:
@@ -133,12 +133,16 @@ def per_target(
     common: Callable[[Array, Sequence[Target]], Factors] | None = None,
     globs: Iterable[str] = (),
 ) -> ParamTransform:
-    """A transform that meets every selected leaf alone. In `init` each glob of the spec's "select" and "exclude", and
-    each alternative in its braces, must match a leaf; `apply` takes specs of old files, of which some do not.
+    """A transform that adapts each selected leaf by itself.
+
+    In `init` each glob of the spec's "select" and "exclude", and each alternative in its braces, must match a leaf. In
+    `apply` some may match none, as in files of earlier versions.
 
     Args:
-      spec: the transform as JSON; `spec["method"]` is its name. targets: a selection, or `params -> targets`.
-      init: `(key, target) -> {factor: array}`. shapes: `target -> {factor: shape}`; others are a ValueError.
+      spec: the transform as JSON; `spec["method"]` is its name.
+      targets: a selection, or `params -> targets`.
+      init: `(key, target) -> {factor: array}`.
+      shapes: `target -> {factor: shape}`; others are a ValueError.
       adapt: `(target, factors, key or None, strength) -> adapted array` in the leaf's place.
       common: `(key of the transform's init, targets) -> {factor: array}` that all targets share, under
         `@shared/<method>` in the delta. `adapt` finds them among the factors.
@@ -217,8 +221,10 @@ def per_site(
 
     Args:
       spec: the transform as JSON; its method's name and a site make the key `@site/method` of the delta.
-      sites: how often each occurs. init: `(key, site, n) -> {factor: array}`, stacked over n occurrences.
-      fn: of `Tap`, for every site. layers: the occurrences that are changed; None: all.
+      sites: how often each occurs.
+      init: `(key, site, n) -> {factor: array}`, stacked over n occurrences.
+      fn: of `Tap`, for every site.
+      layers: the occurrences that are changed; None: all.
       common: `key -> {factor: array}` that all occurrences share, as in `per_target`.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj

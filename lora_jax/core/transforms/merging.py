@@ -12,8 +12,8 @@ def merge(adapted: Any, dtype: Any = None) -> Any:
     """Plain params: every adapted array dense, summed in float32 and rounded once, to the base's dtype or to `dtype`.
     The other leaves are the base's own; under `jax.jit` they are copied.
 
-    Of a quantized base (`lora_jax.quantize`) it is the values that the adapter was trained on, dense: nothing is
-    quantized again, and a quantized leaf that no method adapts is made dense too.
+    Quantized leaves (`lora_jax.quantize`) become dense too, adapted or not, with the values that the adapter was
+    trained on; nothing is quantized again.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> params, method = {"kernel": jnp.ones((3, 2))}, lj.lora(lj.select("kernel"), rank=1)

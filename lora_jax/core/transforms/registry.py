@@ -20,7 +20,7 @@ class Traits:
 
     Attributes:
       not_additive: why the changes of two adapters of this method do not add up; "" where they do
-        (`lora_jax.arithmetic` then adds what has low rank, shifts and tuned leaves).
+        (`lora_jax.arithmetic` then adds what has low rank, bias deltas and tuned leaves).
       at_rank: `(spec, rank) -> spec` of a larger rank, under which the factors padded with zeros change the base as
         before, and the gradient of the padding is zero. None: a sweep cannot vary the rank.
       decays: globs of the factors that decay where vectors do not (`optimizer.decay = ("matrices",)`).
@@ -93,8 +93,9 @@ def method_shardings() -> dict[str, PartitionSpec]:
 
 
 def from_spec(spec: dict[str, Any]) -> ParamTransform:
-    """The transform of a spec: `{"method": name, "select": [globs], "axes", "layers", "exclude", **options}`. What is
-    under "peft" (`interop.peft`) stays in the spec and changes nothing.
+    """The transform of a spec: `{"method": name, "select": [globs], "axes", "layers", "exclude", **options}`.
+
+    An entry "peft", which `interop.peft` makes, is kept and changes nothing.
 
     >>> import lora_jax as lj
     >>> lj.from_spec({"method": "lora", "select": ["**/kernel"], "rank": 4}).spec["rank"]

@@ -21,7 +21,7 @@ class Row(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What trains; prints as a table. `total` counts the base's parameters.
+    """What a method trains; prints as a table. `total` is the number of the base's parameters.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> report = lj.check(lj.lora(lj.select("kernel"), rank=1), {"kernel": jnp.ones((3, 2))})

@@ -18,7 +18,7 @@ _PARENT = "general.base_model.0.repo_url"
 
 
 class Origin(NamedTuple):
-    """What is known of a base besides its weights; "" is not known."""
+    """What is known of a base besides its weights; "" where it is not known."""
 
     name: str = ""  # on the Hub, "owner/name"
     said_by: str = ""  # where that name stands, if it is not the source itself

@@ -33,8 +33,8 @@ def open_source(path: Path) -> Source:
     """A folder or a GGUF file.
 
     Raises:
-      FileNotFoundError: a file is missing. ValueError: config.json is damaged or of no known family; see also
-        `gguf.open_file`.
+      FileNotFoundError: a file is missing.
+      ValueError: config.json is damaged or of no known family; see also `gguf.open_file`.
     """
     return _gguf(path) if is_gguf(path) else _folder(path)
 

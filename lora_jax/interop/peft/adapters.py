@@ -87,8 +87,8 @@ def save(
 ) -> None:
     """Writes an adapter that PEFT's `PeftModel.from_pretrained(base, folder)` loads, as the same function.
 
-    A method of `load` is written as it was read. Otherwise LoRA, DoRA, VeRA, IA3 or LoKr, tuned heads and biases,
-    `shift` and `rows`, and chains of them, take PEFT's form: query, key and value kernels of GPT-2, each with an A of
+    A method of `load` is written as it was read. Otherwise LoRA, DoRA, VeRA, IA3 or LoKr, tuned heads and biases, bias
+    deltas, token rows and chains of them take PEFT's form: query, key and value kernels of GPT-2, each with an A of
     its own, become one c_attn of the sum of their ranks and alphas (Hugging Face's layer is fused); where their alpha /
     rank differs, it is multiplied into B. A part of c_attn that is not adapted gets zeros, DoRA's norm of the base, or
     IA3's ones.
