@@ -83,7 +83,7 @@ def on_primary(function: Callable[[], T]) -> T:
 
 
 def anywhere(flags: Sequence[bool]) -> list[bool]:
-    """Which of the flags is set on some process; every process gives equally many."""
+    """For each flag, whether any process sets it; every process gives equally many."""
     if jax.process_count() == 1:
         return list(flags)
     padded = np.zeros(_padded(len(flags)), np.uint8)

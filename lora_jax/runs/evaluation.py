@@ -59,8 +59,8 @@ def evaluate(
     metrics: Mapping[str, TextMetric] = {},
     command: str | None = None,
 ) -> Evaluation:
-    """Scores a run, of `load` or in a workdir: one text for every distinct context of a split, by the official scores
-    of its data, with 95% bootstrap intervals. What a stopped call had written is resumed.
+    """Generates a text for each distinct context of a split, and scores them by the official scores of its data, with
+    95% bootstrap intervals. `run` is a workdir, or what `load` returned. A stopped call is resumed.
 
     Writes evaluation/SPLIT-PARAMS/ into the workdir: predictions.jsonl (context, prediction, references) and
     evaluate.json, the result.

@@ -146,13 +146,15 @@ def rows_of(label: str, workdir: str | Path) -> list[Row]:
 
 def fill(text: str, folder: Path) -> str:
     """The text with each marked table made again: after `<!-- results: NAME -->`, up to `<!-- end -->`, the rows of
-    folder/NAME.json; after `<!-- results: NAME START -->` those whose labels begin so."""
+    folder/NAME.json; after `<!-- results: NAME START -->` those whose labels begin so, without "START: "."""
 
     def table_of(match: re.Match) -> str:
         file = folder / f"{match[1]}.json"
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist, but a table is marked {match[1]!r}")
-        rows = [row for row in read_rows(file) if row["label"].startswith(match[2] or "")]
+        start = match[2] or ""
+        rows = [row for row in read_rows(file) if row["label"].startswith(start)]
+        rows = [row | {"label": row["label"].removeprefix(f"{start}: ")} for row in rows]
         return f"{match[0].splitlines()[0]}\n{table(rows)}<!-- end -->"
 
     return re.sub(r"<!-- results: (\w+)(?: (\w+))? -->\n.*?<!-- end -->", table_of, text, flags=re.S)
@@ -171,9 +173,9 @@ def table(rows: list[Row]) -> str:
     parts = ["| " + " | ".join(line) + " |" for line in lines]
     commands = dict.fromkeys(str(row[kind]) for row in rows for kind in ("command", "evaluation") if row.get(kind))
     if commands:
-        seeds = " or ".join(dict.fromkeys(str(row["seed"]).strip("[]") for row in rows if "seed" in row))
-        device = rows[0].get("device", "a device unknown")
-        parts += ["", f"Seed {seeds}, {device}:" if seeds else f"{device}:", "", "```sh", *commands, "```"]
+        seeds = sorted({int(seed) for row in rows for seed in re.findall(r"\d+", str(row.get("seed")))})
+        named = f"Seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; " if seeds else ""
+        parts += ["", f"{named}{rows[0].get('device', 'a device unknown')}:", "", "```sh", *commands, "```"]
     return "\n".join(parts) + "\n"
 
 

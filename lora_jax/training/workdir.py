@@ -90,7 +90,7 @@ def data_of(batches: Schedule, validation: Schedule | None, initial: Mapping[str
 def check_resumed(
     workdir: str | Path, then: Mapping[str, Any], now: Mapping[str, Any], done: int = 0, total: int = 0
 ) -> None:
-    """A ValueError where the data of a run are not those that it began with, or give fewer steps than it has done.
+    """Raises a ValueError if a run's data differ from those it began with, or give fewer steps than it has done.
 
     Args:
       then, now: of `data_of`. Earlier versions kept none; what both have is compared.

@@ -28,7 +28,7 @@ def test_tables_are_filled(tmp_path: Path) -> None:
     assert "| LoRA | 1,024 | 1.2346 | 630 | 41.24 [40.10, 42.30] |" in filled
     assert "| LoRA, seen | - | - | - | 41.24 [40.10, 42.30] |" in filled
     assert "| frozen | 0 | - | - | 0.10 |" in filled and "old" not in filled
-    assert "Seed 1, 1 x cpu:" in filled and "python train" in filled
+    assert "Seed 1; 1 x cpu:" in filled and "python train" in filled
     some = fill("<!-- results: e2e frozen -->\n<!-- end -->", tmp_path)
     assert some.startswith("<!-- results: e2e frozen -->\n") and "| frozen | 0 | 0.10 |" in some and "LoRA" not in some
     assert filled.startswith("before\n") and filled.endswith("<!-- end -->\nafter\n")
