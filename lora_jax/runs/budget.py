@@ -157,7 +157,7 @@ def plot(rows: Sequence[dict[str, Any]], titles: Mapping[str, str], file: Path) 
         names = [f"{row['label']}  ({row['trained']:,})" for row in ordered]
         axes.set(yticks=range(len(ordered)), yticklabels=names, xlabel=title)
         axes.grid(alpha=0.3)
-    figure.suptitle("method (trained parameters without the head); bars: the lowest and highest of several seeds", size=10)
+    figure.suptitle("method (trained parameters without the head); bars: lowest and highest of the seeds", size=10)
     figure.savefig(file, dpi=100)
 
 
