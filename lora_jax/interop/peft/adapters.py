@@ -28,12 +28,14 @@ from lora_jax.interop.peft.kinds import kind_of
 from lora_jax.interop.peft.modules import model_of, prefix_in, resolve
 from lora_jax.interop.peft.tensors import PREFIX, all_equal, array_of, check_names, name_in_file, tensors_of, to_delta
 from lora_jax.interop.tensor_files import FLOATS, read_file
+from lora_jax.methods.arguments import brief
 from lora_jax.methods.token_rows import token_rows
 from lora_jax.methods.tune import tune
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
+@brief
 def load(folder: str | os.PathLike, params: Any) -> tuple[ParamTransform, Delta]:
     """An adapter that PEFT wrote: LoRA, DoRA, PiSSA, VeRA, IA3, LoKr or a registered kind, for any family of `hf.load`.
 
@@ -82,6 +84,7 @@ def load(folder: str | os.PathLike, params: Any) -> tuple[ParamTransform, Delta]
     return method._replace(spec=method.spec | {"peft": kept}), delta
 
 
+@brief
 def save(
     folder: str | os.PathLike, method: ParamTransform, delta: Delta, *, params: Any, base: str | None = None
 ) -> None:
