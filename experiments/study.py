@@ -6,7 +6,7 @@
       --out=docs/results/study_mrpc.json
     python -m experiments.study --task=smollm2 --workdir=runs/study --data=E2E --out=docs/results/study_smollm2.json
 
-The paper's Figure 2 in the small: quality against trained parameters. A method's run of 300 steps is begun with three
+The paper's Figure 2 in the small: quality and trained parameters. A method's run of 300 steps is begun with three
 learning rates, and after 100 steps that with the lowest validation loss continues; LoRA, full fine-tuning, BitFit and
 AdapterH have two more seeds at its rate. E2E: batches of 4 of 8,000 training pairs; BLEU of greedy texts for the first
 200 contexts of the test set. MRPC: batches of 8; accuracy on the development set after the last step.

@@ -14,6 +14,7 @@ from lora_jax.core.transforms.transform import Axes, Delta, Factors, Params, Par
 from lora_jax.methods import arithmetic
 from lora_jax.methods.adapter import adapter
 from lora_jax.methods.arguments import brief as _brief
+from lora_jax.methods.arguments import of_methods as _of_methods
 from lora_jax.methods.bank import bank
 from lora_jax.methods.bias_delta import bias_delta, shift
 from lora_jax.methods.compacter import compacter
@@ -29,7 +30,8 @@ from lora_jax.methods.vera import vera
 from lora_jax.quantized import Quantized, quantize
 
 __version__ = "0.1.0"
-check, from_spec = _brief(check), _brief(from_spec)  # whose errors, too, end at the user's own line
+# Their errors, too, end at the user's own line.
+check, chain, from_spec = _of_methods(check, count=1), _of_methods(chain), _brief(from_spec)
 
 __all__ = ["Absent", "Adapted", "Axes", "Delta", "DenseWeight", "Factors", "LowRank", "ParamTransform", "Params"]
 __all__ += ["PathLabel", "Quantized", "Report", "Selection", "Spec", "Tapped", "Target", "Traits", "Tuned"]

@@ -61,28 +61,36 @@ def of_command(code: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def names(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The folder in which the page's own Python, setup and ways out, has run, and what it named."""
-    folder, made = tmp_path_factory.mktemp("faq"), {}
+def names(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, dict[str, Any]]]:
+    """The folder in which the page's own Python, setup and ways out, has run, and what it had named by then, by where
+    each block stands."""
+    folder, made, by_place = tmp_path_factory.mktemp("faq"), dict[str, Any](), dict[int, dict[str, Any]]()
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"):
         patch.chdir(folder)
         for block in BLOCK.finditer(PAGE.read_text()):
             if block[1] == "python" or block[3]:
                 exec(compile(block[2] or block[3], "faq.md", "exec"), made)
-    return folder, made
+                by_place[block.start()] = dict(made)
+    return folder, by_place
 
 
-def test_the_page_has_the_thirty_mistakes() -> None:
-    assert len(MISTAKES) >= 30 and len({mistake.heading for mistake in MISTAKES}) == len(MISTAKES)
+def test_every_message_of_the_page_is_that_of_a_mistake() -> None:
+    page = PAGE.read_text()
+    assert len(MISTAKES) >= 30
+    assert [mistake.heading for mistake in MISTAKES] == re.findall("^### (.*)$", page, re.M)
+    assert len(MISTAKES) == sum(block[1] == "text" for block in BLOCK.finditer(page)) == page.count("```text")
 
 
 @jax.numpy_rank_promotion("allow")  # what users have
 @jax.numpy_dtype_promotion("standard")
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.heading)
 def test_a_mistake_has_the_message_on_the_page(
-    mistake: Mistake, names: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    mistake: Mistake, names: tuple[Path, dict[int, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, made = names
-    monkeypatch.chdir(folder)
-    message = of_python(mistake.code, made) if mistake.language == "py" else of_command(mistake.code)
+    folder, by_place = names
+    if mistake.language == "console":
+        message = of_command(mistake.code)
+    else:
+        monkeypatch.chdir(folder)
+        message = of_python(mistake.code, by_place[max(place for place in by_place if place < mistake.start)])
     assert mistake.message.split() == message.split()

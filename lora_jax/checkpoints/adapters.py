@@ -14,6 +14,7 @@ from lora_jax.checkpoints.files import digest, named, nested, raw_bytes, table_o
 from lora_jax.core.transforms import Delta, ParamTransform, from_spec
 from lora_jax.data.json_files import parse_json
 from lora_jax.distributed import processes
+from lora_jax.methods.arguments import brief
 
 _ADAPTER = "adapter.safetensors"
 # What an adapter may be of, as numpy and as the file calls it; in the file the widest come first.
@@ -25,6 +26,7 @@ def _adapter_file(path: str | Path) -> Path:
     return path if path.suffix == ".safetensors" else path / _ADAPTER
 
 
+@brief
 def save_adapter(path: str | Path, method: ParamTransform, delta: Delta, base_id: Mapping[str, Any]) -> Path:
     """Writes an adapter as one file, which it returns; equal adapters give equal bytes. `path` is a folder (for
     `adapter.safetensors`) or a file that ends in `.safetensors`, `base_id` comes from `identity`.
@@ -41,6 +43,10 @@ def save_adapter(path: str | Path, method: ParamTransform, delta: Delta, base_id
     >>> file.name, info["base"]["source"]
     ('adapter.safetensors', 'ones')
     """
+    if not (isinstance(method, ParamTransform) and isinstance(delta, Delta) and isinstance(base_id, Mapping)):
+        given = ", ".join(type(x).__name__ for x in (path, method, delta, base_id))
+        wanted = "(path, method, delta, checkpoints.identity(params, source))"
+        raise TypeError(f"save_adapter takes {wanted}; got ({given})")
     arrays, table = named(delta), {}
     for name in sorted(arrays):
         x = processes.on_host(arrays[name])
@@ -82,6 +88,7 @@ def _pieces(arrays: Mapping[str, Any], table: Mapping[str, list], info: str) -> 
         yield raw_bytes(processes.on_host(arrays[name]))
 
 
+@brief
 def load_adapter(path: str | Path) -> tuple[ParamTransform, Delta, dict[str, Any]]:
     """`(method, delta, info)` of a file of `save_adapter`; info has format, spec, base, digest.
 

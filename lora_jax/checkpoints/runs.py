@@ -28,6 +28,7 @@ from lora_jax.checkpoints.files import check_base, checksums, digest, named, nes
 from lora_jax.core.transforms import Delta, ParamTransform
 from lora_jax.data.json_files import LARGEST, read_json
 from lora_jax.distributed import processes
+from lora_jax.methods.arguments import brief
 
 S = TypeVar("S")
 _MANAGERS: weakref.WeakSet[ocp.CheckpointManager] = weakref.WeakSet()
@@ -197,6 +198,7 @@ def restore(workdir: str | Path, like: S, *, base: Mapping[str, Any] | None = No
     raise ValueError(f"{_folder(workdir)}: no checkpoint is readable; start again in a new workdir")
 
 
+@brief
 def load(workdir: str | Path, *, step: int | None = None) -> Run:
     """A run from its workdir, without its base: the newest good checkpoint, or that of `step`.
 
@@ -252,8 +254,8 @@ def _good_steps(workdir: str | Path, step: int | None = None) -> Iterator[tuple[
     folder = _folder(workdir)
     steps = processes.on_primary(lambda: sorted(_steps(workdir), reverse=True))
     if not steps or step not in (None, *steps):
-        at = "" if step is None else f" at step {step}"
-        raise FileNotFoundError(f"{folder}: no checkpoint{at}; there are steps {steps}")
+        there = f" at step {step}; there are steps {steps}" if steps else f": is {workdir} the workdir of a run?"
+        raise FileNotFoundError(f"{folder}: no checkpoint{there}")
     for candidate in steps if step is None else [step]:
         meta = processes.on_primary(functools.partial(_meta, folder / str(candidate)))
         if meta is not None:

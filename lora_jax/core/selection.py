@@ -6,7 +6,7 @@ A *path* is the keys of `jax.tree_util.tree_flatten_with_path` joined by "/"; a 
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -94,7 +94,7 @@ class Selection(NamedTuple):
         Raises:
           ValueError: a glob, or an alternative in its braces, matches no leaf; unnamed axes beyond two.
         """
-        check_globs((*self.globs, *self.exclude), params)
+        check_globs(self.globs, params, self.exclude)
         return {path: self.axes_of(path, leaf) for path, leaf in self.leaves(params).items()}
 
     def leaves(self, params: Any) -> dict[str, Any]:
@@ -102,17 +102,16 @@ class Selection(NamedTuple):
 
         One matching alternative in braces suffices: specs of old files may have others.
         """
-        leaves = _float_leaves(params)
+        leaves, every = _float_leaves(params), dict(flatten(params)[0])
         selected = {path for glob in self.globs for path in _matching(glob, leaves, params)}
-        selected -= {path for glob in self.exclude for path in _matching(glob, leaves, params)}
+        selected -= {path for glob in self.exclude for path in _matching(glob, every, params)}
         stacked = {path: (self._named(path) or "").count("s") for path in selected}
         selected = {path for path, n in stacked.items() if self.ndim in (None, leaves[path].ndim - n)}
         layers = set(self.layers or (0,))
-        paths = [path for path in leaves if path in selected]
-        chosen = {path: leaves[path] for path in paths if self._layers_of(path, leaves[path]) & layers}
+        chosen = {p: leaf for p, leaf in leaves.items() if p in selected and self._layers_of(p, leaf) & layers}
         if not chosen:
-            options = f"exclude={list(self.exclude)}, layers={self.layers} and ndim={self.ndim}"
-            raise ValueError(f"select({', '.join(map(repr, self.globs))}) with {options} leaves no parameter")
+            options = [f"{name}={value!r}" for name, value in self.spec().items() if name not in ("select", "axes")]
+            raise ValueError(f"select({', '.join([*map(repr, self.globs), *options])}) leaves no parameter")
         present = set().union(*(self._layers_of(path, leaf) for path, leaf in chosen.items()))
         if self.layers and (missing := sorted(set(self.layers) - present)):
             raise ValueError(f"layers={self.layers}: {next(iter(chosen))} and its like have no layer {missing[0]}")
@@ -156,11 +155,12 @@ class Selection(NamedTuple):
         return {int(number[1])} if number else set()
 
 
-def check_globs(globs: Iterable[str], params: Any) -> None:
-    """A ValueError for a glob, or an alternative in its braces, that matches no floating-point leaf."""
-    leaves = _float_leaves(params)
-    for glob in globs:
-        _matching(glob, leaves, params, strict=True)
+def check_globs(globs: Iterable[str], params: Any, exclude: Iterable[str] = ()) -> None:
+    """A ValueError for a glob, or an alternative in its braces, that matches no floating-point leaf; one of `exclude`
+    may match any leaf."""
+    for several, leaves in ((globs, _float_leaves(params)), (exclude, dict(flatten(params)[0]))):
+        for glob in several:
+            _matching(glob, leaves, params, strict=True)
 
 
 def left_out(globs: Iterable[str], params: Any, exclude: Iterable[str] = ()) -> dict[str, str]:
@@ -192,7 +192,7 @@ def glob_keys(*values: Any) -> list[str]:
 def select(
     *globs: str,
     axes: str | Mapping[str, str] | None = None,
-    layers: Iterable[int] | None = None,
+    layers: int | Iterable[int] | None = None,
     exclude: str | Iterable[str] = (),
     ndim: int | None = None,
 ) -> Selection:
@@ -214,7 +214,7 @@ def select(
     """
     if not globs or not all(isinstance(glob, str) for glob in globs):
         raise TypeError(f"select takes one glob or more, each a string, got {globs!r}")
-    chosen = None if layers is None else tuple(sorted(int(layer) for layer in layers))
+    chosen = None if layers is None else tuple(sorted(map(int, [layers] if isinstance(layers, int) else layers)))
     if chosen is not None and (not chosen or chosen[0] < 0):
         raise ValueError(f"layers={chosen}: name one layer or more, counted from 0")
     return Selection(globs, axes, chosen, strings(exclude), ndim)
@@ -231,10 +231,11 @@ def _float_leaves(params: Any) -> dict[str, Any]:
     return leaves
 
 
-def nearest(plain: str, paths: Iterable[str]) -> str:
-    """The paths that are most like this one, as the end of a message."""
+def nearest(plain: str, paths: Collection[str]) -> str:
+    """The paths that are most like this one, those that contain it first, as the end of a message."""
+    plain = plain if "/" in plain else plain.replace(".", "/")
     by_end = {"/".join(path.split("/")[-plain.count("/") - 1 :]): path for path in paths}
-    near = difflib.get_close_matches(plain, by_end, n=3, cutoff=0.0)
-    near += difflib.get_close_matches(plain, paths := list(paths), n=3, cutoff=0.0)
+    near = [path for path in paths if plain and plain in path][:3]
+    near += [path for names in (by_end, paths) for path in difflib.get_close_matches(plain, names, n=3, cutoff=0.0)]
     shown = list(dict.fromkeys(by_end.get(path, path) for path in near))[:4]
-    return f"; the nearest paths are {', '.join(shown)}" if shown else ": there are no float leaves"
+    return f"; the nearest paths are {', '.join(shown)}" if shown else ": there are no floating-point arrays"

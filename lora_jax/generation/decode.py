@@ -1,6 +1,6 @@
 """`generate`: from prompts to new tokens, compiled once for each shape of the prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,9 +11,11 @@ from jaxtyping import Int
 
 from lora_jax.core.transforms import Delta
 from lora_jax.generation import beam_rules, beams, single
+from lora_jax.methods.arguments import brief
 from lora_jax.models.family import dimensions_of
 
 
+@brief
 def generate(
     model: Any,
     params: Any,
@@ -77,6 +79,8 @@ def generate(
     """
     if isinstance(params, Delta):
         raise TypeError("generate takes params, adapted ones by method.apply(params, delta), not the Delta alone")
+    if isinstance(params, Mapping) and isinstance(params.get("params"), Mapping):
+        raise TypeError("generate takes the params alone: of Flax variables give variables['params']")
     # numpy, not jax.numpy, which would compile a conversion for each shape
     tokens = tokens if isinstance(tokens, jax.Array) else np.asarray(tokens, np.int32)
     mask = mask if isinstance(mask, jax.Array) else np.asarray(mask, bool)

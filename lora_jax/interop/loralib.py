@@ -23,6 +23,7 @@ from lora_jax.interop.hf.families import Module
 from lora_jax.interop.peft.kind import Model
 from lora_jax.interop.peft.modules import model_of, prefix_in
 from lora_jax.interop.tensor_files import read_file
+from lora_jax.methods.arguments import brief
 from lora_jax.methods.lora import lora
 from lora_jax.methods.tune import tune
 
@@ -32,6 +33,7 @@ _SAME = 1e-5  # of the largest entry: merging and unmerging leaves rounding erro
 _FACTORS = ("lora_A", "lora_B")
 
 
+@brief
 def load(
     file: str | os.PathLike,
     params: Any,

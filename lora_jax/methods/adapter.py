@@ -101,10 +101,14 @@ def occurrences(sites: Mapping[str, Sequence[Any]]) -> tuple[dict[str, int], dic
     """How often each site occurs, and its width."""
     if not sites:
         raise ValueError("name a site at least: {'mlp_out': (occurrences, width)}")
+    for name, value in sites.items():
+        if not isinstance(value, Sequence) or len(value) < 2:
+            raise TypeError(f"the site {name!r} needs (occurrences, width), as lora_jax.sites has it; got {value!r}")
     shapes = {name: (0, shape) if isinstance(shape, int) else (0, *shape) for name, (_, shape, *_) in sites.items()}
     for name, shape in shapes.items():
         if not shape[-1]:
-            raise ValueError(f"the site {name!r} has no features: {sites[name]}")
+            way_out = "name the sites that are meant, {'mlp_out': sites['mlp_out']}"
+            raise ValueError(f"the site {name!r} has no features to change, {sites[name]}: {way_out}")
     return {name: count for name, (count, *_) in sites.items()}, {name: shape[-1] for name, shape in shapes.items()}
 
 

@@ -4,7 +4,7 @@ import difflib
 import functools
 import inspect
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -38,6 +38,8 @@ FOREIGN = {
     "gradient_accumulation_steps": "accumulate",
 }
 
+_OF_SELECT = ("axes", "layers", "exclude", "ndim")
+
 
 def called_here(name: str, options: Collection[str]) -> str:
     """What an option of this name, which is none of the options, is called here: the end of a message."""
@@ -45,7 +47,7 @@ def called_here(name: str, options: Collection[str]) -> str:
     if ours in options or (ours and not ours.isidentifier()):
         return f"it is {ours} here"
     near = difflib.get_close_matches(name, options, 1)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(options)}"
+    return f"did you mean {near[0]}?" if near else f"there {'are ' + ', '.join(options) if options else 'is none'}"
 
 
 def brief(fn: Callable[P, T]) -> Callable[P, T]:
@@ -68,6 +70,20 @@ def brief(fn: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
+def of_methods(fn: Callable[P, T], count: int | None = None) -> Callable[P, T]:
+    """`fn` with a short traceback; its first arguments, `count` of them or all, must be methods."""
+
+    @functools.wraps(fn)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        for given in args[:count]:
+            if not isinstance(given, ParamTransform):
+                what = "methods, one after the other" if count is None else "(method, params)"
+                raise TypeError(f"{fn.__name__} takes {what}, a method as lora_jax.lora(...); got {_kind(given)}")
+        return fn(*args, **kwargs)
+
+    return brief(call)
+
+
 def checked(factory: Callable[P, ParamTransform]) -> Callable[P, ParamTransform]:
     """The factory of a method, which checks what it is given, as `init` and `apply` of its transform do then."""
     name, options = factory.__name__, list(inspect.signature(factory).parameters)
@@ -75,9 +91,17 @@ def checked(factory: Callable[P, ParamTransform]) -> Callable[P, ParamTransform]
 
     @functools.wraps(factory)
     def make(*args: P.args, **kwargs: P.kwargs) -> ParamTransform:
-        _check_first(name, first, args[0] if args else kwargs.get(first))
+        if args or first in kwargs:
+            _check_first(name, first, args[0] if args else kwargs[first])
         if unknown := [option for option in kwargs if option not in (first, *options)]:
-            raise TypeError(f"{name} has no option {unknown[0]!r}: {called_here(unknown[0], options)}")
+            of_select = first == "selection" and unknown[0] in _OF_SELECT
+            here = f"select(..., {unknown[0]}=...) has it" if of_select else called_here(unknown[0], options)
+            raise TypeError(f"{name} has no option {unknown[0]!r}: {here}")
+        if len(args) > 1:
+            named = f"options by their names: {options[0]}={args[1]!r:.40}" if options else "has no options"
+            raise TypeError(f"{name} takes one argument by position, and {named}")
+        if "dtype" in kwargs:
+            _check_dtype(kwargs["dtype"])
         method = factory(*args, **kwargs)
         return method._replace(init=brief(_init(method)), apply=brief(_apply(method)))
 
@@ -86,12 +110,25 @@ def checked(factory: Callable[P, ParamTransform]) -> Callable[P, ParamTransform]
 
 def _check_first(name: str, first: str, given: Any) -> None:
     """A TypeError for a method's first argument that is no selection, or a selection in the place of sites."""
-    if first == "selection" and given is not None and not isinstance(given, Selection):
+    if first == "selection" and not isinstance(given, Selection):
         hint = f"lora_jax.{name}(lora_jax.select({given!r:.60}), ...)" if isinstance(given, str) else "lora_jax.select"
         raise TypeError(f"{name} takes a selection of weights, {hint}; got {_kind(given)}")
-    if first == "sites" and isinstance(given, Selection):
+    if first == "methods" and not (isinstance(given, Sequence) and all(isinstance(x, ParamTransform) for x in given)):
+        raise TypeError(f"{name} takes a list of methods, [lora_jax.lora(...), ...]; got {_kind(given)}")
+    if first == "sites" and not isinstance(given, Mapping):
         sites = "{'mlp_out': (occurrences, width)}, as lora_jax.sites finds them"
-        raise TypeError(f"{name} changes activations and takes their sites, {sites}; got a selection of weights")
+        got = "a selection of weights" if isinstance(given, Selection) else _kind(given)
+        raise TypeError(f"{name} changes activations and takes their sites, {sites}; got {got}")
+
+
+def _check_dtype(given: Any) -> None:
+    """A ValueError for what is no dtype of floating-point arrays."""
+    try:
+        is_float = jnp.issubdtype(jnp.dtype(given), jnp.floating)
+    except TypeError:
+        is_float = False
+    if not is_float:
+        raise ValueError(f"dtype={given!r} must be of floating point: float32, bfloat16 or float16")
 
 
 def _init(method: ParamTransform) -> Any:
@@ -106,6 +143,7 @@ def _init(method: ParamTransform) -> Any:
         except ValueError as error:
             raise _of_variables(error, params) from None
 
+    init.__qualname__ = "init"  # what Python calls it where arguments are missing
     return init
 
 
@@ -119,6 +157,7 @@ def _apply(method: ParamTransform) -> Any:
             raise TypeError(f"strength={strength!r} must be a number or an array, 0 for the base alone, 1 as trained")
         return method.apply(params, delta, key=key, strength=strength)
 
+    apply.__qualname__ = "apply"
     return apply
 
 
@@ -134,7 +173,7 @@ def _kind(value: Any) -> str:
     """What a value is, for a message."""
     if isinstance(value, Array):
         return f"an array of {value.dtype}"
-    return repr(value)[:60] if isinstance(value, int | float | str) else f"a {type(value).__name__}"
+    return repr(value)[:60] if isinstance(value, int | float | str | None) else f"a {type(value).__name__}"
 
 
 def _of_variables(error: ValueError, params: Params) -> ValueError:

@@ -100,7 +100,8 @@ def family_of(model: Any) -> Family:
     """
     name = model if isinstance(model, str) else getattr(getattr(model, "config", model), "family", None)
     if not isinstance(name, str):
-        raise TypeError(f"{type(model).__name__} has no config that names its family (lora_jax.models.family)")
+        ours = "a model of lora_jax.models, such as gpt2.GPT2(config), or one whose config names a registered family"
+        raise TypeError(f"a {type(model).__name__} is not {ours}")
     if name not in _FAMILIES:
         for module in _MODULES:
             importlib.import_module(module)

@@ -181,7 +181,9 @@ def quantize(params: Params, selection: Selection, *, bits: int = 4) -> Params:
     if bits not in BITS:
         raise ValueError(f"bits={bits!r}: weights are quantized to {' or '.join(map(str, BITS))}")
     need_params(params, "quantize")
-    check_globs((*selection.globs, *selection.exclude), params)
+    if not isinstance(selection, Selection):
+        raise TypeError(f"quantize takes a selection, lora_jax.select('**/kernel'); got {selection!r:.60}")
+    check_globs(selection.globs, params, selection.exclude)
     if selection.layers:
         raise ValueError(f"quantize takes whole leaves, not layers={selection.layers} of a stack")
     chosen = selection.leaves(params)

@@ -95,6 +95,9 @@ def unread(
 ) -> Unread:
     """The base that `load` gives, before a weight is read; arguments and errors as there."""
     source, task = source or config.base, task or task_in(config)
+    if not source:
+        kinds = "a folder with config.json, model.safetensors and tokenizer.json, a GGUF file, or a name on the Hub"
+        raise ValueError(f"the config names no base: {kinds}")
     head = {**task.head, "key": jax.random.key(config.seed), "trained": head_trained} if task.head else {}
     try:
         stored_model, stored, tokenizer = hf.unread(source, **head)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from lora_jax.generation.beam_rules import RULES
 from lora_jax.methods.ranges import COUNT, FINITE, PROBABILITY, Range
 from lora_jax.runs import methods
 from lora_jax.training.config import SEED, OptimizerConfig, TrainConfig, as_config_dict
@@ -134,7 +135,7 @@ def _method_options(
     down = ("**/mlp/down/kernel",)
     # layers: of those that the model has, () is all; AdapterDrop leaves out the first ones
     sites = {"sites": ATTENTION_AND_MLP, "activation": "gelu", "layers": ()}
-    return {
+    options: dict[str, dict[str, Any]] = {
         "lora": lora,
         "dora": lora,
         "pissa": low_rank,
@@ -150,11 +151,15 @@ def _method_options(
         "prefix_embedding": weights | {"select": (), "prefix": 64, "infix": 0},
         "prefix_layer": {"sites": ("block_out",), "prefix": 8, "infix": 0},
     }
+    # ndim=2: of the selected leaves the matrices alone
+    number = lambda own: {"ndim": config_dict.placeholder(int)} if "select" in own else {}  # noqa: E731
+    return {name: own | number(own) for name, own in options.items()}
 
 
 def check(config: ConfigDict) -> None:
     """A ValueError that names a config's numbers which are out of their range; of a run, one of several seeds, or a
     member of a sweep, before anything is written."""
+    need_config(config)
     settings, problems = TrainConfig.of(config), []
     values = {name: (numbers, _value(config, name)) for name, numbers in NUMBERS.items()}
     values |= {f"seeds[{n}]": (SEED, seed) for n, seed in enumerate(config.get("seeds") or ())}
@@ -171,17 +176,25 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"accumulate={parts} must divide data.batch_size={size}")
     if (bits := _value(config, "model.base_bits")) not in BASE_BITS:
         raise ValueError(f"model.base_bits={bits!r}: choose {', '.join(map(repr, BASE_BITS[1:]))}, or leave it out")
-    for name in ("model.dtype", "model.param_dtype"):
-        if (dtype := _value(config, name)) not in (None, *DTYPES):
-            raise ValueError(f"{name}={dtype!r}: choose {', '.join(DTYPES)}")
+    for name, choices in (("model.dtype", DTYPES), ("model.param_dtype", DTYPES), ("decode.beam_rule", RULES)):
+        if (value := _value(config, name)) not in (None, *choices):
+            raise ValueError(f"{name}={value!r}: choose {', '.join(choices)}")
     methods.check(config)
 
 
 def check_run(config: ConfigDict) -> None:
     """As `check`, of a run, or of one of several seeds; a ValueError for a sweep."""
+    need_config(config)
     if is_sweep(config):
         raise ValueError("the config has values to sweep: runs.sweep trains them")
     check(config)
+
+
+def need_config(config: Any) -> None:
+    """A TypeError for what is no config."""
+    if not isinstance(config, ConfigDict):
+        ours = "runs.default_config(...), or get_config() of a config file"
+        raise TypeError(f"the first argument must be a config, {ours}; got {config!r:.60}")
 
 
 def _value(config: ConfigDict, name: str) -> Any:

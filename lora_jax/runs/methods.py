@@ -67,10 +67,11 @@ def _need_options(name: str, config: ConfigDict) -> None:
     """A ValueError for a method that a config has no options for."""
     if name not in config:
         names = [key for key, part in config.items() if isinstance(part, ConfigDict) and {"select", "sites"} & {*part}]
-        near = difflib.get_close_matches(name, names, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        problem = f"method is {config.method!r}, but the config has no options for {name!r}"
-        raise ValueError(f"{problem}: {hint}It has {', '.join(names)}; or write none, or FILE.py:FUNCTION")
+        near = difflib.get_close_matches(name.strip().lower(), names, 1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        problem = f"method={config.method!r}: the config has no method {name!r}"
+        others = "several are joined as 'lora+tune'. Or 'none', or FILE.py:FUNCTION"
+        raise ValueError(f"{problem}. {hint}It has {', '.join(names)}; {others}")
 
 
 def _options(name: str, config: ConfigDict) -> dict[str, Any]:
@@ -98,7 +99,8 @@ def check(config: ConfigDict) -> None:
         try:
             lj.from_spec(options)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            problem = str(error).removeprefix(f"the spec of {options['method']!r} does not fit: ")
+            raise ValueError(f"{name}: {problem}") from None
 
 
 # The Python files that the user has named, on a command line or in a config of his own, and that have run.

@@ -58,7 +58,9 @@ def load_setup(
         method = lj.from_spec(methods.spec(config, unread.model, unread.new))
     report = lj.check(method, unread.shapes) if method else None
     objective = training.with_metrics(task.objective(config, unread.model), metrics)
-    training.with_metrics(objective, config.get("metrics", ()))  # names that there are
+    named = training.with_metrics(objective, config.get("metrics", ()))  # names that there are
+    if named.metrics is None and config.get("best") not in (None, "", "validation_loss"):
+        raise ValueError(f"best={config.best!r} is no metric of validation: it has validation_loss")
     base, spec = unread.read(), method.spec if method else {}
     schedules = {split: task.batches(examples, config, base, spec) for split, examples in data.items()}
     return Setup(base, method, schedules, objective, report)

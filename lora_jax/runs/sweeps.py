@@ -14,7 +14,7 @@ from lora_jax import training
 from lora_jax.distributed import processes
 from lora_jax.methods.arguments import brief
 from lora_jax.runs import bases, methods, tables
-from lora_jax.runs.config import check
+from lora_jax.runs.config import check, need_config
 from lora_jax.runs.run import load_setup
 from lora_jax.runs.tasks import Task
 from lora_jax.training import locks, stopping
@@ -36,6 +36,7 @@ class SweepResult(NamedTuple):
 
 def _check(config: ConfigDict) -> None:
     """A ValueError where a member cannot be trained; before anything is written."""
+    need_config(config)
     if config.method == "none" or config.get("warm_start"):
         raise ValueError("a sweep trains new adapters: no method 'none', no warm_start")
     for member in members(config).values():

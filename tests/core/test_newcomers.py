@@ -36,6 +36,28 @@ WRONG = [
     ),
     (lambda: lj.lora(QV, rank=4, target_modules=["q"]), TypeError, r"it is a selection, select\("),
     (lambda: lj.lora(QV, rnk=4), TypeError, "lora has no option 'rnk': did you mean rank?"),
+    (
+        lambda: lj.lora(QV, rank=4, exclude="x"),
+        TypeError,
+        r"no option 'exclude': select\(.*exclude=.*has it",
+    ),
+    (lambda: lj.lora(QV, 4), TypeError, "lora takes one argument by position, and options by their names: rank=4"),
+    (lambda: lj.lora(None, rank=4), TypeError, "lora takes a selection of weights.*got None"),
+    (lambda: lj.tune(QV, rank=4), TypeError, "tune has no option 'rank': there is none"),
+    (lambda: lj.lora(QV, rank=4, dtype="int8"), ValueError, "dtype='int8' must be of floating point"),
+    (lambda: lj.lora(QV, rank=4, dtype="float31"), ValueError, "dtype='float31' must be of floating point"),
+    (lambda: lj.adapter("mlp_out", rank=4), TypeError, "adapter changes activations.*got 'mlp_out'"),
+    (lambda: lj.adapter({"mlp_out": 2}, rank=4), TypeError, r"'mlp_out' needs \(occurrences, width\).*got 2"),
+    (lambda: lj.chain([LORA, LORA]), TypeError, "chain takes methods, one after the other.*got a list"),
+    (lambda: lj.bank(LORA), TypeError, "bank takes a list of methods.*got a ParamTransform"),
+    (lambda: lj.check(PARAMS, LORA), TypeError, r"check takes \(method, params\).*got a dict"),
+    (lambda: lj.from_spec("lora"), ValueError, "the spec of 'lora' does not fit: .* missing .*'selection'"),
+    (lambda: LORA.init(KEY), TypeError, r"^init\(\) missing 1 required positional argument: 'params'"),
+    (lambda: LORA.apply(PARAMS, DELTA, KEY), TypeError, r"^apply\(\) takes 2 positional arguments"),
+    (lambda: lj.merge(PARAMS, DELTA), TypeError, "merge takes adapted params alone"),
+    (lambda: lj.quantize(PARAMS, "**/kernel"), TypeError, r"quantize takes a selection, .*got '\*\*/kernel'"),
+    (lambda: lj.select("kernel")(PARAMS), ValueError, "the nearest paths are dense/kernel"),
+    (lambda: lj.select("**/kernel", layers=3)(PARAMS), ValueError, r"layers=\[3\]\) leaves no parameter"),
     (lambda: lj.adapter(QV, rank=4), TypeError, "adapter changes activations and takes their sites, .*mlp_out"),
     (lambda: LORA.init(PARAMS, KEY), TypeError, r"init takes \(key, params\).*not a dict; the two are swapped"),
     (lambda: LORA.init(0, PARAMS), TypeError, r"a key as jax\.random\.key\(0\) first, not 0$"),
@@ -77,7 +99,7 @@ def test_the_whole_traceback_is_to_be_had_and_the_users_own_is_never_cut():
             call()
         return [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
 
-    wrong = WRONG[16][0]
+    wrong = lambda: lj.check(lj.lora(lj.select("**/kernl"), rank=2), PARAMS)  # noqa: E731
     assert "_matching" not in frames(wrong)
     jax.config.update("jax_traceback_filtering", "off")
     try:
@@ -149,7 +171,7 @@ def test_all_matrices_of_a_model_with_norms():
     method = lj.lora(lj.select("**", ndim=2), rank=2)
     assert method.spec["ndim"] == 2 and set(method.init(KEY, PARAMS)) == {"dense/kernel"}
     assert set(lj.from_spec(method.spec).init(KEY, PARAMS)) == {"dense/kernel"}
-    with pytest.raises(ValueError, match="ndim=4 leaves no parameter"):
+    with pytest.raises(ValueError, match=r"select\('\*\*', ndim=4\) leaves no parameter"):
         lj.select("**", ndim=4)(PARAMS)
 
 
@@ -160,7 +182,12 @@ def test_numbers_that_do_not_train_are_named(dtype):
         lj.lora(lj.select("frozen/kernel"), rank=2).init(KEY, params)
     report = lj.check(lj.lora(lj.select("**/kernel"), rank=2), params)
     assert f"none: {dtype} does not train" in str(report) and report.trained == 28
-    assert "frozen" not in str(lj.check(lj.lora(lj.select("**/kernel", exclude="frozen/**"), rank=2), params))
+    for exclude in ("frozen/**", "frozen/kernel"):  # an exclude may match numbers that do not train alone
+        selection = lj.select("**", ndim=2, exclude=exclude)
+        assert selection(params) == {"dense/kernel": "io"}
+        for method in (lj.lora(selection, rank=2), lj.tune(selection)):
+            assert "frozen" not in str(lj.check(method, params))
+        assert lj.quantize(params, selection)["frozen"]["kernel"] is params["frozen"]["kernel"]
 
 
 def test_a_train_state_with_a_delta_goes_through_flax_serialization(monkeypatch):

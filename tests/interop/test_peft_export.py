@@ -237,7 +237,7 @@ def test_what_is_given_wrongly_is_said(tmp_path):
         peft.save(tmp_path, probing, filled(probing, extra), params=extra)
     folder = written(adapter("gpt2", task_type="CAUSAL_LM", r=2), tmp_path / "theirs")
     read, taken = peft.load(folder, params)
-    with pytest.raises(ValueError, match=r"lacks, or has besides, @shared/h_0/attn:a"):
+    with pytest.raises(ValueError, match=r"@shared/h_0/attn:a.* is missing or too much"):
         peft.save(tmp_path / "x", read, delta, params=params)
     short = lj.Delta(taken | {"@shared/h_0/attn": {"a": jnp.ones((12, 1))}})
     with pytest.raises(ValueError, match=r"@shared/h_0/attn: .* would have the shape"):

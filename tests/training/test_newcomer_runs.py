@@ -15,6 +15,7 @@ from lora_jax import runs, training
 from lora_jax.interop import hf
 from lora_jax.runs import bases, budget, reload
 from lora_jax.runs.config import check
+from lora_jax.runs.shapes import count
 from tests.helpers import glue_inputs
 from tests.helpers.cli import ROOT, run_entry
 from tests.helpers.runs import config_of, schedule
@@ -27,6 +28,8 @@ from tests.helpers.runs import config_of, schedule
         ({"lora.rank": 17}, r"h_0/attn/query/kernel: rank=17 must be a whole number from 1 to min\(in, out\) = 16"),
         ({"optimizer.schedule": "linaer"}, "optimizer.schedule is 'linaer', not one of .*linear"),
         ({"metrics": ("acuracy",)}, "no metric 'acuracy' is registered"),
+        ({"best": "bleu"}, "best='bleu' is no metric of validation: it has validation_loss"),
+        ({"base": ""}, "the config names no base: a folder with config.json"),
         ({"sweep.rank": (2, 17)}, "rank=17 must be a whole number"),
     ],
 )
@@ -47,10 +50,15 @@ def test_a_config_is_checked_before_the_base_is_read(
     ("changes", "message"),
     [
         ({"model.dtype": "fp16"}, "^model.dtype='fp16': choose float32, bfloat16, float16$"),
+        ({"decode.beam_rule": "paper"}, "^decode.beam_rule='paper': choose hf, lora_paper$"),
         ({"model.param_dtype": "half"}, "^model.param_dtype='half': choose"),
-        ({"method": "lroa"}, "no options for 'lroa': did you mean 'lora'. It has .*dora.*vera; or write none, or FILE"),
+        (
+            {"method": "lroa"},
+            "no method 'lroa'. Did you mean 'lora'. It has .*dora.*vera; several .* Or 'none', or FILE",
+        ),
+        ({"method": "LoRA"}, "no method 'LoRA'. Did you mean 'lora'"),
         ({"lora.r": 8}, "lora has no option 'r': it is rank here"),
-        ({"method": "lora+tuna"}, "no options for 'tuna': did you mean 'tune'"),
+        ({"method": "lora+tuna"}, "no method 'tuna'. Did you mean 'tune'"),
     ],
 )
 def test_names_of_a_config_with_the_choices(changes: dict[str, Any], message: str) -> None:
@@ -61,12 +69,38 @@ def test_names_of_a_config_with_the_choices(changes: dict[str, Any], message: st
         check(config)
 
 
-def test_a_key_of_peft_and_a_missing_config_on_the_command_line() -> None:
-    done = run_entry("train", "--config=configs/e2e.py:small", "--workdir=never", "--config.lora.r=8")
-    assert done.stderr == "error: the config has no key 'r'. It is rank here.\n" and done.returncode == 1
-    done = run_entry("train", "--workdir=never")
-    missing = "error: --config is missing, for example --config=configs/e2e.py:medium --workdir=runs/e2e\n"
-    assert done.stderr == missing and done.returncode == 1 and not (ROOT / "never").exists()
+E2E = "--config=configs/e2e.py:small"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--config is missing, for example --config=configs/e2e.py:medium --workdir=runs/e2e"),
+        (
+            ["--config=configs/e3e.py:small"],
+            "--config: there is no file 'configs/e3e.py'; did you mean configs/e2e",
+        ),
+        (["--config", "nosuch/e2e.py"], "--config: there is no file 'nosuch/e2e.py'; for example --config=configs/e2e"),
+        ([E2E, "--config.lora.r=8"], "the config has no key 'r'. It is lora.rank here.\n"),
+        ([E2E, "--config.dora.r=8"], "the config has no key 'r'. It is dora.rank here.\n"),
+        ([E2E, "--config.lora_alpha=8"], "the config has no key 'lora_alpha'. It is lora.alpha here.\n"),
+        ([E2E, "--config.lr=1"], "the config has no key 'lr'. It is optimizer.learning_rate here.\n"),
+        ([E2E, "--config.batch_size=8"], "the config has no key 'batch_size'. It is data.batch_size here.\n"),
+        ([E2E, "--config.lora.target_modules=q"], "the config has no key 'target_modules'. It is lora.select, globs"),
+        ([E2E, "--config.xyz=8"], "the config has no key 'xyz'. lora_jax/runs/config.py lists the keys.\n"),
+    ],
+)
+def test_what_a_command_line_lacks_or_calls_otherwise(flags: list[str], message: str) -> None:
+    done = run_entry("train", *flags, "--workdir=never")
+    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1 and done.returncode == 1
+    assert not (ROOT / "never").exists()
+
+
+def test_the_matrices_among_what_a_config_selects(inputs: Path) -> None:
+    config = config_of(inputs, **{"lora.select": ("**",), "lora.ndim": 2})
+    assert config.dora.ndim is None
+    trained = count(config).report.rows
+    assert {len(row.shape) for row in trained} == {2} and "wte/embedding" in {row.path for row in trained}
 
 
 def test_a_trained_head_is_not_told_as_a_new_one(

@@ -102,7 +102,7 @@ def test_what_is_no_method_is_said(tmp_path: Path) -> None:
         (f"{tmp_path}/nothing.py:method", FileNotFoundError, "nothing.py does not exist"),
         (f"{tmp_path}/mine.py:other", ValueError, "has no function 'other'"),
         (f"{tmp_path}/mine.py:one", ValueError, "has no function 'one'"),
-        ("other", ValueError, "the config has no options for 'other'"),
+        ("other", ValueError, "the config has no method 'other'"),
     ]:
         config.method = name
         with pytest.raises(error, match=message):

@@ -113,7 +113,7 @@ class Sites:
         self.met[name] += 1
         for tap, factors, tapped in self.taps:
             if tap.site == name and n >= len(tapped):
-                raise ValueError(f"the site {name!r} occurs more often than the {tap.count} times that its tap is for")
+                raise ValueError(f"more than {tap.count} activations are named {name!r} (lora_jax.sites counts them)")
             if tap.site != name or tapped[n] is False:
                 continue
             y = _changed(tap, jax.tree.map(lambda leaf: leaf[n], factors), x, self.seen)
@@ -127,7 +127,7 @@ class Sites:
             n = counts.get(name, 0)
             here = leaf[self.met[name] : self.met[name] + n]
             if len(here) < n:
-                raise ValueError(f"the site {name!r} occurs more often than the {len(leaf)} times that its tap is for")
+                raise ValueError(f"more than {len(leaf)} activations are named {name!r} (lora_jax.sites counts them)")
             by_step = here.reshape(length, n // length, *leaf.shape[1:])
             return by_step[::-1] if reverse else by_step  # the last step comes first
 
@@ -151,8 +151,8 @@ class Sites:
         """An error for a site that occurred more or less often than its tap is for."""
         for tap, *_ in self.taps:
             if self.met[tap.site] != tap.count:
-                had = f"its tap is for {tap.count} of them"
-                raise ValueError(f"the function has {self.met[tap.site]} activations named {tap.site!r}, but {had}")
+                problem = f"the function has {self.met[tap.site]} activations named {tap.site!r}, not {tap.count}"
+                raise ValueError(f"{problem} (lora_jax.sites lists them)")
 
 
 class _Seen(dict):

@@ -162,7 +162,7 @@ def per_target(
     5
     """
     common_key = f"@shared/{spec['method']}"
-    checked = [*strings(spec.get("select", ())), *strings(spec.get("exclude", ())), *globs]
+    checked, exclude = [*strings(spec.get("select", ())), *globs], strings(spec.get("exclude", ()))
 
     def targets_in(params: Params) -> list[Target]:
         params = map_adapted(lambda w: w if isinstance(w, Encoded) else w.base, params)
@@ -173,7 +173,7 @@ def per_target(
 
     def init_all(key: Array, params: Params) -> Delta:
         transform.need_params(params, "init")
-        check_globs(checked, map_adapted(lambda w: w.base, params))
+        check_globs(checked, map_adapted(lambda w: w.base, params), exclude)
         chosen, delta = targets_in(params), Delta()
         for target in chosen:
             delta.update({key: {} for key in sorted(target.keys() - delta.keys())})

@@ -21,8 +21,8 @@ def merge(adapted: Any, dtype: Any = None) -> Any:
     >>> lj.merge(method.apply(params, delta))["kernel"][0]
     Array([2., 2.], dtype=float32)
     """
-    if isinstance(adapted, Delta):
-        raise TypeError("merge takes adapted params (method.apply(params, delta)), got a Delta")
+    if isinstance(adapted, Delta) or isinstance(dtype, Delta):
+        raise TypeError("merge takes adapted params alone, merge(method.apply(params, delta)); got a Delta")
 
     def dense(w: Adapted) -> Any:
         wide = w if dtype is None or isinstance(w, Tuned) else cast(w, widened(w.dtype))

@@ -103,7 +103,7 @@ def from_spec(spec: dict[str, Any]) -> ParamTransform:
     """
     if (count := _characters_of_globs(spec)) > _MOST_CHARACTERS:
         raise ValueError(f"the globs of the spec have {count:,} characters together, more than {_MOST_CHARACTERS:,}")
-    options = dict(spec)
+    options = dict(spec) if isinstance(spec, Mapping) else {"method": spec}
     name, peft = options.pop("method", None), options.pop("peft", None)
     if not isinstance(name, str) or name not in _METHODS:
         near = difflib.get_close_matches(str(name), _METHODS, 1)

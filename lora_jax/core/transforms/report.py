@@ -57,8 +57,7 @@ def check(method: ParamTransform, params: Any) -> Report:
     trained: 65,536 of 16,777,216 parameters (0.3906%)
     """
     delta, adapted = shapes_of(method, params)
-    names: dict[str, str] = {}
-    others: dict[str, str] = {}
+    names, others = dict[str, str](), dict[str, str]()
     for spec in method.spec["of"] if method.spec["method"] == "chain" else [method.spec]:
         part = method if spec is method.spec else from_spec(spec)
         names |= dict.fromkeys(keys_of(part, params), spec["method"])

@@ -124,8 +124,9 @@ def need_delta(delta: Any, keys: set[str] | None = None) -> None:
     """A TypeError for what is no Delta, a ValueError for one with other keys."""
     if not isinstance(delta, Delta):
         raise TypeError(f"apply takes a Delta (from init) as second argument, got {type(delta).__name__}")
-    if keys is not None and (wrong := keys ^ set(delta)):
-        raise ValueError(f"the delta is not this method's: it lacks, or has besides, {sorted(wrong)[:3]}")
+    if keys is not None and keys != set(delta):
+        lacks, besides = sorted(keys - set(delta))[:3], sorted(set(delta) - keys)[:3]
+        raise ValueError(f"the delta is not this method's: it lacks {lacks} and has besides {besides}")
 
 
 def shapes_of(method: ParamTransform, params: Params) -> tuple[Delta, dict[str, Adapted]]:

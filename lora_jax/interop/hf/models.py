@@ -32,6 +32,7 @@ from lora_jax.interop.hf.families import Format, HeadOptions, Stored, format_of,
 from lora_jax.interop.hf.sources import is_gguf, local, open_source
 from lora_jax.interop.lazy import placed, stacked
 from lora_jax.interop.tensor_files import FLOATS
+from lora_jax.methods.arguments import brief
 from lora_jax.models import shapes
 from lora_jax.models.family import family_of
 from lora_jax.models.layouts import in_stack, to_scanned
@@ -42,6 +43,7 @@ SHARD = 5_000_000_000  # bytes of one file of weights, above which there are sev
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
+@brief
 def load(
     folder_or_hub_id: str | os.PathLike,
     *,
@@ -182,6 +184,7 @@ def untrained(model: nn.Module, source: str | os.PathLike) -> tuple[str, ...]:
     return tuple(glob for end, glob in needed.items() if not any(name.endswith(end) for name in names))
 
 
+@brief
 def save(
     folder: str | os.PathLike,
     model: nn.Module,

@@ -28,12 +28,14 @@ from lora_jax.interop.peft.kinds import kind_of
 from lora_jax.interop.peft.modules import model_of, prefix_in, resolve
 from lora_jax.interop.peft.tensors import PREFIX, all_equal, array_of, check_names, name_in_file, tensors_of, to_delta
 from lora_jax.interop.tensor_files import FLOATS, read_file
+from lora_jax.methods.arguments import brief
 from lora_jax.methods.token_rows import token_rows
 from lora_jax.methods.tune import tune
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
+@brief
 def load(folder: str | os.PathLike, params: Any) -> tuple[ParamTransform, Delta]:
     """An adapter that PEFT wrote: LoRA, DoRA, PiSSA, VeRA, IA3, LoKr or a registered kind, for any family of `hf.load`.
 
@@ -82,6 +84,7 @@ def load(folder: str | os.PathLike, params: Any) -> tuple[ParamTransform, Delta]
     return method._replace(spec=method.spec | {"peft": kept}), delta
 
 
+@brief
 def save(
     folder: str | os.PathLike, method: ParamTransform, delta: Delta, *, params: Any, base: str | None = None
 ) -> None:
@@ -196,7 +199,7 @@ def _arrays(tensors: list[Tensor], copies: list[str], delta: Delta, model: Model
     entries = {(key, factor) for key, factors in delta.items() for factor in factors}
     entries = {entry for entry in entries if entry in expected or not entry[1].startswith("fixed_")}  # of the base
     if wrong := sorted(":".join(entry) for entry in entries ^ expected):
-        raise ValueError(f"the delta is not this method's: it lacks, or has besides, {', '.join(wrong[:3])}")
+        raise ValueError(f"the delta is not this method's: {', '.join(wrong[:3])} is missing or too much")
     return {t.name: array_of(t, delta, model) for t in tensors if not t.copy or t.name in copies}
 
 
