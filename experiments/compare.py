@@ -19,7 +19,9 @@ from lora_jax.runs.tasks import task_in
 flags.DEFINE_list("runs", None, "Two workdirs.")
 flags.declare_key_flag("code")
 flags.declare_key_flag("split")
-flags.DEFINE_string("params", "adapted", "Of which evaluation.")
+flags.DEFINE_string(
+    "params", "adapted", "Of which evaluation: adapted, base, merged, or adapted-first200 of --limit=200."
+)
 flags.DEFINE_enum("missing", None, ["first", "empty"], "As for experiments.evaluate.")
 flags.mark_flag_as_required("runs")
 

@@ -116,7 +116,10 @@ class Options:
         r = look_up(self.rank, target.path, "rank")
         most = min(math.prod(target.inputs), math.prod(target.outputs))
         if self.strict and r > most:
-            raise ValueError(f"{target.path}: rank={r!r} must be a whole number from 1 to min(in, out) = {most}")
+            hint = "exclude leaves it out, rank={glob: number} gives it its own"
+            raise ValueError(
+                f"{target.path}: rank={r!r} must be a whole number from 1 to min(in, out) = {most}; {hint}"
+            )
         return {"a": (*target.stacked, *target.inputs, r), "b": (*target.stacked, r, *target.outputs)}
 
     def scale(self, path: str) -> Any:

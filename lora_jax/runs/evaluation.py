@@ -103,7 +103,8 @@ def _fitting(loaded: Loaded, groups: Mapping[str, list[str]], max_new_tokens: in
     room = dimensions_of(loaded.model).max_length - max_new_tokens
     fitting = {context: groups[context] for context, ids in zip(groups, tokens, strict=True) if len(ids) <= room}
     if not fitting:
-        raise ValueError(f"every context has more than {room} tokens: no room for {max_new_tokens} new ones")
+        least = f"every context has more than {room} tokens" if room > 0 else f"the model takes {room + max_new_tokens}"
+        raise ValueError(f"{least}: no room for max_new_tokens={max_new_tokens} new ones")
     if left_out := len(groups) - len(fitting):
         logging.warning("skipped %d of %d contexts longer than %d tokens", left_out, len(groups), room)
     return fitting
@@ -312,7 +313,9 @@ def read_predictions(folder: Path) -> Rows:
     checkpoints.finish_replacing(folder)
     file = folder / "predictions.jsonl"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist: experiments.evaluate writes it")
+        others = ", ".join(sorted(path.parent.name for path in folder.parent.glob("*/predictions.jsonl")))
+        hint = f"; there {'are' if ',' in others else 'is'} {others}" if others else ""
+        raise FileNotFoundError(f"{file} does not exist: experiments.evaluate writes it{hint}")
     rows = []
     for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
         with of_form(f"{file}:{number}: no row of experiments.evaluate"):

@@ -83,7 +83,8 @@ class ParamTransform(NamedTuple):
     keys: Callable[[Params], Collection[str]] | None = None
 
     def __repr__(self) -> str:
-        return f"ParamTransform({self.spec})"
+        spec = {name: value for name, value in self.spec.items() if name != "peft"}  # PEFT's config is long
+        return f"ParamTransform({spec})"
 
     def __copy__(self) -> "ParamTransform":
         return self
