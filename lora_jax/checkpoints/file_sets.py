@@ -36,6 +36,16 @@ def replaced_together(
 
     Raises:
       OSError: something could not be written: the old files are there, or if all new ones were complete, those.
+
+    >>> import tempfile
+    >>> from lora_jax import checkpoints
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with checkpoints.replaced_together(folder, last="config.json") as new:
+    ...         for name in ("config.json", "model.safetensors"):
+    ...             _ = (new / name).write_text("new")
+    ...     checkpoints.finish_replacing(folder)  # before reading: nothing is left to do
+    ...     print(sorted(path.name for path in Path(folder).iterdir()))
+    ['config.json', 'model.safetensors']
     """
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,6 +81,8 @@ def finish_replacing(folder: str | os.PathLike) -> None:
     Raises:
       ValueError: the record is damaged, or of files that were changed since.
       OSError: the files cannot be moved, as in a folder that is read-only.
+
+    An example is in `replaced_together`.
     """
     record = Path(folder).expanduser() / RECORD
     if not os.path.lexists(record):

@@ -22,6 +22,8 @@ class TextTask(NamedTuple):
       most_references: how many of a context's references are scored, the first ones; None: all.
       conversations: contexts are messages (`data.chat.dumped`), and texts, their answers, may have blank lines; else a
         text ends at the first one, as the authors' do.
+
+    An example is in `runs.train`.
     """
 
     load: Callable[[str | Path, str], datasets.Dataset]

@@ -23,6 +23,18 @@ def complete(
     """The text that follows each prompt, in the order of the prompts; with a progress bar.
 
     `options` are those of `completions`: `max_new_tokens` and `eos` at least.
+
+    >>> import jax
+    >>> from lora_jax.generation import complete, completions
+    >>> from lora_jax.models import gpt2
+    >>> from tokenizers import Tokenizer, models
+    >>> tokenizer = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "pub": 2}, unk_token="<eos>"))
+    >>> model = gpt2.GPT2(gpt2.GPT2Config(vocab_size=3, n_positions=24, n_embd=8, n_layer=1, n_head=2))
+    >>> params = jax.jit(model.init)(jax.random.key(0), np.ones((1, 4), "int32"))["params"]
+    >>> options = {"max_new_tokens": 4, "eos": 0}
+    >>> texts = complete(model, params, tokenizer, [[1, 2], [2, 1, 2]], **options)  # the same, a batch at a time:
+    >>> list(completions(model, params, tokenizer, [[1, 2], [2, 1, 2]], **options)) == [dict(enumerate(texts))]
+    True
     """
     texts = [""] * len(prompts)
     with tqdm(total=len(prompts), unit="text", desc="generate", disable=not progress) as bar:
@@ -62,6 +74,8 @@ def completions(
 
     Raises:
       ValueError: a prompt is empty or leaves no room for the new tokens; see also `generate`.
+
+    An example is in `complete`.
     """
     room = dimensions_of(model).max_length - max_new_tokens
     for number, prompt in enumerate(prompts):

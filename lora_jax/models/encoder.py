@@ -49,6 +49,8 @@ class EncoderConfig(layers.Computation):
       pooler: a layer and tanh on the first token; BERT's head needs it.
       dropout: the rate in training of embeddings, sublayers and head.
       attention_dropout: that of attention's weights.
+
+    An example is in `Encoder`.
     """
 
     family: str = "roberta"
@@ -118,7 +120,19 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The model: `Encoder(config).apply({"params": params}, tokens, mask, token_types)`."""
+    """The model: `Encoder(config).apply({"params": params}, tokens, mask, token_types)`.
+
+    >>> import jax
+    >>> from lora_jax.models import encoder
+    >>> shape = {"vocab_size": 32, "max_positions": 16, "hidden": 8, "layers": 1, "heads": 2, "inner": 16}
+    >>> config = encoder.EncoderConfig(**shape, head="classification", labels=3)
+    >>> model, tokens = encoder.Encoder(config), jnp.array([[5, 6, 1], [5, 6, 7]], jnp.int32)
+    >>> params = jax.jit(model.init)(jax.random.key(0), tokens)
+    >>> jax.jit(model.apply)(params, tokens, tokens != config.pad_id).shape
+    (2, 3)
+    >>> encoder.sites(config)["mlp_out"]
+    (1, (8,), 'float32')
+    """
 
     config: EncoderConfig
 
@@ -193,7 +207,10 @@ def _norm(config: EncoderConfig, name: str) -> layers.Norm:
 
 
 def sites(config: EncoderConfig) -> Sites:
-    """`{name: (occurrences, shape, dtype)}` of the activations that the model names, without batch and length."""
+    """`{name: (occurrences, shape, dtype)}` of the activations that the model names, without batch and length.
+
+    An example is in `Encoder`.
+    """
     return shapes.of_sites(config.layers, config.hidden, config.dtype)
 
 

@@ -38,6 +38,8 @@ class GPT2Config(layers.Computation):
 
     `query_block` is the number of queries that attention takes at a time, so that the scores of a long sequence are
     never all there; 0: all.
+
+    An example is in `GPT2`.
     """
 
     vocab_size: int = 50257
@@ -99,7 +101,21 @@ def _norm(config: GPT2Config, name: str) -> layers.Norm:
 
 
 class GPT2(nn.Module):
-    """The language model: `GPT2(config).apply({"params": params}, tokens, ...)`."""
+    """The language model: `GPT2(config).apply({"params": params}, tokens, ...)`.
+
+    >>> import jax
+    >>> from lora_jax.models import gpt2
+    >>> config = gpt2.GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+    >>> model, tokens = gpt2.GPT2(config), jnp.array([[5, 6, 7, 8]], jnp.int32)
+    >>> params, apply = jax.jit(model.init)(jax.random.key(0), tokens), jax.jit(model.apply)
+    >>> logits = apply(params, tokens)
+    >>> first, cache = apply(params, tokens[:, :3], cache=gpt2.init_cache(config, batch=1, length=16))
+    >>> last, cache = apply(params, tokens[:, 3:], cache=cache)  # of the fourth token alone
+    >>> bool(jnp.allclose(last[:, 0], logits[:, 3], atol=1e-5))
+    True
+    >>> gpt2.sites(config)["mlp_out"]
+    (1, (8,), 'float32')
+    """
 
     config: GPT2Config
 
@@ -182,6 +198,8 @@ def init_cache(config: GPT2Config, batch: int, length: int, dtype: Any = None) -
     `{"index": () int32, "mask": (batch, length) bool, "layers": ({"key": (batch, heads, length, head size),
     "value": ...}, ...)}`, keys and values in `dtype` or the compute dtype; with `scan_layers`, `layers` is one dict of
     arrays with a leading layer axis.
+
+    An example is in `GPT2`.
     """
     if length > config.n_positions:
         raise ValueError(f"a cache of length {length}, but {config.n_positions} positions")
@@ -191,7 +209,10 @@ def init_cache(config: GPT2Config, batch: int, length: int, dtype: Any = None) -
 
 
 def sites(config: GPT2Config) -> Sites:
-    """`{name: (occurrences, shape, dtype)}` of the activations that the model names, without batch and length."""
+    """`{name: (occurrences, shape, dtype)}` of the activations that the model names, without batch and length.
+
+    An example is in `GPT2`.
+    """
     return shapes.of_sites(config.n_layer, config.n_embd, config.dtype)
 
 

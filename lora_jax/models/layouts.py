@@ -85,6 +85,12 @@ def to_scanned(tree: Any, stack: Callable[[list], Any] = jnp.stack) -> Any:
 
     Raises:
       ValueError: layers are missing (a delta for some of them only), or differ in their leaves.
+
+    >>> tree = {"wte": jnp.ones(2), "h_0": {"bias": jnp.zeros(3)}, "h_1": {"bias": jnp.ones(3)}}
+    >>> to_scanned(tree)["h"]["bias"].shape
+    (2, 3)
+    >>> to_loop(to_scanned(tree))["h_1"]["bias"].tolist()
+    [1.0, 1.0, 1.0]
     """
     return _map_dicts(lambda node: _stack(node, stack), tree)
 
@@ -104,6 +110,8 @@ def to_loop(tree: Any) -> Any:
 
     Raises:
       ValueError: the stacked leaves differ in their number of layers, or none is there to tell it.
+
+    An example is in `to_scanned`.
     """
     depths: set[int] = set()
 

@@ -69,6 +69,8 @@ class LlamaConfig(layers.Computation):
       logit_cap: so do logits, with this cap.
       head: None, a language model; "classification" or "regression" of the last token, with `labels` outputs.
       query_block: of `gpt2.GPT2Config`.
+
+    An example is in `Llama`.
     """
 
     family: str = "llama"
@@ -247,7 +249,14 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """The model: `Llama(config).apply({"params": params}, tokens, ...)`."""
+    """The model: `Llama(config).apply({"params": params}, tokens, ...)`.
+
+    >>> shape = {"vocab_size": 32, "max_length": 16, "hidden": 8, "layers": 1, "heads": 2, "inner": 16}
+    >>> model, tokens = Llama(LlamaConfig(**shape)), jnp.ones((1, 4), jnp.int32)
+    >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    >>> jax.jit(model.apply)({"params": params}, tokens).shape
+    (1, 4, 32)
+    """
 
     config: LlamaConfig
 
@@ -337,7 +346,10 @@ class Llama(nn.Module):
 
 def init_cache(config: LlamaConfig, batch: int, length: int, dtype: Any = None) -> dict:
     """An empty KV cache as `gpt2.init_cache`'s, of the heads of keys and values; with windows also "positions", (batch,
-    length) int32, of the tokens in the slots."""
+    length) int32, of the tokens in the slots.
+
+    An example is in `gpt2.GPT2`.
+    """
     if length > config.longest:
         raise ValueError(f"a cache of length {length}, but {config.longest} positions")
     cache = layers.empty_cache(config, config.layers, (batch, config.kv_heads, length, config.size), dtype)
@@ -345,7 +357,10 @@ def init_cache(config: LlamaConfig, batch: int, length: int, dtype: Any = None) 
 
 
 def sites(config: LlamaConfig) -> Sites:
-    """`{name: (occurrences, shape, dtype)}` of the activations that the model names, without batch and length."""
+    """`{name: (occurrences, shape, dtype)}` of the activations that the model names, without batch and length.
+
+    An example is in `gpt2.GPT2`.
+    """
     return shapes.of_sites(config.layers, config.hidden, config.dtype)
 
 

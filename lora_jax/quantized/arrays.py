@@ -236,6 +236,13 @@ def from_gguf(
 
     Raises:
       ValueError: another type, or other sizes than the leaf's.
+
+    >>> import numpy as np
+    >>> from lora_jax.quantized import from_gguf
+    >>> block = np.float16(0.5).tobytes() + bytes(range(32))  # of Q8_0: a scale and 32 numbers of 8 bits
+    >>> raw = np.frombuffer(block, np.uint8)[None]  # one output unit of 32 inputs
+    >>> from_gguf("Q8_0", raw, (32, 1), "io").materialize()[:4, 0].tolist()
+    [0.0, 0.5, 1.0, 1.5]
     """
     arrays, rows = gguf_blocks(name, raw), _rows_of(path, axes)
     inner = tuple(n for n, letter in zip(shape, axes, strict=True) if CLASS[letter] != rows)

@@ -38,7 +38,7 @@ SAMPLING = ("temperature", "top_k", "top_p")
 
 
 class Evaluation(NamedTuple):
-    """What `evaluate` and `predict` return: the folder that they wrote, and the figures."""
+    """What `evaluate` and `predict` return: the folder that they wrote, and the figures. An example is in `train`."""
 
     folder: Path
     result: dict[str, Any]
@@ -77,6 +77,8 @@ def evaluate(
       FileNotFoundError: the data are not there.
       ValueError: the run classifies, `missing` has no meaning here, or another process evaluates the same.
       InterruptedError: a signal stopped it (SIGINT, SIGTERM, SIGHUP); the same call resumes it.
+
+    An example is in `train`.
     """
     loaded = run if isinstance(run, Loaded) else load(run)
     task = text_task(loaded.task, loaded.config, loaded.workdir)
@@ -160,6 +162,8 @@ def predict(
     Raises:
       FileNotFoundError: the data are not there.
       ValueError: the run writes texts, or the model's outputs are NaN.
+
+    An example is in `classification`.
     """
     loaded = run if isinstance(run, Loaded) else load(run)
     task, name, workdir = loaded.task, loaded.config.data.name, loaded.workdir
@@ -225,6 +229,8 @@ def complete(
     Raises:
       ValueError: the file holds completions of other contexts or settings; a context is no Unicode text.
       InterruptedError: a signal came, and there is such a file; what it holds is resumed.
+
+    An example is in `train`.
     """
     check_unicode(texts, "context")
     options = decoding_options(loaded.config, decoding)

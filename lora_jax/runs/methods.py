@@ -111,6 +111,14 @@ def run_file(path: str | Path) -> ModuleType:
     """Runs a Python file, once in a process: it registers its methods, and `task_in` knows its tasks.
 
     Only for a file that the user names. What is read (a workdir, an adapter) never has a file run.
+
+    >>> import tempfile
+    >>> from lora_jax import runs
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder, "reviews.py")
+    ...     _ = file.write_text("LABELS = ('bad', 'good')")
+    ...     runs.run_file(file).LABELS
+    ('bad', 'good')
     """
     file = Path(path).resolve()
     if file not in _MODULES:

@@ -25,7 +25,7 @@ from lora_jax.training import locks, stopping
 
 
 class Pretrained(NamedTuple):
-    """What `pretrain` returns."""
+    """What `pretrain` returns. An example is in `pretrain`."""
 
     finished: bool  # False where SIGINT, SIGTERM or SIGHUP ended it; all is saved, and the same call resumes it
     step: int  # the steps done
@@ -49,6 +49,23 @@ def pretrain(config: ConfigDict, workdir: str | Path, *, started: Callable[[Prep
       config: with `model`, `tokenizer`, `vocab_size`, `data` and what training reads.
       workdir: made where there is none.
       started: called with the run before it trains.
+
+    >>> import tempfile
+    >>> from lora_jax import runs
+    >>> from lora_jax.training.config import TrainConfig, as_config_dict
+    >>> config = as_config_dict(TrainConfig(steps=2))
+    >>> config.tokenizer, config.vocab_size = "", 270
+    >>> config.model = ConfigDict({"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16})
+    >>> config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for name in ("train.txt", "valid.txt"):
+    ...         _ = Path(folder, name).write_text("Alba is a pub in the old town. " * 8)
+    ...     paths = {"path": (f"{folder}/train.txt",), "validation": (f"{folder}/valid.txt",)}
+    ...     config.data = ConfigDict({**paths, "batch_size": 2, "length": 16})
+    ...     result = runs.pretrain(config, f"{folder}/base")  # doctest: +ELLIPSIS
+    ...     result.step, result.model.name
+    step 2: validation loss 5...
+    (2, 'model')
     """
     workdir = Path(workdir).expanduser()
     training.claim(workdir, config)

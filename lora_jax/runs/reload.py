@@ -28,7 +28,7 @@ Form = Literal["merged", "peft", "native"]
 
 
 class Loaded(NamedTuple):
-    """A run's model."""
+    """A run's model. An example is in `train`."""
 
     workdir: Path
     config: ConfigDict  # of the run, as it resolved
@@ -70,6 +70,8 @@ def load(workdir: str | Path, *, params: Kind = "adapted", base: str | None = No
       FileNotFoundError: no run there, or no base.
       ValueError: the base is another than the run's, the workdir holds several runs, or its method or task is in a
         Python file that has not run (`run_file`): reading a run never runs one.
+
+    An example is in `train`.
     """
     workdir = Path(workdir).expanduser()
     config = read_config(workdir)
@@ -157,7 +159,10 @@ def text_task(task: Task, config: ConfigDict, workdir: str | Path) -> TextTask:
 
 
 class Imported(NamedTuple):
-    """What `import_run` made: the delta, and the file that holds it besides the workdir's checkpoint of step 0."""
+    """What `import_run` made: the delta, and the file that holds it besides the workdir's checkpoint of step 0.
+
+    An example is in `train`.
+    """
 
     delta: Delta
     adapter: Path
@@ -176,6 +181,8 @@ def export_run(workdir: str | Path, form: Form, out: str | Path, *, base: str | 
 
     Returns:
       What was written, and the step of the run that it is of.
+
+    An example is in `train`.
     """
     workdir, out = Path(workdir).expanduser(), Path(out).expanduser()
     config = read_config(workdir)
@@ -214,6 +221,8 @@ def import_run(source: str | Path, config: ConfigDict, workdir: str | Path) -> I
 
     Raises:
       ValueError: the folder is of no form, or of another base; the workdir holds a run already.
+
+    An example is in `train`.
     """
     workdir = Path(workdir).expanduser()
     if config.get("seeds"):

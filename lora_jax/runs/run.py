@@ -67,7 +67,7 @@ def load_setup(
 
 
 class Prepared(NamedTuple):
-    """A run, ready to train."""
+    """A run, ready to train. An example is in `train`."""
 
     workdir: Path
     job: training.Job  # what `training.train` takes
@@ -76,7 +76,7 @@ class Prepared(NamedTuple):
 
 
 class RunResult(NamedTuple):
-    """What `train` returns."""
+    """What `train` returns. An example is in `train`."""
 
     workdir: Path
     finished: bool  # False where SIGINT, SIGTERM or SIGHUP ended it; all is saved, and the same call resumes it
@@ -110,6 +110,8 @@ def prepare(
     Raises:
       FileNotFoundError: no base or no data where the config says.
       ValueError: the workdir holds another config's run, or the config names what there is not.
+
+    An example is in `train`.
     """
     setup = load_setup(config, bases.mesh_of(config), task=task, method=method, metrics=metrics)
     base = setup.base
@@ -156,6 +158,59 @@ def train(
 
     Raises:
       FileNotFoundError, ValueError, OSError: as `prepare` and `training.train`.
+
+    >>> import tempfile
+    >>> from datasets import Dataset
+    >>> from lora_jax import runs
+    >>> from lora_jax.data import text
+    >>> from lora_jax.interop import hf
+    >>> from lora_jax.models import gpt2
+    >>> folder = tempfile.TemporaryDirectory()  # of a tiny base with random weights, and of the runs
+    >>> here = Path(folder.name)
+    >>> _ = (here / "text.txt").write_text("name : Alba Alba is a pub .")
+    >>> tokenizer = text.train_tokenizer([here / "text.txt"], vocab_size=270)
+    >>> sizes = {"vocab_size": 270, "n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    >>> model = gpt2.GPT2(gpt2.GPT2Config(**sizes, eos_token_id=0))
+    >>> params = jax.jit(model.init)(jax.random.key(0), np.ones((1, 4), "int32"))["params"]
+    >>> hf.save(here / "base", model, params, tokenizer)
+
+    The data are of a task; most are read from files, these are made up:
+
+    >>> def load(path, split):
+    ...     return Dataset.from_dict({"context": ["name : Alba"] * 4, "completion": ["Alba is a pub ."] * 4})
+    >>> runs.register_task("pubs", runs.generation(runs.TextTask(load, style="samsum")))
+    >>> config = runs.default_config("generation")
+    >>> config.base, config.data.name, config.data.batch_size = str(here / "base"), "pubs", 2
+    >>> config.epochs, config.decode.num_beams, config.decode.max_new_tokens = 1, 1, 4
+    >>> result = runs.train(config, here / "run")  # doctest: +ELLIPSIS
+    step 2: validation loss 5...
+    >>> result.finished, result.step, result.summary["trained"]
+    (True, 2, 256)
+
+    The run in its workdir, used, evaluated, exported, and imported into another workdir:
+
+    >>> loaded = runs.load(here / "run")
+    >>> len(runs.complete(loaded, ["name : Alba", "name : Blue Spice"]))
+    2
+    >>> sorted(runs.evaluate(loaded, split="valid").result["scores"]["all"])
+    ['rouge1', 'rouge2', 'rougeL']
+    >>> out, step = runs.export_run(here / "run", "native", here / "exported")
+    >>> imported = runs.import_run(out, config, here / "imported")
+    >>> runs.load(here / "imported").step
+    0
+
+    Two learning rates at once, and a run that is prepared and not trained:
+
+    >>> config.sweep.learning_rate = (1e-4, 1e-3)
+    >>> swept = runs.sweep(config, here / "sweep")  # doctest: +ELLIPSIS
+    step 2, learning_rate=0.0001: validation loss 5...
+    step 2, learning_rate=0.001: validation loss 5...
+    >>> [row["label"] for row in swept.rows]
+    ['learning_rate=0.0001', 'learning_rate=0.001']
+    >>> config.sweep.learning_rate = None
+    >>> runs.prepare(config, here / "prepared").report.trained
+    256
+    >>> folder.cleanup()
     """
     workdir = Path(workdir).expanduser()
     run = partial(_train, task=task, method=method, metrics=metrics, command=command, started=started, ended=ended)

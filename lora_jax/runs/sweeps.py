@@ -25,7 +25,7 @@ KEYS = {"learning_rate": "optimizer.learning_rate", "weight_decay": "optimizer.w
 
 
 class SweepResult(NamedTuple):
-    """What `sweep` returns."""
+    """What `sweep` returns. An example is in `train`."""
 
     workdir: Path
     finished: bool  # False where SIGINT, SIGTERM or SIGHUP ended it; all is saved, and the same call resumes it
@@ -68,6 +68,8 @@ def sweep(
 
     Raises:
       FileNotFoundError, ValueError, OSError: as `training.sweep.prepare` and `train`.
+
+    An example is in `train`.
     """
     workdir = Path(workdir).expanduser()
     with contextlib.ExitStack() as stack:

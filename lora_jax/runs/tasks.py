@@ -60,6 +60,8 @@ class Task(NamedTuple):
       prompts: of a task that writes text, (contexts, config, base, spec) -> the tokens that the model continues for
         each context, and the tokens that end a text.
       save_format: (config, base, folder) writes what a merged model needs besides, its chat template; None: nothing.
+
+    An example is in `train`.
     """
 
     load: Callable[[str | Path, str], Any]
@@ -76,13 +78,21 @@ _TASKS: dict[str, Task] = {}
 
 
 def register_task(name: str, task: Task) -> None:
-    """Makes a task known to configs by this name (`config.data.name`), in place of an earlier one of that name."""
+    """Makes a task known to configs by this name (`config.data.name`), in place of an earlier one of that name.
+
+    An example is in `train`.
+    """
     _TASKS[name] = task
 
 
 def task_named(name: str) -> Task:
     """The task of that name: registered, of GLUE, of `data.tasks`, or "FILE.py:NAME", a Task in a Python file, which
-    runs. Where there is none, a ValueError shows those there are."""
+    runs. Where there is none, a ValueError shows those there are.
+
+    >>> from lora_jax import runs
+    >>> runs.task_named("mnli").head
+    {'head': 'classification', 'labels': 3}
+    """
     return _task(name, methods.from_file)
 
 
@@ -109,7 +119,7 @@ def _task(name: str, from_file: Callable[[str], Any]) -> Task:
 
 
 def generation(text: TextTask) -> Task:
-    """Completing contexts, by a model that predicts the next token."""
+    """Completing contexts, by a model that predicts the next token. An example is in `train`."""
 
     def objective(config: ConfigDict, model: Any) -> training.Objective:
         return training.language_model(model, config.label_smoothing)
@@ -159,6 +169,30 @@ def classification(
       load: (path, split) -> a Dataset with columns `first`, of pairs `second`, and `label`, an id.
       labels: their names, in the order of their ids; none for a regression.
       metrics: (outputs (N, labels), labels (N,)) -> {name: value}; None: the accuracy, of a regression nothing.
+
+    >>> import tempfile, jax
+    >>> from lora_jax import runs
+    >>> from lora_jax.interop import hf
+    >>> from lora_jax.models import encoder
+    >>> from tokenizers import Tokenizer, models, processors
+    >>> def load(path, split):
+    ...     return Dataset.from_dict({"first": ["good", "bad"] * 2, "label": [1, 0] * 2})
+    >>> task = runs.classification(load, ("bad", "good"))
+    >>> words = {"<s>": 0, "<pad>": 1, "</s>": 2, "bad": 3, "good": 4}
+    >>> tokenizer = Tokenizer(models.WordLevel(words, unk_token="<s>"))
+    >>> tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    >>> sizes = {"vocab_size": 5, "max_positions": 16, "hidden": 8, "layers": 1, "heads": 2, "inner": 16}
+    >>> model = encoder.Encoder(encoder.EncoderConfig(**sizes))
+    >>> params = jax.jit(model.init)(jax.random.key(0), np.ones((1, 4), "int32"))["params"]
+    >>> config = runs.default_config("classification")
+    >>> config.seeds, config.epochs, config.data.batch_size = (), 1, 2
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     config.base = f"{folder}/base"
+    ...     hf.save(config.base, model, params, tokenizer)
+    ...     result = runs.train(config, f"{folder}/run", task=task)
+    ...     runs.predict(runs.load(f"{folder}/run", task=task)).result["examples"]
+    step 2: validation loss 0.6931, accuracy 0.5000
+    4
     """
     head = {"head": "classification", "labels": len(labels)} if labels else {"head": "regression", "labels": 1}
     metrics = metrics or (_accuracy if labels else None)

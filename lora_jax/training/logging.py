@@ -57,7 +57,17 @@ def _entry(line: bytes) -> dict[str, Any]:
 
 
 class Logger(Protocol):
-    """Where the metrics of a run go: W&B, MLflow, a file. A resumed run writes again what came after its checkpoint."""
+    """Where the metrics of a run go: W&B, MLflow, a file. A resumed run writes again what came after its checkpoint.
+
+    >>> from lora_jax import training
+    >>> class Printer:
+    ...     def write(self, step, entries):
+    ...         print(f"step {step}: {entries}")
+    ...     def close(self):
+    ...         pass
+    >>> training.Prefixed(Printer(), "seed_0/").write(100, {"loss": 2.5})
+    step 100: {'seed_0/loss': 2.5}
+    """
 
     def write(self, step: int, entries: Mapping[str, float]) -> None:
         """Entries of one step: of the training loss, or of a validation."""
@@ -67,7 +77,17 @@ class Logger(Protocol):
 
 
 class JsonLines:
-    """Writes metrics.jsonl of a workdir, after dropping the entries that came after `step`."""
+    """Writes metrics.jsonl of a workdir, after dropping the entries that came after `step`.
+
+    >>> import tempfile
+    >>> from lora_jax import training
+    >>> with tempfile.TemporaryDirectory() as workdir:
+    ...     lines = training.JsonLines(workdir, step=0)
+    ...     lines.write(100, {"loss": 2.5})
+    ...     lines.close()
+    ...     training.read_metrics(workdir)
+    [{'step': 100, 'loss': 2.5}]
+    """
 
     def __init__(self, workdir: str | Path, step: int) -> None:
         path = Path(workdir) / "metrics.jsonl"
@@ -86,7 +106,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Writes TensorBoard's events into a workdir; earlier ones after `step` are purged."""
+    """Writes TensorBoard's events into a workdir; earlier ones after `step` are purged. An example is in `Log`."""
 
     def __init__(self, workdir: str | Path, step: int) -> None:
         with extra("train"):
@@ -103,7 +123,10 @@ class TensorBoard:
 
 
 class Prefixed(NamedTuple):
-    """A logger for one of several runs, the names of whose entries begin with the prefix; it closes nothing."""
+    """A logger for one of several runs, the names of whose entries begin with the prefix; it closes nothing.
+
+    An example is in `Logger`.
+    """
 
     logger: Logger
     prefix: str
@@ -117,7 +140,18 @@ class Prefixed(NamedTuple):
 
 class Log:
     """The metrics of a workdir: on resuming from `step`, what came after it is dropped first. Of several processes the
-    first one writes; each knows all entries. The `loggers` get every entry as well; the caller closes them."""
+    first one writes; each knows all entries. The `loggers` get every entry as well; the caller closes them.
+
+    >>> import tempfile
+    >>> from lora_jax import training
+    >>> with tempfile.TemporaryDirectory() as workdir:
+    ...     with training.Log(workdir, step=0) as log:
+    ...         log.write(100, loss=2.5)
+    ...         log.write(200, loss=2.25, validation_loss=2.5)
+    ...     training.plot_loss(workdir)
+    ...     print(log.last("loss"), training.read_metrics(workdir) == log.entries, Path(workdir, "loss.png").exists())
+    2.25 True True
+    """
 
     def __init__(self, workdir: str | Path, step: int, loggers: Sequence[Logger] = ()) -> None:
         self.entries = read_metrics(workdir, step)
@@ -238,7 +272,10 @@ class Meter:
 
 def plot_loss(workdir: str | Path) -> None:
     """Draws loss.png from metrics.jsonl: training loss and validation loss, each with an axis of its own, as the former
-    has dropout and label smoothing; the first of several processes does. A warning where it cannot be drawn."""
+    has dropout and label smoothing; the first of several processes does. A warning where it cannot be drawn.
+
+    An example is in `Log`.
+    """
     if processes.is_primary():
         with warns_of_plot(Path(workdir) / "loss.png"):
             _plot_loss(workdir)

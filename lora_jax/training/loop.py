@@ -44,7 +44,7 @@ class Member(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A run, or a sweep of several, made ready by `prepare` or `sweep.prepare`."""
+    """A run, or a sweep of several, made ready by `prepare` or `sweep.prepare`. An example is in `train`."""
 
     settings: TrainConfig  # of the loop
     workdir: Path  # with the checkpoints
@@ -79,7 +79,10 @@ class Job(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What `train` returns; not `finished` where a signal ended it (`training.stopping`; all is saved)."""
+    """What `train` returns; not `finished` where a signal ended it (`training.stopping`; all is saved).
+
+    An example is in `train`.
+    """
 
     delta: Delta
     step: int
@@ -121,6 +124,8 @@ def prepare(
       ValueError: another process writes the workdir, it holds another config's run or another base's, data's or
         method's, no checkpoint of it is good, the batch does not divide over micro-batches and devices, or a process
         has no device on the mesh.
+
+    An example is in `train`.
     """
     workdir, settings = Path(workdir).expanduser().absolute(), TrainConfig.of(config)
     claim(workdir, config)
@@ -195,6 +200,22 @@ def train(job: Job) -> Result:
     Raises:
       ValueError: a batch has no labels, or loss, gradient or delta are not finite; names the step. What is saved stays.
       OSError: the workdir cannot be written; names the newest complete checkpoint.
+
+    >>> import tempfile, jax, lora_jax as lj
+    >>> from lora_jax import checkpoints, training
+    >>> from lora_jax.data.batches import packed
+    >>> from lora_jax.models import gpt2
+    >>> model = gpt2.GPT2(gpt2.GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=1, n_head=2))
+    >>> params = jax.jit(model.init)(jax.random.key(0), np.ones((1, 4), "int32"))["params"]
+    >>> method = lj.lora(lj.select("**/attn/*/kernel"), rank=2)
+    >>> batches = packed(np.arange(128, dtype=np.int32) % 32, batch_size=4, length=16, eos=0)
+    >>> parts = {"model": model, "params": params, "base": checkpoints.identity(params, "random weights")}
+    >>> with tempfile.TemporaryDirectory() as workdir:
+    ...     job = training.prepare(training.TrainConfig(steps=4), workdir, method=method, batches=batches, **parts)
+    ...     result = training.train(job)
+    ...     run = checkpoints.load(workdir)
+    >>> result.step, result.finished, run.step
+    (4, True, 4)
     """
     with locks.locked(job.workdir), stopping.noted():
         state, done = drive(job)

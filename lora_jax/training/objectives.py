@@ -17,7 +17,7 @@ from lora_jax.training.loss import chunked_loss, cross_entropy, squared_error
 
 
 class Objective(NamedTuple):
-    """What `make_step` and validation need to know of a task."""
+    """What `make_step` and validation need to know of a task. An example is in `classifier`."""
 
     # (params, batch, key=None) -> outputs; params are plain or adapted, with a key the model's own dropout acts
     forward: Callable[..., Array]
@@ -34,13 +34,31 @@ _METRICS: dict[str, Metric] = {}
 
 
 def register_metric(name: str, metric: Metric) -> None:
-    """Makes a metric known to configs by this name (`config.metrics`)."""
+    """Makes a metric known to configs by this name (`config.metrics`).
+
+    >>> from lora_jax import training
+    >>> from lora_jax.models import gpt2
+    >>> training.register_metric("accuracy", lambda outputs, labels: (outputs == labels).mean())
+    >>> objective = training.language_model(gpt2.GPT2(gpt2.SIZES["small"]))
+    >>> training.with_metrics(objective, ["accuracy"]).metrics(np.array([1, 2]), np.array([1, 3]))  # by its name
+    {'accuracy': 0.5}
+    """
     _METRICS[name] = metric
 
 
 def with_metrics(objective: Objective, metrics: Mapping[str, Metric] | Sequence[str]) -> Objective:
     """The objective with further metrics, given or registered, besides its own; a name that is not registered is a
-    ValueError."""
+    ValueError.
+
+    >>> from lora_jax import training
+    >>> from lora_jax.models import gpt2
+    >>> def accuracy(outputs, labels):
+    ...     return (outputs == labels).mean()
+    >>> objective = training.language_model(gpt2.GPT2(gpt2.SIZES["small"]))
+    >>> objective = training.with_metrics(objective, {"accuracy": accuracy})
+    >>> objective.metrics(np.array([1, 2, 3, 4]), np.array([1, 2, 3, 5]))
+    {'accuracy': 0.75}
+    """
     if not metrics:
         return objective
     if not isinstance(metrics, Mapping):
@@ -66,6 +84,8 @@ def language_model(model: Any, smoothing: float = 0.0) -> Objective:
 
     Raises:
       ValueError: the model's family has no `output_head`.
+
+    An example is in `validate`.
     """
     apply, family = lift(model.apply), family_of(model)
     if (head := family.output_head) is None:
@@ -101,7 +121,20 @@ def language_model(model: Any, smoothing: float = 0.0) -> Objective:
 
 
 def classifier(model: Any, metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]] | None = None) -> Objective:
-    """One label a sequence: cross-entropy of logits (b, labels), or of a regression head the squared error."""
+    """One label a sequence: cross-entropy of logits (b, labels), or of a regression head the squared error.
+
+    >>> from lora_jax import training
+    >>> from lora_jax.models import encoder
+    >>> shape = {"vocab_size": 32, "max_positions": 16, "hidden": 8, "layers": 1, "heads": 2, "inner": 16}
+    >>> model = encoder.Encoder(encoder.EncoderConfig(**shape, head="classification", labels=3))
+    >>> tokens = np.full((2, 4), 5, "int32")
+    >>> batch = {"tokens": tokens, "mask": tokens > 0, "token_types": 0 * tokens}
+    >>> batch |= {"labels": np.array([0, 2], "int32"), "weights": np.ones(2, "float32")}
+    >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    >>> loss, count = jax.jit(training.classifier(model).loss)(params, batch)
+    >>> loss.shape, float(count)  # sums
+    ((), 2.0)
+    """
     apply, config = lift(model.apply), model.config
     if config.head == "regression" and config.labels != 1:
         raise ValueError(f"a regression on one number needs a head of one label, not of {config.labels}: labels=1")

@@ -23,7 +23,7 @@ Sums = Float32[Array, " 2"]  # of losses, and of weights
 
 
 class State(NamedTuple):
-    """All that a run needs to resume; every leaf is a device array."""
+    """All that a run needs to resume; every leaf is a device array. An example is in `make_step`."""
 
     step: Int32[Array, ""]  # the steps done; the position in the data follows from it
     delta: Delta  # float32
@@ -45,7 +45,10 @@ def new_state(
     dtype: Any = jnp.float32,
 ) -> State:
     """The state before the first step. `initial` are entries of the delta that start where another run ended; `dtype`
-    is the model's: in float16 the loss is scaled."""
+    is the model's: in float16 the loss is scaled.
+
+    An example is in `make_step`.
+    """
     for_init, for_steps = jax.random.split(key)
     delta = Delta({**method.init(for_init, params), **initial})
     half = jnp.dtype(dtype) == jnp.float16
@@ -61,7 +64,17 @@ def new_state(
 
 
 def state_shardings(state: State, placement: Placement, adapted: Any) -> State:
-    """Where a state lies: delta and optimizer by `sharding.shardings`, the rest on every device."""
+    """Where a state lies: delta and optimizer by `sharding.shardings`, the rest on every device.
+
+    >>> import lora_jax as lj
+    >>> from lora_jax import sharding, training
+    >>> params, method = {"kernel": jnp.ones((3, 2))}, lj.lora(lj.select("kernel"), rank=1)
+    >>> state = training.new_state(method, optax.sgd(0.1), params, jax.random.key(0))
+    >>> placement = sharding.Placement.one_device()
+    >>> shardings = training.state_shardings(state, placement, method.apply(params, state.delta))
+    >>> jax.device_put(state, shardings).step.sharding == placement.replicated
+    True
+    """
     delta, optimizer = placement.shardings((state.delta, state.optimizer), adapted)
     return jax.tree.map(lambda _: placement.replicated, state)._replace(delta=delta, optimizer=optimizer)
 
@@ -75,6 +88,20 @@ def make_step(
     once by all their labels, so that k micro-batches are one big batch however the labels spread over them. Only the
     delta is differentiated. Where a batch has a `strength` (b,) or (b, K), each row trains those adapters of a bank
     that it selects (`lora_jax.bank`).
+
+    >>> import numpy as np, lora_jax as lj
+    >>> from lora_jax import training
+    >>> from lora_jax.data.batches import packed
+    >>> from lora_jax.models import gpt2
+    >>> model = gpt2.GPT2(gpt2.GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=1, n_head=2))
+    >>> params = jax.jit(model.init)(jax.random.key(0), np.ones((1, 4), "int32"))["params"]
+    >>> method, rate = lj.lora(lj.select("**/attn/*/kernel"), rank=2), optax.constant_schedule(0.1)
+    >>> state = training.new_state(method, optax.sgd(rate), params, jax.random.key(1))
+    >>> step = jax.jit(training.make_step(training.language_model(model), method, optax.sgd(rate), rate))
+    >>> for batch in packed(np.arange(128, dtype=np.int32) % 32, batch_size=4, length=16, eos=0)(epoch=0):
+    ...     state = step(state, params, {name: x[None] for name, x in batch.items()})  # one micro-batch each
+    >>> int(state.step), float(state.metrics[training.METRICS.index("labels")])
+    (2, 127.0)
     """
 
     def step(state: State, params: Any, batch: dict[str, Array]) -> State:

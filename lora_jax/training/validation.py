@@ -24,6 +24,16 @@ def validate(objective: Objective, params: Any, validation: Schedule, *, placeme
 
     Raises:
       ValueError: the loss is not finite, or no batch has labels.
+
+    >>> from lora_jax import training
+    >>> from lora_jax.data.batches import packed
+    >>> from lora_jax.models import gpt2
+    >>> model = gpt2.GPT2(gpt2.GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=1, n_head=2))
+    >>> params = jax.jit(model.init)(jax.random.key(0), np.ones((1, 4), "int32"))["params"]
+    >>> batches = packed(np.arange(128, dtype=np.int32) % 32, batch_size=4, length=16, eos=0)
+    >>> loss = training.validate(training.language_model(model), params, batches)["validation_loss"]
+    >>> abs(loss - math.log(32)) < 0.1  # random weights: a guess among 32 tokens
+    True
     """
     placement = placement or Placement.one_device()
     processes.check_mesh(placement.mesh)

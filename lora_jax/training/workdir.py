@@ -46,6 +46,13 @@ def claim(workdir: str | Path, config: Any, *, sweep: str | Path | None = None, 
     Raises:
       ValueError: another process writes the workdir, or it holds a run of another config (shows every difference); on
         all processes. Or its name is not UTF-8, or its config.json is damaged.
+
+    >>> import tempfile
+    >>> from lora_jax import training
+    >>> with tempfile.TemporaryDirectory() as workdir:
+    ...     training.claim(workdir, training.TrainConfig(steps=100))
+    ...     json.loads(Path(workdir, "config.json").read_text())["steps"]
+    100
     """
     workdir = Path(workdir).expanduser()
     path, new = workdir / "config.json", as_json(config)
@@ -95,6 +102,12 @@ def check_resumed(
     Args:
       then, now: of `data_of`. Earlier versions kept none; what both have is compared.
       done, total: the steps.
+
+    >>> then = {"train": {"examples": 100, "content": "5e21"}}
+    >>> check_resumed("runs/e2e", then, {"train": {"examples": 90, "content": "a07c"}})
+    Traceback (most recent call last):
+    ValueError: runs/e2e holds a run on other training data: it began with 100 examples (5e21), here are 90 examples
+    (a07c). Give another --workdir, or the data it began with
     """
     way_out = "Give another --workdir, or the data it began with"
     both = {part: then[part].keys() & now[part].keys() for part in then.keys() & now.keys()}
@@ -113,7 +126,16 @@ def check_resumed(
 
 def difference(first: Any, second: Any, among: Container[str] | None = None) -> str:
     """Where two adapted trees of one base compute different functions, in words; "" where they do not. What acts in
-    training alone (dropout) is not compared; `among` limits it to some paths."""
+    training alone (dropout) is not compared; `among` limits it to some paths.
+
+    >>> import jax, lora_jax as lj
+    >>> from lora_jax import training
+    >>> params = {"kernel": np.ones((3, 2), "float32")}
+    >>> one, two = (lj.lora(lj.select("kernel"), rank=1, alpha=alpha) for alpha in (1, 2))
+    >>> delta = one.init(jax.random.key(0), params)
+    >>> training.difference(one.apply(params, delta), two.apply(params, delta))
+    'kernel has scale 1.0 in one, 2.0 in the other'
+    """
     (first, taps), (second, other_taps) = untapped(first), untapped(second)
     ours, theirs = ({tap.name: (tap.fn, tap.layers, tap.count) for tap in group} for group in (taps, other_taps))
     for name in (name for name in ours | theirs if among is None or name in among):

@@ -31,6 +31,8 @@ class GGUF:
       path: of the file.
       metadata: as it stands in the file; arrays of numbers are numpy arrays.
       fields: what the config.json of the same model says.
+
+    An example is in `open_file`.
     """
 
     path: Path
@@ -76,6 +78,31 @@ def open_file(path: str | os.PathLike) -> GGUF:
       FileNotFoundError: there is no such file.
       ValueError: it is no GGUF file, cut off or damaged, of another architecture, has a tensor of another type than
         TYPES, or says something of the model that is not supported.
+
+    >>> import gguf as writing, tempfile
+    >>> from lora_jax.interop import gguf, hf
+    >>> sizes = {"context_length": 16, "embedding_length": 8, "feed_forward_length": 8, "block_count": 1}
+    >>> sizes |= {"attention.head_count": 2, "vocab_size": 8}
+    >>> names = ["token_embd", "output_norm", *(f"blk.0.{n}" for n in ("attn_norm", "ffn_norm", "attn_q", "attn_k"))]
+    >>> names += [f"blk.0.{name}" for name in ("attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder, "tiny.gguf")
+    ...     writer = writing.GGUFWriter(file, "llama")
+    ...     for name, size in sizes.items():
+    ...         writer.add_uint32(f"llama.{name}", size)
+    ...     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-6)
+    ...     for name in names:
+    ...         writer.add_tensor(f"{name}.weight", np.ones((8,) if "norm" in name else (8, 8), np.float32))
+    ...     writer.write_header_to_file()
+    ...     writer.write_kv_data_to_file()
+    ...     writer.write_tensors_to_file()
+    ...     writer.close()
+    ...     opened, (model, params, tokenizer) = gguf.open_file(file), hf.load(file)
+    ...     blocks = hf.blocks(file, model)
+    >>> opened.fields["model_type"], len(opened.tensors), model.config.hidden
+    ('llama', 11, 8)
+    >>> blocks["h_0/mlp/up/kernel"][0]
+    'F32'
     """
     path = Path(path)
     contents = read_contents(path)

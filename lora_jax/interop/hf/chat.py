@@ -19,6 +19,8 @@ def chat_template(source: str | os.PathLike) -> str | None:
 
     Raises:
       ValueError: the file is no UTF-8, or holds something else than a template.
+
+    An example is in `save_chat`.
     """
     folder = local(source)
     if is_gguf(folder):
@@ -42,7 +44,10 @@ def chat_template(source: str | os.PathLike) -> str | None:
 
 def special_tokens(source: str | os.PathLike) -> dict[str, str]:
     """{"bos_token": ..., "eos_token": ..., ...}, the names that templates use, of a folder's tokenizer_config.json ({}
-    without that file) or of a GGUF file."""
+    without that file) or of a GGUF file.
+
+    An example is in `save_chat`.
+    """
     folder = local(source)
     if is_gguf(folder):
         return _opened(folder).special_tokens
@@ -52,7 +57,15 @@ def special_tokens(source: str | os.PathLike) -> dict[str, str]:
 
 
 def save_chat(folder: str | os.PathLike, template: str, tokens: Mapping[str, str]) -> None:
-    """Writes a template and special tokens into a folder, where this library and transformers read them."""
+    """Writes a template and special tokens into a folder, where this library and transformers read them.
+
+    >>> import tempfile
+    >>> from lora_jax.interop import hf
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     hf.save_chat(folder, "{{ messages[0].content }}{{ eos_token }}", {"eos_token": "</s>"})
+    ...     hf.chat_template(folder), hf.special_tokens(folder)
+    ('{{ messages[0].content }}{{ eos_token }}', {'eos_token': '</s>'})
+    """
     write_atomically(Path(folder) / TEMPLATE, template.encode())
     # tokenizer.json says all; by the model's type alone transformers might make another tokenizer of it
     fields = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}

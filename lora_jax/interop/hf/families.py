@@ -30,7 +30,7 @@ Modules = Mapping[str, tuple[str, str]]
 
 
 class Head(NamedTuple):
-    """What a model with a head has besides its backbone."""
+    """What a model with a head has besides its backbone. An example is in `hf.register_format`."""
 
     prefix: str  # what stands before the names of the backbone's modules, such as "transformer."
     modules: Modules  # those of the head
@@ -39,7 +39,7 @@ class Head(NamedTuple):
 
 
 class Architecture(NamedTuple):
-    """One family of Hugging Face models."""
+    """One family of Hugging Face models. An example is in `hf.register_architecture`."""
 
     name: str  # of the family, for messages
     weight: str  # the path of a parameter that only this family has, by which its parameters are recognized
@@ -70,7 +70,21 @@ ARCHITECTURES: dict[str, Architecture] = {}
 
 
 def register_architecture(architecture: Architecture) -> None:
-    """Makes a family known by its name, in place of an earlier one of that name; later ones are recognized first."""
+    """Makes a family known by its name, in place of an earlier one of that name; later ones are recognized first.
+
+    >>> import tempfile, lora_jax as lj
+    >>> from lora_jax.interop import hf, peft
+    >>> layer = {"fc": ("Linear", "fc")}  # torch's `layers.0.fc` is `h_0/fc` here
+    >>> toy = hf.Architecture("toy", "emb/embedding", "emb", {"emb": ("Embedding", "emb")}, ("layers", layer))
+    >>> hf.register_architecture(toy)
+    >>> params = {"emb": {"embedding": jnp.ones((5, 4))}, "h_0": {"fc": {"kernel": jnp.ones((4, 4))}}}
+    >>> method = lj.lora(lj.select("**/fc/kernel"), rank=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     peft.save(folder, method, method.init(jax.random.key(0), params), params=params)
+    ...     print(peft.load(folder, params)[1])
+    Delta: 1 paths, 16 numbers
+      h_0/fc/kernel: a float32(4, 2), b float32(2, 4)
+    """
     ARCHITECTURES.pop(architecture.name, None)
     ARCHITECTURES[architecture.name] = architecture
 
@@ -186,7 +200,10 @@ def read_config(
 ) -> Any:
     """A model's config, a dataclass, from the fields of config.json, whose `names` are given by ours; those absent have
     defaults. A ValueError where a field of `only` has another value than the supported one, one is of another type than
-    the dataclass says (true is no number, a string no size), or the config refuses a value."""
+    the dataclass says (true is no number, a string no size), or the config refuses a value.
+
+    An example is in `hf.register_format`.
+    """
     for name, value in only.items():
         if fields.get(name, value) != value:
             raise ValueError(f"{source}: config.json has {name}={fields[name]!r}; only {value!r} is supported")
@@ -268,7 +285,7 @@ def language_model(
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """The files of one family."""
+    """The files of one family. An example is in `hf.register_format`."""
 
     architecture: Architecture
     config_of: Callable[[dict, str], Any]  # `(fields of config.json, source) -> config`, by `read_config`
@@ -292,7 +309,28 @@ _FORMATS: dict[str, Format] = {}
 
 
 def register_format(model_type: str, format: Format) -> None:
-    """Makes a `model_type`, which is the name of a family too, readable and writable, in place of an earlier one."""
+    """Makes a `model_type`, which is the name of a family too, readable and writable, in place of an earlier one.
+
+    >>> import tempfile, json, pathlib
+    >>> from lora_jax.interop import hf
+    >>> from lora_jax.models import gpt2
+    >>> names = {"n_embd": "width", "n_layer": "depth", "n_head": "heads"}  # ours: those in config.json
+    >>> def config_of(fields, source):
+    ...     return hf.read_config(gpt2.GPT2Config, fields, names, {"activation": "gelu"}, source)
+    >>> def fields_of(config):
+    ...     return {"model_type": "toy", **{theirs: getattr(config, ours) for ours, theirs in names.items()}}
+    >>> layer = {"attn.qkv": ("Linear", "attn/{query,key,value}"), "attn.out": ("Linear", "attn/out")}
+    >>> layer |= {"up": ("Linear", "mlp/up"), "down": ("Linear", "mlp/down")}
+    >>> layer |= {"norm_1": ("LayerNorm", "ln_1"), "norm_2": ("LayerNorm", "ln_2")}
+    >>> backbone = {"tokens": ("Embedding", "wte"), "places": ("Embedding", "wpe"), "norm": ("LayerNorm", "ln_f")}
+    >>> head = hf.Head("model.", {"lm_head": ("Linear", "lm_head")}, "lm_head/kernel")
+    >>> toy = hf.Architecture("toy", "wte/embedding", "tokens", backbone, ("layers", layer), head)
+    >>> hf.register_format("toy", hf.Format(toy, config_of, fields_of))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = pathlib.Path(folder, "config.json").write_text('{"model_type": "toy", "width": 64, "heads": 4}')
+    ...     hf.without_weights(folder).config.n_embd
+    64
+    """
     register_architecture(format.architecture)
     _FORMATS[model_type] = format
 

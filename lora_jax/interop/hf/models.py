@@ -79,6 +79,8 @@ def load(
       ValueError: damaged files; a missing, extra, misshapen or non-finite tensor; a config field that changes the
         function and is not supported; a size that is not the tensors'; a missing head that is not asked for, or the
         head of another task.
+
+    An example is in `save`.
     """
     model, stored, tokenizer = unread(folder_or_hub_id, head=head, labels=labels, tie=tie, key=key)
     if scan_layers:
@@ -97,7 +99,22 @@ def unread(
 ) -> tuple[Any, dict, Tokenizer | None]:
     """As `load`, in float32 and the loop layout, but the leaves are `lazy.Lazy`: the files are open to look at, names,
     types and shapes are checked, and no weight is read. `trained`: the caller has a trained head for a new one, of
-    which then no warning tells."""
+    which then no warning tells.
+
+    >>> import tempfile
+    >>> from lora_jax.interop import hf
+    >>> from lora_jax.models import gpt2
+    >>> model = gpt2.GPT2(gpt2.GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=1, n_head=2))
+    >>> params = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     hf.save(folder, model, params)
+    ...     model, stored, tokenizer = hf.unread(folder)
+    ...     print(hf.shapes_of(stored, dtype="bfloat16")["wte"]["embedding"], hf.untrained(model, folder))
+    ...     same = hf.read(stored, dtype="bfloat16")
+    ShapeDtypeStruct(shape=(32, 8), dtype=bfloat16) ()
+    >>> same["wte"]["embedding"].dtype
+    dtype(bfloat16)
+    """
     source = open_source(local(folder_or_hub_id))
     format, fields, name = source.format, source.fields, source.name
     tensors, options = source.tensors(), HeadOptions(head, labels, tie, key, trained)
@@ -127,6 +144,8 @@ def read(
 
     Raises:
       ValueError: a file was damaged since; a tensor is not finite, or too large for the dtype.
+
+    An example is in `unread`.
     """
     flat = _in_layout(stored, scan_layers, dtype)
     if place is None:
@@ -144,7 +163,7 @@ def _in_layout(stored: dict, scan_layers: bool, dtype: str) -> dict[str, Any]:
 
 
 def shapes_of(stored: dict, *, scan_layers: bool = False, dtype: str = "float32") -> dict:
-    """What `read` gives, as ShapeDtypeStructs: nothing is read."""
+    """What `read` gives, as ShapeDtypeStructs: nothing is read. An example is in `unread`."""
     flat = _in_layout(stored, scan_layers, dtype)
     return unflatten_dict({path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in flat.items()}, sep="/")
 
@@ -155,6 +174,8 @@ def blocks(source: str | os.PathLike, model: nn.Module) -> dict[str, tuple[str, 
 
     Raises:
       ValueError: the source is no GGUF file.
+
+    An example is in `gguf.open_file`.
     """
     if not is_gguf(path := local(source)):
         raise ValueError(f"{source} is no GGUF file: only such a file has blocks of its own")
@@ -168,7 +189,10 @@ def blocks(source: str | os.PathLike, model: nn.Module) -> dict[str, tuple[str, 
 
 def without_weights(folder: str | os.PathLike) -> nn.Module:
     """The model that a folder's config.json, or a GGUF file, describes, an encoder without pooler and head; no weights
-    are read. Raises what `load` raises of config.json."""
+    are read. Raises what `load` raises of config.json.
+
+    An example is in `save`.
+    """
     source = open_source(Path(folder))
     config = source.format.config_of(source.fields, source.name)
     if source.has_weights:
@@ -177,7 +201,10 @@ def without_weights(folder: str | os.PathLike) -> nn.Module:
 
 
 def untrained(model: nn.Module, source: str | os.PathLike) -> tuple[str, ...]:
-    """Globs of the parameters besides the head that the files lack and `load` makes anew, for every method to train."""
+    """Globs of the parameters besides the head that the files lack and `load` makes anew, for every method to train.
+
+    An example is in `unread`.
+    """
     format = format_of(family_of(model).name, str(source))
     needed = format.head_needs(model.config)
     names = open_source(local(source)).tensors() if needed else ()
@@ -228,7 +255,8 @@ def save(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     hf.save(folder, model, params)
     ...     loaded, same, tokenizer = hf.load(folder)
-    >>> loaded.config == model.config
+    ...     described = hf.without_weights(folder)
+    >>> loaded.config == described.config == model.config
     True
     """
     format = format_of(family_of(model).name, str(folder))

@@ -18,7 +18,7 @@ _PARENT = "general.base_model.0.repo_url"
 
 
 class Origin(NamedTuple):
-    """What is known of a base besides its weights; "" where it is not known."""
+    """What is known of a base besides its weights; "" where it is not known. An example is in `origin_of`."""
 
     name: str = ""  # on the Hub, "owner/name"
     said_by: str = ""  # where that name stands, if it is not the source itself
@@ -30,6 +30,10 @@ def origin_of(source: str | os.PathLike) -> Origin:
 
     A package's model is of a table in `interop.packages`, a GGUF file's what its metadata name: the model that it was
     converted from, or the one that it is a quantized copy of. A folder of the Hub's cache has its name in its path.
+
+    >>> from lora_jax.interop import hf
+    >>> hf.origin_of("openai-community/gpt2").name
+    'openai-community/gpt2'
     """
     if packages.is_package(source):
         origin, name = _of_package(source), str(source).removeprefix(packages.PREFIX)

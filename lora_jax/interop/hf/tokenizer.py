@@ -16,6 +16,15 @@ def read_tokenizer(path: str | os.PathLike, vocab_size: int | None = None) -> To
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: it is no tokenizer, has no tokens or two of one id, or a token's id is not below `vocab_size`.
+
+    >>> import tempfile
+    >>> from lora_jax.interop import hf
+    >>> from tokenizers import Tokenizer, models
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = os.path.join(folder, "tokenizer.json")
+    ...     Tokenizer(models.WordLevel({"?": 0, "a": 1, "pub": 2}, unk_token="?")).save(file)
+    ...     hf.read_tokenizer(file, vocab_size=3).token_to_id("pub")
+    2
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing")

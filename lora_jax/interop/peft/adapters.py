@@ -50,6 +50,8 @@ def load(folder: str | os.PathLike, params: Any) -> tuple[ParamTransform, Delta]
       FileNotFoundError: no such folder, or a file is missing (also where there is only a pickled adapter_model.bin).
       ValueError: a damaged file; a field that is wrong, unknown or unsupported; a missing, extra, misshapen, wrongly
         typed or non-finite tensor; an adapter for another base; a tied embedding that it adapts in one use alone.
+
+    An example is in `save`.
     """
     config_file, file = _files(Path(folder).expanduser())
     config, in_file = folders.read_json(config_file), read_file(file)

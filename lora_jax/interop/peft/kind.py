@@ -147,7 +147,7 @@ class Field(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """One `peft_type`."""
+    """One `peft_type`. An example is in `register_kind`."""
 
     name: str  # for messages
     torch_classes: tuple[str, ...]  # of the modules that it can adapt

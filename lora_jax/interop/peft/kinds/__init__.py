@@ -24,7 +24,15 @@ _WHY_NOT = dict.fromkeys(("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING"
 
 def register_kind(name: str, kind: Kind) -> None:
     """Makes `load` and `save` know a kind of adapter by its `peft_type`, in place of an earlier one of that name; a
-    ValueError where the name is not in capitals, as all of PEFT's are."""
+    ValueError where the name is not in capitals, as all of PEFT's are.
+
+    >>> from lora_jax.interop import peft
+    >>> from lora_jax.interop.peft.kinds.lora import LORA
+    >>> scaled = LORA._replace(name="a LoRA of ours", export=None)  # its files are LoRA's, and are read alone
+    >>> peft.register_kind("OUR_LORA", scaled)
+    >>> kind_of({"peft_type": "OUR_LORA"}, "adapter_config.json").name
+    'a LoRA of ours'
+    """
     if not name or name != name.upper():
         raise ValueError(f"a peft_type is written in capitals, but this one is {name!r}")
     KINDS[name] = kind
