@@ -38,6 +38,7 @@ def replaced_together(
       OSError: something could not be written: the old files are there, or if all new ones were complete, those.
 
     >>> import tempfile
+    >>> from pathlib import Path
     >>> from lora_jax import checkpoints
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with checkpoints.replaced_together(folder, last="config.json") as new:

@@ -223,7 +223,8 @@ def open_beside(path: Path) -> tuple[int, Path]:
 def naming(path: str | os.PathLike) -> Iterator[None]:
     """A context for writing a file or a folder, in which the OSError of a full disk names it.
 
-    >>> with naming("results.json"):
+    >>> from lora_jax import checkpoints
+    >>> with checkpoints.naming("results.json"):
     ...     raise OSError(28, "No space left on device")
     Traceback (most recent call last):
     OSError: [Errno 28] No space left on device: 'results.json'

@@ -151,7 +151,7 @@ def save(
     Raises:
       OSError: this checkpoint, or the one before, could not be written; names the complete one.
 
-    >>> import tempfile, jax, optax, lora_jax as lj
+    >>> import tempfile, jax, jax.numpy as jnp, optax, lora_jax as lj
     >>> from lora_jax import checkpoints, training
     >>> params, method = {"kernel": jnp.ones((3, 2))}, lj.lora(lj.select("kernel"), rank=1)
     >>> base = checkpoints.identity(params, "ones")

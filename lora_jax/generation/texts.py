@@ -24,7 +24,7 @@ def complete(
 
     `options` are those of `completions`: `max_new_tokens` and `eos` at least.
 
-    >>> import jax
+    >>> import jax, numpy as np
     >>> from lora_jax.generation import complete, completions
     >>> from lora_jax.models import gpt2
     >>> from tokenizers import Tokenizer, models

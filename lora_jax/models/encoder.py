@@ -122,7 +122,7 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """The model: `Encoder(config).apply({"params": params}, tokens, mask, token_types)`.
 
-    >>> import jax
+    >>> import jax, jax.numpy as jnp
     >>> from lora_jax.models import encoder
     >>> shape = {"vocab_size": 32, "max_positions": 16, "hidden": 8, "layers": 1, "heads": 2, "inner": 16}
     >>> config = encoder.EncoderConfig(**shape, head="classification", labels=3)

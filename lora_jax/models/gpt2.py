@@ -103,7 +103,7 @@ def _norm(config: GPT2Config, name: str) -> layers.Norm:
 class GPT2(nn.Module):
     """The language model: `GPT2(config).apply({"params": params}, tokens, ...)`.
 
-    >>> import jax
+    >>> import jax, jax.numpy as jnp
     >>> from lora_jax.models import gpt2
     >>> config = gpt2.GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=1, n_head=2)
     >>> model, tokens = gpt2.GPT2(config), jnp.array([[5, 6, 7, 8]], jnp.int32)

@@ -86,6 +86,8 @@ def to_scanned(tree: Any, stack: Callable[[list], Any] = jnp.stack) -> Any:
     Raises:
       ValueError: layers are missing (a delta for some of them only), or differ in their leaves.
 
+    >>> import jax.numpy as jnp
+    >>> from lora_jax.models.gpt2 import to_loop, to_scanned
     >>> tree = {"wte": jnp.ones(2), "h_0": {"bias": jnp.zeros(3)}, "h_1": {"bias": jnp.ones(3)}}
     >>> to_scanned(tree)["h"]["bias"].shape
     (2, 3)

@@ -50,7 +50,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig(layers.Computation):
-    """The shape of a Llama, and how to compute it: `LlamaConfig(family="qwen3", **FAMILIES["qwen3"])`.
+    """Shape and computation of a Llama: `LlamaConfig(family="qwen3", **FAMILIES["qwen3"])`. An example is in `Llama`.
 
     Attributes:
       family: one of FAMILIES.
@@ -69,8 +69,6 @@ class LlamaConfig(layers.Computation):
       logit_cap: so do logits, with this cap.
       head: None, a language model; "classification" or "regression" of the last token, with `labels` outputs.
       query_block: of `gpt2.GPT2Config`.
-
-    An example is in `Llama`.
     """
 
     family: str = "llama"
@@ -251,10 +249,11 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """The model: `Llama(config).apply({"params": params}, tokens, ...)`.
 
-    >>> shape = {"vocab_size": 32, "max_length": 16, "hidden": 8, "layers": 1, "heads": 2, "inner": 16}
-    >>> model, tokens = Llama(LlamaConfig(**shape)), jnp.ones((1, 4), jnp.int32)
-    >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
-    >>> jax.jit(model.apply)({"params": params}, tokens).shape
+    >>> import jax
+    >>> from lora_jax.models.llama import Llama, LlamaConfig
+    >>> model = Llama(LlamaConfig(vocab_size=32, max_length=16, hidden=8, layers=1, heads=2, inner=16))
+    >>> logits, params = jax.jit(model.init_with_output)(jax.random.key(0), jax.numpy.ones((1, 4), "int32"))
+    >>> logits.shape
     (1, 4, 32)
     """
 
@@ -346,10 +345,7 @@ class Llama(nn.Module):
 
 def init_cache(config: LlamaConfig, batch: int, length: int, dtype: Any = None) -> dict:
     """An empty KV cache as `gpt2.init_cache`'s, of the heads of keys and values; with windows also "positions", (batch,
-    length) int32, of the tokens in the slots.
-
-    An example is in `gpt2.GPT2`.
-    """
+    length) int32, of the tokens in the slots. An example is in `gpt2.GPT2`."""
     if length > config.longest:
         raise ValueError(f"a cache of length {length}, but {config.longest} positions")
     cache = layers.empty_cache(config, config.layers, (batch, config.kv_heads, length, config.size), dtype)
@@ -357,10 +353,7 @@ def init_cache(config: LlamaConfig, batch: int, length: int, dtype: Any = None) 
 
 
 def sites(config: LlamaConfig) -> Sites:
-    """`{name: (occurrences, shape, dtype)}` of the activations that the model names, without batch and length.
-
-    An example is in `gpt2.GPT2`.
-    """
+    """`{name: (occurrences, shape, dtype)}` of its activations, as `gpt2.sites`'. An example is in `gpt2.GPT2`."""
     return shapes.of_sites(config.layers, config.hidden, config.dtype)
 
 

@@ -113,6 +113,7 @@ def run_file(path: str | Path) -> ModuleType:
     Only for a file that the user names. What is read (a workdir, an adapter) never has a file run.
 
     >>> import tempfile
+    >>> from pathlib import Path
     >>> from lora_jax import runs
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     file = Path(folder, "reviews.py")

@@ -51,7 +51,9 @@ def pretrain(config: ConfigDict, workdir: str | Path, *, started: Callable[[Prep
       started: called with the run before it trains.
 
     >>> import tempfile
+    >>> from pathlib import Path
     >>> from lora_jax import runs
+    >>> from ml_collections import ConfigDict
     >>> from lora_jax.training.config import TrainConfig, as_config_dict
     >>> config = as_config_dict(TrainConfig(steps=2))
     >>> config.tokenizer, config.vocab_size = "", 270

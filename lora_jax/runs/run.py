@@ -159,7 +159,8 @@ def train(
     Raises:
       FileNotFoundError, ValueError, OSError: as `prepare` and `training.train`.
 
-    >>> import tempfile
+    >>> import tempfile, jax, numpy as np
+    >>> from pathlib import Path
     >>> from datasets import Dataset
     >>> from lora_jax import runs
     >>> from lora_jax.data import text
@@ -181,7 +182,8 @@ def train(
     >>> runs.register_task("pubs", runs.generation(runs.TextTask(load, style="samsum")))
     >>> config = runs.default_config("generation")
     >>> config.base, config.data.name, config.data.batch_size = str(here / "base"), "pubs", 2
-    >>> config.epochs, config.decode.num_beams, config.decode.max_new_tokens = 1, 1, 4
+    >>> config.epochs, config.optimizer.warmup_steps = 1, 1
+    >>> config.decode.num_beams, config.decode.max_new_tokens = 1, 4
     >>> result = runs.train(config, here / "run")  # doctest: +ELLIPSIS
     step 2: validation loss 5...
     >>> result.finished, result.step, result.summary["trained"]
@@ -190,8 +192,8 @@ def train(
     The run in its workdir, used, evaluated, exported, and imported into another workdir:
 
     >>> loaded = runs.load(here / "run")
-    >>> len(runs.complete(loaded, ["name : Alba", "name : Blue Spice"]))
-    2
+    >>> len(runs.complete(loaded, ["name : Alba"]))  # of one context one text
+    1
     >>> sorted(runs.evaluate(loaded, split="valid").result["scores"]["all"])
     ['rouge1', 'rouge2', 'rougeL']
     >>> out, step = runs.export_run(here / "run", "native", here / "exported")

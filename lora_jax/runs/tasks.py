@@ -170,7 +170,8 @@ def classification(
       labels: their names, in the order of their ids; none for a regression.
       metrics: (outputs (N, labels), labels (N,)) -> {name: value}; None: the accuracy, of a regression nothing.
 
-    >>> import tempfile, jax
+    >>> import tempfile, jax, numpy as np
+    >>> from datasets import Dataset
     >>> from lora_jax import runs
     >>> from lora_jax.interop import hf
     >>> from lora_jax.models import encoder

@@ -143,6 +143,7 @@ class Log:
     first one writes; each knows all entries. The `loggers` get every entry as well; the caller closes them.
 
     >>> import tempfile
+    >>> from pathlib import Path
     >>> from lora_jax import training
     >>> with tempfile.TemporaryDirectory() as workdir:
     ...     with training.Log(workdir, step=0) as log:

@@ -201,7 +201,7 @@ def train(job: Job) -> Result:
       ValueError: a batch has no labels, or loss, gradient or delta are not finite; names the step. What is saved stays.
       OSError: the workdir cannot be written; names the newest complete checkpoint.
 
-    >>> import tempfile, jax, lora_jax as lj
+    >>> import tempfile, jax, numpy as np, lora_jax as lj
     >>> from lora_jax import checkpoints, training
     >>> from lora_jax.data.batches import packed
     >>> from lora_jax.models import gpt2

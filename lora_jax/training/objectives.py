@@ -36,6 +36,7 @@ _METRICS: dict[str, Metric] = {}
 def register_metric(name: str, metric: Metric) -> None:
     """Makes a metric known to configs by this name (`config.metrics`).
 
+    >>> import numpy as np
     >>> from lora_jax import training
     >>> from lora_jax.models import gpt2
     >>> training.register_metric("accuracy", lambda outputs, labels: (outputs == labels).mean())
@@ -50,6 +51,7 @@ def with_metrics(objective: Objective, metrics: Mapping[str, Metric] | Sequence[
     """The objective with further metrics, given or registered, besides its own; a name that is not registered is a
     ValueError.
 
+    >>> import numpy as np
     >>> from lora_jax import training
     >>> from lora_jax.models import gpt2
     >>> def accuracy(outputs, labels):
@@ -123,6 +125,7 @@ def language_model(model: Any, smoothing: float = 0.0) -> Objective:
 def classifier(model: Any, metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]] | None = None) -> Objective:
     """One label a sequence: cross-entropy of logits (b, labels), or of a regression head the squared error.
 
+    >>> import jax, numpy as np
     >>> from lora_jax import training
     >>> from lora_jax.models import encoder
     >>> shape = {"vocab_size": 32, "max_positions": 16, "hidden": 8, "layers": 1, "heads": 2, "inner": 16}

@@ -66,7 +66,7 @@ def new_state(
 def state_shardings(state: State, placement: Placement, adapted: Any) -> State:
     """Where a state lies: delta and optimizer by `sharding.shardings`, the rest on every device.
 
-    >>> import lora_jax as lj
+    >>> import jax, jax.numpy as jnp, optax, lora_jax as lj
     >>> from lora_jax import sharding, training
     >>> params, method = {"kernel": jnp.ones((3, 2))}, lj.lora(lj.select("kernel"), rank=1)
     >>> state = training.new_state(method, optax.sgd(0.1), params, jax.random.key(0))
@@ -89,7 +89,7 @@ def make_step(
     delta is differentiated. Where a batch has a `strength` (b,) or (b, K), each row trains those adapters of a bank
     that it selects (`lora_jax.bank`).
 
-    >>> import numpy as np, lora_jax as lj
+    >>> import jax, numpy as np, optax, lora_jax as lj
     >>> from lora_jax import training
     >>> from lora_jax.data.batches import packed
     >>> from lora_jax.models import gpt2

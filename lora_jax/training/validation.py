@@ -25,6 +25,7 @@ def validate(objective: Objective, params: Any, validation: Schedule, *, placeme
     Raises:
       ValueError: the loss is not finite, or no batch has labels.
 
+    >>> import math, jax, numpy as np
     >>> from lora_jax import training
     >>> from lora_jax.data.batches import packed
     >>> from lora_jax.models import gpt2

@@ -47,7 +47,8 @@ def claim(workdir: str | Path, config: Any, *, sweep: str | Path | None = None, 
       ValueError: another process writes the workdir, or it holds a run of another config (shows every difference); on
         all processes. Or its name is not UTF-8, or its config.json is damaged.
 
-    >>> import tempfile
+    >>> import json, tempfile
+    >>> from pathlib import Path
     >>> from lora_jax import training
     >>> with tempfile.TemporaryDirectory() as workdir:
     ...     training.claim(workdir, training.TrainConfig(steps=100))
@@ -103,8 +104,9 @@ def check_resumed(
       then, now: of `data_of`. Earlier versions kept none; what both have is compared.
       done, total: the steps.
 
+    >>> from lora_jax import training
     >>> then = {"train": {"examples": 100, "content": "5e21"}}
-    >>> check_resumed("runs/e2e", then, {"train": {"examples": 90, "content": "a07c"}})
+    >>> training.check_resumed("runs/e2e", then, {"train": {"examples": 90, "content": "a07c"}})
     Traceback (most recent call last):
     ValueError: runs/e2e holds a run on other training data: it began with 100 examples (5e21), here are 90 examples
     (a07c). Give another --workdir, or the data it began with
@@ -128,7 +130,7 @@ def difference(first: Any, second: Any, among: Container[str] | None = None) -> 
     """Where two adapted trees of one base compute different functions, in words; "" where they do not. What acts in
     training alone (dropout) is not compared; `among` limits it to some paths.
 
-    >>> import jax, lora_jax as lj
+    >>> import jax, numpy as np, lora_jax as lj
     >>> from lora_jax import training
     >>> params = {"kernel": np.ones((3, 2), "float32")}
     >>> one, two = (lj.lora(lj.select("kernel"), rank=1, alpha=alpha) for alpha in (1, 2))

@@ -79,7 +79,8 @@ def open_file(path: str | os.PathLike) -> GGUF:
       ValueError: it is no GGUF file, cut off or damaged, of another architecture, has a tensor of another type than
         TYPES, or says something of the model that is not supported.
 
-    >>> import gguf as writing, tempfile
+    >>> import gguf as writing, numpy as np, tempfile
+    >>> from pathlib import Path
     >>> from lora_jax.interop import gguf, hf
     >>> sizes = {"context_length": 16, "embedding_length": 8, "feed_forward_length": 8, "block_count": 1}
     >>> sizes |= {"attention.head_count": 2, "vocab_size": 8}

@@ -72,7 +72,7 @@ ARCHITECTURES: dict[str, Architecture] = {}
 def register_architecture(architecture: Architecture) -> None:
     """Makes a family known by its name, in place of an earlier one of that name; later ones are recognized first.
 
-    >>> import tempfile, lora_jax as lj
+    >>> import tempfile, jax, jax.numpy as jnp, lora_jax as lj
     >>> from lora_jax.interop import hf, peft
     >>> layer = {"fc": ("Linear", "fc")}  # torch's `layers.0.fc` is `h_0/fc` here
     >>> toy = hf.Architecture("toy", "emb/embedding", "emb", {"emb": ("Embedding", "emb")}, ("layers", layer))
@@ -311,7 +311,7 @@ _FORMATS: dict[str, Format] = {}
 def register_format(model_type: str, format: Format) -> None:
     """Makes a `model_type`, which is the name of a family too, readable and writable, in place of an earlier one.
 
-    >>> import tempfile, json, pathlib
+    >>> import tempfile, pathlib
     >>> from lora_jax.interop import hf
     >>> from lora_jax.models import gpt2
     >>> names = {"n_embd": "width", "n_layer": "depth", "n_head": "heads"}  # ours: those in config.json

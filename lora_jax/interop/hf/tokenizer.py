@@ -17,7 +17,7 @@ def read_tokenizer(path: str | os.PathLike, vocab_size: int | None = None) -> To
       FileNotFoundError: there is no such file.
       ValueError: it is no tokenizer, has no tokens or two of one id, or a token's id is not below `vocab_size`.
 
-    >>> import tempfile
+    >>> import os, tempfile
     >>> from lora_jax.interop import hf
     >>> from tokenizers import Tokenizer, models
     >>> with tempfile.TemporaryDirectory() as folder:

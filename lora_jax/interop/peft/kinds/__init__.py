@@ -27,9 +27,10 @@ def register_kind(name: str, kind: Kind) -> None:
     ValueError where the name is not in capitals, as all of PEFT's are.
 
     >>> from lora_jax.interop import peft
+    >>> from lora_jax.interop.peft.kinds import kind_of
     >>> from lora_jax.interop.peft.kinds.lora import LORA
-    >>> scaled = LORA._replace(name="a LoRA of ours", export=None)  # its files are LoRA's, and are read alone
-    >>> peft.register_kind("OUR_LORA", scaled)
+    >>> ours = LORA._replace(name="a LoRA of ours", export=None)  # its files are LoRA's; they are only read
+    >>> peft.register_kind("OUR_LORA", ours)
     >>> kind_of({"peft_type": "OUR_LORA"}, "adapter_config.json").name
     'a LoRA of ours'
     """
