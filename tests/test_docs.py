@@ -13,25 +13,14 @@ import jax
 import pytest
 
 from experiments.ending import with_new_names
-from lora_jax.core.transforms import registry
-from lora_jax.interop.hf import families
-from lora_jax.models import family
-from lora_jax.runs import tables, tasks
-from lora_jax.training import objectives
+from lora_jax.runs import tables
+from tests.helpers.public import PUBLIC, REGISTRIES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if page.relative_to(DOCS).parts[0] not in ("_build", "notebooks")]
 READ_ALONE = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
 OF_CORE = {"jax", "numpy", "optax", "lora_jax"}
-REGISTRIES = (
-    registry._METHODS,
-    registry._TRAITS,
-    families._FORMATS,
-    family._FAMILIES,
-    tasks._TASKS,
-    objectives._METRICS,
-)
 
 
 class Block(NamedTuple):
@@ -285,10 +274,6 @@ def test_the_tables_are_those_of_the_results(page: Path) -> None:
 
 
 # The reference
-
-PUBLIC = ["lora_jax", "lora_jax.interop.hf", "lora_jax.interop.peft", "lora_jax.interop.gguf", "lora_jax.checkpoints"]
-PUBLIC += ["lora_jax.generation", "lora_jax.metrics", "lora_jax.training", "lora_jax.runs", "lora_jax.quantized"]
-PUBLIC += ["lora_jax.models.gpt2", "lora_jax.models.encoder", "lora_jax.models.llama"]
 
 
 @pytest.mark.parametrize("name", PUBLIC)

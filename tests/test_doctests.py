@@ -13,7 +13,7 @@ import pytest
 import lora_jax as lj
 from lora_jax.interop.hf import families
 from lora_jax.interop.peft import kinds
-from tests.test_docs import PUBLIC, REGISTRIES
+from tests.helpers.public import PUBLIC, REGISTRIES
 
 MODULES = sorted(m.name for m in pkgutil.walk_packages(lj.__path__, "lora_jax."))
 
