@@ -89,7 +89,7 @@ def _here(key: str, argv: Sequence[str]) -> str:
         for name in flatten_dict(default_config(kind).to_dict(), sep=".")
     }
     written = [re.match(rf"--?config\.((?:\w+\.)*){key}(?:=|$)", argument) for argument in argv]
-    group = next((found[1] for found in written if found), "")
+    group = next((match[1] for match in written if match), "")
     ours = FOREIGN.get(key, key)
     for wanted in (group + ours, f"lora.{ours}"):
         if wanted in keys:

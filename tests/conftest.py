@@ -7,7 +7,7 @@ import hashlib
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,15 @@ def logits_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     from lora_jax.training import objectives
 
     monkeypatch.setattr(objectives, "LEAST", 8)
+
+
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """What a test registers is forgotten after it."""
+    from tests.helpers.public import registries_restored
+
+    with registries_restored():
+        yield
 
 
 @pytest.fixture

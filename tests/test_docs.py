@@ -14,7 +14,7 @@ import pytest
 
 from experiments.ending import with_new_names
 from lora_jax.runs import tables
-from tests.helpers.public import PUBLIC, REGISTRIES
+from tests.helpers.public import PUBLIC
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -34,11 +34,11 @@ class Block(NamedTuple):
 def blocks_of(page: Path) -> list[Block]:
     """The fenced blocks of a page, and the comments of the form `<!-- setup`, whose language is python."""
     text = page.read_text()
-    found = []
+    blocks = []
     for match in re.finditer(r"^([ ]*)```([^\n`]*)\n(.*?)^\1```$|^<!-- setup\n(.*?)^-->$", text, re.S | re.M):
         language, inside = (match[2].strip(), match[3]) if match[4] is None else ("python", match[4])
-        found.append(Block(text[: match.start()].count("\n") + 1, language, inside))
-    return found
+        blocks.append(Block(text[: match.start()].count("\n") + 1, language, inside))
+    return blocks
 
 
 def prose_of(page: Path) -> str:
@@ -69,16 +69,6 @@ def imported(source: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module or "")
     return {name.partition(".")[0] for name in names}
-
-
-@pytest.fixture
-def registries() -> Iterator[None]:
-    """What a page registers is forgotten after it."""
-    kept = [dict(known) for known in REGISTRIES]
-    yield
-    for known, before in zip(REGISTRIES, kept, strict=True):
-        known.clear()
-        known.update(before)
 
 
 @pytest.mark.usefixtures("registries", "no_java")
@@ -152,13 +142,13 @@ def check_module_command(words: list[str], where: str) -> None:
     module, *arguments = words[words.index("-m") + 1 :]
     if not module.startswith(("experiments.", "tests.")):
         return
-    known = flags_of(module) | {"help", "verbosity", "v"}
+    allowed = flags_of(module) | {"help", "verbosity", "v"}
     config = config_of(arguments)
     for argument in with_new_names(arguments):
         assert argument.startswith("-"), f"{where}: {argument!r} is no --flag=value"
         name = argument.lstrip("-").partition("=")[0]
         flag, _, key = name.partition(".")
-        assert flag in known or flag.removeprefix("no") in known, f"{where}: {module} has no --{name}"
+        assert flag in allowed or flag.removeprefix("no") in allowed, f"{where}: {module} has no --{name}"
         assert not key or config is None or has_key(config, key), f"{where}: the config has no {key}"
 
 
@@ -281,12 +271,12 @@ def test_every_public_name_is_documented_and_in_the_reference(name: str) -> None
     module = importlib.import_module(name)
     pages = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
     short = {"lora_jax": "lj"}.get(name, name.rpartition(".")[2])
-    whole = f".. automodule:: {name}\n   :members:" in pages
+    has_all_members = f".. automodule:: {name}\n   :members:" in pages
     for public in module.__all__:
         documented = hasattr(getattr(module, public), "__module__") and getattr(module, public).__doc__
         directive = rf"^\.\. (?:auto|py:)\w+:: (?:{re.escape(name)}\.)?{public}$"
         listed = re.search(rf"{directive}|`{short}\.{public}`", pages, re.M)
-        assert (whole and documented) or listed, f"{name}.{public}"
+        assert (has_all_members and documented) or listed, f"{name}.{public}"
 
 
 def test_pages_have_one_title() -> None:

@@ -5,28 +5,14 @@ import importlib
 import inspect
 import pkgutil
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 import lora_jax as lj
-from lora_jax.interop.hf import families
-from lora_jax.interop.peft import kinds
-from tests.helpers.public import PUBLIC, REGISTRIES
+from tests.helpers.public import PUBLIC
 
 MODULES = sorted(m.name for m in pkgutil.walk_packages(lj.__path__, "lora_jax."))
-
-
-@pytest.fixture
-def registries() -> Iterator[None]:
-    """What an example registers is forgotten after it."""
-    registries: list[dict[str, Any]] = [*REGISTRIES, families.ARCHITECTURES, kinds.KINDS]
-    kept = [dict(known) for known in registries]
-    yield
-    for known, before in zip(registries, kept, strict=True):
-        known.clear()
-        known.update(before)
 
 
 @pytest.mark.usefixtures("registries")
@@ -40,8 +26,8 @@ def named(name: str, package: str) -> Any:
     """What a docstring of a public package calls by that name: `save` of its own, or `hf.save`, `lora_jax.lora`."""
     owner, _, last = name.rpartition(".")
     packages = [other for other in PUBLIC if f".{other}".endswith(f".{owner}")] if owner else [package]
-    found = [getattr(importlib.import_module(other), last, None) for other in packages]
-    return next((value for value in found if value is not None), None)
+    candidates = [getattr(importlib.import_module(other), last, None) for other in packages]
+    return next((value for value in candidates if value is not None), None)
 
 
 def has_example(value: Any) -> bool:

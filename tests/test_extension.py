@@ -31,6 +31,7 @@ from lora_jax.interop import hf, peft
 from lora_jax.models.family import family_of
 from lora_jax.runs import bases, tasks
 from lora_jax.runs import shapes as run_shapes
+from tests.helpers.public import registries_restored
 from tests.helpers.runs import model_and_params
 
 # The files that add each; the test copies them to another folder and imports them from there.
@@ -41,16 +42,6 @@ FILES = {
     "metric": ("top_three",),
     "peft kind": ("ln_tuning",),
 }
-REGISTRIES = (
-    ("lora_jax.models.family", "_FAMILIES"),
-    ("lora_jax.interop.hf.families", "_FORMATS"),
-    ("lora_jax.core.transforms.registry", "_METHODS"),
-    ("lora_jax.core.transforms.registry", "_TRAITS"),
-    ("lora_jax.runs.tasks", "_TASKS"),
-    ("lora_jax.training.objectives", "_METRICS"),
-    ("lora_jax.interop.peft.kinds", "KINDS"),
-    ("lora_jax.interop.hf.families", "ARCHITECTURES"),
-)
 FILES_OF_PEFT = ("adapter_config.json", "adapter_model.safetensors")
 WORDS = "the a red blue old new house tree river bird sings stands flows waits".split()
 QV, RANK, WIDTH, DEPTH = "**/{q,v}/kernel", 2, 8, 2
@@ -69,9 +60,7 @@ class Extended(NamedTuple):
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Extended]:
     folder = tmp_path_factory.mktemp("extension")
     shutil.copytree(Path(__file__).parent / "helpers" / "acme", folder / "acme")
-    registries = [getattr(importlib.import_module(module), table) for module, table in REGISTRIES]
-    before = [set(registry) for registry in registries]
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, registries_restored():
         patch.syspath_prepend(folder)
         try:
             modules = {name: importlib.import_module(f"acme.{name}") for names in FILES.values() for name in names}
@@ -80,9 +69,6 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Extended]:
             config = config_of(folder)
             yield Extended(modules, folder, config, runs.train(config, folder / "run"))
         finally:
-            for registry, names in zip(registries, before, strict=True):
-                for name in set(registry) - names:
-                    del registry[name]
             for name in [name for name in sys.modules if name.partition(".")[0] == "acme"]:
                 del sys.modules[name]
 

@@ -102,9 +102,9 @@ class Selection(NamedTuple):
 
         One matching alternative in braces suffices: specs of old files may have others.
         """
-        leaves, every = _float_leaves(params), dict(flatten(params)[0])
-        selected = {path for glob in self.globs for path in _matching(glob, leaves, params)}
-        selected -= {path for glob in self.exclude for path in _matching(glob, every, params)}
+        leaves, every = _float_leaves(flat := flatten(params)[0]), dict(flat)
+        selected = {path for glob in self.globs for path in _matching(glob, leaves, flat)}
+        selected -= {path for glob in self.exclude for path in _matching(glob, every, flat)}
         stacked = {path: (self._named(path) or "").count("s") for path in selected}
         selected = {path for path, n in stacked.items() if self.ndim in (None, leaves[path].ndim - n)}
         layers = set(self.layers or (0,))
@@ -158,24 +158,24 @@ class Selection(NamedTuple):
 def check_globs(globs: Iterable[str], params: Any, exclude: Iterable[str] = ()) -> None:
     """A ValueError for a glob, or an alternative in its braces, that matches no floating-point leaf; one of `exclude`
     may match any leaf."""
-    for several, leaves in ((globs, _float_leaves(params)), (exclude, dict(flatten(params)[0]))):
+    for several, leaves in ((globs, _float_leaves(flat := flatten(params)[0])), (exclude, dict(flat))):
         for glob in several:
-            _matching(glob, leaves, params, strict=True)
+            _matching(glob, leaves, flat, strict=True)
 
 
-def left_out(globs: Iterable[str], params: Any, exclude: Iterable[str] = ()) -> dict[str, str]:
+def left_out(globs: Iterable[str], flat: list[tuple[str, Any]], exclude: Iterable[str] = ()) -> dict[str, str]:
     """`{path: dtype}` of the arrays that globs match and that never train: of integers, complex numbers, keys."""
-    dtypes = {path: leaf.dtype for path, leaf in flatten(params)[0] if hasattr(leaf, "dtype")}
+    dtypes = {path: leaf.dtype for path, leaf in flat if hasattr(leaf, "dtype")}
     others = {path: str(x) for path, x in dtypes.items() if not jnp.issubdtype(x, jnp.floating)}
     return {path: x for path, x in others.items() if matches_any(globs, path) and not matches_any(exclude, path)}
 
 
-def _matching(glob: str, leaves: Mapping[str, Any], params: Any, strict: bool = False) -> list[str]:
+def _matching(glob: str, leaves: Mapping[str, Any], flat: list[tuple[str, Any]], strict: bool = False) -> list[str]:
     """The paths of the leaves that a glob matches; none is a ValueError, and with `strict` an alternative in its braces
     that matches none is one too."""
     paths = [path for path in leaves if matches(glob, path)]
     if not paths:
-        others = [f": {path} is {dtype}, and {_FLOATS}" for path, dtype in left_out([glob], params).items()]
+        others = [f": {path} is {dtype}, and {_FLOATS}" for path, dtype in left_out([glob], flat).items()]
         raise ValueError(f"{glob!r} matches no parameter{[*others, nearest(plainest(glob), leaves)][0]}")
     for alternative, its_plainest, matches_it in alternatives(glob) if strict and "{" in glob else ():
         if not any(map(matches_it, paths)):
@@ -220,10 +220,10 @@ def select(
     return Selection(globs, axes, chosen, strings(exclude), ndim)
 
 
-def _float_leaves(params: Any) -> dict[str, Any]:
-    """`{path: leaf}` of the floating-point leaves."""
+def _float_leaves(flat: list[tuple[str, Any]]) -> dict[str, Any]:
+    """`{path: leaf}` of the floating-point leaves of `flatten`."""
     leaves: dict[str, Any] = {}
-    for path, leaf in flatten(params)[0]:
+    for path, leaf in flat:
         if jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.floating):
             if path in leaves:
                 raise ValueError(f"two leaves have the path {path}: rename one")

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 import lora_jax as lj
 from lora_jax import checkpoints
+from lora_jax.core.arrays import is_frozen
 from lora_jax.core.extras import extra
 from lora_jax.data.files import is_hub_name
 from lora_jax.data.json_files import read_json
@@ -118,7 +119,7 @@ def _parts(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _trained(delta: lj.Delta) -> int:
     factors = (item for of_leaf in delta.values() for item in of_leaf.items())
-    return sum(factor.size for name, factor in factors if not name.startswith("fixed_"))
+    return sum(factor.size for name, factor in factors if not is_frozen(name))
 
 
 def _base(exported: Exported, origin: hf.Origin) -> list[str]:

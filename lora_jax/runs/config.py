@@ -151,9 +151,9 @@ def _method_options(
         "prefix_embedding": weights | {"select": (), "prefix": 64, "infix": 0},
         "prefix_layer": {"sites": ("block_out",), "prefix": 8, "infix": 0},
     }
-    # ndim=2: of the selected leaves the matrices alone
-    number = lambda own: {"ndim": config_dict.placeholder(int)} if "select" in own else {}  # noqa: E731
-    return {name: own | number(own) for name, own in options.items()}
+    for name in [name for name, part in options.items() if "select" in part]:
+        options[name] = options[name] | {"ndim": config_dict.placeholder(int)}  # 2: of the leaves the matrices alone
+    return options
 
 
 def check(config: ConfigDict) -> None:

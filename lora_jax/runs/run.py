@@ -43,9 +43,10 @@ def load_setup(
     task: Task | None = None,
     method: lj.ParamTransform | None = None,
     metrics: Mapping[str, training.Metric] = {},
+    unread: bases.Unread | None = None,
 ) -> Setup:
     """The setup of a config, with what was given of `train`'s arguments; with a mesh its base is read straight onto it,
-    once the method is checked on its shapes.
+    once the method is checked on its shapes. `unread` is that base where it is open already.
 
     Raises:
       FileNotFoundError: no base or no data where the config says.
@@ -53,7 +54,7 @@ def load_setup(
     """
     task = task or task_named(config.data.name)
     data = {split: load_split(task, config, split) for split in ("train", "valid")}
-    unread = bases.unread(config, mesh=mesh, task=task)
+    unread = unread or bases.unread(config, mesh=mesh, task=task)
     if method is None and config.method != "none":
         method = lj.from_spec(methods.spec(config, unread.model, unread.new))
     report = lj.check(method, unread.shapes) if method else None

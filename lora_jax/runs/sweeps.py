@@ -109,7 +109,7 @@ def _prepare(
     unread = bases.unread(first, mesh=mesh, task=task)  # the methods are checked before a weight is read
     methods_of = {n: lj.from_spec(methods.spec(member, unread.model, unread.new)) for n, member in configs.items()}
     reports = [lj.check(method, unread.shapes) for method in methods_of.values()]
-    base, _, batches, objective, _ = load_setup(first, mesh, task=task, metrics=metrics)
+    base, _, batches, objective, _ = load_setup(first, mesh, task=task, metrics=metrics, unread=unread)
     params = {first.seed: base.params}
     prepared = []
     for name, member in configs.items():

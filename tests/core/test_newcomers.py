@@ -110,8 +110,8 @@ def test_the_whole_traceback_is_to_be_had_and_the_users_own_is_never_cut():
     def the_users_init(key, target):
         raise ValueError("mine")
 
-    own = per_target({"method": "own"}, QV, the_users_init, lambda *_: None)
-    assert "the_users_init" in frames(lambda: lj.check(own, PARAMS))
+    user_method = per_target({"method": "own"}, QV, the_users_init, lambda *_: None)
+    assert "the_users_init" in frames(lambda: lj.check(user_method, PARAMS))
 
 
 def test_a_method_is_printed_as_its_spec_and_pickled_through_it():
@@ -121,10 +121,10 @@ def test_a_method_is_printed_as_its_spec_and_pickled_through_it():
         for again in (pickle.loads(pickle.dumps(method)), copy.copy(method), copy.deepcopy(method)):
             assert again.spec == method.spec
             jax.tree.map(np.testing.assert_array_equal, again.init(KEY, PARAMS), method.init(KEY, PARAMS))
-    own = per_target({"method": "of my own"}, QV, lambda key, target: {}, lambda *_: None)
-    assert copy.copy(own).spec == copy.deepcopy(own).spec == own.spec
+    unregistered = per_target({"method": "of my own"}, QV, lambda key, target: {}, lambda *_: None)
+    assert copy.copy(unregistered).spec == copy.deepcopy(unregistered).spec == unregistered.spec
     with pytest.raises(ValueError, match="'of my own' is not known"):
-        pickle.loads(pickle.dumps(own))
+        pickle.loads(pickle.dumps(unregistered))
 
 
 def test_what_is_public_prints_briefly():

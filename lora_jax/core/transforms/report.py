@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lora_jax.core.arrays import is_frozen
 from lora_jax.core.selection import flatten, left_out
 from lora_jax.core.transforms.registry import from_spec
 from lora_jax.core.transforms.transform import ParamTransform, keys_of, shapes_of
@@ -56,19 +57,19 @@ def check(method: ParamTransform, params: Any) -> Report:
     kernel  (4096, 4096)  io    lora    a (4096, 8), b (8, 4096)  65,536   0.3906%
     trained: 65,536 of 16,777,216 parameters (0.3906%)
     """
-    delta, adapted = shapes_of(method, params)
+    (delta, adapted), flat = shapes_of(method, params), flatten(params)[0]
     names, others = dict[str, str](), dict[str, str]()
     for spec in method.spec["of"] if method.spec["method"] == "chain" else [method.spec]:
         part = method if spec is method.spec else from_spec(spec)
         names |= dict.fromkeys(keys_of(part, params), spec["method"])
-        others |= left_out(spec.get("select", ()), params, spec.get("exclude", ()))
+        others |= left_out(spec.get("select", ()), flat, spec.get("exclude", ()))
     rows = []
     for path, factors in delta.items():
         w = adapted.get(path)
         shown = ", ".join(f"{name} {tuple(leaf.shape)}" for name, leaf in sorted(factors.items()))
-        trained = sum(leaf.size for name, leaf in factors.items() if not name.startswith("fixed_"))
+        trained = sum(leaf.size for name, leaf in factors.items() if not is_frozen(name))
         shape, axes = (tuple(w.shape), w.axes) if w is not None else ((), "")
         rows.append(Row(path, shape, axes, names.get(path, ""), shown, trained))
     rows += [Row(path, (), "", "", f"none: {dtype} does not train", 0) for path, dtype in others.items()]
-    sizes = (int(np.prod(leaf.shape)) for _, leaf in flatten(params)[0] if hasattr(leaf, "shape"))
+    sizes = (int(np.prod(leaf.shape)) for _, leaf in flat if hasattr(leaf, "shape"))
     return Report(rows, sum(row.trained for row in rows), max(sum(sizes), 1))

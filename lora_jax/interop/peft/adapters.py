@@ -18,6 +18,7 @@ import numpy as np
 import safetensors.numpy
 
 from lora_jax.checkpoints import finish_replacing, replaced_together
+from lora_jax.core.arrays import is_frozen
 from lora_jax.core.selection import select
 from lora_jax.core.transforms import Delta, ParamTransform, chain
 from lora_jax.interop import folders
@@ -199,7 +200,7 @@ def _exported(method: ParamTransform, delta: Delta, params: Any) -> tuple[dict[s
 def _arrays(tensors: list[Tensor], copies: list[str], delta: Delta, model: Model) -> dict[str, np.ndarray]:
     expected = {entry for tensor in tensors if not tensor.copy for entry in tensor.entries}
     entries = {(key, factor) for key, factors in delta.items() for factor in factors}
-    entries = {entry for entry in entries if entry in expected or not entry[1].startswith("fixed_")}  # of the base
+    entries = {entry for entry in entries if entry in expected or not is_frozen(entry[1])}  # of the base
     if wrong := sorted(":".join(entry) for entry in entries ^ expected):
         raise ValueError(f"the delta is not this method's: {', '.join(wrong[:3])} is missing or too much")
     return {t.name: array_of(t, delta, model) for t in tensors if not t.copy or t.name in copies}
