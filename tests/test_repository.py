@@ -62,6 +62,7 @@ LAYERS = {
         CORE_OUTSIDE | HEAVY | {"tqdm", "tensorboardX", "matplotlib", "ml_collections", "jaxtyping"},
     ),
 }
+LAYERS["analysis"] = (CORE, CORE_OUTSIDE)
 LAYERS["planning"] = (CORE | {"models", "distributed", "checkpoints", "training", "data.json_files"}, CORE_OUTSIDE)
 LAYERS["runs"] = (LAYERS["training"][0] | {"training", "planning"}, LAYERS["training"][1])
 SHORT = {"sharding": "distributed.sharding", "arithmetic": "methods.arithmetic"}  # names that stay importable

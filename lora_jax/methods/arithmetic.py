@@ -7,30 +7,21 @@ besides. Here their factors stand side by side, which is exact: ranks add, and w
 import math
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax import Array, lax
 
-from lora_jax.core.arrays import LowRank, Tuned, is_adapted, is_changed, widened
-from lora_jax.core.globs import matches_any
-from lora_jax.core.selection import CLASS, Selection, flatten, look_up, select
-from lora_jax.core.transforms import Delta, ParamTransform, chain, from_spec, traits_of
-from lora_jax.methods.bias_delta import BiasDelta, bias_delta
-from lora_jax.methods.lora import lora
-from lora_jax.methods.ranges import COUNT
-from lora_jax.methods.tune import tune
+from lora_jax.core.arrays import LowRank, Tuned
+from lora_jax.core.selection import CLASS, flatten
+from lora_jax.core.transforms import Delta, ParamTransform, traits_of
+from lora_jax.methods.bias_delta import BiasDelta
+from lora_jax.methods.changes import changed_leaves, scaled_by, sites_of, wide
+from lora_jax.methods.low_rank import Pair, Residual, adapter_of, cut
+from lora_jax.methods.sparse_merging import dare, ties
 
-Pair = tuple[ParamTransform, Delta]
+__all__ = ["Residual", "add", "dare", "difference", "ties", "truncate"]
+
 Terms = list[tuple[Any, Any]]  # (weight, adapted leaf) of every pair that has a path
-
-
-class Residual(NamedTuple):
-    """What a truncation left out: its Frobenius norm over the whole's, for each path (a stack is one) and all."""
-
-    paths: dict[str, Array]
-    total: Array
 
 
 def add(pairs: Sequence[Pair], weights: Sequence[Any], *, params: Any = None) -> Pair:
@@ -64,7 +55,7 @@ def add(pairs: Sequence[Pair], weights: Sequence[Any], *, params: Any = None) ->
         _need_sum(method, delta)
     if len(pairs) == 1 and isinstance(weights[0], numbers.Real) and weights[0] == 1:
         return pairs[0]
-    return _adapter(*_sums(pairs, weights, params))
+    return adapter_of(*_sums(pairs, weights, params))
 
 
 def difference(one: Pair, other: Pair, *, params: Any = None) -> Pair:
@@ -102,14 +93,9 @@ def truncate(
     """
     _need_sum(method, delta)
     factors, axes = _sums([(method, delta)], [1], params)
-    squares = {}
-    for path in axes:
-        r = COUNT(f"{path}: rank", look_up(rank, path, "rank"))
-        factors[path], squares[path] = _truncated(**factors[path], stacked=axes[path].count("s"), rank=r)
     if not axes:
         raise ValueError(f"nothing in this delta of {method.spec['method']!r} has low rank")
-    shares = {path: _share(pair) for path, pair in squares.items()}
-    return *_adapter(factors, axes), Residual(shares, _share(sum(squares.values())))
+    return cut(factors, axes, rank)
 
 
 def _need_sum(method: ParamTransform, delta: Delta) -> None:
@@ -117,7 +103,7 @@ def _need_sum(method: ParamTransform, delta: Delta) -> None:
     for spec, traits in traits_of(method.spec):
         if traits.not_additive:
             raise ValueError(f"{spec['method']!r} does not add: {traits.not_additive}")
-    if sites := [path for path in delta if path.startswith("@") and not path.startswith("@shared/")]:
+    if sites := sites_of(delta):
         raise ValueError(f"{sites[0]} does not add: it changes activations, and no weight")
 
 
@@ -125,54 +111,27 @@ def _sums(pairs: Sequence[Pair], weights: Sequence[Any], params: Any) -> tuple[d
     """`{path: factors}` of the sum, and `{path: axes}` of those of low rank."""
     by_path: dict[str, Terms] = {}
     for (method, delta), weight in zip(pairs, weights, strict=True):
-        method, base = _stand_in(method, delta) if params is None else (method, params)
-        for path, w in flatten(method.apply(base, delta), is_adapted)[0]:
-            if is_changed(w):
-                by_path.setdefault(path, []).append((weight, w))
+        for path, w in changed_leaves(method, delta, params).items():
+            by_path.setdefault(path, []).append((weight, w))
     average = all(isinstance(weight, numbers.Real) for weight in weights) and math.isclose(sum(weights), 1)
     leaves, factors, axes = dict(flatten(params)[0]), dict[str, Any](), dict[str, str]()
     for path, terms in by_path.items():
         terms = _same_kind(path, terms)
         first = terms[0][1]
         if isinstance(first, LowRank):
-            a, b = [_wide(w.a) for _, w in terms], [_scaled(w.b, w.scale, weight) for weight, w in terms]
+            a, b = [wide(w.a) for _, w in terms], [scaled_by(w.b, w.scale, weight) for weight, w in terms]
             factors[path] = {"a": jnp.concatenate(a, -1), "b": jnp.concatenate(b, first.scale.ndim)}
             axes[path] = first.axes
         elif isinstance(first, BiasDelta):
-            factors[path] = {"shift": sum(_scaled(w.shift, w.scale, weight) for weight, w in terms)}
+            factors[path] = {"shift": sum(scaled_by(w.shift, w.scale, weight) for weight, w in terms)}
         else:
             # value - base is the change; in an average the base cancels, and any value does in its place
             start: Any = first.value if average and len(terms) == len(pairs) else leaves.get(path)
             if not hasattr(start, "astype"):
                 raise ValueError(f"{path} is tuned, and so replaces the base: pass params= (an average needs none)")
-            changes = (_scaled(_wide(w.value) - _wide(start), jnp.float32(1), weight) for weight, w in terms)
-            factors[path] = {"value": sum(changes, _wide(start)).astype(first.dtype)}
+            changes = (scaled_by(wide(w.value) - wide(start), jnp.float32(1), weight) for weight, w in terms)
+            factors[path] = {"value": sum(changes, wide(start)).astype(first.dtype)}
     return factors, axes
-
-
-def _stand_in(method: ParamTransform, delta: Delta) -> tuple[ParamTransform, dict[str, Any]]:
-    """The method for the delta's paths by name, and leaves of the shapes that the factors tell."""
-    specs, leaves = [], {}
-    for spec, _ in traits_of(method.spec):
-        paths = [path for path in delta if not path.startswith("@") and matches_any(spec.get("select", ()), path)]
-        paths = [path for path in paths if not matches_any(spec.get("exclude", ()), path)]
-        leaves.update({path: _leaf(path, delta, spec) for path in paths})
-        specs.append(spec | {"select": paths, "exclude": []})
-    return from_spec({"method": "chain", "of": specs}), leaves
-
-
-def _leaf(path: str, delta: Delta, spec: dict[str, Any]) -> jax.ShapeDtypeStruct:
-    named = spec.get("axes")
-    axes = look_up({**named, "**": None} if isinstance(named, Mapping) else named, path, "axes")
-    match delta.get("@shared/" + "/".join(path.split("/")[:-2]), {}) | delta[path]:
-        case {"value": factor} | {"shift": factor}:
-            return jax.ShapeDtypeStruct(factor.shape, factor.dtype)
-        case {"a": a, "b": b} if not (spec.get("layers") and "s" in (axes or "")):
-            axes = axes or Selection((path,)).axes_of(path, jax.ShapeDtypeStruct((1, 1), a.dtype))
-            n = axes.count("s")
-            sizes = {"s": iter(a.shape[:n]), "i": iter(a.shape[n:-1]), "o": iter(b.shape[n + 1 :])}
-            return jax.ShapeDtypeStruct(tuple(next(sizes[CLASS[letter]]) for letter in axes), a.dtype)
-    raise ValueError(f"{path}: the factors {sorted(delta[path])} do not tell the shape of the leaf: pass params=")
 
 
 def _same_kind(path: str, terms: Terms) -> Terms:
@@ -185,41 +144,3 @@ def _same_kind(path: str, terms: Terms) -> Terms:
     if len({(w.shape, *(CLASS[letter] for letter in w.axes)) for _, w in terms}) > 1:
         raise ValueError(f"{path}: the adapters are of different bases: {', '.join(str(w) for _, w in terms)}")
     return terms
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(widened(x.dtype))
-
-
-def _scaled(x: Array, scale: Array, weight: Any) -> Array:
-    """weight * scale * x; the scale has x's first axes."""
-    wide = _wide(x)
-    scale = (scale * jnp.asarray(weight, scale.dtype)).astype(wide.dtype)
-    return wide * lax.expand_dims(scale, range(scale.ndim, wide.ndim))
-
-
-@jax.default_matmul_precision("highest")
-def _truncated(a: Array, b: Array, stacked: int, rank: int) -> tuple[dict[str, Array], Array]:
-    """The factors at this rank, and the squared norms of what is left out and of all."""
-    lead, r, outer = a.shape[:stacked], a.shape[-1], b.shape[stacked + 1 :]
-    q, left = jnp.linalg.qr(a.reshape(*lead, -1, r))
-    p, right = jnp.linalg.qr(b.reshape(*lead, r, -1).swapaxes(-1, -2))
-    u, values, v = jnp.linalg.svd(left @ right.swapaxes(-1, -2), full_matrices=False)
-    root = jnp.sqrt(values[..., None, :rank])
-    a = (q @ (u[..., :rank] * root)).reshape(*a.shape[:-1], -1)
-    b = (root.swapaxes(-1, -2) * v[..., :rank, :] @ p.swapaxes(-1, -2)).reshape(*lead, -1, *outer)
-    return {"a": a, "b": b}, jnp.stack([jnp.sum(values[..., first:] ** 2) for first in (rank, 0)])
-
-
-def _share(squares: Any) -> Array:
-    return jnp.sqrt(squares[0] / jnp.maximum(squares[1], jnp.finfo(squares.dtype).tiny))
-
-
-def _adapter(factors: dict[str, Any], axes: dict[str, str]) -> Pair:
-    """The method that has these factors, each path by name; a chain where there are several kinds."""
-    ranks = {path: factors[path]["a"].shape[-1] for path in axes}
-    methods = [lora(select(*axes, axes=axes), rank=ranks, strict=False)] if axes else []
-    for name, method in (("shift", bias_delta), ("value", tune)):
-        if paths := [path for path in factors if name in factors[path]]:
-            methods.append(method(select(*paths)))
-    return methods[0] if len(methods) == 1 else chain(*methods), Delta(factors)

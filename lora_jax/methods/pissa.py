@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from lora_jax.core.arrays import LowRank, Summed, adapted_array, dense, widened
-from lora_jax.core.selection import CLASS, Selection
+from lora_jax.core.selection import Selection
 from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_target, register
 from lora_jax.methods.arguments import checked
+from lora_jax.methods.changes import matrix
 from lora_jax.methods.lora import Options, Ranks, at_rank
 
 
@@ -61,7 +62,9 @@ def pissa(
         shape, scale = low.shapes(target), low.scale(target.path)
         if isinstance(scale, int | float) and scale <= 0:
             raise ValueError(f"{target.path}: PiSSA divides singular values by scale = {scale}; take an alpha above 0")
-        start = _principal(target.adapted_layers(_matrix(target)), shape["a"][-1], scale)
+        wide = jnp.asarray(dense(target.leaf)).astype(widened(target.leaf.dtype))
+        matrices = matrix(wide, target.axes).reshape(*target.stack, math.prod(target.inputs), -1)
+        start = _principal(target.adapted_layers(matrices), shape["a"][-1], scale)
         factors = {name: x.reshape(shape[name]).astype(dtype) for name, x in zip("ab", start, strict=True)}
         return factors | {f"fixed_{name}": jnp.array(x, copy=True) for name, x in factors.items()}
 
@@ -72,13 +75,6 @@ def pissa(
     spec = {"method": "pissa", **selection.spec(), "rank": low.rank, "alpha": low.alpha}
     spec |= {"scale_rule": scale_rule, "dtype": jnp.dtype(dtype).name}
     return per_target(spec, selection, init, adapt, shapes=shapes, globs=low.globs)
-
-
-def _matrix(target: Target) -> Array:
-    """The leaf as `(s.., in, out)`."""
-    order = [j for kind in "sio" for j, letter in enumerate(target.axes) if CLASS[letter] == kind]
-    wide = jnp.asarray(dense(target.leaf)).astype(widened(target.leaf.dtype))
-    return wide.transpose(order).reshape(*target.stack, math.prod(target.inputs), math.prod(target.outputs))
 
 
 def _principal(w: Array, rank: int, scale: Any) -> tuple[Array, Array]:

@@ -9,5 +9,7 @@ from lora_jax.interop.hf.families import Architecture, Head, register_architectu
 from lora_jax.interop.peft.adapters import load, save
 from lora_jax.interop.peft.kind import Kind
 from lora_jax.interop.peft.kinds import register_kind
+from lora_jax.interop.peft.without_base import updates
 
 __all__ = ["Architecture", "Head", "Kind", "load", "register_architecture", "register_kind", "save"]
+__all__ += ["updates"]

@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from lora_jax.checkpoints import finish_replacing, replaced_together
+from lora_jax.checkpoints import replaced_together
 from lora_jax.core.arrays import is_frozen
 from lora_jax.core.selection import select
 from lora_jax.core.transforms import Delta, ParamTransform, chain
 from lora_jax.interop import folders
 from lora_jax.interop.peft.config import complete, to_json
 from lora_jax.interop.peft.export import export
+from lora_jax.interop.peft.files import CONFIG, WEIGHTS, adapter_files
 from lora_jax.interop.peft.kind import Model, Resolved, Tensor
 from lora_jax.interop.peft.kinds import kind_of
 from lora_jax.interop.peft.modules import model_of, prefix_in, resolve
@@ -32,8 +33,6 @@ from lora_jax.interop.tensor_files import FLOATS, read_file
 from lora_jax.methods.arguments import brief
 from lora_jax.methods.token_rows import token_rows
 from lora_jax.methods.tune import tune
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @brief
@@ -54,7 +53,7 @@ def load(folder: str | os.PathLike, params: Any) -> tuple[ParamTransform, Delta]
 
     An example is in `save`.
     """
-    config_file, file = _files(Path(folder).expanduser())
+    config_file, file = adapter_files(Path(folder).expanduser())
     config, in_file = folders.read_json(config_file), read_file(file)
     folders.check_not_empty({name: array.shape for name, array in in_file.items()}, file)
     arrays = {name.removeprefix(PREFIX): array for name, array in in_file.items()}
@@ -137,26 +136,6 @@ def save(
     with replaced_together(folder, last=CONFIG) as new:
         (new / WEIGHTS).write_bytes(safetensors.numpy.save(named, metadata={"format": "pt"}))
         (new / CONFIG).write_bytes(to_json(config))
-
-
-def _files(folder: Path) -> tuple[Path, Path]:
-    """The two files of an adapter; an error that says what to do where one is missing."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
-    finish_replacing(folder)
-    config, weights = folders.inside(folder, CONFIG), folders.inside(folder, WEIGHTS)
-    if not config.is_file():
-        below = sorted(config.parent.name for config in folder.glob(f"*/{CONFIG}"))
-        hint = f"; its folders {', '.join(below)} have one: name one of them" if below else ": it is no PEFT adapter"
-        raise FileNotFoundError(f"{config} is missing{hint}")
-    if weights.is_file():
-        return config, weights
-    if (folder / "adapter_model.bin").exists():
-        raise FileNotFoundError(
-            f"{folder} holds adapter_model.bin but no {WEIGHTS}. Pickles can run any code and are not read here; "
-            "convert it where you trust it: peft.PeftModel.from_pretrained(base, folder).save_pretrained(new_folder)"
-        )
-    raise FileNotFoundError(f"{weights} is missing")
 
 
 def _resolve(config: Mapping[str, Any], model: Model, source: str) -> tuple[Resolved, list[Tensor]]:
