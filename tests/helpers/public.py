@@ -24,7 +24,7 @@ REGISTRIES: tuple[dict[str, Any], ...] = (
 
 PUBLIC = ["lora_jax", "lora_jax.interop.hf", "lora_jax.interop.peft", "lora_jax.interop.gguf", "lora_jax.checkpoints"]
 PUBLIC += ["lora_jax.generation", "lora_jax.metrics", "lora_jax.training", "lora_jax.runs", "lora_jax.quantized"]
-PUBLIC += ["lora_jax.analysis", "lora_jax.arithmetic"]
+PUBLIC += ["lora_jax.analysis", "lora_jax.methods.arithmetic"]
 PUBLIC += ["lora_jax.models.gpt2", "lora_jax.models.encoder", "lora_jax.models.llama"]
 
 
