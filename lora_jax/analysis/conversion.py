@@ -1,14 +1,14 @@
 """Any change of weights as a LoRA of a chosen rank: of another method, or of the difference of two models."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
 from lora_jax.core.arrays import dense, widened
-from lora_jax.core.selection import CLASS, Selection, flatten, look_up
-from lora_jax.core.transforms import Delta, ParamTransform
-from lora_jax.methods.changes import Change, changes, matrix, matrix_shape, need_weights, with_identity
+from lora_jax.core.selection import Selection, flatten, look_up
+from lora_jax.core.transforms import Delta, Factors, ParamTransform
+from lora_jax.methods.changes import Change, change_of, changes, matrix_shape, need_weights, no_matrix
 from lora_jax.methods.low_rank import Residual, cut
 from lora_jax.methods.ranges import COUNT
 
@@ -44,7 +44,7 @@ def to_lora(
       kernel: a float32(100, 4), b float32(4, 70)
     """
     need_weights(method, delta)
-    return _at_rank(changes(method, delta, params), rank, f"this {method.spec['method']!r} changes")
+    return cut(_checked(changes(method, delta, params), rank), rank, no_matrix(method))
 
 
 def extract(params: Any, tuned_params: Any, selection: Selection, rank: Rank) -> tuple[ParamTransform, Delta, Residual]:
@@ -65,26 +65,28 @@ def extract(params: Any, tuned_params: Any, selection: Selection, rank: Rank) ->
     [2.0, 1.0]
     """
     before, after = (dict(flatten(tree)[0]) for tree in (params, tuned_params))
-    by_path = {}
-    for path, axes in selection(params).items():
-        shapes = [tuple(getattr(leaves.get(path), "shape", ())) or "none" for leaves in (before, after)]
-        if path not in after or shapes[0] != shapes[1]:
-            raise ValueError(f"{path} is {shapes[0]} in params, {shapes[1]} in tuned_params: not of one shape")
-        dtype = jnp.promote_types(*(widened(leaves[path].dtype) for leaves in (before, after)))
-        change = jnp.asarray(dense(after[path])).astype(dtype) - jnp.asarray(dense(before[path])).astype(dtype)
-        if {"i", "o"} <= {CLASS[letter] for letter in axes}:
-            by_path[path] = Change(axes, with_identity(matrix(change, axes), axes, change.shape), low_rank=False)
-        else:
-            by_path[path] = Change("", {"shift": change})
-    return _at_rank(by_path, rank, "the selection has")
+
+    def differences() -> Iterator[tuple[str, Change]]:
+        for path, axes in selection(params).items():
+            shapes = [getattr(leaves.get(path), "shape", "none") for leaves in (before, after)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(f"{path} is {shapes[0]} in params, {shapes[1]} in tuned_params: not of one shape")
+            dtype = jnp.promote_types(*(widened(leaves[path].dtype) for leaves in (before, after)))
+            yield (
+                path,
+                change_of(
+                    jnp.asarray(dense(after[path])).astype(dtype) - jnp.asarray(dense(before[path])).astype(dtype), axes
+                ),
+            )
+
+    return cut(_checked(differences(), rank), rank, "nothing that the selection has is a matrix of the base")
 
 
-def _at_rank(by_path: Mapping[str, Change], rank: Rank, whose: str) -> tuple[ParamTransform, Delta, Residual]:
-    axes = {path: change.axes for path, change in by_path.items() if change.axes}
-    if not axes:
-        raise ValueError(f"nothing that {whose} is a matrix of the base")
-    for path in axes:
-        r, (_, *sides) = COUNT(f"{path}: rank", look_up(rank, path, "rank")), matrix_shape(by_path[path])
-        if r > min(sides):
-            raise ValueError(f"{path}: rank={r} must be a whole number from 1 to min(in, out) = {min(sides)}")
-    return cut({path: change.factors for path, change in by_path.items()}, axes, rank)
+def _checked(by_path: Iterable[tuple[str, Change]], rank: Rank) -> Iterator[tuple[str, str, Factors]]:
+    """The changes, as `cut` takes them; a ValueError where the rank is above the sizes of a matrix."""
+    for path, change in by_path:
+        if change.axes:
+            r, (_, *sides) = COUNT(f"{path}: rank", look_up(rank, path, "rank")), matrix_shape(change)
+            if r > min(sides):
+                raise ValueError(f"{path}: rank={r} must be a whole number from 1 to min(in, out) = {min(sides)}")
+        yield path, change.axes, change.factors

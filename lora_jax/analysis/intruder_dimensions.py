@@ -1,14 +1,17 @@
 """Intruder dimensions: directions that an adapter puts among a weight's first ones (Shuttleworth et al. 2024)."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lora_jax.analysis.spectra import check_factors, weights
-from lora_jax.core.transforms import Delta, ParamTransform
-from lora_jax.methods.changes import changes, need_weights, update_of, wide
+from lora_jax.analysis.spectra import check_factors
+from lora_jax.core.arrays import dense
+from lora_jax.core.selection import flatten
+from lora_jax.core.transforms import Delta, Factors, ParamTransform
+from lora_jax.methods.changes import Change, changes, matrix, need_weights, no_matrix, update_of, wide
 from lora_jax.methods.low_rank import Residual, cut
 from lora_jax.methods.ranges import COUNT, FINITE, SHARE
 
@@ -78,25 +81,31 @@ def scale_intruders(
     """
     strength, k, epsilon = SHARE("strength", strength), COUNT("k", k), FINITE("epsilon", epsilon)
     need_weights(method, delta)
-    base, factors, axes, ranks = weights(method, delta, params), {}, {}, {}
-    for path, change in changes(method, delta, params).items():
-        factors[path] = change.factors
-        if not change.axes:
-            continue
-        if not change.low_rank:
-            raise ValueError(f"{path}: its change is of no low rank: take that of lora_jax.analysis.to_lora")
-        w, (a, b) = base[path], update_of(change)
-        check_factors(w, a, b)
-        (_, values, intrudes), u, v = _intruders(w, a, b, 1.0, min(k, *w.shape[1:]), epsilon)
-        less = jnp.where(intrudes, (strength - 1) * values, 0)
-        a, b = jnp.concatenate([a, u * less[:, None]], -1), jnp.concatenate([b, v], -2)
-        shape, count = change.factors["a"].shape, change.axes.count("s")
-        outer = change.factors["b"].shape[count + 1 :]
-        factors[path] = {"a": a.reshape(*shape[:-1], -1), "b": b.reshape(*shape[:count], -1, *outer)}
-        axes[path], ranks[path] = change.axes, shape[-1]
-    if not axes:
-        raise ValueError(f"nothing that this {method.spec['method']!r} changes is a matrix of the base")
-    return cut(factors, axes, ranks)
+    leaves, ranks = dict(flatten(params)[0]), dict[str, int]()
+
+    def scaled() -> Iterator[tuple[str, str, Factors]]:
+        for path, change in changes(method, delta, params):
+            if change.axes and not change.low_rank:
+                raise ValueError(f"{path}: its change is of no low rank: take that of lora_jax.analysis.to_lora")
+            factors = change.factors
+            if change.axes:
+                w = matrix(wide(jnp.asarray(dense(leaves[path]))), change.axes)
+                factors, ranks[path] = _scaled(w, change, strength, k, epsilon), factors["a"].shape[-1]
+            yield path, change.axes, factors
+
+    return cut(scaled(), ranks, no_matrix(method))
+
+
+def _scaled(w: Array, change: Change, strength: float, k: int, epsilon: float) -> Factors:
+    """The factors of a change of w (s, m, n) whose intruders are scaled; their rank is larger by min(k, m, n)."""
+    a, b = update_of(change)
+    check_factors(w, a, b)
+    (_, values, intrudes), u, v = _intruders(w, a, b, 1.0, min(k, *w.shape[1:]), epsilon)
+    less = jnp.where(intrudes, (strength - 1) * values, 0)
+    a, b = jnp.concatenate([a, u * less[:, None]], -1), jnp.concatenate([b, v], -2)
+    shape, count = change.factors["a"].shape, change.axes.count("s")
+    outer = change.factors["b"].shape[count + 1 :]
+    return {"a": a.reshape(*shape[:-1], -1), "b": b.reshape(*shape[:count], -1, *outer)}
 
 
 def _intruders(w: Array, a: Array, b: Array, scale: Any, k: int, epsilon: float) -> tuple[Intruders, Array, Array]:

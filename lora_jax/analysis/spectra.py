@@ -70,7 +70,7 @@ def weights(method: ParamTransform, delta: Delta, params: Any) -> dict[str, Arra
     (2, 100, 70)
     """
     leaves = dict(flatten(params)[0])
-    axes = {path: change.axes for path, change in changes(method, delta, params).items() if change.axes}
+    axes = {path: change.axes for path, change in changes(method, delta, params) if change.axes}
     return {path: matrix(wide(jnp.asarray(dense(leaves[path]))), axes[path]) for path in axes}
 
 

@@ -93,9 +93,8 @@ def truncate(
     """
     _need_sum(method, delta)
     factors, axes = _sums([(method, delta)], [1], params)
-    if not axes:
-        raise ValueError(f"nothing in this delta of {method.spec['method']!r} has low rank")
-    return cut(factors, axes, rank)
+    nothing = f"nothing in this delta of {method.spec['method']!r} has low rank"
+    return cut(((path, axes.get(path, ""), factors[path]) for path in factors), rank, nothing)
 
 
 def _need_sum(method: ParamTransform, delta: Delta) -> None:

@@ -1,7 +1,7 @@
 """What adapters change of a base's weights, as products of two factors: of LoRA and its kin their own factors."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -66,16 +66,25 @@ def updates(method: ParamTransform, delta: Delta, params: Any = None) -> dict[st
     >>> update.a.shape, update.b.shape
     ((1, 100, 2), (1, 2, 70))
     """
-    matrices = {path: change for path, change in changes(method, delta, params).items() if change.axes}
-    if not matrices:
-        raise ValueError(f"nothing that this {method.spec['method']!r} changes is a matrix of the base")
-    return {path: update_of(change) for path, change in matrices.items()}
+    by_path = {path: update_of(change) for path, change in changes(method, delta, params) if change.axes}
+    if not by_path:
+        raise ValueError(no_matrix(method))
+    return by_path
 
 
-def changes(method: ParamTransform, delta: Delta, params: Any = None) -> dict[str, Change]:
-    """`{path: Change}` of all leaves that a method changes; what changes activations is left out."""
+def changes(method: ParamTransform, delta: Delta, params: Any = None) -> Iterator[tuple[str, Change]]:
+    """`(path, Change)` of all leaves that a method changes, one after the other; what changes activations is left
+    out."""
     base = {} if params is None else dict(flatten(params)[0])
-    return {path: _change(path, w, base.get(path), method) for path, w in changed_leaves(method, delta, params).items()}
+    for path, w in changed_leaves(method, delta, params).items():
+        yield path, _change(path, w, base.get(path), method)
+
+
+def change_of(change: Array, axes: str) -> Change:
+    """The `Change` of a dense one, in the leaf's axes."""
+    if not {"i", "o"} <= {CLASS[letter] for letter in axes}:
+        return Change("", {"shift": change})
+    return Change(axes, with_identity(matrix(change, axes), axes, change.shape), low_rank=False)
 
 
 def update_of(change: Change) -> Update:
@@ -156,6 +165,11 @@ def need_weights(method: ParamTransform, delta: Delta) -> None:
         raise ValueError(f"{names[0]!r} has rows of its own tokens, and changes no weight of the base")
 
 
+def no_matrix(method: ParamTransform) -> str:
+    """The message where a method changes no matrix."""
+    return f"nothing that this {method.spec['method']!r} changes is a matrix of the base"
+
+
 def wide(x: Array) -> Array:
     """x in the dtype of sums."""
     return x.astype(widened(x.dtype))
@@ -182,9 +196,7 @@ def _change(path: str, w: Adapted, base: Any, method: ParamTransform) -> Change:
         if type(ready) is LowRank:
             return Change(axes, {"a": wide(ready.a), "b": scaled_by(ready.b, ready.scale, 1.0)})
         change = ready.delta() if isinstance(ready, Summed) else _difference(w)
-    if not {"i", "o"} <= {CLASS[letter] for letter in axes}:
-        return Change("", {"shift": change})
-    return Change(axes, with_identity(matrix(change, axes), axes, change.shape), low_rank=False)
+    return change_of(change, axes)
 
 
 def _difference(w: Adapted) -> Array:

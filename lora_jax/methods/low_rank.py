@@ -1,6 +1,6 @@
 """Products of two factors: their singular values, the nearest one of a lower rank, and the adapter made of them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lora_jax.core.selection import look_up, select
-from lora_jax.core.transforms import Delta, ParamTransform, chain
+from lora_jax.core.transforms import Delta, Factors, ParamTransform, chain
 from lora_jax.methods.bias_delta import bias_delta
 from lora_jax.methods.lora import lora
 from lora_jax.methods.ranges import COUNT
@@ -52,14 +52,20 @@ def truncated(a: Array, b: Array, stacked: int, rank: int) -> tuple[dict[str, Ar
 
 
 def cut(
-    factors: Mapping[str, Any], axes: Mapping[str, str], rank: int | Mapping[str, int]
+    changes: Iterable[tuple[str, str, Factors]], rank: int | Mapping[str, int], nothing: str
 ) -> tuple[ParamTransform, Delta, Residual]:
-    """The adapter of `{path: factors}`, with those of low rank, `{path: axes}`, truncated to this rank (or to those of
-    a mapping glob -> rank), and what that left out."""
-    factors, squares = dict(factors), {}
-    for path in axes:
-        r = COUNT(f"{path}: rank", look_up(rank, path, "rank"))
-        factors[path], squares[path] = truncated(**factors[path], stacked=axes[path].count("s"), rank=r)
+    """The adapter of changes `(path, axes, factors)`, with products of two factors truncated to this rank (or to those
+    of a mapping glob -> rank), and what that left out. Other factors, whose axes are "", stay. Without any product, a
+    ValueError of this text. The changes are asked for one after the other."""
+    factors, axes, squares = {}, {}, {}
+    for path, named, of_path in changes:
+        factors[path] = of_path
+        if named:
+            r = COUNT(f"{path}: rank", look_up(rank, path, "rank"))
+            factors[path], squares[path] = truncated(**of_path, stacked=named.count("s"), rank=r)
+            axes[path] = named
+    if not axes:
+        raise ValueError(nothing)
     shares = {path: _share(pair) for path, pair in squares.items()}
     return *adapter_of(factors, axes), Residual(shares, _share(sum(squares.values())))
 

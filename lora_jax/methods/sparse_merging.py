@@ -1,7 +1,7 @@
 """TIES and DARE: adapters merged entry by entry, after most entries of what each changes are left out."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from lora_jax.core.selection import CLASS
-from lora_jax.core.transforms import Delta, ParamTransform, stable_hash
-from lora_jax.methods.changes import Change, changes, dense_of, need_weights, shape_of, with_identity
+from lora_jax.core.transforms import Delta, Factors, ParamTransform, stable_hash
+from lora_jax.methods.changes import Change, changes, dense_of, need_weights, no_matrix, shape_of, with_identity
 from lora_jax.methods.low_rank import Pair, Residual, cut
 from lora_jax.methods.ranges import Range
 
@@ -90,32 +90,29 @@ def _merged(
     by_path: dict[str, list[tuple[int, Change]]] = {}
     for n, (method, delta) in enumerate(pairs):
         need_weights(method, delta)
-        for path, change in changes(method, delta, params).items():
+        for path, change in changes(method, delta, params):
             by_path.setdefault(path, []).append((n, change))
-    factors, axes = {}, {}
-    for path, terms in by_path.items():
-        first = _same_leaf(path, [change for _, change in terms])
-        dense = [dense_of(change) for _, change in terms]
-        pruned = jnp.stack([prune(w.reshape(len(w), -1), path, n) for (n, _), w in zip(terms, dense, strict=True)])
-        of_terms = [jnp.asarray(weights[n], pruned.dtype) for n, _ in terms]
-        change = _joined(pruned, jnp.stack(of_terms)[:, None, None], elect).reshape(dense[0].shape)
-        if first.axes:
-            factors[path] = with_identity(change, first.axes, shape_of(first))
-            axes[path] = first.axes
-        else:
-            factors[path] = {"shift": change.reshape(shape_of(first))}
-    if not axes:
-        raise ValueError(f"nothing that these {pairs[0][0].spec['method']!r} change is a matrix of the base")
-    return cut(factors, axes, rank)
+
+    def merged() -> Iterator[tuple[str, str, Factors]]:
+        for path, terms in by_path.items():
+            first, shape = _same_leaf(path, [change for _, change in terms])
+            dense = [dense_of(change) for _, change in terms]
+            pruned = jnp.stack([prune(w.reshape(len(w), -1), path, n) for (n, _), w in zip(terms, dense, strict=True)])
+            of_terms = jnp.stack([jnp.asarray(weights[n], pruned.dtype) for n, _ in terms])
+            change = _joined(pruned, of_terms[:, None, None], elect).reshape(dense[0].shape)
+            factors = with_identity(change, first.axes, shape) if first.axes else {"shift": change.reshape(shape)}
+            yield path, first.axes, factors
+
+    return cut(merged(), rank, no_matrix(pairs[0][0]))
 
 
-def _same_leaf(path: str, terms: list[Change]) -> Change:
-    """The first of the changes; a ValueError unless all are of one leaf."""
+def _same_leaf(path: str, terms: list[Change]) -> tuple[Change, tuple[int, ...]]:
+    """The first of the changes, and the leaf's shape; a ValueError unless all are of one leaf."""
     leaves = {(shape_of(change), "".join(CLASS[letter] for letter in change.axes)) for change in terms}
     if len(leaves) > 1:
         shown = " and ".join(f"{axes or 'no matrix'} {shape}" for shape, axes in sorted(leaves))
         raise ValueError(f"{path}: the adapters are of different bases: {shown}")
-    return terms[0]
+    return terms[0], shape_of(terms[0])
 
 
 def _largest(change: Array, density: float) -> Array:

@@ -88,6 +88,18 @@ def test_of_a_base_in_16_bits_the_change_is_not_rounded(name):
     assert update.a.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("name", ["rslora", "dora", "lokr", "ia3"])
+def test_of_a_quantized_base_the_change_is_that_of_its_values(name):
+    select = lj.select("w", axes="io")
+    quantized = lj.quantize({"w": normal(64, 5)}, select, bits=8)
+    dense = {"w": quantized["w"].materialize()}
+    method = FACTORIES[name](select)
+    delta = random_delta(method, dense)
+    got, want = (analysis.updates(method, delta, params)["w"] for params in (quantized, dense))
+    near(product(got), product(want), 1e-5)
+    same(analysis.weights(method, delta, quantized)["w"], dense["w"][None])
+
+
 def test_bf16_factors_are_multiplied_in_float32():
     method = lj.lora(lj.select("w"), rank=2, alpha=1, dtype=jnp.bfloat16)
     delta = random_delta(method, {"w": normal(6, 5)})

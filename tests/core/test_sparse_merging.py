@@ -172,7 +172,7 @@ def test_what_cannot_be_merged_is_said():
     square = {"w": normal(3, 3)}
     with pytest.raises(ValueError, match=r"w: the adapters are of different bases: io \(3, 3\) and oi \(3, 3\)"):
         lj.arithmetic.ties([given_delta(low_rank(axes, 1), 1, square) for axes in ("io", "oi")], [1, 1], 0.5, 1)
-    with pytest.raises(ValueError, match="nothing that these 'bias_delta' change is a matrix"):
+    with pytest.raises(ValueError, match="nothing that this 'bias_delta' changes is a matrix"):
         lj.arithmetic.ties([given_delta(lj.bias_delta(lj.select("bias")), 1, params)], [1], 0.5, 1)
     with pytest.raises(ValueError, match="@mlp_out/adapter changes activations"):
         lj.arithmetic.ties([one, given_delta(lj.adapter({"mlp_out": (2, 4)}, rank=2), 1, params)], [1, 1], 0.5, 1)
