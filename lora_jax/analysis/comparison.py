@@ -135,8 +135,8 @@ def compare(one: Mapping[str, Update], other: Mapping[str, Update]) -> dict[str,
     """
 
     def comparison(path: str, one: Update, other: Update) -> Comparison:
-        sides = (_similarity(path, one, other, side) for side in SIDES)
-        return Comparison(*sides, alignment(one, other), distance(one, other))
+        inputs, outputs = (_similarity(path, one, other, side) for side in SIDES)
+        return Comparison(inputs, outputs, alignment(one, other), distance(one, other))
 
     return {path: comparison(path, *pair) for path, pair in _in_both(one, other).items()}
 
