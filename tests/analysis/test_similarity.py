@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import lora_jax as lj
 from lora_jax import analysis
-from tests.helpers.adapters import AXES, given_delta, low_rank
+from tests.helpers.adapters import given_delta, low_rank
 from tests.helpers.dense import near, product
 from tests.helpers.reference import normal, same
 
@@ -90,11 +90,11 @@ def test_of_a_stack_each_is_as_alone_and_bf16_is_widened():
     np.testing.assert_allclose(jax.vmap(analysis.subspace_similarity)(x, y), got, rtol=0, atol=1e-5)
 
 
-@given(st.sampled_from(AXES), st.integers(0, 99))
-def test_of_adapters_compares_the_factors_of_every_layout(axes, seed):
+@pytest.mark.parametrize("axes", ["io", "oi", "vo", "sio", "iso", "ioo", "iio"])
+def test_of_adapters_compares_the_factors_of_every_layout(axes):
     params = {"w": normal(*(3, 4, 5, 6)[: len(axes)])}
     methods = [low_rank(axes, 2, alpha=3), low_rank(axes, 3)]
-    deltas = [given_delta(method, seed + n, params)[1] for n, method in enumerate(methods)]
+    deltas = [given_delta(method, n, params)[1] for n, method in enumerate(methods)]
     stacked = axes.count("s")
     for side, name in (("input", "a"), ("output", "b")):
         one, two = (np.asarray(delta["w"][name]) for delta in deltas)
