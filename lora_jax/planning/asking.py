@@ -20,6 +20,7 @@ from lora_jax.distributed import sharding
 from lora_jax.models.family import family_of
 from lora_jax.planning import collectives, flops
 from lora_jax.planning.topologies import GIB, Topology
+from lora_jax.training.optimizers import trained
 
 VOCABULARY_MULTIPLE = 128  # rows of the token table are padded to a multiple, which divides over a tensor axis
 
@@ -119,8 +120,9 @@ def step(workload: Workload, layout: Layout, mesh: Mesh) -> Step:
     of_state = training.state_shardings(state, placement, adapted)
     batch = _batch(workload, layout)
     over_rows = NamedSharding(mesh, P(None, *sharding.batch_sharding(mesh).spec))
+    run = training.make_step(objective, trained(workload.optimizer, method), tx, rate)
     return Step(
-        jax.jit(training.make_step(objective, method, tx, rate), donate_argnums=0, out_shardings=of_state),
+        jax.jit(run, donate_argnums=0, out_shardings=of_state),
         _with_shardings(state, of_state),
         _with_shardings(params, placement.shardings(params)),
         _with_shardings(batch, dict.fromkeys(batch, over_rows)),

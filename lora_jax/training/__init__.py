@@ -6,6 +6,16 @@ with extra("train"):
     from lora_jax.training.config import OptimizerConfig, TrainConfig
     from lora_jax.training.logging import TIMES, JsonLines, Log, Logger, Prefixed, TensorBoard, plot_loss, read_metrics
     from lora_jax.training.loop import Job, Result, prepare, train
+    from lora_jax.training.lora_optimizers import (
+        lora_fa,
+        lora_muon,
+        lora_rite,
+        riemannian,
+        scale_by_lora_muon,
+        scale_by_lora_rite,
+        scale_by_riemannian,
+        still_a,
+    )
     from lora_jax.training.loss import cross_entropy, squared_error
     from lora_jax.training.objectives import (
         Metric,
@@ -24,4 +34,5 @@ __all__ = ["METRICS", "TIMES", "Job", "JsonLines", "Log", "Logger", "Metric", "O
 __all__ += ["Prefixed", "Result", "State", "TensorBoard", "TrainConfig", "check_resumed", "claim", "classifier"]
 __all__ += ["cross_entropy", "difference", "language_model", "make_step", "new_state", "optimizer", "plot_loss"]
 __all__ += ["prepare", "read_metrics", "register_metric", "schedule", "squared_error", "state_shardings", "train"]
-__all__ += ["validate", "with_metrics"]
+__all__ += ["lora_fa", "lora_muon", "lora_rite", "riemannian", "scale_by_lora_muon", "validate", "with_metrics"]
+__all__ += ["scale_by_lora_rite", "scale_by_riemannian", "still_a"]

@@ -29,6 +29,7 @@ OLD_MATRICES = [
 # What `prefix_embedding.select` was by default then; now [], the model's token embedding.
 OLD_TOKEN_EMBEDDING = ["**/{wte,word}/embedding"]
 
+OPTIMIZERS = ("adamw", "riemannian", "lora_rite", "lora_fa", "lora_muon")
 SCHEDULES = ("constant", "cosine", "linear")
 _FROM_0, _ABOVE_0 = Range(least=0), Range(above=0)
 _STEPS = Range(least=0, whole=True, optional=True)
@@ -50,13 +51,16 @@ def _check_numbers(config: Any, prefix: str = "") -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """The settings of AdamW and its schedule, for `lora_jax.training.optimizer`.
+    """The settings of an optimizer and its schedule, for `lora_jax.training.optimizer`.
 
     >>> config = OptimizerConfig(learning_rate=1e-3, warmup_ratio=0.06)
     >>> config.schedule, config.weight_decay
     ('linear', 0.01)
     """
 
+    # "adamw", or one made for LoRA (`lora_jax.training.lora_optimizers`): "riemannian", "lora_rite", "lora_fa" or
+    # "lora_muon"; what is no A or B then takes AdamW
+    name: str = "adamw"
     learning_rate: Annotated[float, _FROM_0] = 2e-4  # the peak
     schedule: str = "linear"  # after the warm-up: "linear" or "cosine" down to `end_lr_ratio`, or "constant"
     # steps of linear warm-up from 0; None: `warmup_ratio` of all steps, rounded up
@@ -70,16 +74,23 @@ class OptimizerConfig:
     # Globs of the delta's `path` or `path/factor` that decay; "matrices": what the method's traits name. The default,
     # all that trains, is the authors'.
     decay: tuple[str, ...] = ("**",)
-    # the largest global norm of the gradient; None: no clipping
+    # the largest global norm of the gradient, of lora_rite of the unmagnified one; None: no clipping
     clip_norm: Annotated[float | None, Range(above=0, optional=True)] = None
     # The rate, and with it the decay, of LoRA's B, or what the method's traits name instead, over that of the other
     # factors (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
     loraplus_lr_ratio: Annotated[float, _ABOVE_0] = 1.0
+    damping: Annotated[float, _ABOVE_0] = 1e-6  # of riemannian and lora_fa: delta, added to B B^T and A^T A
 
     def __post_init__(self) -> None:
         _check_numbers(self, "optimizer.")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"optimizer.schedule is {self.schedule!r}, not one of {list(SCHEDULES)}")
+        if self.name not in OPTIMIZERS:
+            raise ValueError(f"optimizer.name is {self.name!r}, not one of {list(OPTIMIZERS)}")
+        if self.loraplus_lr_ratio != 1 and self.name in ("lora_fa", "lora_muon"):
+            why = "whose A does not train" if self.name == "lora_fa" else "which has one step for A and B together"
+            ratio = f"optimizer.loraplus_lr_ratio={self.loraplus_lr_ratio}"
+            raise ValueError(f"{ratio} does not go with optimizer.name={self.name!r}, {why}: leave it at 1")
 
     @classmethod
     def of(cls, config: Any) -> "OptimizerConfig":

@@ -28,7 +28,7 @@ from lora_jax.training.config import TrainConfig
 from lora_jax.training.finite import not_finite
 from lora_jax.training.logging import LabelCount, Log, Logger, Meter, Prefixed, fetch, plot_loss
 from lora_jax.training.objectives import Objective, language_model, with_metrics
-from lora_jax.training.optimizers import check_decay, optimizer, schedule
+from lora_jax.training.optimizers import check_decay, optimizer, schedule, trained
 from lora_jax.training.validation import Figures, validator
 from lora_jax.training.workdir import check_resumed, claim, data_of, difference
 
@@ -153,7 +153,7 @@ def prepare(
     if validation is not None:
         of_delta = validator(jax.jit(steps.make_validation(objective, method)), objective, validation, placement)
         validate = lambda state: of_delta(state.delta, params)  # noqa: E731
-    step = steps.make_step(objective, method, tx, rate)
+    step = steps.make_step(objective, trained(settings.optimizer, method), tx, rate)
     shardings = jax.tree.map(lambda x: x.sharding, state)  # else the compiler chooses others, and compiles again
     return Job(
         settings=settings,

@@ -1,4 +1,4 @@
-"""The optimizer of a config: AdamW under a schedule, built through `freeze_base`."""
+"""The optimizer of a config, under its schedule, built through `freeze_base`."""
 
 import logging
 import math
@@ -12,7 +12,8 @@ import optax
 from lora_jax.core.freezing import freeze_base, partition
 from lora_jax.core.globs import matches, matches_any, plainest
 from lora_jax.core.selection import nearest
-from lora_jax.core.transforms import Spec, Traits, traits_of
+from lora_jax.core.transforms import ParamTransform, Spec, Traits, traits_of
+from lora_jax.training import lora_optimizers
 from lora_jax.training.config import OLD_MATRICES, OptimizerConfig
 
 
@@ -54,11 +55,12 @@ def check_decay(config: Any, delta: Any) -> None:
 def optimizer(
     config: Any, rate: optax.Schedule, weight_decay: Any = None, spec: dict[str, Any] | None = None
 ) -> optax.GradientTransformation:
-    """AdamW of an OptimizerConfig, or of a mapping of its keys; no state for the base.
+    """That of an OptimizerConfig, or of a mapping of its keys; no state for the base.
 
     Args:
       weight_decay: instead of the config's; it may be traced.
-      spec: the method's, needed for "matrices"; without it B is what is named `b`.
+      spec: the method's, needed for "matrices"; without it B is what is named `b`, and of shapes alone those made for
+        LoRA cannot always tell which axes are stacked.
 
     >>> tx = optimizer({"learning_rate": 0.5, "clip_norm": 1.0}, schedule({"learning_rate": 0.5}, steps=100))
     """
@@ -82,12 +84,29 @@ def optimizer(
 
     weight_decay = config.weight_decay if weight_decay is None else weight_decay
     mask = partial(jax.tree_util.tree_map_with_path, decays)
-    adamw = optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=weight_decay, mask=mask)
-    parts = [adamw] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm), adamw]
+    options = {"b1": config.b1, "b2": config.b2, "eps": config.eps, "weight_decay": weight_decay, "mask": mask}
+    clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+    match config.name:
+        case "adamw":
+            parts = [*clip, optax.adamw(rate, **options)]
+        case "riemannian":
+            parts = [*clip, lora_optimizers.riemannian(rate, **options, damping=config.damping, spec=spec)]
+        case "lora_rite":
+            parts = [lora_optimizers.lora_rite(rate, **options, clip_norm=config.clip_norm, spec=spec)]
+        case "lora_fa":
+            fa = {"damping": config.damping, "clip_norm": config.clip_norm, "spec": spec}
+            parts = [lora_optimizers.lora_fa(rate, **options, **fa)]
+        case "lora_muon":
+            parts = [*clip, lora_optimizers.lora_muon(rate, **options, spec=spec)]
     if (ratio := config.loraplus_lr_ratio) != 1:
         by_label = {"b": optax.scale(ratio), "other": optax.identity()}
         parts.append(optax.partition(by_label, rates))
     return freeze_base(optax.chain(*parts))
+
+
+def trained(config: Any, method: ParamTransform) -> ParamTransform:
+    """The method as a step differentiates it: without gradients of what the optimizer of an OptimizerConfig leaves."""
+    return lora_optimizers.still_a(method) if OptimizerConfig.of(config).name == "lora_fa" else method
 
 
 def _owners(spec: Mapping[str, Any], path: str) -> list[Traits]:

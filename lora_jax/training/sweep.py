@@ -30,7 +30,7 @@ from lora_jax.training.config import OptimizerConfig, TrainConfig
 from lora_jax.training.logging import Logger, fetch, plot_loss
 from lora_jax.training.loop import Job, Member, Result, drive
 from lora_jax.training.objectives import Objective, with_metrics
-from lora_jax.training.optimizers import check_decay, optimizer, schedule
+from lora_jax.training.optimizers import check_decay, optimizer, schedule, trained
 from lora_jax.training.validation import validator
 from lora_jax.training.workdir import check_resumed, claim, data_of
 
@@ -169,7 +169,8 @@ def _of_member(
         rates = {name: values[name] for name in _RATES if name in values}
         rate = schedule(options, total, rates.pop("learning_rate", None))
         tx = optimizer(options, rate, **rates, spec=spec)
-        return steps.make_step(objective, from_spec(_filled(spec, values)), tx, rate)(state, params, batch)
+        method = trained(options, from_spec(_filled(spec, values)))
+        return steps.make_step(objective, method, tx, rate)(state, params, batch)
 
     def measure(sums: Array, state: steps.State, values: dict[str, Any], params: Any, batch: Any) -> Any:
         return steps.make_validation(objective, from_spec(_filled(spec, values)))(sums, state.delta, params, batch)

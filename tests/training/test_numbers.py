@@ -27,7 +27,10 @@ BAD: dict[str, tuple[Any, ...]] = {
     "seed": (-1, 2**63, 0.5, True),
     "label_smoothing": (1.0, 1.5, -0.5, math.nan),
     **dict.fromkeys(("eval_every", "save_every", "optimizer.warmup_steps"), (-1, 0.5, True)),
-    **{f"optimizer.{name}": (0.0, -1.0, math.inf, math.nan) for name in ("clip_norm", "eps", "loraplus_lr_ratio")},
+    **{
+        f"optimizer.{name}": (0.0, -1.0, math.inf, math.nan)
+        for name in ("clip_norm", "eps", "loraplus_lr_ratio", "damping")
+    },
     **{f"optimizer.{name}": (-1e-9, math.inf, math.nan, True) for name in ("learning_rate", "weight_decay")},
     **{f"optimizer.{name}": (-0.1, 1.0, 1.5, math.nan) for name in ("b1", "b2")},
     **{f"optimizer.{name}": (-0.1, 1.5, math.nan) for name in ("warmup_ratio", "end_lr_ratio")},
