@@ -48,6 +48,11 @@ def trained(tx: Any, delta: lj.Delta, gradients: lj.Delta) -> lj.Delta:
     )
 
 
+def first_update(tx: Any, grads: lj.Delta, delta: lj.Delta) -> tuple[lj.Delta, Any]:
+    """The first update and the state after it, in one program."""
+    return jax.jit(lambda grads, delta: tx.update(grads, tx.init(delta), delta))(grads, delta)
+
+
 def drawn(like: Any, seed: int, *lead: int) -> Any:
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: jax.device_put(rng.normal(size=(*lead, *x.shape)).astype(x.dtype)), like)
@@ -126,6 +131,7 @@ def test_lora_rite_clips_what_has_no_magnitude() -> None:
         np.testing.assert_allclose(of["b"], clipped[1].T, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_lora_fa_is_pefts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two layers, one with the scale 2, for whose square Adam does not ask; 1e-4 for an eps under the root there."""
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
@@ -205,7 +211,7 @@ def test_another_factorization_changes_nothing(steps: int) -> None:
 def test_muons_step_has_equal_singular_values() -> None:
     """Of both parts of the change of A B, up to what the iteration is off by."""
     delta = lj.Delta({"w": {"a": normal(9, 3), "b": normal(3, 8, seed=1)}})
-    updates, _ = training.scale_by_lora_muon().update(drawn(delta, 2), training.scale_by_lora_muon().init(delta), delta)
+    updates, _ = first_update(training.scale_by_lora_muon(), drawn(delta, 2), delta)
     for part in ((updates["w"]["a"], delta["w"]["b"]), (delta["w"]["a"], updates["w"]["b"])):
         values = np.linalg.svd(part[0] @ part[1], compute_uv=False)
         np.testing.assert_allclose(values[:3], 0.5, rtol=5e-3)
@@ -214,15 +220,13 @@ def test_muons_step_has_equal_singular_values() -> None:
 
 def test_muons_decay_is_that_of_the_product() -> None:
     delta = lj.Delta({"w": {"a": normal(4, 2), "b": normal(2, 5, seed=1)}})
-    tx = lj.freeze_base(training.lora_muon(0.1, weight_decay=1e-5))
-    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, delta), tx.init(delta), delta)
+    zeros = jax.tree.map(np.zeros_like, delta)
+    updates, _ = first_update(training.lora_muon(0.1, weight_decay=1e-5), zeros, delta)
     # of first order, as 1 - 1e-6 itself would have one digit
     change = np.asarray(updates["w"]["a"] @ delta["w"]["b"] + delta["w"]["a"] @ updates["w"]["b"])
     np.testing.assert_allclose(change, -1e-6 * product(delta), rtol=1e-4)
-    none = lj.freeze_base(
-        training.lora_muon(0.1, weight_decay=1e-5, mask=lambda tree: jax.tree.map(lambda _: False, tree))
-    )
-    updates, _ = none.update(jax.tree.map(jnp.zeros_like, delta), none.init(delta), delta)
+    mask = lambda tree: jax.tree.map(lambda _: False, tree)  # noqa: E731
+    updates, _ = first_update(training.lora_muon(0.1, weight_decay=1e-5, mask=mask), zeros, delta)
     assert not any(leaf.any() for leaf in jax.tree.leaves(updates))
 
 
@@ -296,8 +300,8 @@ def test_in_a_loop_of_ones_own(name: str) -> None:
     method = lj.chain(lj.pissa(lj.select("kernel"), rank=2), lj.tune(lj.select("bias")))
     delta = jax.jit(method.init)(jax.random.key(0), params)
     joint, tx = {"base": params, "delta": delta}, made(name)
-    updates, state = jax.jit(lambda tree: tx.update(tree, tx.init(tree), tree))(joint)
-    alone, of_delta = jax.jit(lambda tree: tx.update(tree, tx.init(tree), tree))(delta)
+    updates, state = first_update(tx, joint, joint)
+    alone, of_delta = first_update(tx, delta, delta)
     assert not any(leaf.any() for leaf in jax.tree.leaves(updates["base"]))
     assert not updates["delta"]["kernel"]["fixed_a"].any() and updates["delta"]["kernel"]["b"].any()
     jax.tree.map(np.testing.assert_array_equal, updates["delta"], alone)
@@ -354,6 +358,6 @@ def test_the_optimizer_of_a_config(name: str) -> None:
             for x in (1.0, 4.0)
         )
         first = jax.tree.map(lambda x: x[0], gradients)
-        one, plus = (tx.update(first, tx.init(delta), delta)[0]["w"] for tx in (one, plus))
+        one, plus = (first_update(tx, first, delta)[0]["w"] for tx in (one, plus))
         np.testing.assert_allclose(plus["b"], 4 * one["b"], rtol=1e-6)
         np.testing.assert_array_equal(plus["a"], one["a"])
