@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
+from jax import Array, lax
 from optax import contrib
 
 from lora_jax.core.arrays import widened
 from lora_jax.core.transforms import Delta, Spec
 from lora_jax.training.lora_optimizers.pairs import (
+    Factors,
     Mask,
     Rate,
     delta_of,
@@ -43,33 +44,38 @@ def scale_by_lora_muon(b1: float = 0.9, *, spec: Spec | None = None) -> optax.Gr
     """
 
     def init(params: Any) -> Delta:
-        first: dict[str, Any] = {}
+        first: Factors = {}
         for pair in pairs_of(delta := need_params(params), spec):
             x, y = pair.of(delta)
-            pair.put(first, delta, jnp.zeros_like(x), jnp.zeros_like(y), x.dtype)
+            pair.put(first, delta, (jnp.zeros_like(x), jnp.zeros_like(y)), x.dtype)
         return Delta(first)
 
     @jax.default_matmul_precision("highest")
     def update(updates: Any, state: Delta, params: Any = None) -> tuple[Any, Delta]:
         delta, grads = need_params(params), delta_of(updates)
-        new: dict[str, Any] = {}
-        first: dict[str, Any] = {}
+        new: Factors = {}
+        first: Factors = {}
         for pair in pairs_of(delta, spec):
-            moments = [b1 * m + (1 - b1) * g for m, g in zip(pair.of(state), pair.of(grads), strict=True)]
-            roots = [_gram_root(z) for z in reversed(pair.of(delta))]
-            directions = [_sign(m @ root) @ root / 2 for m, root in zip(moments, roots, strict=True)]
-            pair.put(new, grads, *directions)
-            pair.put(first, delta, *moments, moments[0].dtype)
+            (mx, my), (gx, gy), (x, y) = pair.of(state), pair.of(grads), pair.of(delta)
+            mx, my = b1 * mx + (1 - b1) * gx, b1 * my + (1 - b1) * gy
+            pair.put(new, grads, (_direction(mx, y), _direction(my, x)))
+            pair.put(first, delta, (mx, my), mx.dtype)
         return with_factors(updates, new), Delta(first)
 
     return optax.GradientTransformation(init, update)
+
+
+def _direction(moment: Array, other: Array) -> Array:
+    """msign(moment R) R / 2, with R the inverse root of the other factor's Gram matrix."""
+    root = _gram_root(other)
+    return _sign(moment @ root) @ root / 2
 
 
 def _gram_root(x: Array) -> Array:
     """(x^T x)^-1/2, zero along the directions that x does not have, to rounding."""
     values, u = jnp.linalg.eigh(x.swapaxes(-1, -2) @ x)
     is_there = values > rounding(x) * values[..., -1:]
-    roots = jnp.where(is_there, jax.lax.rsqrt(jnp.where(is_there, values, 1)), 0)
+    roots = jnp.where(is_there, lax.rsqrt(jnp.where(is_there, values, 1)), 0)
     return (u * roots[..., None, :]) @ u.swapaxes(-1, -2)
 
 
@@ -82,9 +88,9 @@ def _sign(x: Array) -> Array:
 
 
 class SplitDecayState(NamedTuple):
-    """Of LoRA-Muon's decay: the steps done."""
+    """Of LoRA-Muon's decay."""
 
-    count: Array
+    step: Array  # those done
 
 
 def _split_decay(learning_rate: Rate, weight_decay: Any, mask: Mask) -> optax.GradientTransformation:
@@ -92,17 +98,17 @@ def _split_decay(learning_rate: Rate, weight_decay: Any, mask: Mask) -> optax.Gr
     what does not decay."""
 
     def update(updates: Any, state: SplitDecayState, params: Any = None) -> tuple[Any, SplitDecayState]:
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
         decays = jax.tree.map(lambda _: True, params) if mask is None else mask(params)
 
-        def step(direction: Array, p: Array, is_decaying: bool) -> Array:
+        def moved(direction: Array, p: Array, is_decaying: bool) -> Array:
             wide = widened(p.dtype)
             product = jnp.asarray(rate * weight_decay if is_decaying else 0.0, wide)
             s = jnp.sqrt(1 - product)
             change = -product / (1 + s) * p.astype(wide) - jnp.asarray(rate, wide) / s * direction.astype(wide)
             return change.astype(direction.dtype)
 
-        return jax.tree.map(step, updates, params, decays), SplitDecayState(optax.safe_increment(state.count))
+        return jax.tree.map(moved, updates, params, decays), SplitDecayState(optax.safe_increment(state.step))
 
     return optax.GradientTransformation(lambda params: SplitDecayState(jnp.zeros((), jnp.int32)), update)
 

@@ -17,6 +17,7 @@ from lora_jax.core.selection import look_up
 from lora_jax.core.transforms import Delta, Spec, traits_of
 
 Rate = Any  # a number, which may be traced, or an optax.Schedule
+Factors = dict[str, dict[str, Array]]  # {key: {factor: array}}
 Mask = Callable[[Any], Any] | None  # tree -> tree of bools: what decays; None: all
 
 
@@ -34,9 +35,10 @@ class Pair(NamedTuple):
         wide = widened(jnp.result_type(x, *ys))
         return x.reshape(*x.shape[:n], -1, x.shape[-1]).astype(wide), jnp.concatenate(ys, -2).astype(wide)
 
-    def put(self, into: dict[str, Any], like: Mapping[str, Any], x: Array, y: Array, dtype: Any = None) -> None:
-        """The inverse: into `{key: {factor: array}}`, with the axes of a delta; of its dtypes where none is given."""
-        a, n = like[self.a]["a"], self.stacked
+    def put(self, into: Factors, like: Mapping[str, Any], both: tuple[Array, Array], dtype: Any = None) -> None:
+        """The inverse: x and y into `{key: {factor: array}}`, with the axes of a delta, and its dtypes where none is
+        given."""
+        (x, y), a, n = both, like[self.a]["a"], self.stacked
         into.setdefault(self.a, {})["a"] = x.reshape(*a.shape[:-1], -1).astype(dtype or a.dtype)
         start = 0
         for b, key in ((like[key]["b"], key) for key in self.bs):

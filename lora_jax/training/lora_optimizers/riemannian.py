@@ -9,6 +9,7 @@ from jax import Array, lax
 
 from lora_jax.core.transforms import Delta, ParamTransform, Spec
 from lora_jax.training.lora_optimizers.pairs import (
+    Factors,
     Mask,
     Rate,
     bank_head,
@@ -45,12 +46,13 @@ def scale_by_riemannian(
 
     @jax.default_matmul_precision("highest")
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
-        delta, grads, new = need_params(params), delta_of(updates), {}
+        delta, grads = need_params(params), delta_of(updates)
+        new: Factors = {}
         for pair in pairs_of(delta, spec):
             (x, y), (gx, gy) = pair.of(delta), pair.of(grads)
             gx = _solved(y, gx, damping) if "a" in factors else gx
             gy = _solved(x, gy, damping) if "b" in factors else gy
-            pair.put(new, grads, gx, gy)
+            pair.put(new, grads, (gx, gy))
         return with_factors(updates, new), state
 
     def init(params: Any) -> optax.EmptyState:

@@ -9,6 +9,7 @@ from jax import Array
 
 from lora_jax.core.transforms import Delta, Spec
 from lora_jax.training.lora_optimizers.pairs import (
+    Factors,
     Mask,
     Rate,
     delta_of,
@@ -23,7 +24,7 @@ from lora_jax.training.lora_optimizers.pairs import (
 class RiteState(NamedTuple):
     """Of `scale_by_lora_rite`; each tree has `{key: {"a": array, "b": array}}`, of A's side and of B's."""
 
-    count: Array
+    step: Array  # those done
     first: Delta  # moments (s.., m, r) of A's side, in the basis of B, and the other way round
     second: Delta  # (s.., r, r), in the same bases
     escaped: Delta  # (s..), rho: what the second moments have lost of their mass by projection
@@ -44,59 +45,65 @@ def scale_by_lora_rite(
     """
 
     def init(params: Any) -> RiteState:
-        first: dict[str, Any] = {}
-        second, escaped, bases = (dict[str, Any]() for _ in range(3))
-        for pair in pairs_of(delta := need_params(params), spec):
+        delta = need_params(params)
+        first, second, escaped, bases = _trees()
+        for pair in pairs_of(delta, spec):
             x, y = pair.of(delta)
-            kx, ky = (min(z.shape[-2:]) for z in (x, y))
-            zeros = lambda z, k: jnp.zeros((*z.shape[:-1], k), z.dtype)  # noqa: E731
-            pair.put(first, delta, zeros(x, ky), zeros(y, kx), x.dtype)
-            pair.put(bases, delta, zeros(x, kx), zeros(y, ky), x.dtype)
-            lead = x.shape[: pair.stacked]
-            second[pair.a] = {"a": jnp.zeros((*lead, ky, ky), x.dtype), "b": jnp.zeros((*lead, kx, kx), x.dtype)}
-            escaped[pair.a] = {"a": jnp.zeros(lead, x.dtype), "b": jnp.zeros(lead, x.dtype)}
+            (kx, ky), lead = (min(z.shape[-2:]) for z in (x, y)), x.shape[: pair.stacked]
+            pair.put(first, delta, (_zeros(x, ky), _zeros(y, kx)), x.dtype)
+            pair.put(bases, delta, (_zeros(x, kx), _zeros(y, ky)), x.dtype)
+            second[pair.a] = {name: jnp.zeros((*lead, k, k), x.dtype) for name, k in (("a", ky), ("b", kx))}
+            escaped[pair.a] = {name: jnp.zeros(lead, x.dtype) for name in "ab"}
         return RiteState(jnp.zeros((), jnp.int32), *map(Delta, (first, second, escaped, bases)))
 
     @jax.default_matmul_precision("highest")
     def update(updates: Any, state: RiteState, params: Any = None) -> tuple[Any, RiteState]:
         delta, grads = need_params(params), delta_of(updates)
-        count = optax.safe_increment(state.count)
-        t = count.astype(jnp.float32)
-        decays = [b * (1 - b ** (t - 1)) / (1 - b**t) for b in (b1, b2)]  # corrects the bias, as in the authors' code
-        sides = {pair: _unmagnified(pair.of(delta), pair.of(grads)) for pair in pairs_of(delta, spec)}
-        squares = [jnp.sum(g**2) for side in sides.values() for g in side.gradients]
+        done = optax.safe_increment(state.step)
+        t = done.astype(jnp.float32)
+        decays = tuple(b * (1 - b ** (t - 1)) / (1 - b**t) for b in (b1, b2))  # corrects the bias, as the authors' code
+        split = {pair: _Split.of(pair.of(delta), pair.of(grads)) for pair in pairs_of(delta, spec)}
+        squares = [jnp.sum(g**2) for parts in split.values() for g in parts.gradients]
         shrink = jnp.ones(()) if clip_norm is None else jnp.minimum(1, clip_norm / jnp.sqrt(sum(squares)))
-        new, *trees = (dict[str, Any]() for _ in range(5))
-        first, second, escaped, bases = trees
-        for pair, side in sides.items():
-            old_bases, old_first = pair.of(state.bases), pair.of(state.first)
-            moments, directions = [], []
+        new: Factors = {}
+        first, second, escaped, bases = _trees()
+        for pair, parts in split.items():
+            sides = []
             for n, name in enumerate("ab"):
-                turn = side.bases[1 - n].swapaxes(-1, -2) @ old_bases[1 - n]
-                old = old_first[n], state.second[pair.a][name], state.escaped[pair.a][name]
-                moments.append(_moments(side.gradients[n] * shrink.astype(turn.dtype), turn, *old, *decays, eps))
-                directions.append(moments[n][0] @ side.inverses[1 - n].swapaxes(-1, -2))
-            dtype = moments[0][0].dtype
-            pair.put(new, grads, *directions)
-            pair.put(first, delta, *(moment for moment, _, _ in moments), dtype)
-            pair.put(bases, delta, *side.bases, dtype)
-            second[pair.a], escaped[pair.a] = ({"a": moments[0][n], "b": moments[1][n]} for n in (1, 2))
-        return with_factors(updates, new), RiteState(count, *map(Delta, trees))
+                turn = parts.bases[1 - n].swapaxes(-1, -2) @ pair.of(state.bases)[1 - n]
+                d1, d2, size = (factor.astype(turn.dtype) for factor in (*decays, shrink))
+                old = _Moments(pair.of(state.first)[n], state.second[pair.a][name], state.escaped[pair.a][name])
+                sides.append(old.turned(turn, d2).plus(parts.gradients[n] * size, d1, d2, eps))
+            x, y = sides
+            rx, ry = parts.inverses
+            pair.put(new, grads, (x.first @ ry.swapaxes(-1, -2), y.first @ rx.swapaxes(-1, -2)))
+            pair.put(first, delta, (x.first, y.first), x.first.dtype)
+            pair.put(bases, delta, parts.bases, x.first.dtype)
+            second[pair.a], escaped[pair.a] = {"a": x.second, "b": y.second}, {"a": x.escaped, "b": y.escaped}
+        return with_factors(updates, new), RiteState(done, *map(Delta, (first, second, escaped, bases)))
 
     return optax.GradientTransformation(init, update)
 
 
-class _Sides(NamedTuple):
-    """x and y as basis times magnitude, and their gradients without the other's magnitude."""
+def _trees() -> tuple[Factors, Factors, Factors, Factors]:
+    return {}, {}, {}, {}
+
+
+def _zeros(x: Array, columns: int) -> Array:
+    return jnp.zeros((*x.shape[:-1], columns), x.dtype)
+
+
+class _Split(NamedTuple):
+    """x and y as bases times magnitudes, and their gradients without the other's magnitude."""
 
     bases: tuple[Array, Array]
     inverses: tuple[Array, Array]  # of the magnitudes
     gradients: tuple[Array, Array]
 
-
-def _unmagnified(pair: tuple[Array, Array], grads: tuple[Array, Array]) -> _Sides:
-    (ux, rx), (uy, ry) = map(_basis, pair)
-    return _Sides((ux, uy), (rx, ry), (grads[0] @ ry, grads[1] @ rx))
+    @classmethod
+    def of(cls, pair: tuple[Array, Array], gradients: tuple[Array, Array]) -> "_Split":
+        (ux, rx), (uy, ry) = map(_basis, pair)
+        return cls((ux, uy), (rx, ry), (gradients[0] @ ry, gradients[1] @ rx))
 
 
 def _basis(x: Array) -> tuple[Array, Array]:
@@ -110,16 +117,25 @@ def _basis(x: Array) -> tuple[Array, Array]:
     return basis, vt.swapaxes(-1, -2) * inverse[..., None, :]
 
 
-def _moments(g: Array, turn: Array, first: Array, v: Array, rho: Array, d1: Array, d2: Array, eps: float) -> tuple:
-    """The moments of one side after a step, from its unmagnified gradient and the turn from the old basis."""
-    d1, d2 = d1.astype(g.dtype), d2.astype(g.dtype)
-    moved = _symmetric(turn @ v @ turn.swapaxes(-1, -2))
-    before, after = jnp.linalg.eigvalsh(v), jnp.linalg.eigvalsh(moved)
-    lost = jnp.minimum(jnp.max(before - after, -1), jnp.sum(before - after, -1))
-    rho = d2 * (rho + jnp.maximum(lost, 0))
-    v = (1 - d2) * (g.swapaxes(-1, -2) @ g) / g.shape[-2] + d2 * moved
-    first = (1 - d1) * (g @ _inverse_root(v, rho, eps)) + d1 * (first @ turn.swapaxes(-1, -2))
-    return first, v, rho
+class _Moments(NamedTuple):
+    """Of one side, in the basis of the other factor."""
+
+    first: Array
+    second: Array
+    escaped: Array
+
+    def turned(self, turn: Array, decay: Array) -> "_Moments":
+        """In another basis, with what the second moment loses by that."""
+        second = _symmetric(turn @ self.second @ turn.swapaxes(-1, -2))
+        # A projection makes no eigenvalue larger: the trace's loss, the authors' other bound, is never less than this.
+        lost = jnp.max(jnp.linalg.eigvalsh(self.second) - jnp.linalg.eigvalsh(second), -1)
+        return _Moments(self.first @ turn.swapaxes(-1, -2), second, decay * (self.escaped + jnp.maximum(lost, 0)))
+
+    def plus(self, g: Array, d1: Array, d2: Array, eps: float) -> "_Moments":
+        """After a step with this gradient."""
+        second = (1 - d2) * (g.swapaxes(-1, -2) @ g) / g.shape[-2] + d2 * self.second
+        direction = g @ _inverse_root(second, self.escaped, eps)
+        return _Moments((1 - d1) * direction + d1 * self.first, second, self.escaped)
 
 
 def _symmetric(v: Array) -> Array:
