@@ -58,10 +58,10 @@ class OptimizerConfig:
     ('linear', 0.01)
     """
 
+    learning_rate: Annotated[float, _FROM_0] = 2e-4  # the peak
     # "adamw", or one made for LoRA (`lora_jax.training.lora_optimizers`): "riemannian", "lora_rite", "lora_fa" or
     # "lora_muon"; what is no A or B then takes AdamW
     name: str = "adamw"
-    learning_rate: Annotated[float, _FROM_0] = 2e-4  # the peak
     schedule: str = "linear"  # after the warm-up: "linear" or "cosine" down to `end_lr_ratio`, or "constant"
     # steps of linear warm-up from 0; None: `warmup_ratio` of all steps, rounded up
     warmup_steps: Annotated[int | None, _STEPS] = None
