@@ -17,6 +17,15 @@ configs/e2e.py:smollm2, seeds 0 to 2 of LoRA and full fine-tuning, LoRA's rate w
 scores for the 630 test contexts. The same command resumes where it was stopped; --out gets each method's row as it is
 done, and beside it plots: the figures, and the losses of LoRA on each base. Two commands may run at once, each on a
 core of its own; JAX_COMPILATION_CACHE_DIR spares them many compilations.
+
+The studies of configs/studies.py, one command each, resumable, with a table (--out) and a plot beside it:
+
+    python -m experiments.study --config=configs/studies.py:rank --workdir=runs/studies --data=E2E \
+      --config.run.base=GPT2 --out=docs/results/study_rank.json
+
+Two or more adapters beside each other, each a folder that PEFT wrote, an adapter of ours or a workdir, without a base:
+
+    python -m experiments.study --adapters=FOLDER,FOLDER --out=compared.json
 """
 
 import os
@@ -29,23 +38,42 @@ from ml_collections import ConfigDict
 
 from configs import study
 from experiments import cli, train
+from experiments.studies import adapters, running
 from lora_jax.interop import hf
 from lora_jax.models.family import dimensions_of
 from lora_jax.runs import budget, tables
 from lora_jax.training import stopping
 
+flags.DEFINE_list("adapters", [], "Folders to compare instead.")
 flags.DEFINE_enum("task", "e2e", ["e2e", "mrpc", "smollm2"], "What is learnt.")
 flags.DEFINE_string("base", None, "A folder: a GPT-2 for E2E, a RoBERTa or BERT for MRPC; of smollm2 the package.")
 flags.DEFINE_list("methods", [], "Only these.")
 flags.DEFINE_integer("steps", 300, "Of a run.", lower_bound=1)
 flags.DEFINE_integer("search_steps", 100, "After so many the rate is chosen.", lower_bound=1)
-for _name in ("workdir", "data", "out"):
+for _name in ("config", "workdir", "data", "out"):
     flags.declare_key_flag(_name)
-flags.mark_flags_as_required(["workdir", "data"])
+
+
+def main() -> None:
+    values, config = flags.FLAGS, train.CONFIG.value
+    if values.adapters:
+        adapters.compare(values.adapters, Path(values.out) if values.out else None)
+        return
+    if values.workdir is None:
+        raise ValueError("--workdir is missing, for example --workdir=runs/studies")
+    if config is not None and config.study != "budget":
+        out = Path(values.out or Path(values.workdir) / f"study_{config.study}.json")
+        running.run(config, Path(values.workdir), values.data, out)
+        return
+    if values.data is None:
+        raise ValueError("--data is missing: the folder of E2E's or GLUE's files")
+    values.task = values.task if config is None else config.task
+    compare()
 
 
 @stopping.noted()
-def main() -> None:
+def compare() -> None:
+    """The comparison of methods."""
     values = flags.FLAGS
     names = study.methods_of(values.task)
     if unknown := sorted(set(values.methods) - set(names)):
