@@ -87,10 +87,10 @@ def _matrices() -> ConfigDict:
 
 
 def _forgetting(name: str = "forgetting") -> ConfigDict:
-    """24 runs: LoRA of all matrices, alpha = 32, and full fine-tuning, four rates each. `text`: files of the base's own
-    text, held out, of which `text_batches` of 8 x 256 tokens are read. Cut: one task, one seed."""
+    """32 runs: LoRA of all matrices, alpha = 32, and full fine-tuning, four rates each. `text`: files of the base's own
+    text, held out, of which `text_batches` of 8 x 256 tokens are read. Cut: one task, two seeds."""
     axes = {"ranks": (1, 8, 64), "rates": (3e-4, 1e-3, 3e-3, 1e-2), "full_rates": (1e-4, 3e-4, 1e-3, 3e-3)}
-    config = _small(400, **axes, seeds=(0,), strengths=(0.0, 0.25, 0.5, 0.75, 1.0), runs="forgetting")
+    config = _small(400, **axes, seeds=(0, 1), strengths=(0.0, 0.25, 0.5, 0.75, 1.0), runs="forgetting")
     config.text, config.text_batches = "", 20
     if name == "intruders":
         config.k, config.epsilon = 10, 0.5  # PEFT's
@@ -109,7 +109,7 @@ def _low_data() -> ConfigDict:
 
 
 def _regret() -> ConfigDict:
-    """44 runs on 3,200 examples each, in batches of `batches`. alpha is 32. `parts` have about the parameters of all
+    """48 runs on 3,200 examples each, in batches of `batches`. alpha is 32. `parts` have about the parameters of all
     matrices at r = 16. Cut: an epoch of E2E's first pairs; two sizes of a batch."""
     config = _small(400, ranks=(1, 4, 16, 64, 256), rates=(3e-4, 1e-3, 3e-3, 1e-2), seeds=(0,), runs="regret")
     config.parts = ConfigDict({"qkvo": 36, "mlp": 29})

@@ -11,6 +11,7 @@ budget of q and v is spent; beside them draws of chance. The gradients are those
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def scores(config: ConfigDict) -> Scores:
 
     put, _ = processes.batch_placer(setup.base.placement.mesh, config.data.batch_size)
     gradient, total = jax.jit(jax.grad(loss)), None
-    for batch in list(setup.batches["train"](0))[:count]:
+    for batch in islice(setup.batches["train"](0), count):
         found = gradient(params, put(batch))
         total = found if total is None else jax.tree.map(jnp.add, total, found)
     weights = {path: leaf for path, leaf in flatten(params)[0] if matches_any(ATTENTION_AND_MLP_KERNELS, path)}

@@ -21,6 +21,7 @@ from experiments.studies.running import Run, swept
 from lora_jax import checkpoints, training
 from lora_jax.data import text
 from lora_jax.data.batches import Schedule, packed
+from lora_jax.metrics.statistics import spread
 from lora_jax.runs import bases
 from lora_jax.runs.run import load_setup
 
@@ -70,11 +71,13 @@ def rows(config: ConfigDict, runs: Sequence[Run]) -> list[Row]:
     losses, made = Losses(config, runs[0]), []
     for name, of_name in groups(runs, lambda run: run.name).items():
         best = at_best_rate(of_name)
-        trained = checkpoints.load(best[0].folder)
+        trained = [checkpoints.load(run.folder) for run in best]
         for strength in config.strengths:
-            adapted = trained.method.apply(losses.base.params, trained.delta, strength=strength)
+            adapted = (one.method.apply(losses.base.params, one.delta, strength=strength) for one in trained)
+            of_seeds = [losses(params) for params in adapted]
+            figures = {key: spread([of[key] for of in of_seeds]) for key in losses.schedules}
             label = f"{name}, strength {strength:g}"
-            made.append(row(label, best) | losses(adapted) | {"method": name, "strength": strength})
+            made.append(row(label, best) | figures | {"method": name, "strength": strength})
     return made
 
 
@@ -83,6 +86,6 @@ def plot(config: ConfigDict, runs: Sequence[Run], rows: Sequence[Row], file: Pat
     lines = {}
     for name in dict.fromkeys(of["method"] for of in rows):
         of_name = [of for of in rows if of["method"] == name]
-        lines[name] = ([of["validation_loss"] for of in of_name], [of["text_loss"] for of in of_name])
+        lines[name] = tuple([of[key]["score"] for of in of_name] for key in ("validation_loss", "text_loss"))
     x, y = "loss on the task, nats per label", "loss on the base's text, nats per token"
     curves(file, {"strength 0 to 1": lines}, x=x, y=y, log=False)

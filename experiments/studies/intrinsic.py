@@ -42,6 +42,7 @@ def rows(config: ConfigDict, runs: Sequence[Run]) -> list[Row]:
     """A row for each at its best rate, with its share of full fine-tuning's gain."""
     best = {name: at_best_rate(of_name) for name, of_name in groups(runs, lambda run: run.name).items()}
     made = [row(name, of_name) for name, of_name in best.items()]
+    made[0]["rate"] = None
     frozen, full = (made[n]["validation_loss"]["score"] for n in (0, 1))
     for of_name in made:
         of_name["share"] = (frozen - of_name["validation_loss"]["score"]) / (frozen - full)

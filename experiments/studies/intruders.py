@@ -6,7 +6,7 @@
 The source (RoBERTa, Llama): LoRA's adapted weights have top singular vectors with a low cosine to all of the base's,
 full fine-tuning's have none; small ranks have the most, and scaling them down restores the loss on the base's text.
 Here: the runs of `forgetting`; the first 10 directions of each matrix, a cosine below 0.5 (PEFT's defaults), and with
-config.text the losses after they are scaled by 0.75 (PEFT's default) and by 0.
+config.text the losses after they are scaled by 0.75 (PEFT's default) and by 0; of the first seed.
 """
 
 from collections.abc import Sequence
