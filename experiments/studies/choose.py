@@ -26,6 +26,7 @@ from lora_jax.core.globs import matches_any
 from lora_jax.core.selection import flatten
 from lora_jax.data.json_files import read_json
 from lora_jax.distributed import processes
+from lora_jax.metrics.glue import MAIN
 from lora_jax.metrics.statistics import spread
 from lora_jax.runs import tables
 from lora_jax.runs.config import ATTENTION_AND_MLP_KERNELS, QV
@@ -93,11 +94,13 @@ def scores(config: ConfigDict) -> Scores:
 
 def rows(config: ConfigDict, runs: Sequence[Run]) -> list[Row]:
     """A row for each choice at its best rate, with its matrices."""
-    made = []
+    made, figure = [], MAIN[config.run.data.name]
     for name, of_name in groups(runs, lambda run: run.name).items():
         best = at_best_rate(of_name)
-        accuracy = [run.summary["accuracy"] for run in best if run.summary]
-        figures = {"accuracy": spread(accuracy), "chosen": len(best[0].config.lora.select)}
+        figures = {
+            figure: spread([run.summary[figure] for run in best if run.summary]),
+            "chosen": len(best[0].config.lora.select),
+        }
         made.append(row(name, best, **figures, matrices=list(best[0].config.lora.select)))
     return made
 

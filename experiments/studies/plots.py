@@ -29,6 +29,7 @@ def heat_maps(file: Path, rows: Mapping[str, Mapping[str, Any]], *, top: float, 
             )
             axes.set_title(above, size=9)
             axes.tick_params(labelsize=7)
+            axes.locator_params(integer=True, nbins=5)
             axes.set_xlabel(x, size=8)
         of_row[0].set_ylabel(f"{title}\n{y}", size=9)
     figure.colorbar(image, ax=all_axes, shrink=0.8)

@@ -47,7 +47,6 @@ def run(config: ConfigDict, workdir: Path, source: str | None, out: Path) -> Non
     """
     study = importlib.import_module(f"experiments.studies.{config.study}")
     folder, source = workdir / config.runs, source or config.run.data.path
-    _check_ranks(config)
     if "folder" in config:
         config.folder = str(folder)
     members = study.members(config, partial(_data, config, source, folder))
@@ -56,6 +55,7 @@ def run(config: ConfigDict, workdir: Path, source: str | None, out: Path) -> Non
     for member in members.values():
         for one in sweeps.members(member).values() if is_sweep(member) else [member]:
             check(one)
+    _check_ranks(config)
     print(plan(members, folder, config.seconds), flush=True)
     done = [of_member for name, member in members.items() for of_member in _trained(name, member, folder / name)]
     rows = study.rows(config, done)

@@ -45,7 +45,7 @@ def members_of(config: ConfigDict, folder: Path) -> dict[str, ConfigDict]:
 def test_every_study_says_what_it_asks_and_fits_in_90_minutes(name: str, tmp_path: Path) -> None:
     module, config = importlib.import_module(f"experiments.studies.{name}"), studies.get_config(name)
     text = module.__doc__ or ""
-    assert "?" in text.splitlines()[0] and f"--config=configs/studies.py:{name} " in text and "Here: " in text
+    assert "?" in text.splitlines()[0] and f"--config=configs/studies.py:{name} " in text and "Here:" in text
     members, steps = members_of(config, tmp_path), 0.0
     for member in members.values():
         configs = sweeps.members(member) if is_sweep(member) else {"": member}
@@ -82,7 +82,7 @@ def test_the_grids_have_so_many_runs(name: str, count: int, tmp_path: Path) -> N
 
 
 def trained(member: ConfigDict) -> int:
-    model = gpt2.GPT2(gpt2.GPT2Config(**SHAPES, scan_layers=True))
+    model = gpt2.GPT2(gpt2.GPT2Config(**SHAPES))
     one = next(iter(sweeps.members(member).values()))
     return lj.check(lj.from_spec(methods.spec(one, model)), shapes.params_of(model)).trained
 
@@ -154,13 +154,20 @@ def parabola(config: ConfigDict) -> float:
     return 1 + (math.log(rate) - math.log(best)) ** 2 + 1 / config.lora.rank + 0.01 * config.seed
 
 
+FEWER: dict[str, dict[str, Any]] = {
+    "rank": {"ranks": (1, 64)},
+    "regret": {"ranks": (1, 16), "large_ranks": (16,)},
+    "transfer": {"ranks": (1, 64), "optimizers": ("lora_rite",)},
+}
+
+
 @pytest.mark.parametrize("name", ["rank", "matrices", "low_data", "rates", "combine", "regret", "transfer"])
 def test_the_rows_are_of_each_ones_best_rate(
     name: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(running, "runs", fake(parabola))
     monkeypatch.setattr(running, "_check_ranks", lambda config: None)
-    config, out = config_of(name, inputs), tmp_path / "out" / "rows.json"
+    config, out = config_of(name, inputs, **FEWER.get(name, {})), tmp_path / "out" / "rows.json"
     running.run(config, tmp_path, str(inputs / "data"), out)
     rows = {row["label"]: row for row in json.loads(out.read_text())["rows"]}
     assert out.with_suffix(".png").stat().st_size > 1000
@@ -169,7 +176,7 @@ def test_the_rows_are_of_each_ones_best_rate(
         assert row["seed"] == list(config.seeds) and row["validation_loss"]["low"] <= row["validation_loss"]["score"]
         assert row["rate"] < 0.1
     if name == "rank":
-        assert len(rows) == 15 and rows["qv, r = 64"]["rate"] == 8e-3
+        assert len(rows) == 6 and rows["qv, r = 64"]["rate"] == 8e-3
     if name == "regret":
         assert rows["all, r = 16, batch 32"]["rate_ratio"] == pytest.approx(5, rel=1e-3)
         assert rows["full, batch 8"]["best_rate"] == pytest.approx(1e-3, rel=1e-3)
