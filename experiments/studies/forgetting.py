@@ -86,6 +86,7 @@ def plot(config: ConfigDict, runs: Sequence[Run], rows: Sequence[Row], file: Pat
     lines = {}
     for name in dict.fromkeys(of["method"] for of in rows):
         of_name = [of for of in rows if of["method"] == name]
-        lines[name] = tuple([of[key]["score"] for of in of_name] for key in ("validation_loss", "text_loss"))
+        task, text_loss = ([of[key]["score"] for of in of_name] for key in ("validation_loss", "text_loss"))
+        lines[name] = task, text_loss
     x, y = "loss on the task, nats per label", "loss on the base's text, nats per token"
     curves(file, {"strength 0 to 1": lines}, x=x, y=y, log=False)

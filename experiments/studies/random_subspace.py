@@ -1,6 +1,9 @@
 """Training in a fixed random subspace, for the study `intrinsic`: one vector for all weights, each entry of which gets
 one of the vector's numbers with a random sign."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -14,10 +17,10 @@ def random_subspace(selection: lj.Selection, *, dimension: int) -> lj.ParamTrans
     P has one entry, 1 or -1, in each row: its columns are orthogonal, and it is made anew from the path, never kept.
     """
 
-    def shared(key: Array, targets: object) -> dict[str, Array]:
+    def shared(key: Array, targets: Sequence[Any]) -> lj.Factors:
         return {"z": jnp.zeros((dimension,), jnp.float32)}
 
-    def adapt(target: lj.Target, factors: dict[str, Array], key: Array | None, strength: float) -> lj.Tuned:
+    def adapt(target: lj.Target, factors: lj.Factors, key: Array | None, strength: Any) -> lj.Tuned:
         leaf = target.leaf
         count = jnp.uint32(stable_hash(target.path)) + lax.iota(jnp.uint32, leaf.size)
         mixed = _mixed(count)

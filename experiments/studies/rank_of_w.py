@@ -30,11 +30,13 @@ def members(config: ConfigDict, data: Callable[..., str]) -> dict[str, ConfigDic
 
 def _values(config: ConfigDict) -> dict[str, tuple[jax.Array, jax.Array]]:
     """By kind of matrix the singular values, (layers, k), and those of a random one, (1, k), as large."""
-    base, found = base_of(config.run), {}
+    base = base_of(config.run)
+    found: dict[str, tuple[jax.Array, jax.Array]] = {}
     for path, w in weights_of(kernels_of(base), base).items():
         size = jnp.linalg.norm(w[0]) / w[0].size ** 0.5
         random = size * jax.random.normal(jax.random.key(0), w[:1].shape)
-        found[kind(path)] = tuple(jnp.linalg.svd(x, compute_uv=False) for x in (w, random))
+        values, of_random = (jnp.linalg.svd(x, compute_uv=False) for x in (w, random))
+        found[kind(path)] = values, of_random
     return found
 
 
