@@ -22,6 +22,7 @@ from lora_jax import checkpoints, training
 from lora_jax.data import text
 from lora_jax.data.batches import Schedule, packed
 from lora_jax.metrics.statistics import spread
+from lora_jax.models.family import dimensions_of
 from lora_jax.runs import bases
 from lora_jax.runs.run import load_setup
 
@@ -43,9 +44,9 @@ def members(config: ConfigDict, data: Callable[..., str]) -> dict[str, ConfigDic
 
 def text_batches(config: ConfigDict, base: bases.Base) -> Schedule:
     """The first batches of the base's own text."""
-    eos = base.model.config.eos_token_id
-    tokens = text.encode(text.files(config.text), base.tokenizer, eos=eos)[: config.text_batches * BATCH * LENGTH]
-    return packed(tokens, BATCH, LENGTH, eos=eos)
+    eos, length = base.model.config.eos_token_id, min(LENGTH, dimensions_of(base.model).max_length)
+    tokens = text.encode(text.files(config.text), base.tokenizer, eos=eos)
+    return packed(tokens[: config.text_batches * BATCH * length], BATCH, length, eos=eos)
 
 
 class Losses:

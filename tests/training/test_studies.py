@@ -232,6 +232,39 @@ def test_every_rate_diverged(inputs: Path, tmp_path: Path, monkeypatch: pytest.M
         running.run(config, tmp_path, str(inputs / "data"), tmp_path / "rows.json")
 
 
+def test_a_study_that_is_stopped_says_how_to_go_on(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = fake(parabola)
+    sweep = lambda config, folder: done.sweep(config, folder) if "r = 2" in folder.name else stopped  # noqa: E731
+    stopped = SimpleNamespace(finished=False)
+    monkeypatch.setattr(running, "runs", SimpleNamespace(train=done.train, sweep=sweep))
+    config, out = config_of("rank", inputs, ranks=(2, 4), targets=("q",)), tmp_path / "rows.json"
+    with pytest.raises(InterruptedError, match="q, r = 4 was stopped: the same command resumes it"):
+        running.run(config, tmp_path, str(inputs / "data"), out)
+    assert (tmp_path / "rank" / "q, r = 2" / "sweep.json").is_file() and not out.exists()
+    members = importlib.import_module("experiments.studies.rank").members(config, lambda: config.run.data.path)
+    assert running.plan(members, tmp_path / "rank", 0.2).startswith(
+        "4 of 8 runs are to be trained, 1,200 steps: about 4"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--workdir is missing"),
+        (["--workdir=w"], "--data is missing"),
+        (
+            ["--config=configs/studies.py:budget", "--workdir=w", "--data=d"],
+            "--base: name the folder of the base of e2e",
+        ),
+    ],
+)
+def test_what_the_command_needs(flags: list[str], message: str) -> None:
+    failed = run_entry("study", *flags)
+    assert failed.returncode == 1 and message in failed.stderr
+
+
 def saved(folder: Path, width: int, seed: int, rank: int = 2) -> Path:
     params = {"attn": {"query": {"kernel": jnp.ones((width, width))}}}
     method = lj.lora(lj.select("**/kernel"), rank=rank)
