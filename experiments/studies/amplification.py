@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -62,7 +63,7 @@ def plot(config: ConfigDict, runs: Sequence[Run], rows: Sequence[Row], file: Pat
     heat_maps(file, maps, top=0.5, x="the update's top j", y="W's top i")
 
 
-def _directions(x: jax.Array) -> np.ndarray:
+def _directions(x: jax.Array) -> jax.Array:
     """The left singular vectors of x, of singular values that keep their order and are nowhere zero."""
-    u = np.linalg.svd(np.asarray(x), full_matrices=False)[0]
-    return u * np.arange(u.shape[1], 0, -1)
+    u = jnp.linalg.svd(x, full_matrices=False)[0]
+    return u * jnp.arange(u.shape[1], 0, -1)

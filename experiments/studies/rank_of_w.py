@@ -51,8 +51,8 @@ def rows(config: ConfigDict, runs: Sequence[Run]) -> list[Row]:
         }
         figures |= {f"rank_{round(100 * share)}": analysis.rank_of_share(values, share) for share in config.shares}
         row = {key: spread(of.tolist()) for key, of in figures.items()}
-        row["rank_90_random"] = int(analysis.rank_of_share(random, 0.9)[0])
-        made.append({"label": f"{name}, {values.shape[-1]} singular values", **row})
+        of_random = {"rank_90_random": int(analysis.rank_of_share(random, 0.9)[0])}
+        made.append({"label": f"{name}, {values.shape[-1]} singular values", **row, **of_random})
     return made
 
 
