@@ -12,6 +12,7 @@ A name is a study; experiments/studies/NAME.py says its question, its source's c
     rank_of_w                         the weights of a base; nothing trains
     choose                            a small BERT on MRPC
     intrinsic                         the small GPT-2 on E2E
+    rl                                a small GPT-2 that the study makes, on sums of two numbers
     budget                            the comparison of experiments.study --task=TASK (configs/study.py)
 
 Each has values that may be set, as --config.ranks=1,8: its axes are tuples. All train without dropout and label
@@ -178,6 +179,18 @@ def _intrinsic() -> ConfigDict:
     return config
 
 
+def _rl() -> ConfigDict:
+    """A GPT-2 of 1.8 M parameters, made in `base_steps`; 60 runs of 150 steps of 32 problems, eight answers each.
+    Validation comes after every `every` steps. Cut: sums of three digits; two seeds."""
+    low_rank, subspace = (3e-4, 1e-3, 3e-3), (1e-4, 3e-4, 1e-3)
+    rates = {"LoRA, r = 1": low_rank, "LoRA, r = 16": low_rank, "full": (3e-5, 1e-4, 3e-4)}
+    rates |= {"subspace, d = 10": subspace, "subspace, d = 1000": subspace}
+    config = ConfigDict({"rates": ConfigDict(rates), "seeds": (0, 1), "seed": 0, "steps": 150, "every": 10})
+    config.update({"problems": 32, "group": 8, "width": 192, "layers": 4, "heads": 4})
+    config.update({"base_steps": 1_500, "base_batch": 128, "base_rate": 1e-3})
+    return config
+
+
 def _budget() -> ConfigDict:
     return ConfigDict({"task": "e2e"})
 
@@ -197,6 +210,7 @@ STUDIES: dict[str, Callable[[], ConfigDict]] = {
     "rank_of_w": _rank_of_w,
     "choose": _choose,
     "intrinsic": _intrinsic,
+    "rl": _rl,
     "budget": _budget,
 }
 

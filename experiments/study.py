@@ -38,7 +38,7 @@ from ml_collections import ConfigDict
 
 from configs import study
 from experiments import cli, train
-from experiments.studies import adapters, running
+from experiments.studies import adapters, rl, running
 from lora_jax.interop import hf
 from lora_jax.models.family import dimensions_of
 from lora_jax.runs import budget, tables
@@ -63,7 +63,10 @@ def main() -> None:
         raise ValueError("--workdir is missing, for example --workdir=runs/studies")
     if config is not None and config.study != "budget":
         out = Path(values.out or Path(values.workdir) / f"study_{config.study}.json")
-        running.run(config, Path(values.workdir), values.data, out)
+        if config.study == "rl":
+            rl.run(config, Path(values.workdir) / "rl", out)
+        else:
+            running.run(config, Path(values.workdir), values.data, out)
         return
     if values.data is None:
         raise ValueError("--data is missing: the folder of E2E's or GLUE's files")

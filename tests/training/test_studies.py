@@ -25,7 +25,7 @@ from lora_jax.runs.config import check, is_sweep
 from tests.helpers import shapes
 from tests.helpers.cli import make_inputs, run_entry
 
-NAMES = [name for name in studies.STUDIES if name != "budget"]
+NAMES = [name for name in studies.STUDIES if name not in ("budget", "rl")]
 SHAPES = {"n_embd": 256, "n_layer": 6, "n_head": 8, "n_positions": 512, "vocab_size": 8192}
 
 
