@@ -14,7 +14,7 @@ SIDES = ("input", "output")
 
 
 class Similarity(NamedTuple):
-    """phi of two adapters at one weight, and what random ones have.
+    """phi of two adapters at one weight, and what random ones have. An example is in `of_adapters`.
 
     Attributes:
       phi: (s, n, m), as `subspace_similarity`, for every layer of a stack (s is 1 for a weight that is none).
@@ -26,7 +26,7 @@ class Similarity(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Two adapters at one weight.
+    """Two adapters at one weight. An example is in `compare`.
 
     Attributes:
       input, output: the `Similarity` of their A's and of their B's.

@@ -17,7 +17,7 @@ from lora_jax.methods.ranges import COUNT, FINITE, SHARE
 
 
 class Intruders(NamedTuple):
-    """The first k output directions of an adapted weight.
+    """The first k output directions of an adapted weight. An example is in `intruders`.
 
     Attributes:
       cosine: (..., k), of each the largest size of its cosine with one of the base's.

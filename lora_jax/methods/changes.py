@@ -19,7 +19,7 @@ from lora_jax.methods.low_rank import truncated
 
 
 class Update(NamedTuple):
-    """The change of one weight, the product a b, float32 (or wider), with the scale in b.
+    """The change of one weight, the product a b, float32 (or wider), with the scale in b. An example is in `updates`.
 
     Attributes:
       a: (s, inputs, r): all stacked axes as one, of size 1 where there are none, and all input axes as one.

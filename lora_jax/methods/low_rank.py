@@ -18,7 +18,10 @@ Pair = tuple[ParamTransform, Delta]
 
 
 class Residual(NamedTuple):
-    """What a truncation left out: its Frobenius norm over the whole's, for each path (a stack is one) and all."""
+    """What a truncation left out: its Frobenius norm over the whole's, for each path (a stack is one) and all.
+
+    An example is in `truncate`.
+    """
 
     paths: dict[str, Array]
     total: Array
