@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,6 +56,11 @@ def test_every_study_says_what_it_asks_and_fits_in_90_minutes(name: str, tmp_pat
             steps += one.steps * one.data.batch_size / 8
     assert steps * config.seconds <= 90 * 60
     assert len(members) > 1 or name == "rank_of_w"
+
+
+def test_the_page_of_the_studies_has_every_one() -> None:
+    page = (Path(studies.__file__).parents[1] / "docs" / "studies" / "index.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", page, re.M) and {*re.findall(r"^\| `(\w+)` \|", page, re.M)} == {*NAMES, "rl"}
 
 
 @pytest.mark.parametrize(
