@@ -8,11 +8,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from lora_jax.analysis.spectra import check_factors
-from lora_jax.core.arrays import dense
 from lora_jax.core.selection import flatten
 from lora_jax.core.transforms import Delta, Factors, ParamTransform
-from lora_jax.methods.changes import Change, changes, matrix, need_weights, no_matrix, update_of, wide
-from lora_jax.methods.low_rank import Residual, cut
+from lora_jax.methods.changes import Change, changes, need_weights, no_matrix, update_of, weight_matrix, wide
+from lora_jax.methods.low_rank import Residual, cut, with_axes_of
 from lora_jax.methods.ranges import COUNT, FINITE, SHARE
 
 
@@ -89,7 +88,7 @@ def scale_intruders(
                 raise ValueError(f"{path}: its change is of no low rank: take that of lora_jax.analysis.to_lora")
             factors = change.factors
             if change.axes:
-                w = matrix(wide(jnp.asarray(dense(leaves[path]))), change.axes)
+                w = weight_matrix(leaves[path], change.axes)
                 factors, ranks[path] = _scaled(w, change, strength, k, epsilon), factors["a"].shape[-1]
             yield path, change.axes, factors
 
@@ -103,9 +102,7 @@ def _scaled(w: Array, change: Change, strength: float, k: int, epsilon: float) -
     (_, values, intrudes), u, v = _intruders(w, a, b, 1.0, min(k, *w.shape[1:]), epsilon)
     less = jnp.where(intrudes, (strength - 1) * values, 0)
     a, b = jnp.concatenate([a, u * less[:, None]], -1), jnp.concatenate([b, v], -2)
-    shape, count = change.factors["a"].shape, change.axes.count("s")
-    outer = change.factors["b"].shape[count + 1 :]
-    return {"a": a.reshape(*shape[:-1], -1), "b": b.reshape(*shape[:count], -1, *outer)}
+    return with_axes_of(change.factors["a"], change.factors["b"], change.axes.count("s"), a, b)
 
 
 def _intruders(w: Array, a: Array, b: Array, scale: Any, k: int, epsilon: float) -> tuple[Intruders, Array, Array]:

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from lora_jax.analysis.comparison import nonzero
-from lora_jax.core.arrays import dense
 from lora_jax.core.selection import flatten
 from lora_jax.core.transforms import Delta, ParamTransform
-from lora_jax.methods.changes import changes, matrix, wide
+from lora_jax.methods.changes import changes, weight_matrix, wide
 from lora_jax.methods.low_rank import svd
 from lora_jax.methods.ranges import Range
 
@@ -71,7 +70,7 @@ def weights(method: ParamTransform, delta: Delta, params: Any) -> dict[str, Arra
     """
     leaves = dict(flatten(params)[0])
     axes = {path: change.axes for path, change in changes(method, delta, params) if change.axes}
-    return {path: matrix(wide(jnp.asarray(dense(leaves[path]))), axes[path]) for path in axes}
+    return {path: weight_matrix(leaves[path], axes[path]) for path in axes}
 
 
 def amplification(w: Array, a: Array, b: Array, scale: Any = 1.0) -> dict[str, Array]:

@@ -16,7 +16,7 @@ from lora_jax.core.selection import CLASS, flatten
 from lora_jax.core.transforms import Delta, ParamTransform, traits_of
 from lora_jax.methods.bias_delta import BiasDelta
 from lora_jax.methods.changes import changed_leaves, scaled_by, sites_of, wide
-from lora_jax.methods.low_rank import Pair, Residual, adapter_of, cut
+from lora_jax.methods.low_rank import Pair, Residual, adapter_of, checked_pairs, cut
 from lora_jax.methods.sparse_merging import dare, ties
 
 __all__ = ["Residual", "add", "dare", "difference", "ties", "truncate"]
@@ -48,9 +48,7 @@ def add(pairs: Sequence[Pair], weights: Sequence[Any], *, params: Any = None) ->
     Delta: 1 paths, 1,020 numbers
       kernel: a float32(100, 6), b float32(6, 70)
     """
-    pairs, weights = list(pairs), list(weights)
-    if not pairs or len(pairs) != len(weights):
-        raise ValueError(f"{len(pairs)} pairs and {len(weights)} weights: give one pair or more, a weight for each")
+    pairs, weights = checked_pairs(pairs, weights)
     for method, delta in pairs:
         _need_sum(method, delta)
     if len(pairs) == 1 and isinstance(weights[0], numbers.Real) and weights[0] == 1:

@@ -117,6 +117,11 @@ def matrix(w: Array, axes: str) -> Array:
     return w.transpose(order).reshape(*sizes.values())
 
 
+def weight_matrix(leaf: Any, axes: str) -> Array:
+    """A weight of the base, dense, as (s, inputs, outputs) in the dtype of sums."""
+    return matrix(wide(jnp.asarray(dense(leaf))), axes)
+
+
 def with_identity(w: Array, axes: str, shape: tuple[int, ...]) -> Factors:
     """A change (s, inputs, outputs) of a leaf of these axes and shape as `a` and `b`, of which one is an identity."""
     stack, inputs, outputs = (_sizes(shape, axes, kind) for kind in "sio")

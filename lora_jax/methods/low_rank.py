@@ -1,6 +1,6 @@
 """Products of two factors: their singular values, the nearest one of a lower rank, and the adapter made of them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,13 +45,26 @@ def svd(a: Array, b: Array) -> tuple[Array, Array, Array]:
 def truncated(a: Array, b: Array, stacked: int, rank: int) -> tuple[dict[str, Array], Array]:
     """The factors A `(s.., i.., r)` and B `(s.., r, o..)` at this rank, and the squared norms of what is left out and
     of all."""
-    lead, r, outer = a.shape[:stacked], a.shape[-1], b.shape[stacked + 1 :]
+    lead, r = a.shape[:stacked], a.shape[-1]
     u, values, v = svd(a.reshape(*lead, -1, r), b.reshape(*lead, r, -1))
     root = jnp.sqrt(values[..., None, :rank])
-    factors = {"a": u[..., :rank] * root, "b": root.swapaxes(-1, -2) * v[..., :rank, :]}
-    shapes = {"a": (*a.shape[:-1], -1), "b": (*lead, -1, *outer)}
-    squares = jnp.stack([jnp.sum(values[..., first:] ** 2) for first in (rank, 0)])
-    return {name: factors[name].reshape(shapes[name]) for name in factors}, squares
+    factors = with_axes_of(a, b, stacked, u[..., :rank] * root, root.swapaxes(-1, -2) * v[..., :rank, :])
+    return factors, jnp.stack([jnp.sum(values[..., first:] ** 2) for first in (rank, 0)])
+
+
+def with_axes_of(a: Array, b: Array, stacked: int, new_a: Array, new_b: Array) -> dict[str, Array]:
+    """New factors (.., inputs, r) and (.., r, outputs), of any r, with the axes of A `(s.., i.., r)` and B
+    `(s.., r, o..)`."""
+    outer = b.shape[stacked + 1 :]
+    return {"a": new_a.reshape(*a.shape[:-1], -1), "b": new_b.reshape(*b.shape[:stacked], -1, *outer)}
+
+
+def checked_pairs(pairs: Sequence[Pair], weights: Sequence[Any]) -> tuple[list[Pair], list[Any]]:
+    """Both as lists; a ValueError unless there is a pair, and a weight for each."""
+    pairs, weights = list(pairs), list(weights)
+    if not pairs or len(pairs) != len(weights):
+        raise ValueError(f"{len(pairs)} pairs and {len(weights)} weights: give one pair or more, a weight for each")
+    return pairs, weights
 
 
 def cut(

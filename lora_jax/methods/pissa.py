@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jax import Array
 
-from lora_jax.core.arrays import LowRank, Summed, adapted_array, dense, widened
+from lora_jax.core.arrays import LowRank, Summed, adapted_array
 from lora_jax.core.selection import Selection
 from lora_jax.core.transforms import Factors, ParamTransform, Target, Traits, per_target, register
 from lora_jax.methods.arguments import checked
-from lora_jax.methods.changes import matrix
+from lora_jax.methods.changes import weight_matrix
 from lora_jax.methods.lora import Options, Ranks, at_rank
 
 
@@ -62,8 +62,7 @@ def pissa(
         shape, scale = low.shapes(target), low.scale(target.path)
         if isinstance(scale, int | float) and scale <= 0:
             raise ValueError(f"{target.path}: PiSSA divides singular values by scale = {scale}; take an alpha above 0")
-        wide = jnp.asarray(dense(target.leaf)).astype(widened(target.leaf.dtype))
-        matrices = matrix(wide, target.axes).reshape(*target.stack, math.prod(target.inputs), -1)
+        matrices = weight_matrix(target.leaf, target.axes).reshape(*target.stack, math.prod(target.inputs), -1)
         start = _principal(target.adapted_layers(matrices), shape["a"][-1], scale)
         factors = {name: x.reshape(shape[name]).astype(dtype) for name, x in zip("ab", start, strict=True)}
         return factors | {f"fixed_{name}": jnp.array(x, copy=True) for name, x in factors.items()}

@@ -11,7 +11,7 @@ from jax import Array
 from lora_jax.core.selection import CLASS
 from lora_jax.core.transforms import Delta, Factors, ParamTransform, stable_hash
 from lora_jax.methods.changes import Change, changes, dense_of, need_weights, no_matrix, shape_of, with_identity
-from lora_jax.methods.low_rank import Pair, Residual, cut
+from lora_jax.methods.low_rank import Pair, Residual, checked_pairs, cut
 from lora_jax.methods.ranges import Range
 
 DENSITY = Range(above=0, most=1)
@@ -84,9 +84,7 @@ def dare(
 def _merged(
     pairs: Sequence[Pair], weights: Sequence[Any], rank: Any, params: Any, prune: Prune, elect: bool
 ) -> tuple[ParamTransform, Delta, Residual]:
-    pairs, weights = list(pairs), list(weights)
-    if not pairs or len(pairs) != len(weights):
-        raise ValueError(f"{len(pairs)} pairs and {len(weights)} weights: give one pair or more, a weight for each")
+    pairs, weights = checked_pairs(pairs, weights)
     by_path: dict[str, list[tuple[int, Change]]] = {}
     for n, (method, delta) in enumerate(pairs):
         need_weights(method, delta)

@@ -59,7 +59,7 @@ def pairs_of(delta: Delta, spec: Spec | None = None) -> list[Pair]:
     >>> pairs_of(delta)
     [Pair(a='w', bs=('w',), stacked=0)]
     """
-    found = []
+    pairs = []
     has = {key: {name for name, x in factors.items() if hasattr(x, "shape")} for key, factors in delta.items()}
     for key in (key for key in delta if "a" in has[key]):
         head, path = bank_head(key)
@@ -71,8 +71,8 @@ def pairs_of(delta: Delta, spec: Spec | None = None) -> list[Pair]:
             bs = (key,) if "b" in has[key] and not path.startswith("@") else ()
         stacked = {_stacked(bank_head(b)[1], delta[key]["a"].shape, delta[b]["b"].shape, spec) for b in bs}
         if len(stacked) == 1 and (n := stacked.pop()) is not None:
-            found.append(Pair(key, bs, n))
-    return found
+            pairs.append(Pair(key, bs, n))
+    return pairs
 
 
 def bank_head(key: str) -> tuple[str, str]:
