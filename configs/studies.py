@@ -186,6 +186,7 @@ def _rl() -> ConfigDict:
     rates = {"LoRA, r = 1": low_rank, "LoRA, r = 16": low_rank, "full": (3e-5, 1e-4, 3e-4)}
     rates |= {"subspace, d = 10": subspace, "subspace, d = 1000": subspace}
     config = ConfigDict({"rates": ConfigDict(rates), "seeds": (0, 1), "seed": 0, "steps": 150, "every": 10})
+    config.runs = "rl"
     config.update({"problems": 32, "group": 8, "width": 192, "layers": 4, "heads": 4})
     config.update({"base_steps": 1_500, "base_batch": 128, "base_rate": 1e-3})
     return config

@@ -20,7 +20,7 @@ core of its own; JAX_COMPILATION_CACHE_DIR spares them many compilations.
 
 The studies of configs/studies.py, one command each, resumable, with a table (--out) and a plot beside it:
 
-    python -m experiments.study --config=configs/studies.py:rank --workdir=runs/studies --data=E2E \
+    python -m experiments.study --config=configs/studies.py:rank --workdir=runs/studies --data=E2E \\
       --config.run.base=GPT2 --out=docs/results/study_rank.json
 
 Two or more adapters beside each other, each a folder that PEFT wrote, an adapter of ours or a workdir, without a base:
@@ -38,7 +38,7 @@ from ml_collections import ConfigDict
 
 from configs import study
 from experiments import cli, train
-from experiments.studies import adapters, rl, running
+from experiments.studies import adapters, running
 from lora_jax.interop import hf
 from lora_jax.models.family import dimensions_of
 from lora_jax.runs import budget, tables
@@ -63,10 +63,7 @@ def main() -> None:
         raise ValueError("--workdir is missing, for example --workdir=runs/studies")
     if config is not None and config.study != "budget":
         out = Path(values.out or Path(values.workdir) / f"study_{config.study}.json")
-        if config.study == "rl":
-            rl.run(config, Path(values.workdir) / "rl", out)
-        else:
-            running.run(config, Path(values.workdir), values.data, out)
+        running.run(config, Path(values.workdir), values.data, out)
         return
     if values.data is None:
         raise ValueError("--data is missing: the folder of E2E's or GLUE's files")

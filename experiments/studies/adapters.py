@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.studies.plots import heat_maps
-from experiments.studies.reading import Row
+from experiments.studies.reading import Row, shared_directions
 from lora_jax import analysis, checkpoints
 from lora_jax.interop import peft
 from lora_jax.runs import tables
@@ -57,11 +57,9 @@ def rows_of(compared: dict[str, analysis.Comparison]) -> list[Row]:
     for path, pair in compared.items():
         phi, random = pair.input
         for layer in range(len(phi)):
-            shown = {f"phi_{n}": float(phi[layer, n - 1, n - 1]) for n in (1, 4, 8) if n <= min(random.shape)}
-            row = {"label": path if len(phi) == 1 else f"{path}, layer {layer + 1}", **shown}
-            row |= {"phi_all": float(phi[layer, -1, -1]), "floor_1": float(random[0, 0])}
-            row |= {"floor_all": float(random[-1, -1]), "alignment": float(pair.alignment[layer])}
-            rows.append(row | {"distance": float(pair.distance[layer])})
+            row: Row = {"label": path if len(phi) == 1 else f"{path}, layer {layer + 1}"}
+            row |= shared_directions(phi[layer], random, at=(1, 4, 8))
+            rows.append(row | {"alignment": float(pair.alignment[layer]), "distance": float(pair.distance[layer])})
     return rows
 
 

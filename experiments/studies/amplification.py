@@ -11,6 +11,7 @@ stand beside, and W's own top r, the most there is.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,35 +28,43 @@ from lora_jax.metrics.statistics import spread
 FIGURES = ("projected", "top", "random", "update", "factor")
 
 
-def _weights(run: Run) -> dict[str, jax.Array]:
-    """The base's weights that a run changes, (layers, inputs, outputs)."""
-    trained = checkpoints.load(run.folder)
-    return analysis.weights(trained.method, trained.delta, base_of(run.config).params)
+class Changed(NamedTuple):
+    """The runs of the first seed with their updates, and the base's weights that they change, (layers, inputs,
+    outputs)."""
+
+    runs: list[tuple[Run, dict[str, analysis.Update]]]
+    weights: dict[str, jax.Array]
 
 
-def rows(config: ConfigDict, runs: Sequence[Run]) -> list[Row]:
+def read(config: ConfigDict, runs: Sequence[Run]) -> Changed:
+    """Updates and weights."""
+    trained = checkpoints.load(runs[0].folder)
+    weights = analysis.weights(trained.method, trained.delta, base_of(runs[0].config).params)
+    return Changed([(run, updates_of(run)) for run in runs if run.config.seed == 0], weights)
+
+
+def rows(config: ConfigDict, changed: Changed) -> list[Row]:
     """Table 7 of the middle layer, for each weight and rank, with the factor's median and range over all layers."""
-    made, weights = [], _weights(runs[0])
-    for run in (run for run in runs if run.config.seed == 0):
+    made = []
+    for run, updates in changed.runs:
         made.append(row(f"LoRA, r = {run.config.lora.rank}", [run]))
-        for path, (a, b) in updates_of(run).items():
-            found = analysis.amplification(weights[path], a, b)
+        for path, (a, b) in updates.items():
+            amplified = analysis.amplification(changed.weights[path], a, b)
             middle = len(a) // 2
             label = f"{kind(path)}, r = {run.config.lora.rank}, layer {middle + 1}"
-            figures = {f"frobenius_{name}": float(found[name][middle]) for name in FIGURES[:-1]}
-            figures |= {"amplified": float(found["factor"][middle])}
-            made.append({"label": label, **figures, "amplified_layers": spread(found["factor"].tolist())})
+            figures = {f"frobenius_{name}": float(amplified[name][middle]) for name in FIGURES[:-1]}
+            figures |= {"amplified": float(amplified["factor"][middle])}
+            made.append({"label": label, **figures, "amplified_layers": spread(amplified["factor"].tolist())})
     return made
 
 
-def plot(config: ConfigDict, runs: Sequence[Run], rows: Sequence[Row], file: Path) -> None:
+def plot(config: ConfigDict, changed: Changed, rows: Sequence[Row], file: Path) -> None:
     """Figure 8, of the middle layer: phi of W's top i and the update's top j input directions, and of a random one."""
     maps: dict[str, dict[str, np.ndarray]] = {}
-    weights = _weights(runs[0])
-    for run in (run for run in runs if run.config.seed == 0):
-        for path, (a, b) in updates_of(run).items():
+    for _, updates in changed.runs:
+        for path, (a, b) in updates.items():
             middle, rank = len(a) // 2, a.shape[-1]
-            w, update = _directions(weights[path][middle]), _directions(a[middle] @ b[middle])[:, :rank]
+            w, update = _directions(changed.weights[path][middle]), _directions(a[middle] @ b[middle])[:, :rank]
             random = jax.random.normal(jax.random.key(0), update.shape)
             of_kind = maps.setdefault(kind(path), {})
             for title, x in ((f"r = {rank}", update), (f"random, r = {rank}", random)):

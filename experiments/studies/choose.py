@@ -1,6 +1,6 @@
 """Can gradients choose the matrices to adapt better than "q and v"? (Future work of Hu et al. 2021, section 8.)
 
-    python -m experiments.study --config=configs/studies.py:choose --workdir=runs/studies --data=GLUE \
+    python -m experiments.study --config=configs/studies.py:choose --workdir=runs/studies --data=GLUE \\
       --config.run.base=BERT --out=docs/results/study_choose.json
 
 The paper takes q and v of every layer, by Table 5, and asks for more principled ways. Here: MRPC on a small BERT;
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from experiments.studies.plots import curves
-from experiments.studies.reading import Row, at_best_rate, groups, losses, row
+from experiments.studies.reading import Row, at_best_rate, groups, over_rates, row
 from experiments.studies.running import Run, swept
 from lora_jax.core.globs import matches_any
 from lora_jax.core.selection import flatten
@@ -49,10 +49,8 @@ def members(config: ConfigDict, data: Callable[..., str]) -> dict[str, ConfigDic
     }
     for draw in range(config.draws):
         orders[f"chance {draw}"] = random.Random(draw).sample(sorted(sizes), len(sizes))
-    for name, chosen in {
-        "q and v": qv,
-        **{name: taken(order, sizes, budget) for name, order in orders.items()},
-    }.items():
+    choices = {"q and v": qv} | {name: taken(order, sizes, budget) for name, order in orders.items()}
+    for name, chosen in choices.items():
         config.run.lora.select = tuple(chosen)
         made[name] = swept(config.run, learning_rate=config.rates, seed=config.seeds)
     return made
@@ -81,8 +79,8 @@ def scores(config: ConfigDict) -> Scores:
     put, _ = processes.batch_placer(setup.base.placement.mesh, config.data.batch_size)
     gradient, total = jax.jit(jax.grad(loss)), None
     for batch in islice(setup.batches["train"](0), count):
-        found = gradient(params, put(batch))
-        total = found if total is None else jax.tree.map(jnp.add, total, found)
+        of_batch = gradient(params, put(batch))
+        total = of_batch if total is None else jax.tree.map(jnp.add, total, of_batch)
     weights = {path: leaf for path, leaf in flatten(params)[0] if matches_any(ATTENTION_AND_MLP_KERNELS, path)}
     gradients = {path: leaf / count for path, leaf in flatten(total)[0] if path in weights}
     return {
@@ -107,6 +105,4 @@ def rows(config: ConfigDict, runs: Sequence[Run]) -> list[Row]:
 
 def plot(config: ConfigDict, runs: Sequence[Run], rows: Sequence[Row], file: Path) -> None:
     """The loss over the rate, a line for each choice."""
-    by_name = groups(runs, lambda run: run.name)
-    lines = {name: ([*losses(of)], [*losses(of).values()]) for name, of in by_name.items()}
-    curves(file, {"one budget": lines}, x="learning rate", y="validation loss")
+    curves(file, {"one budget": over_rates(runs)}, x="learning rate", y="validation loss")

@@ -14,11 +14,10 @@ from ml_collections import ConfigDict
 
 from experiments.studies.rates import members as members
 from experiments.studies.rates import plot as plot
-from experiments.studies.reading import Row, at_best_rate, groups, row
+from experiments.studies.reading import Row, best_rows
 from experiments.studies.running import Run
 
 
 def rows(config: ConfigDict, runs: Sequence[Run]) -> list[Row]:
     """A row for LoRA, each prefix, and both together, at its best rate."""
-    by_name = groups(runs, lambda run: run.name)
-    return [row(name, at_best_rate(of_name)) for name, of_name in by_name.items()]
+    return best_rows(runs)

@@ -1,6 +1,6 @@
 """What does the base forget of its own text? ("LoRA Learns Less and Forgets Less", arXiv 2405.09673.)
 
-    python -m experiments.study --config=configs/studies.py:forgetting --workdir=runs/studies --data=E2E \
+    python -m experiments.study --config=configs/studies.py:forgetting --workdir=runs/studies --data=E2E \\
       --config.run.base=GPT2 --config.text=HELD_OUT.txt --out=docs/results/study_forgetting.json
 
 The source (Llama 2 on code and maths): LoRA learns less and forgets less than full fine-tuning, on about one curve of

@@ -1,6 +1,6 @@
 """How few numbers suffice, of a random subspace and of LoRA? (Li et al. 2018; Aghajanyan et al. 2020; Hu et al. 2021.)
 
-    python -m experiments.study --config=configs/studies.py:intrinsic --workdir=runs/studies --data=E2E \
+    python -m experiments.study --config=configs/studies.py:intrinsic --workdir=runs/studies --data=E2E \\
       --config.run.base=GPT2 --out=docs/results/study_intrinsic.json
 
 The sources: full fine-tuning's gain is had to 90% in a random subspace of a few hundred dimensions (d90, RoBERTa on

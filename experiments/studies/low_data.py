@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from configs.studies import of_method
 from experiments.studies.plots import curves
-from experiments.studies.reading import Row, at_best_rate, groups, row
+from experiments.studies.reading import Row, best_rows
 from experiments.studies.running import Run, swept
 
 
@@ -32,8 +32,7 @@ def members(config: ConfigDict, data: Callable[..., str]) -> dict[str, ConfigDic
 
 def rows(config: ConfigDict, runs: Sequence[Run]) -> list[Row]:
     """A row for each method and number of examples, at its best rate."""
-    by_name = groups(runs, lambda run: run.name)
-    return [row(name, at_best_rate(of_name)) for name, of_name in by_name.items()]
+    return best_rows(runs)
 
 
 def plot(config: ConfigDict, runs: Sequence[Run], rows: Sequence[Row], file: Path) -> None:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from configs.studies import TARGETS
 from experiments.studies.plots import curves
-from experiments.studies.reading import Row, at_best_rate, groups, losses, row
+from experiments.studies.reading import Row, at_best_rate, groups, over_rates, row
 from experiments.studies.running import Run, swept
 
 
@@ -37,6 +37,4 @@ def rows(config: ConfigDict, runs: Sequence[Run]) -> list[Row]:
 
 def plot(config: ConfigDict, runs: Sequence[Run], rows: Sequence[Row], file: Path) -> None:
     """The loss over the rate, a line for each set of matrices."""
-    by_name = groups(runs, lambda run: run.name)
-    lines = {name: ([*losses(of)], [*losses(of).values()]) for name, of in by_name.items()}
-    curves(file, {"one budget": lines}, x="learning rate", y="validation loss, nats per label")
+    curves(file, {"one budget": over_rates(runs)}, x="learning rate", y="validation loss, nats per label")

@@ -1,6 +1,6 @@
 """Is W itself rank-deficient? (Asked by Hu et al. 2021, section 8.)
 
-    python -m experiments.study --config=configs/studies.py:rank_of_w --workdir=runs/studies \
+    python -m experiments.study --config=configs/studies.py:rank_of_w --workdir=runs/studies \\
       --out=docs/results/study_rank_of_w.json
 
 The paper: that updates have a low rank suggests that W could have one too. Here: the singular values of every matrix
@@ -22,28 +22,30 @@ from experiments.studies.running import Run
 from lora_jax import analysis
 from lora_jax.metrics.statistics import spread
 
+Values = dict[str, tuple[jax.Array, jax.Array]]
+
 
 def members(config: ConfigDict, data: Callable[..., str]) -> dict[str, ConfigDict]:
     """None."""
     return {}
 
 
-def _values(config: ConfigDict) -> dict[str, tuple[jax.Array, jax.Array]]:
+def read(config: ConfigDict, runs: Sequence[Run]) -> Values:
     """By kind of matrix the singular values, (layers, k), and those of a random one, (1, k), as large."""
     base = base_of(config.run)
-    found: dict[str, tuple[jax.Array, jax.Array]] = {}
+    by_kind: Values = {}
     for path, w in weights_of(kernels_of(base), base).items():
         size = jnp.linalg.norm(w[0]) / w[0].size ** 0.5
         random = size * jax.random.normal(jax.random.key(0), w[:1].shape)
         values, of_random = (jnp.linalg.svd(x, compute_uv=False) for x in (w, random))
-        found[kind(path)] = values, of_random
-    return found
+        by_kind[kind(path)] = values, of_random
+    return by_kind
 
 
-def rows(config: ConfigDict, runs: Sequence[Run]) -> list[Row]:
+def rows(config: ConfigDict, by_kind: Values) -> list[Row]:
     """A row for each kind of matrix: medians and ranges over the layers."""
     made = []
-    for name, (values, random) in _values(config).items():
+    for name, (values, random) in by_kind.items():
         figures = {
             "effective_rank": analysis.effective_rank(values),
             "largest": values[:, 0],
@@ -56,10 +58,10 @@ def rows(config: ConfigDict, runs: Sequence[Run]) -> list[Row]:
     return made
 
 
-def plot(config: ConfigDict, runs: Sequence[Run], rows: Sequence[Row], file: Path) -> None:
+def plot(config: ConfigDict, by_kind: Values, rows: Sequence[Row], file: Path) -> None:
     """The singular values over the largest, of five layers and of a random matrix, a diagram for each kind."""
     panels = {}
-    for name, (values, random) in _values(config).items():
+    for name, (values, random) in by_kind.items():
         shown = {f"layer {layer + 1}": values[layer] for layer in five_layers(len(values))} | {"random": random[0]}
         numbers = range(1, values.shape[-1] + 1)
         panels[name] = {title: (numbers, np.asarray(of / of[0]).tolist()) for title, of in shown.items()}

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from configs.studies import of_method
 from experiments.studies.plots import curves
-from experiments.studies.reading import Row, at_best_rate, groups, losses, row
+from experiments.studies.reading import Row, at_best_rate, groups, losses, over_rates, row
 from experiments.studies.running import Run, swept
 
 
@@ -39,6 +39,4 @@ def rows(config: ConfigDict, runs: Sequence[Run]) -> list[Row]:
 
 def plot(config: ConfigDict, runs: Sequence[Run], rows: Sequence[Row], file: Path) -> None:
     """The loss over the rate, a line for each method."""
-    by_name = groups(runs, lambda run: run.name)
-    lines = {name: ([*losses(of)], [*losses(of).values()]) for name, of in by_name.items()}
-    curves(file, {"rates": lines}, x="learning rate", y="validation loss, nats per label")
+    curves(file, {"rates": over_rates(runs)}, x="learning rate", y="validation loss, nats per label")

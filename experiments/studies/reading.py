@@ -5,15 +5,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 import lora_jax as lj
+from experiments.studies.plots import Curve
 from experiments.studies.running import Run
 from lora_jax import Delta, analysis, checkpoints
 from lora_jax.core.globs import matches_any
 from lora_jax.core.selection import flatten, look_up
+from lora_jax.methods.changes import weight_matrix
 from lora_jax.metrics.statistics import spread
 from lora_jax.models.family import family_of
 from lora_jax.runs import bases
@@ -59,6 +60,24 @@ def optimum(by_rate: Mapping[float, float]) -> float:
     return float(np.exp(x[1] - curve[1] / (2 * curve[0]))) if curve[0] > 0 else rates[at]
 
 
+def best_rows(runs: Sequence[Run]) -> list[Row]:
+    """A row for each member at its best rate."""
+    return [row(name, at_best_rate(of_name)) for name, of_name in groups(runs, lambda run: run.name).items()]
+
+
+def over_rates(runs: Iterable[Run], key: Callable[[Run], Any] = lambda run: run.name) -> dict[Any, Curve]:
+    """By member, or by a key, the median loss over the rate."""
+    by_key = {name: losses(of) for name, of in groups(runs, key).items()}
+    return {name: ([*by_rate], [*by_rate.values()]) for name, by_rate in by_key.items()}
+
+
+def shared_directions(phi: Any, random: Any, at: Iterable[int]) -> dict[str, float]:
+    """Of phi (n, m) of two adapters: of the first directions alone, of all, and what random ones have."""
+    figures = {f"phi_{n}": float(phi[n - 1, n - 1]) for n in at if n <= min(random.shape)}
+    floors = {"floor_1": float(random[0, 0]), "floor_all": float(random[-1, -1])}
+    return figures | {"phi_all": float(phi[-1, -1])} | floors
+
+
 def row(label: str, runs: Sequence[Run], **more: Any) -> Row:
     """A row of the runs of one rate, a seed each."""
     done = [run for run in runs if run.summary is not None]
@@ -99,7 +118,7 @@ def kernels_of(base: bases.Base) -> list[str]:
 def weights_of(paths: Iterable[str], base: bases.Base) -> dict[str, jax.Array]:
     """Weights of the base, (layers, inputs, outputs)."""
     leaves, axes = dict(flatten(base.params)[0]), family_of(base.model).axes
-    return {path: analysis.matrix(jnp.asarray(leaves[path]), look_up(axes, path, "axes")) for path in paths}
+    return {path: weight_matrix(leaves[path], look_up(axes, path, "axes")) for path in paths}
 
 
 def kind(path: str) -> str:

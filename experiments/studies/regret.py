@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from configs.studies import TARGETS, of_method
 from experiments.studies.plots import curves
-from experiments.studies.reading import Row, at_best_rate, groups, losses, optimum, row
+from experiments.studies.reading import Row, at_best_rate, groups, losses, optimum, over_rates, row
 from experiments.studies.running import Run, swept
 
 
@@ -51,7 +51,7 @@ def rows(config: ConfigDict, runs: Sequence[Run]) -> list[Row]:
 def plot(config: ConfigDict, runs: Sequence[Run], rows: Sequence[Row], file: Path) -> None:
     """The loss over the rate, a line for each rank or part, a diagram for each size of a batch."""
     panels: dict = {f"batch {batch}": {} for batch in config.batches}
-    for name, of_name in groups(runs, lambda run: run.name).items():
+    for name, curve in over_rates(runs).items():
         line, _, batch = name.rpartition(", ")
-        panels[batch][line] = ([*losses(of_name)], [*losses(of_name).values()])
+        panels[batch][line] = curve
     curves(file, panels, x="learning rate", y="validation loss, nats per label")

@@ -58,6 +58,7 @@ class Cell(NamedTuple):
         return workdir / self.way / self.method / f"rate_{self.rate:g}" / f"seed_{self.seed}"
 
 
+@functools.cache
 def problems(seed: int) -> dict[str, np.ndarray]:
     """All pairs of numbers of three digits, by their index, in an order of their own: train, valid, test."""
     order = np.random.default_rng(seed).permutation(900 * 900).astype(np.int32)
@@ -111,7 +112,7 @@ def objective(model: Any) -> training.Objective:
 
 
 def optimizer(rate: Any) -> optax.GradientTransformation:
-    """AdamW without decay, ten steps of warm-up."""
+    """Adam of gradients of norm 1 at most, after ten steps of warm-up at a constant rate."""
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(lambda step: rate * jnp.minimum(1, (step + 1) / 10)))
 
 
@@ -212,43 +213,46 @@ def _claim(workdir: Path, config: ConfigDict) -> None:
     tables.write_json(file, common)
 
 
-@stopping.noted()
-def run(config: ConfigDict, workdir: Path, out: Path) -> None:
-    """Runs the study, or resumes it; an InterruptedError where it is stopped."""
-    with locks.locked(workdir):
-        _claim(workdir, config)
-        model, params = base_of(config, workdir)
+class Done(NamedTuple):
+    """The base's accuracy on the problems for validation and for the test, and what each run left."""
+
+    before: dict[str, float]
+    results: list[dict[str, Any]]
+
+
+def train(config: ConfigDict, folder: Path) -> Done:
+    """Trains the base and the runs, those that are not done; an InterruptedError where it is stopped."""
+    with locks.locked(folder):
+        _claim(folder, config)
+        model, params = base_of(config, folder)
         index, todo = problems(config.seed), list(cells(config))
         before = {split: accuracy(model, params, index[split]) for split in ("valid", "test")}
         print(f"the base is right for {before['test']:.1%} of the test's problems; {len(todo)} runs")
         results = []
         for cell in tqdm(todo, "runs", unit="run"):
-            file = cell.folder(workdir) / "summary.json"
+            file = cell.folder(folder) / "summary.json"
             if not file.is_file():
-                stopping.check(workdir)
+                stopping.check(folder)
                 tables.write_json(file, train_cell(config, cell, model, params))
             results.append(read_json(file))
-    rows = rows_of(config, before["test"], results)
-    tables.write_rows(out, rows)
-    plot(config, before["valid"], best_of(results), out.with_suffix(".png"))
-    print(f"{tables.table(rows)}\nwritten: {out} and {out.with_suffix('.png')}")
+    return Done(before, results)
 
 
 def best_of(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """For each method and way the runs, a seed each, of the rate that is best on the problems for validation."""
-    found: dict[tuple[str, str], dict[float, list[dict[str, Any]]]] = {}
+    by_name: dict[tuple[str, str], dict[float, list[dict[str, Any]]]] = {}
     for result in results:
-        found.setdefault((result["method"], result["way"]), {}).setdefault(result["rate"], []).append(result)
+        by_name.setdefault((result["method"], result["way"]), {}).setdefault(result["rate"], []).append(result)
     return {
         name: max(by_rate.values(), key=lambda runs: statistics.median(run["valid"] for run in runs))
-        for name, by_rate in found.items()
+        for name, by_rate in by_name.items()
     }
 
 
-def rows_of(config: ConfigDict, before: float, results: Sequence[dict[str, Any]]) -> list[Row]:
+def rows(config: ConfigDict, done: Done) -> list[Row]:
     """A row for the base, and for each method and way at its best rate; accuracies are of the test."""
-    made: list[Row] = [{"label": "the base", "trained": 0, "accuracy": before}]
-    for (method, way), runs in best_of(results).items():
+    made: list[Row] = [{"label": "the base", "trained": 0, "accuracy": done.before["test"]}]
+    for (method, way), runs in best_of(done.results).items():
         made.append(
             {
                 "label": f"{method}, from {way}",
@@ -263,11 +267,11 @@ def rows_of(config: ConfigDict, before: float, results: Sequence[dict[str, Any]]
     return made
 
 
-def plot(config: ConfigDict, before: float, best: dict[tuple[str, str], list[dict[str, Any]]], file: Path) -> None:
+def plot(config: ConfigDict, done: Done, rows: Sequence[Row], file: Path) -> None:
     """The accuracy on the problems for validation over the steps, a line for each method, a diagram for each way."""
     panels: dict[str, dict[str, Any]] = {f"from {way}": {} for way in WAYS}
     steps = [count * config.every for count in range(config.steps // config.every + 1)]
-    for (method, way), runs in best.items():
+    for (method, way), runs in best_of(done.results).items():
         mean = np.mean([[point["valid"] for point in run["curve"]] for run in runs], axis=0)
-        panels[f"from {way}"][method] = steps, [before, *mean.tolist()]
+        panels[f"from {way}"][method] = steps, [done.before["valid"], *mean.tolist()]
     curves(file, panels, x="steps", y="right answers", log=False, marker="-")

@@ -46,7 +46,18 @@ def run(config: ConfigDict, workdir: Path, source: str | None, out: Path) -> Non
       out: the file of the rows, NAME.json; beside it stands NAME.png.
     """
     study = importlib.import_module(f"experiments.studies.{config.study}")
-    folder, source = workdir / config.runs, source or config.run.data.path
+    folder = workdir / config.runs
+    done = study.train(config, folder) if hasattr(study, "train") else _of_members(study, config, folder, source)
+    read = study.read(config, done) if hasattr(study, "read") else done
+    rows = study.rows(config, read)
+    tables.write_rows(out, rows)
+    study.plot(config, read, rows, out.with_suffix(".png"))
+    print(f"{tables.table(rows)}\nwritten: {out} and {out.with_suffix('.png')}")
+
+
+def _of_members(study: Any, config: ConfigDict, folder: Path, source: str | None) -> list[Run]:
+    """The runs of a study's members, trained where they are not done."""
+    source = source or config.run.data.path
     if "folder" in config:
         config.folder = str(folder)
     members = study.members(config, partial(_data, config, source, folder))
@@ -57,11 +68,7 @@ def run(config: ConfigDict, workdir: Path, source: str | None, out: Path) -> Non
             check(one)
     _check_ranks(config)
     print(plan(members, folder, config.seconds), flush=True)
-    done = [of_member for name, member in members.items() for of_member in _trained(name, member, folder / name)]
-    rows = study.rows(config, done)
-    tables.write_rows(out, rows)
-    study.plot(config, done, rows, out.with_suffix(".png"))
-    print(f"{tables.table(rows)}\nwritten: {out} and {out.with_suffix('.png')}")
+    return [run for name, member in members.items() for run in _trained(name, member, folder / name)]
 
 
 def _check_ranks(config: ConfigDict) -> None:

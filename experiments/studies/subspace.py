@@ -11,13 +11,14 @@ subspaces have, max(i, j) / d.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.studies.plots import heat_maps
-from experiments.studies.reading import Row, five_layers, kind, row, updates_of
+from experiments.studies.reading import Row, five_layers, kind, row, shared_directions, updates_of
 from experiments.studies.running import Run, swept
 from lora_jax import analysis
 
@@ -37,31 +38,37 @@ def of_rank(runs: Sequence[Run], rank: int, seed: int = 0) -> Run:
     return next(run for run in runs if (run.config.lora.rank, run.config.seed) == (rank, seed))
 
 
-def similarities(config: ConfigDict, runs: Sequence[Run]) -> dict[str, analysis.Similarity]:
-    """By title: each weight at the two largest ranks, and at the largest with two seeds."""
+class Compared(NamedTuple):
+    """The runs, and by title phi of each weight at the two largest ranks, and at the largest with two seeds."""
+
+    runs: Sequence[Run]
+    similarities: dict[str, analysis.Similarity]
+
+
+def read(config: ConfigDict, runs: Sequence[Run]) -> Compared:
+    """The adapters beside each other."""
     small, large = sorted(config.ranks)[-2:]
     first, second, again = (updates_of(run) for run in (of_rank(runs, small), of_rank(runs, large), runs[-1]))
     pairs = {f"r = {small} and {large}": (first, second), f"r = {large}, two seeds": (second, again)}
     compared = {title: analysis.compare(*pair) for title, pair in pairs.items()}
-    return {f"{kind(path)}, {title}": pair.input for title, of in compared.items() for path, pair in of.items()}
+    inputs = {f"{kind(path)}, {title}": pair.input for title, of in compared.items() for path, pair in of.items()}
+    return Compared(runs, inputs)
 
 
-def rows(config: ConfigDict, runs: Sequence[Run]) -> list[Row]:
+def rows(config: ConfigDict, compared: Compared) -> list[Row]:
     """A row for the mean of all layers, and for each of five layers, of each weight."""
-    made = [row(f"LoRA, r = {run.config.lora.rank}, seed {run.config.seed}", [run]) for run in runs]
-    for title, (phi, random) in similarities(config, runs).items():
+    made = [row(f"LoRA, r = {run.config.lora.rank}, seed {run.config.seed}", [run]) for run in compared.runs]
+    for title, (phi, random) in compared.similarities.items():
         layers = {f"layer {layer + 1}": phi[layer] for layer in five_layers(len(phi))}
         for name, grid in {"mean of all layers": phi.mean(0), **layers}.items():
-            shown = {f"phi_{n}": float(grid[n - 1, n - 1]) for n in (1, 2, 4, 8) if n <= len(grid)}
-            whole = {"phi_all": float(grid[-1, -1]), "floor_1": float(random[0, 0]), "floor_all": float(random[-1, -1])}
-            made.append({"label": f"{title}, {name}", **shown, **whole})
+            made.append({"label": f"{title}, {name}", **shared_directions(grid, random, at=(1, 2, 4, 8))})
     return made
 
 
-def plot(config: ConfigDict, runs: Sequence[Run], rows: Sequence[Row], file: Path) -> None:
+def plot(config: ConfigDict, compared: Compared, rows: Sequence[Row], file: Path) -> None:
     """phi at five layers, and of two random matrices of the same sizes."""
     maps = {}
-    for title, (phi, random) in similarities(config, runs).items():
+    for title, (phi, random) in compared.similarities.items():
         width = round(1 / float(random[0, 0]))
         normal = [jax.random.normal(jax.random.key(n), (width, size)) for n, size in enumerate(random.shape)]
         layers = {f"layer {layer + 1}": np.asarray(phi[layer]) for layer in five_layers(len(phi))}

@@ -14,7 +14,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from experiments.studies.plots import curves
-from experiments.studies.reading import Row, at_best_rate, groups, losses, optimum, row
+from experiments.studies.reading import Row, at_best_rate, groups, losses, optimum, over_rates, row
 from experiments.studies.running import Run, swept
 
 
@@ -33,16 +33,15 @@ def members(config: ConfigDict, data: Callable[..., str]) -> dict[str, ConfigDic
     return made
 
 
-def _ways(runs: Sequence[Run]) -> dict[str, dict[int, list[Run]]]:
-    """The runs by way and by rank."""
-    ways = groups(runs, lambda run: run.name.rpartition(", ")[0])
-    return {way: groups(of_way, lambda run: run.config.lora.rank) for way, of_way in ways.items()}
+def _way(run: Run) -> str:
+    return run.name.rpartition(", ")[0]
 
 
 def rows(config: ConfigDict, runs: Sequence[Run]) -> list[Row]:
     """A row for each way and rank; the spread of the rates of the least loss over the ranks stands with the way."""
     made = []
-    for way, by_rank in _ways(runs).items():
+    for way, of_way in groups(runs, _way).items():
+        by_rank = groups(of_way, lambda run: run.config.lora.rank)
         best = {rank: optimum(losses(of_rank)) for rank, of_rank in by_rank.items()}
         made.append({"label": way, "rate_spread": max(best.values()) / min(best.values())})
         made += [
@@ -53,8 +52,6 @@ def rows(config: ConfigDict, runs: Sequence[Run]) -> list[Row]:
 
 def plot(config: ConfigDict, runs: Sequence[Run], rows: Sequence[Row], file: Path) -> None:
     """The loss over the rate, a line for each rank, a diagram for each way."""
-    panels = {
-        way: {f"r = {rank}": ([*losses(of)], [*losses(of).values()]) for rank, of in by_rank.items()}
-        for way, by_rank in _ways(runs).items()
-    }
+    by_way = groups(runs, _way)
+    panels = {way: over_rates(of_way, lambda run: f"r = {run.config.lora.rank}") for way, of_way in by_way.items()}
     curves(file, panels, x="learning rate", y="validation loss, nats per label")

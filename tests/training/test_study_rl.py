@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from configs import studies
-from experiments.studies import rl
+from experiments.studies import rl, running
 from lora_jax import training
 from lora_jax.core.selection import flatten
 from lora_jax.models import gpt2
@@ -100,8 +100,8 @@ def test_the_study_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(rl, "train_cell", stopped_once)
     with pytest.raises(InterruptedError):
-        rl.run(config, tmp_path / "runs", out)
-    rl.run(config, tmp_path / "runs", out)
+        running.run(config, tmp_path / "runs", None, out)
+    running.run(config, tmp_path / "runs", None, out)
     assert len(trained) == len(set(trained)) == len([*rl.cells(config)]) == 4
     rows = json.loads(out.read_text())
     rows = rows if isinstance(rows, list) else rows["rows"]
@@ -111,7 +111,7 @@ def test_the_study_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert out.with_suffix(".png").stat().st_size > 1000
     with pytest.raises(ValueError, match="problems"):
         config.problems = 3
-        rl.run(config, tmp_path / "runs", out)
+        running.run(config, tmp_path / "runs", None, out)
 
 
 def test_the_best_rate_is_that_of_validation() -> None:
@@ -120,6 +120,6 @@ def test_the_best_rate_is_that_of_validation() -> None:
         {"method": method, "way": "rewards", "rate": rate, "valid": valid, "test": test, "trained": 1, "seed": 0}
         for method, rate, valid, test in found
     ]
-    rows = rl.rows_of(small(), 0.25, results)
+    rows = rl.rows(small(), rl.Done({"test": 0.25}, results))
     assert [(row["label"], row.get("rate")) for row in rows[1:]] == [("a, from rewards", 2.0), ("b, from rewards", 1.0)]
     assert rows[0]["accuracy"] == 0.25 and rows[1]["accuracy"]["score"] == 0.1
